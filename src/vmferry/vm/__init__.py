@@ -1,0 +1,1 @@
+"""VMs as people write them and as QEMU gets them: specs, command lines, processes, host probes."""
