@@ -1,0 +1,144 @@
+"""What an agent is told at start: its name, its folders, its peers, its QEMU, its certificates.
+
+A TOML file and flags give the same fields; flags win. See `docs/agent.md` for an example.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vmferry.errors import UsageError
+
+DEFAULT_PORT = 7600
+DEFAULT_STATE = Path("/var/lib/vmferry")
+DEFAULT_RUNTIME = Path("/run/vmferry")
+DEFAULT_QEMU = "qemu-system-x86_64"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A host's address and TCP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str, *, default_port: int = DEFAULT_PORT) -> Address:
+    """'10.0.0.1:7600', '10.0.0.1', '[fd00::1]:7600' -> Address. Raises UsageError."""
+    if text.startswith("["):
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":")
+    elif text.count(":") > 1:
+        host, port = text, ""
+    else:
+        host, _, port = text.partition(":")
+    if not host or (port and not port.isdigit()) or (port and not 0 <= int(port) < 65536):
+        raise UsageError(f"{text!r} is not an address; write ADDRESS:PORT, for example 10.0.0.1:{DEFAULT_PORT}")
+    return Address(host, int(port) if port else default_port)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig:
+    """Another agent: its name (as in its certificate) and the addresses to try, in order."""
+
+    name: str
+    addresses: tuple[Address, ...]
+
+
+def parse_peer(text: str) -> PeerConfig:
+    """'host-b=10.0.0.2:7600,10.1.0.2:7600' -> PeerConfig. Raises UsageError."""
+    name, sep, rest = text.partition("=")
+    if not sep or not name or not rest:
+        raise UsageError(f"{text!r} is not a peer; write NAME=ADDRESS:PORT")
+    return PeerConfig(name, tuple(parse_address(a) for a in rest.split(",")))
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """Everything an agent needs to know."""
+
+    name: str
+    state_dir: Path = DEFAULT_STATE
+    runtime_dir: Path = DEFAULT_RUNTIME
+    socket: Path | None = None
+    listen: Address | None = None
+    """Where other agents reach this one; None: no other agent does."""
+    migration_address: str | None = None
+    """Where guests' memory arrives; the listen address if None."""
+    migration_ports: tuple[int, int] = (49152, 49215)
+    """First and last port for guests' memory; (0, 0) lets the kernel choose."""
+    pki_dir: Path | None = None
+    clear_text: bool = False
+    """Agents and guests' memory in clear text, asked for by name."""
+    peers: dict[str, PeerConfig] = field(default_factory=dict)
+    qemu: str = DEFAULT_QEMU
+
+    @property
+    def control_socket(self) -> Path:
+        """The Unix socket of the command line and of any QMP client."""
+        return self.socket or self.runtime_dir / "agent.sock"
+
+    @property
+    def journal_path(self) -> Path:
+        return self.state_dir / "journal.sqlite"
+
+    @property
+    def data_address(self) -> str:
+        """The address that sources connect to with guests' memory."""
+        if self.migration_address:
+            return self.migration_address
+        return self.listen.host if self.listen else "127.0.0.1"
+
+
+_PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir")
+_TEXTS = ("name", "migration_address", "qemu")
+
+
+def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: str) -> AgentConfig:
+    """Fields by name (TOML or flags) over a base. Raises UsageError naming the key and where it stands."""
+    fields: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        try:
+            if name in _PATHS:
+                fields[name] = Path(value)
+            elif name in _TEXTS:
+                fields[name] = str(value)
+            elif name == "listen":
+                fields[name] = parse_address(str(value))
+            elif name == "clear_text":
+                fields[name] = bool(value)
+            elif name == "migration_ports":
+                first, _, last = str(value).partition("-")
+                fields[name] = (int(first), int(last or first))
+            elif name == "peers":
+                pairs = [f"{n}={a}" for n, a in value.items()] if isinstance(value, dict) else list(value)
+                peers = [parse_peer(str(pair)) for pair in pairs]
+                fields[name] = {**(base.peers if base else {}), **{p.name: p for p in peers}}
+            else:
+                raise UsageError(f"{origin}: {key!r} is not a setting of the agent")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{origin}: {key} = {value!r} cannot be read: {error}") from error
+    if base is not None:
+        return replace(base, **fields)
+    if not fields.get("name"):
+        raise UsageError(f"{origin}: an agent needs a name; say --name NAME")
+    return AgentConfig(**fields)
+
+
+def load(path: Path | None, flags: dict[str, Any]) -> AgentConfig:
+    """The file (if any) and the flags that were given. Raises UsageError."""
+    if path is None:
+        return from_mapping(None, flags, origin="command line")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as TOML: {error}") from error
+    values.setdefault("name", flags.get("name", ""))
+    return from_mapping(from_mapping(None, values, origin=str(path)), flags, origin="command line")

@@ -1,0 +1,154 @@
+"""One QEMU process as an agent holds it: its identity, its QMP session, its events. Decides nothing.
+
+Theory of operation
+-------------------
+A QEMU outlives the agent (own session, see `vm.spawn`); a restarted agent attaches again over the QMP socket.
+The machine watches the process by a pidfd, so its end is seen at once and never mistaken for a silent QMP. When
+the session breaks and the process lives, `reattach` connects again.
+
+Rule 1: `is_gone` is true only after the kernel said that the process ended.
+Rule 2: `kill` is carried out for whoever holds a row that asks for it; nothing here kills on its own account.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from vmferry.clock import Clock
+from vmferry.errors import QemuError
+from vmferry.qmp import client as qmp_client
+from vmferry.qmp.client import QmpClient
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpDisconnected
+from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.spawn import ProcessIdentity
+
+log = logging.getLogger("vmferry.agent")
+
+ATTACH_S = 5.0
+"""A QEMU that was just started answers within 0.1 s here; a busy host may need much longer."""
+COMMAND_S = 5.0
+"""Ordinary commands are answered within a millisecond; QEMU's main loop may hang for seconds in a load."""
+
+EventHandler = Callable[[Event], None]
+
+
+class Machine:
+    """A QEMU process and the session with it. Lives on the agent's loop; `close` ends the session only."""
+
+    def __init__(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, pidfd: int, clock: Clock) -> None:
+        self.vm, self.identity, self.qmp_path, self.clock = vm, identity, qmp_path, clock
+        self.client: QmpClient | None = None
+        self.on_event: EventHandler | None = None
+        self.on_gone: Callable[[], None] | None = None
+        self._pidfd = pidfd
+        self._gone = asyncio.Event()
+        self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
+        self._attaching = asyncio.Lock()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.identity.pid
+
+    @property
+    def is_gone(self) -> bool:
+        """The kernel said that the process ended."""
+        return self._gone.is_set()
+
+    async def attach(self, *, deadline_s: float = ATTACH_S) -> QmpClient:
+        """The QMP session, connected if it is not. Raises QemuError; the guest is then as it was."""
+        async with self._attaching:
+            if self.client is not None and not self.client.is_closed:
+                return self.client
+            if self.is_gone:
+                raise QemuError(f"the QEMU of {self.vm} (process {self.pid}) is gone", guest="unknown")
+            self.client = await qmp_client.connect_unix(self.qmp_path, deadline_s=deadline_s)
+            self.client.subscribe(self._hear)
+            return self.client
+
+    def _hear(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    async def execute(
+        self,
+        command: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        oob: bool = False,
+        deadline_s: float = COMMAND_S,
+        fds: tuple[int, ...] = (),
+    ) -> Any:
+        """One command of this QEMU. Raises QmpCommandError (no effect), QmpTimeout or QmpDisconnected."""
+        client = await self.attach()
+        return await client.execute(command, arguments, oob=oob, deadline_s=deadline_s, fds=fds)
+
+    async def run_state(self, *, deadline_s: float = COMMAND_S) -> str:
+        """QEMU's run state word ('running', 'paused', 'inmigrate' …)."""
+        return str((await self.execute("query-status", deadline_s=deadline_s))["status"])
+
+    async def migration(self, *, deadline_s: float = COMMAND_S) -> dict[str, Any]:
+        """What query-migrate says, as it is."""
+        info = await self.execute("query-migrate", deadline_s=deadline_s)
+        return dict(info)
+
+    async def wait_gone(self, *, deadline_s: float) -> bool:
+        """True once the process has ended; False if it has not within the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._gone.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def quit(self, *, deadline_s: float = 3.0) -> None:
+        """Ends the process: asks it to quit, then kills it. Only for a row that says so."""
+        try:
+            await self.execute("quit", deadline_s=min(1.0, deadline_s))
+        except QmpDisconnected:
+            log.debug("vm=%s pid=%d quit ended the session before it answered", self.vm, self.pid)
+        except QemuError as error:
+            log.warning("vm=%s pid=%d command=quit result=%s", self.vm, self.pid, error)
+        if not await self.wait_gone(deadline_s=deadline_s):
+            await self.kill()
+
+    async def kill(self, *, deadline_s: float = 5.0) -> bool:
+        """SIGKILL to exactly this process; True once the kernel says that it is gone."""
+        if not self.is_gone:
+            try:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                log.debug("vm=%s pid=%d was gone before the kill", self.vm, self.pid)
+        return await self.wait_gone(deadline_s=deadline_s)
+
+    async def close(self) -> None:
+        """Ends the session and the watching. The process is not touched."""
+        self.on_event = self.on_gone = None
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
+        if self.client is not None:
+            await self.client.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    async def _watch_exit(self) -> None:
+        status = await vm_spawn.wait_exit(self._pidfd)
+        log.info("vm=%s pid=%d result=exited status=%s", self.vm, self.pid, status)
+        self._gone.set()
+        if self.on_gone is not None:
+            self.on_gone()
+
+
+def attach_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine | None:
+    """The machine of a process that was started earlier, or None if exactly that process is gone."""
+    pidfd = vm_spawn.open_process(identity)
+    if pidfd is None:
+        return None
+    return Machine(vm, identity, qmp_path, pidfd=pidfd, clock=clock)

@@ -1,0 +1,54 @@
+"""THE table of the destination's agent.
+
+Rule 1: CPUs start only in `D-start`: newer generation durable here, state loaded, never started before.
+Rule 2: the place is given up only while it is proved that the guest never ran here (`D-renounce`).
+Rule 3: `cont` without an answer (`ran` UNKNOWN) is neither started again nor given up: it is looked at.
+"""
+
+from __future__ import annotations
+
+from vmferry.core.effects import DestinationEffect as D
+from vmferry.core.table import Outcome, Row, pattern
+from vmferry.core.view import Held, Incoming, Ran, Wish
+
+INERT = (Incoming.NONE, Incoming.LOADING, Incoming.LOADED, Incoming.FAILED, Incoming.GONE)
+
+DESTINATION_ROWS: tuple[Row[D], ...] = (
+    Row("D-spawn", pattern(wish=Wish.KEEP, held=Held.NO, incoming=Incoming.NONE, ran=Ran.NO),
+        D.SPAWN, "A place was asked for."),
+    Row("D-load", pattern(wish=Wish.KEEP, held=Held.NO, incoming=(Incoming.LOADING, Incoming.UNKNOWN),
+                          ran=Ran.NO),
+        None, "The stream is on its way; QMP may lag while QEMU loads."),
+    Row("D-wait-grant", pattern(wish=Wish.KEEP, held=Held.NO, incoming=Incoming.LOADED, ran=Ran.NO),
+        None, "Loaded and paused: only the source's agent can give the right to run.", Outcome.HELD,
+        action="none needed: the source decides; if its host is dead, vmferry recover NAME"),
+    Row("D-start", pattern(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),
+        D.START_CPUS, "The newer generation is durable here and the state is loaded."),
+    Row("D-granted-early", pattern(wish=Wish.KEEP, held=Held.YES,
+                                   incoming=(Incoming.NONE, Incoming.LOADING, Incoming.UNKNOWN), ran=Ran.NO),
+        None, "Granted before QEMU said that it had loaded: wait for that."),
+    Row("D-failed", pattern(wish=Wish.KEEP, incoming=(Incoming.FAILED, Incoming.GONE), ran=Ran.NO),
+        D.RENOUNCE, "QEMU could not load, or is gone, and never ran: say so for good.", Outcome.SOURCE),
+    Row("D-renounce", pattern(wish=Wish.DROP, incoming=INERT, ran=Ran.NO),
+        D.RENOUNCE, "The source takes the guest back and it never ran here.", Outcome.SOURCE),
+    Row("D-renounce-blind", pattern(wish=Wish.DROP, incoming=Incoming.UNKNOWN, ran=Ran.NO),
+        D.RENOUNCE, "QEMU does not answer, but `cont` was never written to it: it cannot have run.",
+        Outcome.SOURCE),
+    Row("D-in-doubt", pattern(incoming=(Incoming.NONE, Incoming.LOADING, Incoming.LOADED, Incoming.FAILED,
+                                        Incoming.UNKNOWN), ran=Ran.UNKNOWN),
+        None, "`cont` was written and not answered: the run state will tell.", Outcome.UNCERTAIN,
+        action="none needed: QEMU is asked again"),
+    Row("D-in-doubt-gone", pattern(incoming=Incoming.GONE, ran=Ran.UNKNOWN),
+        D.REPORT_DIED, "`cont` was written and QEMU is gone: it must be taken as having run.", Outcome.LOST),
+    Row("D-running", pattern(incoming=Incoming.RUNNING, ran=(Ran.YES, Ran.UNKNOWN)),
+        D.REPORT_RAN, "The guest runs here.", Outcome.DESTINATION),
+    Row("D-ran", pattern(incoming=(Incoming.NONE, Incoming.LOADING, Incoming.LOADED, Incoming.FAILED,
+                                   Incoming.UNKNOWN), ran=Ran.YES),
+        D.REPORT_RAN, "The guest ran here; that it is paused now is its owner's affair.",
+        Outcome.DESTINATION),
+    Row("D-died", pattern(incoming=Incoming.GONE, ran=Ran.YES),
+        D.REPORT_DIED, "The guest ran here and its process is gone.", Outcome.LOST),
+    Row("X-runs-ungranted", pattern(incoming=Incoming.RUNNING, ran=Ran.NO),
+        None, "QEMU runs although `cont` was never sent: somebody else started it.", Outcome.UNCERTAIN,
+        action="find out who started it; the source must stay paused"),
+)  # fmt: skip

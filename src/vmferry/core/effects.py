@@ -1,0 +1,162 @@
+"""Effects: the closed set of things that an agent may do to a guest, each with the guard it is done under.
+
+Theory of operation
+-------------------
+A row of a table names effects; `agent.act` carries each out in one `match` that ends in `assert_never`. An
+effect is an imperative without parameters: whatever it needs (paths, sockets, options) belongs to the
+attempt. Before it acts, the hand takes a fresh view and asks `Guard.allows`; if that says no, the effect is
+dropped and the loop decides anew. A decision may have waited while the world went on; the guard is what makes
+a stale decision harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from vmferry.core.view import (
+    Cpus,
+    DestinationView,
+    Grant,
+    Held,
+    Incoming,
+    Ran,
+    Source,
+    SourceView,
+    Step,
+    Target,
+    Want,
+    Wish,
+)
+
+
+class Effect(Enum):
+    """What the source's agent can do."""
+
+    CHECK_PLAN = "check-plan"
+    """Ask both hosts whether the guest can go there; changes nothing."""
+    PREPARE = "prepare"
+    """Have the destination start a paused QEMU and wait for the stream."""
+    CONFIGURE = "configure"
+    """Set every option on the source's QEMU, read back, compare."""
+    START = "start"
+    """Connect the channel, hand it to QEMU and tell it to migrate."""
+    MAKE_SURE = "make-sure"
+    """During the pause before the switchover: ask the destination whether it is there and loading."""
+    CONTINUE = "continue"
+    """Let the source leave its pause before the switchover."""
+    COMMIT = "commit"
+    """Make the newer generation durable in this journal."""
+    SEND_GRANT = "send-grant"
+    """Tell the destination that it may run the guest; repeating it is harmless."""
+    ASK_TARGET = "ask-target"
+    """Ask the destination what it knows; changes nothing."""
+    RELEASE_TARGET = "release-target"
+    """Ask the destination to renounce: kill its QEMU if that never ran the guest, and remember it."""
+    CANCEL_SOURCE = "cancel-source"
+    """End the attempt inside the source's QEMU: cancel, then yank and cut when it does not obey."""
+    RESUME_SOURCE = "resume-source"
+    """Start the source's CPUs again (only if the owner had them running)."""
+    STOP_SOURCE = "stop-source"
+    """Stop the source's CPUs because the destination runs the guest."""
+    RETIRE_SOURCE = "retire-source"
+    """Quit the source's QEMU: the destination runs the guest and has every page."""
+    NOTE_TARGET_LOST = "note-target-lost"
+    """Record that the destination is gone as the error that ends the attempt."""
+    NOTE_TIMEOUT = "note-timeout"
+    """Record that a wait lasted longer than its limit as the error that ends the attempt."""
+    NOTE_QEMU_ERROR = "note-qemu-error"
+    """Record the source QEMU's own error as the error that ends the attempt."""
+    CLEAN_UP = "clean-up"
+    """Give back everything that belonged to the attempt and journal its end."""
+
+
+class DestinationEffect(Enum):
+    """What the destination's agent can do."""
+
+    SPAWN = "spawn"
+    """Start the QEMU, paused, set the options, read back, listen."""
+    START_CPUS = "start-cpus"
+    """`cont`: take the disks and run."""
+    REPORT_RAN = "report-ran"
+    """Keep the guest as this host's own and tell the source that it runs."""
+    RENOUNCE = "renounce"
+    """Kill the QEMU, which never ran, and make durable that it never will."""
+    REPORT_DIED = "report-died"
+    """Tell the source that the guest ran here and its QEMU is gone."""
+
+
+Answers = frozenset[Enum]
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """For some questions of a view, the answers under which an effect is allowed."""
+
+    allowed: Mapping[str, Answers]
+
+    def allows(self, view: SourceView | DestinationView) -> bool:
+        """True if every guarded question is answered within bounds."""
+        return all(getattr(view, name) in answers for name, answers in self.allowed.items())
+
+
+def _guard(**allowed: Enum | tuple[Enum, ...]) -> Guard:
+    return Guard({k: frozenset(v if isinstance(v, tuple) else (v,)) for k, v in allowed.items()})
+
+
+_NEVER_TOLD = tuple(t for t in Target if t not in (Target.RAN, Target.DIED))
+
+SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
+    Effect.CHECK_PLAN: (_guard(want=Want.GO, step=Step.NEW, grant=Grant.NONE),),
+    Effect.PREPARE: (_guard(want=Want.GO, step=Step.PLANNED, grant=Grant.NONE),),
+    Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
+    Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
+    Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
+    Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
+    Effect.COMMIT: (
+        _guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),
+    ),
+    Effect.SEND_GRANT: (
+        _guard(
+            want=Want.GO,
+            source=(Source.POSTCOPY, Source.DONE, Source.RETIRED),
+            target=(Target.LOADED, Target.REFUSED),
+            grant=(Grant.HELD, Grant.SENT),
+        ),
+    ),
+    Effect.ASK_TARGET: (_guard(),),
+    Effect.RELEASE_TARGET: (_guard(),),  # the destination itself refuses when it ran
+    Effect.CANCEL_SOURCE: (
+        _guard(want=Want.BACK, grant=(Grant.NONE, Grant.HELD)),
+        _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE),
+    ),
+    Effect.RESUME_SOURCE: (
+        # Nobody was ever told to start: the destination is fenced by the missing grant.
+        _guard(want=Want.BACK, grant=(Grant.NONE, Grant.HELD), target=_NEVER_TOLD, cpus=Cpus.STOPPED),
+        # Somebody may have been told: only the proof that it never ran and never will leads back.
+        _guard(grant=Grant.SENT, target=Target.GONE, cpus=Cpus.STOPPED),
+    ),
+    Effect.STOP_SOURCE: (_guard(target=Target.RAN, cpus=Cpus.AS_BEFORE),),
+    Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT),),
+    Effect.NOTE_TARGET_LOST: (_guard(),),
+    Effect.NOTE_TIMEOUT: (_guard(want=Want.GO, grant=(Grant.NONE, Grant.HELD)),),
+    Effect.NOTE_QEMU_ERROR: (_guard(),),
+    Effect.CLEAN_UP: (_guard(),),
+}
+"""For each effect the guards of which one must allow it."""
+
+DESTINATION_GUARDS: dict[DestinationEffect, tuple[Guard, ...]] = {
+    DestinationEffect.SPAWN: (_guard(wish=Wish.KEEP, incoming=Incoming.NONE, held=Held.NO),),
+    DestinationEffect.START_CPUS: (
+        _guard(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),
+    ),
+    DestinationEffect.REPORT_RAN: (
+        _guard(ran=Ran.YES),
+        _guard(ran=Ran.UNKNOWN, incoming=Incoming.RUNNING),
+    ),
+    DestinationEffect.RENOUNCE: (
+        _guard(ran=Ran.NO, incoming=tuple(i for i in Incoming if i is not Incoming.RUNNING)),
+    ),
+    DestinationEffect.REPORT_DIED: (_guard(ran=(Ran.YES, Ran.UNKNOWN), incoming=Incoming.GONE),),
+}

@@ -1,0 +1,274 @@
+"""THE table of the source's agent: what is done next for every combination of what is known.
+
+Theory of operation
+-------------------
+Labels: P set-up, M memory on its way, C commit, G granted, B going back, F the source's process is gone,
+X never reached while the rules hold (kept as rows so that the answer to the impossible is written down: do
+nothing, keep both sides, call a person).
+
+The three outcomes of a switchover are the three ways out of the G rows: the destination ran (`G-ran-*`), it
+provably never will (`G-gone-*`), or nobody knows (`G-uncertain`).
+"""
+
+from __future__ import annotations
+
+from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
+from vmferry.core.table import Outcome, Row, pattern
+from vmferry.core.view import Cpus, Grant, Source, Step, Target, Want
+
+EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
+UNSENT = (Grant.NONE, Grant.HELD)
+ALIVE = tuple(s for s in Source if s not in (Source.GONE, Source.RETIRED))
+DEAD = (Source.GONE, Source.RETIRED)
+USABLE = (Target.PREPARED, Target.READY, Target.LOADED, Target.UNKNOWN)
+LOST = (Target.ABSENT, Target.REFUSED, Target.GONE)
+TO_RELEASE = (Target.PREPARED, Target.READY, Target.LOADED, Target.REFUSED, Target.UNKNOWN)
+NOTHING_THERE = (Target.ABSENT, Target.GONE)
+UNDER_WAY = (Source.BUSY, Source.WAITING, Source.SWITCHING, Source.SILENT, Source.UNKNOWN)
+OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
+"""The attempt is not going on inside QEMU: never begun, given up, or over with nobody told to run."""
+
+SETUP_MS = 10_000
+SWITCHOVER_MS = 5_000
+DEVICE_MS = 30_000
+SILENT_MS = 10_000
+ENDING_MS = 1_000
+RELEASE_MS = 2_000
+
+SET_UP: tuple[Row[E], ...] = (
+    Row("P-plan", pattern(want=Want.GO, step=Step.NEW, grant=Grant.NONE, source=ALIVE,
+                          target=(Target.ABSENT, *USABLE)),
+        E.CHECK_PLAN, "Nothing is touched before both hosts said that the move can work."),
+    Row("P-prepare", pattern(want=Want.GO, step=Step.PLANNED, grant=Grant.NONE, source=ALIVE,
+                             target=(Target.ABSENT, *USABLE)),
+        E.PREPARE, "The destination's QEMU is started paused, so that it cannot run before it is told to."),
+    Row("P-configure", pattern(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE, source=ALIVE,
+                               target=(Target.ABSENT, *USABLE)),
+        E.CONFIGURE, "Options are applied whole and read back before anything starts."),
+    Row("P-start", pattern(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, source=ALIVE,
+                           target=(Target.ABSENT, *USABLE)),
+        E.START, "The channel is ours and connected before QEMU hears of it, so it can always be cut."),
+    Row("P-target-lost", pattern(want=Want.GO, step=EARLY, grant=Grant.NONE, source=ALIVE,
+                                 target=(Target.REFUSED, Target.GONE)),
+        E.NOTE_TARGET_LOST, "Without a destination there is nothing to move to."),
+    Row("P-source-gone", pattern(want=Want.GO, step=EARLY, grant=Grant.NONE, source=DEAD,
+                                 target=(Target.ABSENT, *USABLE, Target.REFUSED, Target.GONE)),
+        E.NOTE_QEMU_ERROR, "The guest's process died before anything was moved: an ordinary crash."),
+    Row("P-back-release", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=TO_RELEASE),
+        E.RELEASE_TARGET, "Nothing was sent; the destination gives its place up.",
+        Outcome.SOURCE, RELEASE_MS, E.CLEAN_UP),
+    Row("P-back-clean", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=NOTHING_THERE),
+        E.CLEAN_UP, "Nothing was sent and nothing is left on the destination.", Outcome.SOURCE),
+    Row("X-early-ran", pattern(step=EARLY, grant=Grant.NONE, target=(Target.RAN, Target.DIED)),
+        None, "The destination runs a guest that was never sent to it.", Outcome.UNCERTAIN,
+        action="stop the VM of this name on the destination by hand"),
+    Row("X-early-grant", pattern(step=EARLY, grant=(Grant.HELD, Grant.SENT)),
+        None, "A commit without a started migration cannot be.", Outcome.UNCERTAIN,
+        action="vmferry status NAME on both hosts"),
+)  # fmt: skip
+
+MOVING: tuple[Row[E], ...] = (
+    Row("M-connect", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.IDLE,
+                             target=USABLE),
+        None, "QEMU was told to migrate and has not said so yet.", limit_ms=SETUP_MS, then=E.NOTE_TIMEOUT),
+    Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY, target=USABLE),
+        None, "Memory is on its way. A silent agent there is no failure: the QEMUs need nobody for this."),
+    Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
+                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN)),
+        E.MAKE_SURE, "Paused and still whole: the last place where both sides can say no at no cost.",
+        limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
+    Row("M-continue", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
+                              target=Target.READY),
+        E.CONTINUE, "Both sides are there.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
+    Row("M-target-lost", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
+                                 source=(Source.IDLE, Source.BUSY, Source.WAITING, Source.SWITCHING,
+                                         Source.POSTCOPY, Source.DONE, Source.BROKEN), target=LOST),
+        E.NOTE_TARGET_LOST, "The destination never ran and is of no use any more."),
+    Row("M-silent", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.SILENT,
+                            target=(*USABLE, *LOST)),
+        None, "QEMU does not answer; at the switchover a hung peer does that.",
+        limit_ms=SILENT_MS, then=E.NOTE_TIMEOUT),
+    Row("M-unknown-word", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.UNKNOWN,
+                                  target=(*USABLE, *LOST)),
+        None, "A word nobody has heard of is no error: wait for one that is known."),
+    Row("M-qemu-ends", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
+                               source=(Source.ENDING, Source.BACK, *DEAD), target=(*USABLE, *LOST)),
+        E.NOTE_QEMU_ERROR, "The source's QEMU gave the attempt up, or is gone."),
+    Row("M-broken", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BROKEN,
+                            target=USABLE),
+        None, "Postcopy lost its channel before anybody was told to run: the source is whole.", Outcome.HELD,
+        action="vmferry recover NAME: connect the two QEMUs again"),
+)  # fmt: skip
+
+COMMIT: tuple[Row[E], ...] = (
+    Row("C-commit", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.NONE,
+                            source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), target=USABLE),
+        E.COMMIT, "Durable before the destination may be told; beside QEMU's own work it costs no pause."),
+    Row("C-wait-load", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.HELD, source=Source.SWITCHING,
+                               target=USABLE),
+        None, "Device state is on its way; QEMU has no time limit here, we have.",
+        limit_ms=DEVICE_MS, then=E.NOTE_TIMEOUT),
+    Row("C-grant", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.HELD,
+                           source=(Source.POSTCOPY, Source.DONE), target=Target.LOADED),
+        E.SEND_GRANT, "The source is stopped and cannot start by itself, the destination has loaded."),
+    Row("C-ask", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.HELD,
+                         source=(Source.POSTCOPY, Source.DONE),
+                         target=(Target.PREPARED, Target.READY, Target.UNKNOWN)),
+        E.ASK_TARGET, "The source gave everything away; the destination has not said that it loaded.",
+        limit_ms=DEVICE_MS, then=E.NOTE_TIMEOUT),
+)  # fmt: skip
+
+GOING_BACK: tuple[Row[E], ...] = (
+    Row("B-cancel", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=UNDER_WAY,
+                            target=(*USABLE, *LOST)),
+        E.CANCEL_SOURCE, "Nobody was told to run: the source may go back at any time."),
+    Row("B-ending", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=Source.ENDING,
+                            target=(*USABLE, *LOST)),
+        None, "QEMU cleans up; a stuck channel is cut.", limit_ms=ENDING_MS, then=E.CANCEL_SOURCE),
+    Row("B-resume", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
+                            cpus=Cpus.STOPPED, target=(*USABLE, *LOST)),
+        E.RESUME_SOURCE, "The destination never got the right to run, so the source may.", Outcome.HELD,
+        action="none needed: the start is tried again; if a disk is locked elsewhere, free it"),
+    Row("B-release", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
+                             cpus=Cpus.AS_BEFORE, target=TO_RELEASE),
+        E.RELEASE_TARGET, "The guest runs here; the destination gives its place up.",
+        Outcome.SOURCE, RELEASE_MS, E.CLEAN_UP),
+    Row("B-clean", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
+                           cpus=Cpus.AS_BEFORE, target=NOTHING_THERE),
+        E.CLEAN_UP, "The guest runs here and nothing is left there.", Outcome.SOURCE),
+    Row("B-stuck", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
+                           cpus=Cpus.STUCK, target=(*USABLE, *LOST)),
+        None, "QEMU could not take its disks back and refuses to start for ever.", Outcome.HELD,
+        action="free the disk that is locked elsewhere, then vmferry recover NAME"),
+    Row("B-cpus-unknown", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
+                                  cpus=Cpus.UNKNOWN, target=(*USABLE, *LOST)),
+        None, "Whether the guest runs here is not known yet."),
+    Row("B-postcopy", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=Source.POSTCOPY,
+                              target=USABLE),
+        None, "QEMU refuses cancel here. The destination stays paused; when the last page is over, the "
+        "source is completed and may start again.", Outcome.HELD,
+        action="none needed: it comes back by itself"),
+    Row("B-postcopy-lost", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT,
+                                   source=(Source.POSTCOPY, Source.BROKEN), target=LOST),
+        None, "The destination is gone and never ran; QEMU's source waits for it for ever.", Outcome.HELD,
+        action="vmferry recover NAME: finish the transfer into a stand-in and start the guest here"),
+    Row("B-broken", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=Source.BROKEN,
+                            target=USABLE),
+        None, "Postcopy lost its channel before anybody was told to run: the source is whole.", Outcome.HELD,
+        action="vmferry recover NAME: connect the two QEMUs again"),
+    Row("F-back-partial", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=DEAD,
+                                  target=(Target.PREPARED, Target.READY, Target.REFUSED, Target.UNKNOWN)),
+        E.RELEASE_TARGET, "The source's process died with the only complete copy, as in any crash of it.",
+        Outcome.LOST, RELEASE_MS, E.CLEAN_UP),
+    Row("F-back-loaded", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=DEAD,
+                                 target=Target.LOADED),
+        None, "The source's process died; the destination loaded the device state and never ran.",
+        Outcome.HELD, action="vmferry recover NAME: start the destination if it has all pages"),
+    Row("F-back-nothing", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=DEAD,
+                                  target=NOTHING_THERE),
+        E.CLEAN_UP, "The source's process died with the only copy.", Outcome.LOST),
+    Row("X-ran-ungranted", pattern(step=Step.STARTED, grant=UNSENT, target=(Target.RAN, Target.DIED)),
+        None, "The destination runs without having been told to: somebody started it by hand.",
+        Outcome.UNCERTAIN, action="find out who started the destination; keep the source paused"),
+)  # fmt: skip
+
+PAUSED_THERE = (Target.PREPARED, Target.READY, Target.LOADED, Target.REFUSED)
+
+GRANTED: tuple[Row[E], ...] = (
+    Row("G-ran-retire", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.DONE,
+                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+        E.RETIRE_SOURCE, "The guest runs there with every page.", Outcome.DESTINATION),
+    Row("G-ran-double", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, cpus=Cpus.AS_BEFORE,
+                                source=ALIVE),
+        E.STOP_SOURCE, "The destination holds the newer generation: the source must not run.",
+        Outcome.DESTINATION),
+    Row("G-ran-pages", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
+                               source=(Source.POSTCOPY, Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
+                                       Source.IDLE, Source.BUSY, Source.WAITING),
+                               cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+        None, "The guest runs there; the last pages are on their way and both sides are needed.",
+        Outcome.DESTINATION),
+    Row("G-ran-broken", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
+                                source=(Source.BROKEN, Source.ENDING, Source.BACK),
+                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+        None, "The guest runs there and some of its pages are still here: both QEMUs are needed.",
+        Outcome.DEGRADED, action="vmferry recover NAME: connect the two QEMUs again"),
+    Row("G-ran-clean", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
+        E.CLEAN_UP, "The guest runs there and the source's QEMU is gone.", Outcome.DESTINATION),
+    Row("F-ran-gone", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.GONE),
+        None, "The source's process died with pages that the running guest still needs.", Outcome.DEGRADED,
+        action="vmferry recover NAME: serve the missing pages from the source's memory if that still exists"),
+    Row("G-again", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
+                           source=(Source.POSTCOPY, Source.DONE, Source.RETIRED), target=Target.LOADED),
+        E.SEND_GRANT, "The grant was lost on its way; the same generation again is harmless.",
+        Outcome.HELD, action="none needed: the start is tried again"),
+    Row("G-retry-start", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, source=Source.POSTCOPY,
+                                 target=Target.REFUSED),
+        E.SEND_GRANT, "The destination could not start; the pages finish meanwhile, and then the source can.",
+        Outcome.HELD, action="none needed: the start is tried again"),
+    Row("G-start-refused", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
+                                   source=(Source.DONE, Source.RETIRED), target=Target.REFUSED),
+        E.NOTE_TARGET_LOST, "The destination could not start and never ran: the guest goes back."),
+    Row("G-ask", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
+                         source=(Source.POSTCOPY, Source.DONE, Source.RETIRED),
+                         target=(Target.ABSENT, Target.PREPARED, Target.READY)),
+        E.ASK_TARGET, "The commit is durable and the destination has not said that it loaded.",
+        Outcome.UNCERTAIN, action="none needed: the destination is asked again"),
+    Row("G-under-way", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
+                               source=(Source.IDLE, *UNDER_WAY), target=(Target.ABSENT, *PAUSED_THERE)),
+        E.ASK_TARGET, "The agent came back in the middle of the switchover; QEMU goes on by itself.",
+        Outcome.UNCERTAIN, action="none needed: QEMU finishes and the agents agree again"),
+    Row("G-qemu-ends", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
+                               source=(Source.ENDING, Source.BACK), target=(Target.ABSENT, *PAUSED_THERE)),
+        E.NOTE_QEMU_ERROR, "The source's QEMU gave the attempt up before the destination ran."),
+    Row("G-broken", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, source=Source.BROKEN,
+                            target=(Target.ABSENT, *PAUSED_THERE)),
+        None, "Postcopy lost its channel; the destination is paused and never ran.", Outcome.HELD,
+        action="vmferry recover NAME: connect the two QEMUs again"),
+    Row("F-granted-gone", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, source=Source.GONE,
+                                  target=(Target.ABSENT, *PAUSED_THERE)),
+        None, "The source's process died before it had given everything away.", Outcome.HELD,
+        action="vmferry recover NAME: start the destination if it has all pages"),
+    Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN),
+        E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
+        Outcome.UNCERTAIN,
+        action="bring the link to the destination back; the agents then agree by themselves"),
+    Row("G-back-release", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT,
+                                  target=(Target.ABSENT, *PAUSED_THERE)),
+        E.RELEASE_TARGET, "Going back needs the destination's word that it never ran and never will.",
+        Outcome.UNCERTAIN, action="none needed: the destination is asked again"),
+    Row("G-gone-note", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE),
+        E.NOTE_TARGET_LOST, "The destination renounced: it never ran and never will."),
+    Row("G-gone-cancel", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                 source=UNDER_WAY),
+        E.CANCEL_SOURCE, "The destination renounced; the source's QEMU still tries."),
+    Row("G-gone-ending", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                 source=Source.ENDING),
+        None, "QEMU cleans up; a stuck channel is cut.", limit_ms=ENDING_MS, then=E.CANCEL_SOURCE),
+    Row("G-gone-resume", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                 source=OURS_AGAIN, cpus=Cpus.STOPPED),
+        E.RESUME_SOURCE, "The destination renounced, so the source may run.", Outcome.HELD,
+        action="none needed: the start is tried again; if a disk is locked elsewhere, free it"),
+    Row("G-gone-clean", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                source=OURS_AGAIN, cpus=Cpus.AS_BEFORE),
+        E.CLEAN_UP, "The guest runs here again and nothing is left there.", Outcome.SOURCE),
+    Row("G-gone-stuck", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                source=OURS_AGAIN, cpus=Cpus.STUCK),
+        None, "QEMU could not take its disks back and refuses to start for ever.", Outcome.HELD,
+        action="free the disk that is locked elsewhere, then vmferry recover NAME"),
+    Row("G-gone-cpus-unknown", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT,
+                                       target=Target.GONE, source=OURS_AGAIN, cpus=Cpus.UNKNOWN),
+        None, "Whether the guest runs here is not known yet."),
+    Row("G-gone-postcopy", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                                   source=(Source.POSTCOPY, Source.BROKEN)),
+        None, "The destination is gone and never ran; QEMU's source waits for it for ever.", Outcome.HELD,
+        action="vmferry recover NAME: finish the transfer into a stand-in and start the guest here"),
+    Row("F-gone-both", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
+                               source=DEAD),
+        E.CLEAN_UP, "Both processes are gone; the destination never ran.", Outcome.LOST),
+    Row("G-died", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.DIED),
+        None, "The guest ran on the destination and its process is gone: the source's copy is old.",
+        Outcome.LOST, action="restart the guest from its disks; the source's old memory is kept until then"),
+)  # fmt: skip
+
+SOURCE_ROWS: tuple[Row[E], ...] = SET_UP + MOVING + COMMIT + GOING_BACK + GRANTED

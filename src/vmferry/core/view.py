@@ -1,0 +1,297 @@
+"""What a decision looks at: a handful of closed questions about one attempt, each with an answer UNKNOWN.
+
+Theory of operation
+-------------------
+`SourceView` and `DestinationView` are computed from the fact log and from the newest readings of the QEMU and
+of the other side (`Readings`). They are small on purpose: the product of their answers is walked completely
+by the tests, so that the tables in `core.source_rows` and `core.destination_rows` are total.
+
+Rule 1: no status string gets past this file; QEMU's words are translated by tables (`SOURCE_WORDS`).
+Rule 2: a word that is in no table is UNKNOWN, which only ever leads to waiting or asking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from vmferry.core.facts import Fact, FactLog
+
+
+class Want(Enum):
+    """Where the guest shall be in the end."""
+
+    GO = "go"
+    BACK = "back"
+    """A cancel was accepted, or an error makes the destination impossible."""
+
+
+class Step(Enum):
+    """How far vmferry's own set-up got."""
+
+    NEW = "new"
+    PLANNED = "planned"
+    PREPARED = "prepared"
+    CONFIGURED = "configured"
+    STARTED = "started"
+
+
+class Source(Enum):
+    """What the source's QEMU itself says of this attempt."""
+
+    IDLE = "idle"
+    BUSY = "busy"
+    """Setting up or sending memory; the guest runs."""
+    WAITING = "waiting"
+    """Stopped before the switchover until it is told to continue."""
+    SWITCHING = "switching"
+    """Device state is on its way; nobody holds the disks."""
+    POSTCOPY = "postcopy"
+    """The destination may run; missing pages are served."""
+    BROKEN = "broken"
+    """Postcopy without a channel, or on its way back to one."""
+    DONE = "done"
+    ENDING = "ending"
+    BACK = "back"
+    """The attempt is over inside QEMU and the guest is the source's again."""
+    GONE = "gone"
+    """The process is gone and had not completed."""
+    RETIRED = "retired"
+    """The process is gone and had given everything away before."""
+    SILENT = "silent"
+    """The process is there and does not answer."""
+    UNKNOWN = "unknown"
+    """It said a word that nobody here has heard of."""
+
+
+class Cpus(Enum):
+    """The source's CPUs, against what the guest's owner wanted before the attempt."""
+
+    AS_BEFORE = "as-before"
+    """Running, or paused by its owner before the attempt and still so."""
+    STOPPED = "stopped"
+    STUCK = "stuck"
+    """Stopped in QEMU's finish-migrate, where `cont` is refused."""
+    UNKNOWN = "unknown"
+
+
+class Target(Enum):
+    """What is known of the destination."""
+
+    ABSENT = "absent"
+    """Never asked for anything."""
+    PREPARED = "prepared"
+    READY = "ready"
+    """Answered during the pause before the switchover."""
+    LOADED = "loaded"
+    """Holds the device state, paused; it never ran."""
+    REFUSED = "refused"
+    """Was told to start and could not; it never ran."""
+    RAN = "ran"
+    GONE = "gone"
+    """Proved: it never ran and never will."""
+    DIED = "died"
+    """It ran, and its QEMU is gone."""
+    UNKNOWN = "unknown"
+
+
+class Grant(Enum):
+    """The right to run the guest on the destination."""
+
+    NONE = "none"
+    HELD = "held"
+    """Durable in the source's journal, provably not sent."""
+    SENT = "sent"
+    """It may have arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceView:
+    """The questions that the source's table asks."""
+
+    want: Want
+    step: Step
+    source: Source
+    cpus: Cpus
+    target: Target
+    grant: Grant
+
+
+class Wish(Enum):
+    """What the source's agent wants of the destination."""
+
+    KEEP = "keep"
+    DROP = "drop"
+
+
+class Incoming(Enum):
+    """What the destination's QEMU says."""
+
+    NONE = "none"
+    """Not started yet."""
+    LOADING = "loading"
+    """Waiting for the stream or reading it; CPUs never started."""
+    LOADED = "loaded"
+    """Everything needed to start is there; paused."""
+    RUNNING = "running"
+    FAILED = "failed"
+    GONE = "gone"
+    UNKNOWN = "unknown"
+
+
+class Ran(Enum):
+    """Whether the destination's CPUs ever ran in this attempt."""
+
+    NO = "no"
+    YES = "yes"
+    UNKNOWN = "unknown"
+    """`cont` was written and neither RESUME nor a refusal was seen."""
+
+
+class Held(Enum):
+    """The newer generation in the destination's journal."""
+
+    NO = "no"
+    YES = "yes"
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationView:
+    """The questions that the destination's table asks."""
+
+    wish: Wish
+    held: Held
+    incoming: Incoming
+    ran: Ran
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The newest observations that are no facts of the past: each may be stale or UNKNOWN."""
+
+    source: Source = Source.IDLE
+    cpus: Cpus = Cpus.UNKNOWN
+    target_answers: bool = True
+    """False while the destination's agent does not answer."""
+
+
+SOURCE_WORDS: dict[str, Source] = {
+    "none": Source.IDLE,
+    "setup": Source.BUSY,
+    "wait-unplug": Source.BUSY,
+    "active": Source.BUSY,
+    "pre-switchover": Source.WAITING,
+    "device": Source.SWITCHING,
+    "postcopy-device": Source.SWITCHING,
+    "postcopy-active": Source.POSTCOPY,
+    "postcopy-paused": Source.BROKEN,
+    "postcopy-recover-setup": Source.BROKEN,
+    "postcopy-recover": Source.BROKEN,
+    "completed": Source.DONE,
+    "failing": Source.ENDING,
+    "cancelling": Source.ENDING,
+    "failed": Source.BACK,
+    "cancelled": Source.BACK,
+    "colo": Source.UNKNOWN,
+}
+"""QEMU's status words -> what they mean to a decision; any other word is UNKNOWN."""
+
+STUCK_RUN_STATES = frozenset({"finish-migrate"})
+"""Run states in which QEMU refuses `cont` after an attempt ended (issue seen when a lock is refused)."""
+
+
+def source_word(word: str | None) -> Source:
+    """QEMU's own status string -> `Source`; None (no migration yet) is IDLE, an unheard-of word UNKNOWN."""
+    return Source.IDLE if word is None else SOURCE_WORDS.get(word, Source.UNKNOWN)
+
+
+def cpus_from(run_state: str | None, *, running_before: bool, source: Source) -> Cpus:
+    """QEMU's run state -> `Cpus`. `finish-migrate` is STUCK only once QEMU has ended the attempt."""
+    if run_state is None:
+        return Cpus.UNKNOWN
+    if run_state == "running":
+        return Cpus.AS_BEFORE
+    if run_state in STUCK_RUN_STATES:
+        return Cpus.STUCK if source is Source.BACK else Cpus.STOPPED
+    if not running_before and run_state in {"paused", "prelaunch"}:
+        return Cpus.AS_BEFORE
+    return Cpus.STOPPED
+
+
+def _step(log: FactLog) -> Step:
+    for fact, step in (
+        (Fact.STARTED, Step.STARTED),
+        (Fact.CONFIGURED, Step.CONFIGURED),
+        (Fact.PREPARED, Step.PREPARED),
+        (Fact.PLANNED, Step.PLANNED),
+    ):
+        if fact in log:
+            return step
+    return Step.NEW
+
+
+def _target(log: FactLog, *, answers: bool) -> Target:
+    """What the log proves of the destination. Proofs outlive silence; everything else does not."""
+    if Fact.TARGET_DIED in log:
+        return Target.DIED
+    if Fact.TARGET_GONE in log:
+        return Target.GONE
+    if Fact.RUN_ACKED in log:
+        return Target.RAN
+    if Fact.PREPARE not in log and Fact.GRANT_SENT not in log:
+        return Target.ABSENT
+    if not answers:
+        return Target.UNKNOWN
+    if Fact.START_REFUSED in log:
+        return Target.REFUSED
+    if Fact.LOADED in log:
+        return Target.LOADED
+    return Target.READY if Fact.TARGET_READY in log else Target.PREPARED
+
+
+def _grant(log: FactLog) -> Grant:
+    if Fact.GRANT_SENT in log:
+        return Grant.SENT
+    return Grant.HELD if Fact.COMMITTED in log else Grant.NONE
+
+
+def source_view(log: FactLog, readings: Readings) -> SourceView:
+    """The source's questions answered from its facts and readings."""
+    back = Fact.CANCEL in log or Fact.ERROR in log
+    source, cpus = readings.source, readings.cpus
+    if Fact.SOURCE_GONE in log:
+        source, cpus = (Source.RETIRED if Fact.ALL_SENT in log else Source.GONE), Cpus.UNKNOWN
+    return SourceView(
+        want=Want.BACK if back else Want.GO,
+        step=_step(log),
+        source=source,
+        cpus=cpus,
+        target=_target(log, answers=readings.target_answers),
+        grant=_grant(log),
+    )
+
+
+def destination_view(log: FactLog, incoming: Incoming) -> DestinationView:
+    """The destination's questions answered from its facts and the newest reading of its QEMU."""
+    if Fact.TARGET_RAN in log:
+        ran = Ran.YES
+    elif log.last_round(Fact.START_SENT) > log.last_round(Fact.START_REFUSED):
+        ran = Ran.UNKNOWN
+    else:
+        ran = Ran.NO
+    return DestinationView(
+        wish=Wish.DROP if Fact.RELEASE in log else Wish.KEEP,
+        held=Held.YES if Fact.COMMITTED in log else Held.NO,
+        incoming=incoming,
+        ran=ran,
+    )
+
+
+def answers(view_type: type, field_name: str) -> tuple[Enum, ...]:
+    """All possible answers to one question of a view, for walking the tables."""
+    for field in fields(view_type):
+        if field.name == field_name:
+            enum_type = globals()[str(field.type)]
+            assert issubclass(enum_type, Enum)
+            return tuple(enum_type)
+    raise AssertionError(f"{view_type.__name__} has no question {field_name}")

@@ -1,0 +1,198 @@
+"""The journal of one agent: wants and the commit, never phases. Durable before the effect that depends on it.
+
+Theory of operation
+-------------------
+One SQLite database, one connection, one thread ("journal"), exclusive lock, WAL with synchronous=FULL: an
+entry is on the disk when `append` returns. Entries are only ever added; what holds now is what replaying them
+gives (`replay`). After a restart the agent reads the journal once and then runs its ordinary loop: there is no
+second recovery code, so nothing here says how far anything got.
+
+Rule 1: entries are past tense facts of agreement (`KEPT`, `WANTED`, `COMMITTED` …), never steps.
+Rule 2: a second process cannot open the journal of a live agent (`journal_mode` exclusive).
+
+Source for the SQLite settings: https://www.sqlite.org/wal.html and /pragma.html#pragma_synchronous;
+docs/decisions/0005-journal.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from vmferry.errors import Unfit
+
+
+class Entry(StrEnum):
+    """The kinds of entries."""
+
+    KEPT = "kept"
+    """This host keeps the VM: its definition, its QEMU, its generation."""
+    FORGOTTEN = "forgotten"
+    """This host does not keep the VM any more."""
+    WANTED = "wanted"
+    """Source: a migration was asked for."""
+    CANCEL_WANTED = "cancel-wanted"
+    """Source: its cancel was accepted."""
+    COMMITTED = "committed"
+    """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
+    PLACE_WANTED = "place-wanted"
+    """Destination: a place for the guest was asked for."""
+    RENOUNCED = "renounced"
+    """Destination: the guest never ran here in this job and never will."""
+    ENDED = "ended"
+    """The job is over: its result."""
+    DISMISSED = "dismissed"
+    """The result of the job was read and may be forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One entry as read back."""
+
+    seq: int
+    kind: Entry
+    subject: str
+    """A VM's name for KEPT and FORGOTTEN, else a job's id."""
+    body: dict[str, Any]
+
+
+@dataclass
+class JobState:
+    """What the journal says of one job."""
+
+    job: str
+    role: str
+    body: dict[str, Any]
+    cancel_wanted: bool = False
+    committed_generation: int | None = None
+    renounced: bool = False
+    ended: dict[str, Any] | None = None
+
+
+@dataclass
+class Replayed:
+    """What holds after all entries."""
+
+    vms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    jobs: dict[str, JobState] = field(default_factory=dict)
+
+
+def replay(entries: Iterable[Written]) -> Replayed:
+    """Entries in order -> what holds now. Pure."""
+    state = Replayed()
+    for entry in entries:
+        job = state.jobs.get(entry.subject)
+        match entry.kind:
+            case Entry.KEPT:
+                state.vms[entry.subject] = entry.body
+            case Entry.FORGOTTEN:
+                state.vms.pop(entry.subject, None)
+            case Entry.WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
+            case Entry.PLACE_WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
+            case Entry.DISMISSED:
+                state.jobs.pop(entry.subject, None)
+            case Entry.CANCEL_WANTED if job:
+                job.cancel_wanted = True
+            case Entry.COMMITTED if job:
+                job.committed_generation = int(entry.body["generation"])
+            case Entry.RENOUNCED if job:
+                job.renounced = True
+            case Entry.ENDED if job:
+                job.ended = entry.body
+            case _:
+                pass  # an entry of a job that was dismissed since: nothing to say any more
+    return state
+
+
+KEEP_ENDED_JOBS = 200
+"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries."""
+
+
+class Journal:
+    """The open journal of a live agent.
+
+    Raises:
+        Unfit: another agent holds it, or the file is damaged. Nothing was changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        try:
+            self._db = self._thread.submit(_open, path).result()
+        except sqlite3.DatabaseError as error:
+            self._thread.shutdown()
+            raise Unfit(
+                f"the journal {path} cannot be used: {error}",
+                hint="is another agent running with this state folder? Otherwise check the disk",
+                cause=error,
+            ) from error
+
+    async def append(self, kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        """Adds one entry; it is on the disk when this returns.
+
+        If this raises (a full disk, say), the entry is not there and what depends on it must not be done.
+        """
+        text = json.dumps(body or {}, separators=(",", ":"))
+        loop = asyncio.get_running_loop()
+        # shield: an append that was begun ends by itself; a cancelled waiter must not leave it half known
+        await asyncio.shield(loop.run_in_executor(self._thread, _append, self._db, kind, subject, text))
+
+    def read(self) -> list[Written]:
+        """All entries, oldest first."""
+        return self._thread.submit(_read, self._db).result()
+
+    def close(self) -> None:
+        """Closes the database and joins the thread."""
+        self._thread.submit(self._db.close).result()
+        self._thread.shutdown()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=1.0)
+    db.execute("PRAGMA locking_mode=EXCLUSIVE")
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    verdict = db.execute("PRAGMA quick_check").fetchone()[0]
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(f"quick_check says: {verdict}")
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS entry (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL,"
+        " subject TEXT NOT NULL, body TEXT NOT NULL) STRICT"
+    )
+    _forget_old(db)
+    return db
+
+
+def _forget_old(db: sqlite3.Connection) -> None:
+    """Drops superseded KEPT entries and whole jobs that ended long ago. Only at start: nobody waits."""
+    with db:
+        db.execute(
+            "DELETE FROM entry WHERE kind IN ('kept','forgotten') AND seq NOT IN"
+            " (SELECT max(seq) FROM entry WHERE kind IN ('kept','forgotten') GROUP BY subject)"
+        )
+        old = db.execute(
+            "SELECT subject FROM entry WHERE kind='ended' ORDER BY seq DESC LIMIT -1 OFFSET ?",
+            (KEEP_ENDED_JOBS,),
+        ).fetchall()
+        gone = db.execute("SELECT subject FROM entry WHERE kind='dismissed'").fetchall()
+        db.executemany("DELETE FROM entry WHERE subject=? AND kind NOT IN ('kept','forgotten')", old + gone)
+
+
+def _append(db: sqlite3.Connection, kind: Entry, subject: str, body: str) -> None:
+    db.execute("INSERT INTO entry (kind, subject, body) VALUES (?,?,?)", (kind.value, subject, body))
+
+
+def _read(db: sqlite3.Connection) -> list[Written]:
+    rows = db.execute("SELECT seq, kind, subject, body FROM entry ORDER BY seq")
+    return [Written(seq, Entry(kind), subject, json.loads(body)) for seq, kind, subject, body in rows]
