@@ -8,14 +8,12 @@ tools/setup_machine.py can build the guest before a virtual environment exists.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmferry.testing import cpio
+from vmferry.testing.host_tools import HostToolError, project_root, publish, run
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 # guest/drivers.c loads them in this order, as far as the devices are there; the package has no modules.dep.
@@ -33,10 +31,6 @@ MODULES = (
     "drivers/virtio/virtio_balloon",
 )
 _CC = ("gcc", "-static", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread")
-
-
-class GuestBuildError(RuntimeError):
-    """The test guest could not be built; the message holds the failed command and what it printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,38 +80,50 @@ def cmdline(
     return " ".join(words)
 
 
-def default_cache() -> Path:
-    """Where built and downloaded things live: $VMFERRY_CACHE, else `.cache` in the project's root."""
-    chosen = os.environ.get("VMFERRY_CACHE")
-    return Path(chosen) if chosen else _project_root() / ".cache"
+def built(cache: Path) -> LinuxGuest | None:
+    """The guest if `build` has nothing to do, else None. Reads the sources, starts no process."""
+    guest = _files(cache)
+    stamp = _stamp_path(cache)
+    if not (guest.kernel.exists() and guest.initrd.exists() and stamp.exists()):
+        return None
+    return guest if stamp.read_text() == _digest_of(_sources()) else None
 
 
 def build(cache: Path) -> LinuxGuest:
     """Builds what is missing or older than its sources under `cache`/linux-guest; at once if all is there.
 
-    Raises GuestBuildError. **If this raises**, nothing half-written is left under the final names, and it may
+    Raises HostToolError. **If this raises**, nothing half-written is left under the final names, and it may
     be called again. Needs root only as far as apt does.
     """
-    home = cache / "linux-guest"
+    ready = built(cache)
+    if ready is not None:
+        return ready
+    guest = _files(cache)
+    home = guest.kernel.parent
     home.mkdir(parents=True, exist_ok=True)
-    guest = LinuxGuest(kernel=home / "vmlinuz", initrd=home / "initrd.gz")
-    unpacked = home / "kernel-package"
-    if not guest.kernel.exists() or not unpacked.exists():
-        _fetch_kernel(home, unpacked)
-        _publish(_only(unpacked / "boot", "vmlinuz-*").read_bytes(), guest.kernel)
-    sources = sorted((_project_root() / "guest").glob("*.[ch]"))
-    if not sources:
-        raise GuestBuildError("guest/*.c is not there: the test guest can only be built from a source tree")
-    digest = _digest_of(sources)
-    built_from = home / "initrd.sources"
-    if not guest.initrd.exists() or not built_from.exists() or built_from.read_text() != digest:
-        _publish(_initrd(_compile(sources), unpacked), guest.initrd)
-        _publish(digest.encode(), built_from)
+    modules = [home / "modules" / f"{Path(module).name}.ko" for module in MODULES]
+    if not guest.kernel.exists() or not all(module.exists() for module in modules):
+        _fetch_kernel(home, guest.kernel)
+    sources = _sources()
+    publish(_initrd(_compile(sources), modules), guest.initrd)
+    publish(_digest_of(sources).encode(), _stamp_path(cache))
     return guest
 
 
-def _project_root() -> Path:
-    return Path(__file__).resolve().parents[3]
+def _files(cache: Path) -> LinuxGuest:
+    home = cache / "linux-guest"
+    return LinuxGuest(kernel=home / "vmlinuz", initrd=home / "initrd.gz")
+
+
+def _stamp_path(cache: Path) -> Path:
+    return cache / "linux-guest" / "stamp"
+
+
+def _sources() -> list[Path]:
+    sources = sorted((project_root() / "guest").glob("*.[ch]"))
+    if not sources:
+        raise HostToolError("guest/*.c is not there: the test guest can only be built from a source tree")
+    return sources
 
 
 def _digest_of(sources: list[Path]) -> str:
@@ -127,8 +133,7 @@ def _digest_of(sources: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _initrd(watcher: bytes, unpacked: Path) -> bytes:
-    modules = _only(unpacked / "lib" / "modules", "*") / "kernel"
+def _initrd(watcher: bytes, modules: list[Path]) -> bytes:
     entries = [
         cpio.directory("dev"),
         cpio.character_device("dev/console", 5, 1),
@@ -137,11 +142,7 @@ def _initrd(watcher: bytes, unpacked: Path) -> bytes:
         cpio.directory("modules"),
         cpio.file("init", watcher, executable=True),
     ]
-    for module in MODULES:
-        path = modules / f"{module}.ko"
-        if not path.exists():
-            raise GuestBuildError(f"the kernel package has no module {module}.ko")
-        entries.append(cpio.file(f"modules/{path.name}", path.read_bytes()))
+    entries += [cpio.file(f"modules/{path.name}", path.read_bytes()) for path in modules]
     return cpio.archive(entries)
 
 
@@ -149,66 +150,55 @@ def _compile(sources: list[Path]) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         program = Path(scratch) / "watcher"
         files = [str(source) for source in sources if source.suffix == ".c"]
-        _run([*_CC, "-s", "-o", str(program), *files])
+        run([*_CC, "-s", "-o", str(program), *files])
         return program.read_bytes()
 
 
-def _fetch_kernel(home: Path, unpacked: Path) -> None:
-    """Downloads the kernel package with the machine's own apt and unpacks it; installs nothing."""
+def _fetch_kernel(home: Path, kernel: Path) -> None:
+    """Downloads the kernel package with the machine's own apt and takes what we need; installs nothing."""
     package = _concrete_kernel_package()
     with tempfile.TemporaryDirectory(dir=home) as scratch_name:
         scratch = Path(scratch_name)
         try:
-            _run(["apt-get", "download", package], cwd=scratch)
-        except GuestBuildError:  # lists that are older than the mirror name files that are gone
-            _run(["apt-get", "update"])
-            _run(["apt-get", "download", _concrete_kernel_package()], cwd=scratch)
-        _run(["dpkg-deb", "-x", str(_only(scratch, "*.deb")), str(scratch / "x")])
-        if unpacked.exists():
-            shutil.rmtree(unpacked)
-        (scratch / "x").rename(unpacked)
+            run(["apt-get", "download", package], cwd=scratch)
+        except HostToolError:  # lists that are older than the mirror name files that are gone
+            run(["apt-get", "update"])
+            run(["apt-get", "download", _concrete_kernel_package()], cwd=scratch)
+        unpacked = scratch / "x"
+        run(["dpkg-deb", "-x", str(_only(scratch, "*.deb")), str(unpacked)])
+        tree = _only(unpacked / "lib" / "modules", "*") / "kernel"
+        (home / "modules").mkdir(exist_ok=True)
+        for module in MODULES:
+            path = tree / f"{module}.ko"
+            if not path.exists():
+                raise HostToolError(f"the kernel package {package} has no module {module}.ko")
+            publish(path.read_bytes(), home / "modules" / path.name)
+        publish(_only(unpacked / "boot", "vmlinuz-*").read_bytes(), kernel)
 
 
 def _concrete_kernel_package() -> str:
     """KERNEL_PACKAGE is empty and depends on the newest real one, such as linux-image-6.1.0-9-cloud-amd64."""
     for attempt in ("first", "after update"):
         try:
-            printed = _run(["apt-cache", "depends", KERNEL_PACKAGE])
-        except GuestBuildError:
+            printed = run(["apt-cache", "depends", KERNEL_PACKAGE])
+        except HostToolError:
             if attempt == "after update":
                 raise
-            _run(["apt-get", "update"])
+            run(["apt-get", "update"])
             continue
         for line in printed.splitlines():
             name = line.strip().removeprefix("Depends: ")
             if name.startswith("linux-image-") and name != KERNEL_PACKAGE:
                 return name
-    raise GuestBuildError(f"apt knows no real kernel behind {KERNEL_PACKAGE}; this needs Debian's package lists")
+    raise HostToolError(
+        f"apt knows no real kernel behind {KERNEL_PACKAGE}; this needs Debian's package lists"
+    )
 
 
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise GuestBuildError(f"{folder} has {len(found)} entries that match {pattern}; exactly one was expected")
-    return found[0]
-
-
-def _publish(data: bytes, path: Path) -> None:
-    """The file appears whole or not at all, also when two builds run at once."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as half:
-        half.write(data)
-    Path(half.name).chmod(0o644)
-    os.replace(half.name, path)
-
-
-def _run(argv: list[str], *, cwd: Path | None = None) -> str:
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-    try:
-        done = subprocess.run(
-            argv, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=600
+        raise HostToolError(
+            f"{folder} has {len(found)} entries that match {pattern}; exactly one was expected"
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise GuestBuildError(f"{argv[0]}: {error}") from error
-    if done.returncode != 0:
-        raise GuestBuildError(f"{' '.join(argv)} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
+    return found[0]
