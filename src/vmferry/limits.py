@@ -33,5 +33,8 @@ QMP_DEADLINE_S = 10.0
 # How long a monitor may take to greet and negotiate. A fresh QEMU under TCG greets within 0.3 s.
 QMP_CONNECT_DEADLINE_S = 10.0
 
+# How long closing a connection may wait for the other side's goodbye (TLS) before it is cut.
+QMP_CLOSE_DEADLINE_S = 1.0
+
 # How much is read from a QMP connection at a time: one query-migrate is 1-2 kB, so this is never the brake.
 QMP_READ_BYTES = 64 << 10
