@@ -38,3 +38,22 @@ QMP_CLOSE_DEADLINE_S = 1.0
 
 # How much is read from a QMP connection at a time: one query-migrate is 1-2 kB, so this is never the brake.
 QMP_READ_BYTES = 64 << 10
+
+# Events that a blocking client keeps while it waits for a reply: a migration makes about twenty.
+QMP_EVENTS_KEPT_MAX = 1000
+
+# Sessions of one QMP server at a time: people, scripts and one per peer. A leak in a client shows up here.
+QMP_SESSIONS_MAX = 64
+
+# In-band commands that one session may have waiting; then it is not read from until one is done (QEMU: 8).
+QMP_SESSION_QUEUED_MAX = 8
+
+# Unsent events that one session may pile up before it is dropped as a reader that is too slow. An event is
+# 0.2-2 kB, so a session that falls behind by thousands cannot be told the truth any more anyway.
+QMP_SESSION_EVENT_BYTES_MAX = 4 << 20
+
+# Unsent bytes above which a session's next reply waits, so that a slow reader holds up only itself.
+QMP_SESSION_OUT_BYTES_MAX = 1 << 20
+
+# How long a session may take no byte at all, with something to send to it, before it is dropped.
+QMP_WRITE_STALL_S = 30.0

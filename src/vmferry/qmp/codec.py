@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -333,7 +334,14 @@ def _refuse_constant(word: str) -> Any:
     raise ValueError(f"invalid keyword '{word}'")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # could be read, but not be written back as the `id` of a reply
+        raise ValueError("number out of range")
+    return number
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
 _QUOTED = re.compile(r""""((?:[^"\\]++|\\.)*+)"|'((?:[^'\\]++|\\.)*+)'""", re.DOTALL)
 _ESCAPED = re.compile(r'\\.|"', re.DOTALL)
 
