@@ -101,6 +101,7 @@ class Option:
     gone_in: Version | None = None
     low: int | None = None
     high: int | None = None
+    power_of_two: bool = False
     words: tuple[str, ...] = ()
     qemu_default: Value | _Unset = UNSET
     default: Value | _Unset = UNSET
@@ -151,6 +152,7 @@ def _par(
     what: str,
     *,
     between: tuple[int, int] | None = None,
+    power_of_two: bool = False,
     qemu: Value | _Unset = UNSET,
     ours: Value | _Unset | None = None,
     words: tuple[str, ...] = (),
@@ -165,6 +167,7 @@ def _par(
     return Option(
         name=name, kind=Kind.PARAMETER, type=type_, roles=roles, since=since, first_use=first_use, what=what,
         low=low, high=high, words=words, gone_in=gone_in, qemu_default=qemu,
+        power_of_two=power_of_two,
         default=qemu if ours is None else ours, window=window, safe_because=safe_because,
         meaningful_later=later, policy=policy, reason=reason,
     )  # fmt: skip
@@ -275,7 +278,7 @@ PARAMETERS: Final[tuple[Option, ...]] = (
     _par("x-vcpu-dirty-limit-period", _T.TIME, SOURCE, (8, 1), "dirty-limit first acted",
          "how often dirty-limit measures", between=(1, 1000), qemu=1000, later="partly"),
     _par("xbzrle-cache-size", _T.SIZE, SOURCE, (2, 11), _SETUP, "memory for xbzrle; a power of two",
-         between=(4096, 1 << 62), qemu=64 * MIB, later="little"),
+         between=(4096, 1 << 62), power_of_two=True, qemu=64 * MIB, later="little"),
     _par("announce-initial", _T.TIME, DESTINATION, (4, 0), _LOAD_END,
          "wait before the first network announcement", between=(0, 100_000), qemu=50,
          later="until the load ends"),
@@ -308,7 +311,7 @@ PARAMETERS: Final[tuple[Option, ...]] = (
          words=("normal", "cpr-reboot", "cpr-transfer", "cpr-exec"), qemu="normal", policy=_MANAGED,
          reason="only 'normal' moves a VM between hosts; the cpr modes are not supported"),
     _par("cpr-exec-command", _T.LIST, SOURCE, (10, 2), "the migration started",
-         "the QEMU that cpr-exec becomes", policy=_NO, reason="the cpr modes are not supported"),
+         "the QEMU that cpr-exec becomes", qemu=[], policy=_NO, reason="the cpr modes are not supported"),
     _par("direct-io", _T.BOOL, BOTH, (9, 1), "the file was opened", "opens a migration file with O_DIRECT",
          qemu=False, policy=_MANAGED, reason="it is for files; a migration between hosts has none"),
     _par("block-bitmap-mapping", _T.LIST, BOTH, (5, 2), _SETUP, "other names for dirty bitmaps", policy=_NO,
@@ -317,7 +320,7 @@ PARAMETERS: Final[tuple[Option, ...]] = (
          "time between COLO checkpoints", between=(0, (1 << 32) - 1), qemu=20_000, policy=_NO,
          reason="continuous replication is not supported"),
     _par("x-rdma-chunk-size", _T.SIZE, BOTH, (11, 1), "the RDMA connection was made",
-         "unit of RDMA transfers", policy=_NO, reason=_RDMA),
+         "unit of RDMA transfers", between=(MIB, 1 << 30), qemu=MIB, policy=_NO, reason=_RDMA),
     _par("compress-level", _T.INT, SOURCE, (2, 4), _SETUP, "old compression", between=(0, 9), qemu=1,
          gone_in=(9, 1), policy=_NO, reason=_GONE_COMPRESS),
     _par("compress-threads", _T.INT, SOURCE, (2, 4), _SETUP, "old compression", between=(1, 255), qemu=8,
