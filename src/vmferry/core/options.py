@@ -46,8 +46,8 @@ from vmferry.units import format_size, parse_size_bytes, parse_time_ms
 __all__ = [
     "BOTH", "CAPABILITIES", "DESTINATION", "ENDING", "OPEN", "OPTIONS", "OVER", "PARAMETERS", "SOURCE",
     "UNSET", "AttemptOptions", "Config", "Kind", "Mode", "Option", "Policy", "Refused", "Role", "Skipped",
-    "TlsChoice", "Value", "ValueType", "Window", "build", "differences", "find_option", "format_value", "help_lines",
-    "parse_setting", "parse_value", "policy_objection", "refusal",
+    "TlsChoice", "Value", "ValueType", "Window", "build", "differences", "docs_markdown", "find_option",
+    "format_value", "help_lines", "parse_setting", "parse_value", "policy_objection", "refusal",
 ]  # fmt: skip
 
 _S = MigrationStatus
@@ -401,7 +401,15 @@ def _objections(
         for name, value in values.items()
         if value not in (False, "", "none")
     }
+    if _number("max-cpu-throttle", config) < _number("cpu-throttle-initial", config):
+        yield "max-cpu-throttle is less than cpu-throttle-initial"
     yield from (c.why for c in _CLASHES if c.these <= on and not (c.needs and c.needs in on))
+
+
+def _number(name: str, config: Config) -> int:
+    value = config.settings.get(name, OPTIONS[name].default)
+    assert isinstance(value, int), f"{name} is a number"
+    return value
 
 
 def _spread(
@@ -452,3 +460,53 @@ def help_lines() -> tuple[str, ...]:
     return tuple(
         f"{o.name:28} {o.allowed():32} {o.what}" for o in OPTIONS.values() if o.policy is Policy.FREE
     )
+
+
+_DOCS_HEAD: Final = """\
+# Migration options
+
+<!-- made by tools/gen_docs.py from src/vmferry/core/option_table.py; do not edit -->
+
+Give an option with `--set NAME=VALUE`. Names are QEMU's. Rates are bytes per second, times milliseconds,
+sizes bytes; `200ms`, `1.5s`, `64M` and `2G/s` are understood. vmferry sets *every* option that a QEMU knows
+before each attempt, so what an earlier migration left behind has no effect.
+
+Policies: **free** = yours to set; **managed** = follows from another choice; **forced on** and **forbidden** =
+the same for every migration, with the reason.
+
+Windows: when an option may change while a migration runs. Whatever is not listed as open is locked, and
+nothing at all may change while an attempt fails, is cancelled or is cleaned up.
+"""
+
+
+def docs_markdown() -> str:
+    """docs/options.md."""
+    parts = [_DOCS_HEAD]
+    for title, rows in (("Parameters", PARAMETERS), ("Capabilities", CAPABILITIES)):
+        parts.append(
+            f"## {title}\n\n| option | meaning | allowed | vmferry sets (QEMU's default) | side | window "
+            "| policy | in use since | known to QEMU |\n|---|---|---|---|---|---|---|---|---|\n"
+            + "\n".join(_docs_row(option) for option in rows)
+            + "\n"
+        )
+    opened = [o for o in OPTIONS.values() if o.window is not Window.LOCKED]
+    parts.append(
+        "## What may change while a migration runs\n\n| option | when | why that is safe | useful then |\n"
+        "|---|---|---|---|\n"
+        + "\n".join(f"| `{o.name}` | {o.window} | {o.safe_because} | {o.meaningful_later} |" for o in opened)
+        + "\n"
+    )
+    parts.append("## What excludes what\n\n" + "\n".join(f"- {clash.why}" for clash in _CLASHES) + "\n")
+    return "\n".join(parts)
+
+
+def _docs_row(o: Option) -> str:
+    ours, theirs = ("–" if v is UNSET else format_value(o, v) for v in (o.default, o.qemu_default))
+    value = ours if ours == theirs else f"{ours} ({theirs})"
+    known = f"{o.since[0]}.{o.since[1]} on"
+    if o.gone_in is not None:
+        known = f"{o.since[0]}.{o.since[1]} to before {o.gone_in[0]}.{o.gone_in[1]}"
+    policy = str(o.policy) + (f": {o.reason}" if o.reason else "")
+    side = " and ".join(sorted(o.roles, reverse=True))
+    cells = (f"`{o.name}`", o.what, o.allowed(), value, side, str(o.window), policy, o.first_use, known)
+    return "| " + " | ".join(cells) + " |"
