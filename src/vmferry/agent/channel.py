@@ -16,8 +16,9 @@ The token itself never crosses this network, so who holds the port or listens on
 that opens another channel. The greeting keeps strangers out; it does not hide the stream: TLS does that.
 
 Rule 1: a ticket opens one channel once.
-Rule 2: while a Channel is open here the peer sees no end of the stream when our QEMU dies, because our
-        descriptor holds the connection. So whoever sees QEMU end must `cut` or `close` its channels.
+Rule 2: while a Channel is open here the peer sees no end of the stream when our QEMU dies or closes it (a
+        refused certificate, a failed load), because our descriptor holds the connection. So its owner asks
+        `is_held_by` while the migration is under way, and cuts the channel that QEMU has let go.
 Rule 3: nothing here changes the flags of a Channel's socket: QEMU shares them.
 Rule 4: everything is bounded: strangers at once, bytes read from each, and time.
 """
@@ -25,6 +26,7 @@ Rule 4: everything is bounded: strangers at once, bytes read from each, and time
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
@@ -103,6 +105,7 @@ class Channel:
         connection.setblocking(True)
         self.name = name
         self.peer: Address = _address(connection.getpeername())
+        self.inode = os.fstat(connection.fileno()).st_ino  # names the connection in /proc/PID/fd
         self._socket = connection
         self._is_cut = False
 
@@ -119,6 +122,16 @@ class Channel:
     def is_cut(self) -> bool:
         """Has `cut` or `close` ended this channel from here?"""
         return self._is_cut
+
+    def is_held_by(self, pid: int) -> bool:
+        """Does process `pid` (our QEMU) still have a descriptor of this connection? False once it is dead.
+
+        Costs about 0.1 ms. Raises PermissionError when this user may not look.
+        """
+        try:
+            return self.inode in _socket_inodes(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
     def cut(self) -> None:
         """End the connection for both QEMUs at once, whoever else holds descriptors of it. Never raises.
@@ -390,6 +403,16 @@ def _resolve(address: Address) -> tuple[int, Any]:
     """The family and the kernel's form of an IP address and port. Numbers only: names would need a thread."""
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][0], found[0][4]
+
+
+def _socket_inodes(pid: int) -> set[int]:
+    found: set[int] = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since the directory was read
+            target = os.readlink(entry.path)
+            if target.startswith("socket:["):
+                found.add(int(target[len("socket:[") : -1]))
+    return found
 
 
 def _tune(connection: socket.socket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -282,6 +283,21 @@ async def test_cut_ends_the_connection_whoever_else_holds_it() -> None:
     destination.cut()
     destination.close()
     assert destination.fileno() == -1
+
+
+async def test_who_holds_a_channel_is_known() -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+    child = await asyncio.create_subprocess_exec("sleep", "60", pass_fds=[source.fileno()])
+    assert source.is_held_by(child.pid)
+    assert source.is_held_by(os.getpid())
+    assert not destination.is_held_by(child.pid)
+    child.kill()
+    await child.wait()
+    assert not source.is_held_by(child.pid)
+    source.close()
+    assert not source.is_held_by(os.getpid())
+    destination.close()
 
 
 async def test_tcp_info_counts_what_the_peer_has() -> None:
