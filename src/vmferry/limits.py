@@ -19,6 +19,10 @@ QMP_COMMAND_BYTES_MAX = 1 << 20
 # deepest known reply is query-block over a long backing chain, two levels per image.
 QMP_DEPTH_MAX = 256
 
+# A number cut by the end of the buffer is scanned again when more comes; this keeps that cost bounded. No number
+# that means anything has more than 24 characters.
+QMP_NUMBER_BYTES_MAX = 512
+
 # QEMU stops reading a monitor, out-of-band commands included, once 8 in-band commands are queued. Staying
 # well below keeps `yank` and `migrate-pause` deliverable whatever the in-band commands wait for.
 QMP_IN_BAND_UNANSWERED_MAX = 4
@@ -57,3 +61,12 @@ QMP_SESSION_OUT_BYTES_MAX = 1 << 20
 
 # How long a session may take no byte at all, with something to send to it, before it is dropped.
 QMP_WRITE_STALL_S = 30.0
+
+# --- VMs and host probes --------------------------------------------------------------------------------
+
+# A throw-away QEMU that tells what it can do answers in 0.05 s; a host under heavy load takes seconds.
+VM_PROBE_S = 10.0
+
+# How long a guest of one sector may take to boot and print under KVM. A healthy KVM needs 0.2 s, TCG 0.1 s;
+# a KVM that is itself emulated was seen to need 3.3 s, and is then forty times slower than TCG.
+VM_KVM_BOOT_S = 2.0

@@ -96,7 +96,7 @@ def drop(_work: Work, _option: Option) -> list[str]:
 
 def drop_with(reason: str) -> Action:
     def action(work: Work, option: Option) -> list[str]:
-        work.note(f"-{option.name} is left out: {reason}")
+        work.note(f"{' '.join(keep(work, option))} is left out: {reason}")
         return []
 
     return action
@@ -104,7 +104,7 @@ def drop_with(reason: str) -> Action:
 
 def keep_with(reason: str) -> Action:
     def action(work: Work, option: Option) -> list[str]:
-        work.note(f"-{option.name} {option.value} is kept: {reason}")
+        work.note(f"{' '.join(keep(work, option))} is kept: {reason}")
         return keep(work, option)
 
     return action

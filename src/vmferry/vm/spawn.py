@@ -195,7 +195,12 @@ def identify(pid: int) -> ProcessIdentity | None:
     stat = _read_stat(pid)
     if stat is None:
         return None
-    return ProcessIdentity(pid, stat[1], _BOOT_ID.read_text().strip())
+    return ProcessIdentity(pid, stat[1], host_boot_id())
+
+
+def host_boot_id() -> str:
+    """The kernel's name for this boot of the host; another boot has another one."""
+    return _BOOT_ID.read_text().strip()
 
 
 def is_same_process(identity: ProcessIdentity) -> bool:
@@ -203,7 +208,7 @@ def is_same_process(identity: ProcessIdentity) -> bool:
     stat = _read_stat(identity.pid)
     if stat is None or stat[0] in "ZX":
         return False
-    return stat[1] == identity.start_time_ticks and _BOOT_ID.read_text().strip() == identity.boot_id
+    return stat[1] == identity.start_time_ticks and host_boot_id() == identity.boot_id
 
 
 def open_process(identity: ProcessIdentity) -> int | None:
