@@ -3,7 +3,8 @@
  *
  * Block number n goes to slot n modulo disk_blocks. The RAM remembers which number each slot holds, so a
  * write that the guest saw complete and that a later read does not show is found: after a migration the
- * destination must see all writes that completed on the source.
+ * destination must see all writes that completed on the source. Each block is read back three times: at
+ * once, when half of the ring has been written after it, and just before it is overwritten.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -81,7 +82,7 @@ static void check_slot(uint64_t slot)
 
 void *disk_thread(void *unused)
 {
-    uint64_t blocks = (uint64_t)options.disk_blocks, number = 0, cursor = 0, walks = 0;
+    uint64_t blocks = (uint64_t)options.disk_blocks, number = 0, walks = 0;
     written_number = malloc(blocks * sizeof *written_number);
     if (!written_number || posix_memalign(&buffer, PAGE_BYTES, PAGE_BYTES) != 0 || !open_disk())
         return unused;
@@ -95,11 +96,10 @@ void *disk_thread(void *unused)
             deadline_us = now_us();
         write_block(number);
         check_slot(number % blocks);
-        check_slot(cursor);
         number++;
-        if (++cursor == blocks) {
-            cursor = 0;
+        check_slot((number + blocks / 2) % blocks);   /* written half a ring ago */
+        check_slot(number % blocks);                  /* the oldest, which is overwritten next */
+        if (number % blocks == 0)
             say("W disk %lu", (unsigned long)++walks);
-        }
     }
 }

@@ -1,0 +1,39 @@
+"""The QEMU versions that tests can use on this machine."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from pathlib import Path
+
+from vmferry.testing import newer_qemu
+from vmferry.testing.host_tools import default_cache, run
+
+_VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)")
+
+
+def available() -> dict[str, Path]:
+    """Version ("major.minor", asked from the program) to program: the system's, and the one in the cache.
+
+    The oldest comes first. Empty if there is none. tools/setup_machine.py provides both.
+    """
+    programs = [newer_qemu.home(default_cache()) / newer_qemu.SYSTEM_PROGRAM]
+    system = shutil.which(newer_qemu.SYSTEM_PROGRAM)
+    if system is not None:
+        programs.append(Path(system))
+    found = {_version(program): program for program in programs if program.exists()}
+    return dict(sorted(found.items(), key=lambda item: [int(part) for part in item[0].split(".")]))
+
+
+def image_tool(program: Path) -> Path:
+    """The qemu-img of the same version as `program`, one of those in `available`."""
+    return program.with_name("qemu-img")
+
+
+@functools.cache
+def _version(program: Path) -> str:
+    printed = run([str(program), "--version"])
+    found = _VERSION.search(printed)
+    assert found is not None, f"{program} --version printed {printed!r}"
+    return f"{found[1]}.{found[2]}"
