@@ -20,7 +20,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vmferry.errors import HostUnreachable, NotTrusted, VmferryError
 
@@ -31,10 +31,7 @@ _AGENT_KEY = "agent-key.pem"
 _AGENT_URI = "vmferry://agent/"
 
 
-class PeerCertificate(Protocol):
-    """What `ssl.SSLSocket` and `ssl.SSLObject` have in common here."""
-
-    def getpeercert(self, binary_form: bool = False) -> Any: ...
+Connection = ssl.SSLSocket | ssl.SSLObject  # asyncio gives the second as "ssl_object"
 
 
 def server_context(directory: Path) -> ssl.SSLContext:
@@ -77,7 +74,7 @@ def _context(protocol: int, directory: Path) -> ssl.SSLContext:
     return context
 
 
-def peer_name(connection: PeerCertificate) -> str:
+def peer_name(connection: Connection) -> str:
     """The agent's name in the peer's certificate, after the handshake. Raises NotTrusted."""
     certificate: Mapping[str, Any] = connection.getpeercert() or {}
     uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
@@ -87,7 +84,7 @@ def peer_name(connection: PeerCertificate) -> str:
     return str(names[0])
 
 
-def check_peer(connection: PeerCertificate, expected: str) -> None:
+def check_peer(connection: Connection, expected: str) -> None:
     """Raise NotTrusted unless the peer is the agent named `expected`; the caller then closes."""
     found = peer_name(connection)
     if found != expected:
@@ -131,9 +128,11 @@ def explain(error: OSError, peer: str) -> VmferryError:
     match error:
         case ssl.SSLCertVerificationError():
             sentence = _VERIFY_SENTENCES.get(error.verify_code)
-            if sentence is None:
-                sentence = "the certificate of {peer} cannot be trusted (" + error.verify_message + ")"
-            return NotTrusted(sentence.format(peer=peer), cause=error)
+            if sentence is not None:
+                return NotTrusted(sentence.format(peer=peer), cause=error)
+            return NotTrusted(
+                f"the certificate of {peer} cannot be trusted ({error.verify_message})", cause=error
+            )
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return HostUnreachable(f"{peer} closed the connection in the middle of the greeting", cause=error)
         case ssl.SSLError():
@@ -154,4 +153,5 @@ def explain(error: OSError, peer: str) -> VmferryError:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return str(error.reason or error.strerror or error)
+    # The attribute is absent when it was not OpenSSL but asyncio that made the error.
+    return str(getattr(error, "reason", None) or error.strerror or error)
