@@ -19,8 +19,8 @@ QMP_COMMAND_BYTES_MAX = 1 << 20
 # deepest known reply is query-block over a long backing chain, two levels per image.
 QMP_DEPTH_MAX = 256
 
-# A number cut by the end of the buffer is scanned again when more comes; this keeps that cost bounded. No number
-# that means anything has more than 24 characters.
+# A number cut by the end of the buffer is scanned again when more comes; this keeps that cost bounded. No
+# number that means anything has more than 24 characters.
 QMP_NUMBER_BYTES_MAX = 512
 
 # QEMU stops reading a monitor, out-of-band commands included, once 8 in-band commands are queued. Staying

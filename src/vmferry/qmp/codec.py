@@ -20,8 +20,9 @@ Where we differ from QEMU, each time towards one error instead of several:
 
 * An oversized or too deeply nested value gives one `BadSyntax` at once and is then skipped without being
   kept, up to its end or the next impossible byte. (QEMU starts anew in its middle.)
-* A malformed number or keyword is noticed at the end of its value. (QEMU notices a number at once and may
-  then take an inner object for a command.)
+* What is wrong in grammar only, such as two commas in a row, is noticed at the end of its value and gives one
+  `BadSyntax`. (So does QEMU 7.2; QEMU 11 notices at once, and then also skips to the end.)
+* `0e1` is JSON and is taken; QEMU 7.2 and 11.1 refuse an exponent after a lone zero.
 
 Rule 1: any bytes give messages, `BadSyntax` or `NEED_DATA`; any other exception is a bug.
 Rule 2: what is held never exceeds `max_message_bytes` plus what was fed since `next` last gave `NEED_DATA`.
@@ -119,20 +120,30 @@ class BadSyntax:
 
 Message = Greeting | Reply | ErrorReply | Event | Command | Malformed | BadSyntax
 
-_Mode = Literal["between", "scalar", "inside", "string", "recovery"]
+_Mode = Literal["between", "keyword", "number", "inside", "string", "recovery"]
 
 # The bytes that end a string before its quote does: control characters and the two impossible in UTF-8.
 _END = rb"\x00-\x1f\xfe\xff"
 _SPACE = re.compile(rb"[ \t\r\n]*+")
-_SCALAR = re.compile(rb"[0-9a-zE+.\-]*+")
-# Anything between two brackets: whole double-quoted strings are passed over in one go.
-_FLAT = re.compile(rb'(?:[ \t\r\n:,0-9a-zE+.\-]++|"(?:[^"\\%b]++|\\[^%b])*+")*+' % (_END, _END))
+_KEYWORD = re.compile(rb"[a-z]*+")
+_NUMBER = re.compile(rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+")
+# As much of a number as there is: what follows is not part of it, or is what makes it malformed.
+_NUMBER_BEGUN = re.compile(
+    rb"-?+(?:(?:0|[1-9][0-9]*+)(?:\.(?:[0-9]++(?:[eE][+-]?+[0-9]*+)?+)?+|[eE][+-]?+[0-9]*+)?+)?+"
+)
+# Anything between two brackets, as long as it is whole: strings and ordinary numbers are passed over at once.
+_FLAT = re.compile(
+    rb'(?:[ \t\r\n:,]++|[a-z]++|%b(?=[ \t\r\n,\]}])|"(?:[^"\\%b]++|\\[^%b])*+")*+'
+    % (_NUMBER.pattern, _END, _END)
+)
 _BODY = {
     ord('"'): re.compile(rb'(?:[^"\\%b]++|\\[^%b])*+' % (_END, _END)),
     ord("'"): re.compile(rb"(?:[^'\\%b]++|\\[^%b])*+" % (_END, _END)),
 }
 _SKIPPED = re.compile(rb"[^\x00-\x08\x0a-\x1f{}\[\]:,\xfe\xff]*+")
-_SCALAR_BYTES = frozenset(b"0123456789abcdefghijklmnopqrstuvwxyz-")
+_DIGITS = frozenset(b"0123456789")
+_NUMBER_STARTS = frozenset(b"-0123456789")
+_KEYWORD_STARTS = frozenset(b"abcdefghijklmnopqrstuvwxyz")
 
 
 class Decoder:
@@ -180,13 +191,16 @@ class Decoder:
             match self._mode:
                 case "between":
                     found = self._on_between()
-                case "scalar":
-                    found = self._on_scalar()
+                case "keyword":
+                    found = self._on_keyword()
+                case "number":
+                    found = self._on_number()
                 case "inside":
                     found = self._on_inside()
                 case "string":
                     found = self._on_string()
-                case "recovery":
+                case _:
+                    assert self._mode == "recovery"
                     found = self._on_recovery()
             if found is not None:
                 return found
@@ -213,17 +227,30 @@ class Decoder:
             case 0x7D | 0x5D | 0x3A | 0x2C:  # } ] : ,
                 self._reset()
                 return BadSyntax("JSON parse error, expecting value")
-            case _ if byte in _SCALAR_BYTES:
-                self._mode = "scalar"
+            case _ if byte in _KEYWORD_STARTS:
+                self._mode = "keyword"
+            case _ if byte in _NUMBER_STARTS:
+                self._mode, self._position = "number", 0
             case _:
                 return self._stray()
         return None
 
-    def _on_scalar(self) -> Message | None:
-        self._position = _end_of(_SCALAR, self._buffer, self._position)
-        if self._position == len(self._buffer):
-            return None
-        return self._finish()
+    def _on_keyword(self) -> Message | None:
+        self._position = _end_of(_KEYWORD, self._buffer, self._position)
+        return None if self._position == len(self._buffer) else self._finish()
+
+    def _on_number(self) -> Message | NeedData | None:
+        """A number that begins at `_position`, and is looked at from there until it ends."""
+        buffer, start = self._buffer, self._position
+        end = _end_of(_NUMBER_BEGUN, buffer, start)
+        if end == len(buffer) and end - start <= limits.QMP_NUMBER_BYTES_MAX:
+            return NEED_DATA
+        is_whole = _NUMBER.fullmatch(buffer, start, end) is not None
+        if end == len(buffer) or not is_whole or buffer[end] in _DIGITS:  # the last: 01
+            self._position = min(end + 1, len(buffer))
+            return self._stray()
+        self._position = end
+        return self._after_token()
 
     def _on_inside(self) -> Message | None:
         self._position = _end_of(_FLAT, self._buffer, self._position)
@@ -237,6 +264,10 @@ class Decoder:
                 return None
             case 0x7B | 0x5B | 0x7D | 0x5D:
                 self._count(byte)
+            case _ if byte in _NUMBER_STARTS:
+                self._mode = "number"
+                self._position -= 1
+                return None
             case _:
                 return self._stray()
         if min(self._braces, self._brackets) < 0 or self._braces == self._brackets == 0:
@@ -259,6 +290,9 @@ class Decoder:
         self._position += 1
         if byte != self._quote:
             return self._stray()
+        return self._after_token()
+
+    def _after_token(self) -> Message | None:
         if self._braces == self._brackets == 0:
             return self._finish()
         self._mode = "inside"
@@ -330,10 +364,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _refuse_constant(word: str) -> Any:
-    raise ValueError(f"invalid keyword '{word}'")
-
-
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):  # could be read, but not be written back as the `id` of a reply
@@ -341,7 +371,8 @@ def _finite(text: str) -> float:
     return number
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+# NaN and Infinity, which Python would take, have capital letters, so the scanner has refused them already.
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite)
 _QUOTED = re.compile(r""""((?:[^"\\]++|\\.)*+)"|'((?:[^'\\]++|\\.)*+)'""", re.DOTALL)
 _ESCAPED = re.compile(r'\\.|"', re.DOTALL)
 
