@@ -121,7 +121,11 @@ class Option:
             case ValueType.STR | ValueType.LIST:
                 return str(self.type)
             case _:
-                return f"{self.low} to {self.high} ({self.type})" if self.high is not None else str(self.type)
+                assert self.low is not None, "every number has a range"
+                assert self.high is not None, "every number has a range"
+                if self.high > UNLIMITED_BYTES_PER_S:
+                    return f"{self.low} or more ({self.type})"
+                return f"{self.low} to {self.high} ({self.type})"
 
 
 def _cap(

@@ -471,8 +471,8 @@ Give an option with `--set NAME=VALUE`. Names are QEMU's. Rates are bytes per se
 sizes bytes; `200ms`, `1.5s`, `64M` and `2G/s` are understood. vmferry sets *every* option that a QEMU knows
 before each attempt, so what an earlier migration left behind has no effect.
 
-Policies: **free** = yours to set; **managed** = follows from another choice; **forced on** and **forbidden** =
-the same for every migration, with the reason.
+Policies: **free** = yours to set; **managed** = follows from another choice; **forced on** and **forbidden**
+= the same for every migration, with the reason.
 
 Windows: when an option may change while a migration runs. Whatever is not listed as open is locked, and
 nothing at all may change while an attempt fails, is cancelled or is cleaned up.
