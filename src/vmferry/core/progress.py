@@ -1,0 +1,87 @@
+"""How far a migration is: numbers that never run backwards, and how long it may still take.
+
+Theory of operation
+-------------------
+`Sample` is one reading of QEMU's counters. `Progress` folds samples into what a person sees. In precopy the
+guest makes new work, so the total may move both ways while the current only grows; from the switchover to
+postcopy on no new work can appear, so the total stays.
+
+Rule 1: `current_bytes` and `percent` never decrease, whatever QEMU says.
+Rule 2: 100 % is shown only by `finished`, never by arithmetic.
+Rule 3: an estimate without a known upper bound says so: None, not a large number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+ETA_SAMPLES: Final = 8
+"""How many of the newest samples an estimate looks at: enough to see both a good and a bad moment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One reading. Rates are bytes per second; `passes` is QEMU's dirty-sync-count."""
+
+    elapsed_ms: float
+    sent_bytes: int
+    remaining_bytes: int
+    throughput_bytes_per_s: float = 0.0
+    dirty_rate_bytes_per_s: float = 0.0
+    passes: int = 1
+    throttle_percent: int = 0
+    in_postcopy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is shown. `total_bytes` = sent + remaining; `fixed` = postcopy has fixed the total."""
+
+    current_bytes: int = 0
+    total_bytes: int = 0
+    percent: int = 0
+    fixed: bool = False
+
+    def advance(self, sample: Sample) -> Progress:
+        """The progress after one more sample."""
+        remaining = max(0, sample.remaining_bytes)
+        if self.fixed:
+            current = min(self.total_bytes, max(self.current_bytes, self.total_bytes - remaining))
+            total = self.total_bytes
+        else:
+            current = max(self.current_bytes, sample.sent_bytes)
+            total = current + remaining
+        share = 100 * current // total if total else 0
+        percent = max(self.percent, min(99, share))
+        return Progress(current, total, percent, self.fixed or sample.in_postcopy)
+
+    def finished(self) -> Progress:
+        """The migration is proven to be over: everything, 100 %."""
+        return replace(self, current_bytes=self.total_bytes, percent=100)
+
+
+@dataclass(frozen=True, slots=True)
+class Eta:
+    """Time left in ms between two bounds; `high_ms` None = at this pace it may never end."""
+
+    low_ms: float
+    high_ms: float | None
+
+
+def eta(samples: Sequence[Sample]) -> Eta | None:
+    """Bounds from the newest samples; None = nothing has been measured yet.
+
+    low: the best speed seen and no new dirty memory; high: the worst speed minus the highest dirty rate.
+    """
+    recent = [s for s in samples[-ETA_SAMPLES:] if s.throughput_bytes_per_s > 0]
+    if not recent:
+        return None
+    last = samples[-1]
+    remaining = max(0, last.remaining_bytes)
+    best = max(s.throughput_bytes_per_s for s in recent)
+    dirtied = 0.0 if last.in_postcopy else max(s.dirty_rate_bytes_per_s for s in recent)
+    worst = min(s.throughput_bytes_per_s for s in recent) - dirtied
+    high = remaining / worst * 1000 if worst > 0 else None
+    return Eta(remaining / best * 1000, high)
