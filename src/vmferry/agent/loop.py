@@ -26,7 +26,7 @@ from typing import Generic, TypeVar
 from vmferry.clock import Clock
 from vmferry.core.decide import effect_now
 from vmferry.core.effects import DestinationEffect, Effect
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import ROUNDED, Fact, FactLog
 from vmferry.core.table import Row
 from vmferry.errors import VmferryError
 
@@ -76,13 +76,13 @@ class AttemptLoop(ABC, Generic[E]):
     def on_trouble(self, effect: E, error: Exception) -> None:
         """An effect raised: record what that proves."""
 
-    def on_facts(self, before: FactLog, after: FactLog) -> None:  # noqa: B027 - optional hook
+    def on_facts(self, before: FactLog, after: FactLog) -> None:
         """Called after a fact was added: publish what changed."""
 
-    def on_row(self, row: Row[E]) -> None:  # noqa: B027 - optional hook
+    def on_row(self, row: Row[E]) -> None:
         """Called when another row holds."""
 
-    async def look(self) -> None:  # noqa: B027 - optional hook
+    async def look(self) -> None:
         """Called at least every RESCAN_S and after each wake-up: refresh the readings."""
 
     # What everybody uses.
@@ -93,6 +93,8 @@ class AttemptLoop(ABC, Generic[E]):
         self.facts = before.with_fact(fact, round_no=round_no, text=text, at_s=self.clock.wall_s(), by=by)
         if self.facts is not before:
             log.info("job=%s vm=%s fact=%s round=%d by=%s text=%r", self.job, self.vm, fact, round_no, by, text)
+            if fact not in ROUNDED:
+                self._not_before_s = 0.0  # the world moved: what failed before may work now
             self.on_facts(before, self.facts)
         self.wake()
 

@@ -26,12 +26,16 @@ from vmferry.qmp.client import QmpClient
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.runtime import RuntimePaths
 from vmferry.vm.spawn import ProcessIdentity
 
 log = logging.getLogger("vmferry.agent")
 
 ATTACH_S = 5.0
 """A QEMU that was just started answers within 0.1 s here; a busy host may need much longer."""
+START_S = 20.0
+"""A QEMU that preallocates much memory needs seconds; one that hangs is given up."""
+SOCKET_POLL_S = 0.002
 COMMAND_S = 5.0
 """Ordinary commands are answered within a millisecond; QEMU's main loop may hang for seconds in a load."""
 
@@ -57,6 +61,16 @@ class Machine:
         return self.identity.pid
 
     @property
+    def version(self) -> tuple[int, int]:
+        """QEMU's major and minor version, (0, 0) before the first session."""
+        return (0, 0) if self.client is None else self.client.version[:2]
+
+    @property
+    def version_text(self) -> str:
+        """QEMU's version as people write it."""
+        return "unknown" if self.client is None else ".".join(str(n) for n in self.client.version)
+
+    @property
     def is_gone(self) -> bool:
         """The kernel said that the process ended."""
         return self._gone.is_set()
@@ -64,15 +78,17 @@ class Machine:
     async def attach(self, *, deadline_s: float = ATTACH_S) -> QmpClient:
         """The QMP session, connected if it is not. Raises QemuError; the guest is then as it was."""
         async with self._attaching:
-            if self.client is not None and not self.client.is_closed:
+            if self.client is not None and not self.client.closed.done():
                 return self.client
             if self.is_gone:
                 raise QemuError(f"the QEMU of {self.vm} (process {self.pid}) is gone", guest="unknown")
-            self.client = await qmp_client.connect_unix(self.qmp_path, deadline_s=deadline_s)
-            self.client.subscribe(self._hear)
+            self.client = await qmp_client.connect_unix(
+                self.qmp_path, name=f"the QEMU of {self.vm}", on_event=self.hear, deadline_s=deadline_s
+            )
             return self.client
 
-    def _hear(self, event: Event) -> None:
+    def hear(self, event: Event) -> None:
+        """An event of this QEMU arrived: pass it to the one who holds the machine."""
         if self.on_event is not None:
             self.on_event(event)
 
@@ -144,6 +160,30 @@ class Machine:
         self._gone.set()
         if self.on_gone is not None:
             self.on_gone()
+
+
+async def launch(
+    vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock, deadline_s: float = START_S
+) -> Machine:
+    """Starts a QEMU and connects to it. Raises SpecError with QEMU's own words when it refuses, QemuError when
+    it does not answer in time; no process and no file is left then."""
+    end_s = clock.now_s() + deadline_s
+
+    async def connected() -> QmpClient:
+        while True:
+            try:
+                return await qmp_client.connect_unix(runtime.qmp_path, name=f"the QEMU of {vm}")
+            except QmpDisconnected:
+                # The socket is not there yet: QEMU makes it 20 ms after its start and has no event for it.
+                if clock.now_s() >= end_s:
+                    raise
+                await asyncio.sleep(SOCKET_POLL_S)
+
+    spawned, client = await vm_spawn.start(argv, runtime=runtime, ready=connected, timeout_s=deadline_s)
+    machine = Machine(vm, spawned.identity, runtime.qmp_path, pidfd=spawned.pidfd, clock=clock)
+    machine.client = client
+    client.subscribe(machine.hear)
+    return machine
 
 
 def attach_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from vmferry.core.view import (
+    Change,
     Cpus,
     DestinationView,
     Grant,
@@ -42,6 +43,8 @@ class Effect(Enum):
     """Set every option on the source's QEMU, read back, compare."""
     START = "start"
     """Connect the channel, hand it to QEMU and tell it to migrate."""
+    START_POSTCOPY = "start-postcopy"
+    """Tell the source's QEMU to switch to postcopy."""
     MAKE_SURE = "make-sure"
     """During the pause before the switchover: ask the destination whether it is there and loading."""
     CONTINUE = "continue"
@@ -112,6 +115,9 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.PREPARE: (_guard(want=Want.GO, step=Step.PLANNED, grant=Grant.NONE),),
     Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
     Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
+    Effect.START_POSTCOPY: (
+        _guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),
+    ),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
     Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
     Effect.COMMIT: (

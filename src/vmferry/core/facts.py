@@ -29,6 +29,8 @@ class Fact(StrEnum):
     """The cancel was asked for and accepted."""
     START_POSTCOPY = "start-postcopy"
     """The switch to postcopy was asked for, by hand or by policy."""
+    POSTCOPY_TOLD = "postcopy-told"
+    """The source's QEMU took the order to switch to postcopy."""
     CONTINUE = "continue"
     """The source may leave its pause before the switchover."""
     SET_OPTION = "set-option"
@@ -87,6 +89,8 @@ class Fact(StrEnum):
     """The destination's agent answered during the pause before the switchover: it is there and loading."""
     COMMITTED = "committed"
     """The newer generation is durable in this side's journal."""
+    GRANTED = "granted"
+    """Destination: the order to start arrived (rounds count its repetitions)."""
     GRANT_SENT = "grant-sent"
     """The order to start may have reached the destination's agent."""
     START_SENT = "start-sent"
@@ -116,6 +120,7 @@ ROUNDED: frozenset[Fact] = frozenset(
         Fact.RESUME_ACK,
         Fact.RECONNECT_FAILED,
         Fact.SET_OPTION,
+        Fact.GRANTED,
         Fact.START_SENT,
         Fact.START_REFUSED,
         Fact.UNKNOWN_STATUS,

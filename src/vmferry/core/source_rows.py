@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
 from vmferry.core.table import Outcome, Row, pattern
-from vmferry.core.view import Cpus, Grant, Source, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Source, Step, Target, Want
 
 EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
 UNSENT = (Grant.NONE, Grant.HELD)
@@ -71,7 +71,11 @@ MOVING: tuple[Row[E], ...] = (
     Row("M-connect", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.IDLE,
                              target=USABLE),
         None, "QEMU was told to migrate and has not said so yet.", limit_ms=SETUP_MS, then=E.NOTE_TIMEOUT),
-    Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY, target=USABLE),
+    Row("M-postcopy", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
+                              target=USABLE, change=Change.POSTCOPY),
+        E.START_POSTCOPY, "The switch to postcopy was asked for, by a person or by the policy."),
+    Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
+                            target=USABLE, change=Change.NONE),
         None, "Memory is on its way. A silent agent there is no failure: the QEMUs need nobody for this."),
     Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
                           target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN)),

@@ -105,6 +105,13 @@ class Grant(Enum):
     """It may have arrived."""
 
 
+class Change(Enum):
+    """What was asked for while the attempt runs and is not done yet."""
+
+    NONE = "none"
+    POSTCOPY = "postcopy"
+
+
 @dataclass(frozen=True, slots=True)
 class SourceView:
     """The questions that the source's table asks."""
@@ -115,6 +122,7 @@ class SourceView:
     cpus: Cpus
     target: Target
     grant: Grant
+    change: Change
 
 
 class Wish(Enum):
@@ -149,7 +157,10 @@ class Ran(Enum):
 
 
 class Held(Enum):
-    """The newer generation in the destination's journal."""
+    """Whether this destination holds an order to start that it has not tried yet.
+
+    YES implies that the newer generation is durable here. An order that QEMU refused is used up; the source
+    decides whether to send another one or to take the guest back."""
 
     NO = "no"
     YES = "yes"
@@ -255,6 +266,11 @@ def _grant(log: FactLog) -> Grant:
     return Grant.HELD if Fact.COMMITTED in log else Grant.NONE
 
 
+def _change(log: FactLog) -> Change:
+    asked = Fact.START_POSTCOPY in log and Fact.POSTCOPY_TOLD not in log
+    return Change.POSTCOPY if asked else Change.NONE
+
+
 def source_view(log: FactLog, readings: Readings) -> SourceView:
     """The source's questions answered from its facts and readings."""
     back = Fact.CANCEL in log or Fact.ERROR in log
@@ -268,7 +284,13 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
         cpus=cpus,
         target=_target(log, answers=readings.target_answers),
         grant=_grant(log),
+        change=_change(log),
     )
+
+
+def _has_order(log: FactLog) -> bool:
+    orders, refused = log.last_round(Fact.GRANTED), log.last_round(Fact.START_REFUSED)
+    return Fact.COMMITTED in log and orders > refused
 
 
 def destination_view(log: FactLog, incoming: Incoming) -> DestinationView:
@@ -281,7 +303,7 @@ def destination_view(log: FactLog, incoming: Incoming) -> DestinationView:
         ran = Ran.NO
     return DestinationView(
         wish=Wish.DROP if Fact.RELEASE in log else Wish.KEEP,
-        held=Held.YES if Fact.COMMITTED in log else Held.NO,
+        held=Held.YES if _has_order(log) else Held.NO,
         incoming=incoming,
         ran=ran,
     )

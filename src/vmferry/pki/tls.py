@@ -76,7 +76,11 @@ def _context(protocol: int, directory: Path) -> ssl.SSLContext:
 
 def peer_name(connection: Connection) -> str:
     """The agent's name in the peer's certificate, after the handshake. Raises NotTrusted."""
-    certificate: Mapping[str, Any] = connection.getpeercert() or {}
+    return name_in(connection.getpeercert() or {})
+
+
+def name_in(certificate: Mapping[str, Any]) -> str:
+    """The agent's name in a certificate as `getpeercert` gives it. Raises NotTrusted."""
     uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
     names = [uri.removeprefix(_AGENT_URI) for uri in uris if uri.startswith(_AGENT_URI)]
     if len(names) != 1 or not names[0]:

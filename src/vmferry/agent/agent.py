@@ -1,0 +1,267 @@
+"""The agent of one host: it introduces the rooms to each other and keeps the VMs of this host.
+
+Theory of operation
+-------------------
+One event loop. The agent owns the journal, the VMs, the links to its peers and the attempts; each attempt has a
+task that runs its loop. Commands come in over two QMP servers: the control socket (people, scripts) and the
+listener for other agents (TLS); `control` and `peer_commands` have their handlers.
+
+A start reads the journal once (`restore`): VMs are attached again, unfinished attempts are made anew with the
+facts that the journal proves, and then the ordinary loop goes on.
+
+Rule 1: the QEMUs are not the agent's children in any sense that matters: closing the agent leaves them alone.
+Rule 2: one attempt per VM and role at a time; `attempts` and `places` are the only registers of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vmferry import __version__
+from vmferry.agent import control, destination_act, peer_commands, source_act
+from vmferry.agent import machine as machines
+from vmferry.agent.config import AgentConfig
+from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.directories import make_directory, remove_directory
+from vmferry.agent.peers import Peers, tune
+from vmferry.agent.plan import Plan, Planner
+from vmferry.agent.restore import restore
+from vmferry.agent.source import SourceAttempt, run_attempt
+from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.clock import Clock, SystemClock
+from vmferry.core.effects import DestinationEffect, Effect
+from vmferry.core.table import Outcome
+from vmferry.errors import NotTrusted
+from vmferry.jobs.journal import Entry, Journal
+from vmferry.pki import tls
+from vmferry.qmp.codec import Event
+from vmferry.qmp.server import QmpServer
+from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.runtime import RuntimePaths
+
+log = logging.getLogger("vmferry.agent")
+
+VERSION = {"vmferry": __version__, "qemu": {"major": 0, "minor": 0, "micro": 0}, "package": f"vmferry {__version__}"}
+"""The greeting's version member. QMP clients read `qemu`; an agent is no QEMU, so its numbers are 0."""
+
+RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED"})
+"""Events of other agents that people here may want to see."""
+
+
+class Agent:
+    """A running agent. Made by `start`, ended by `close`."""
+
+    def __init__(self, config: AgentConfig, *, clock: Clock | None = None) -> None:
+        self.config = config
+        self.clock: Clock = clock or SystemClock()
+        self.journal = Journal(config.journal_path)
+        self.job_directory = config.runtime_dir / "jobs"
+        self.vm_directory = config.runtime_dir / "vms"
+        for directory in (config.runtime_dir, self.job_directory, self.vm_directory):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.vms: dict[str, KeptVm] = {}
+        self.attempts: dict[str, SourceAttempt] = {}
+        """By VM; the newest, also after it ended, until the VM's next one."""
+        self.places: dict[str, DestinationAttempt] = {}
+        """By job."""
+        self.known_jobs: dict[str, dict[str, Any]] = {}
+        """Destination jobs that the journal knows to be over: the last `facts_wire`."""
+        self.results: dict[str, dict[str, Any]] = {}
+        """Ended source jobs, by id: what `status` shows."""
+        context = None if self._is_clear else tls.client_context(self._pki)
+        self.peers = Peers(config.peers, context, clock=self.clock, on_event=self.on_peer_event)
+        self.control_server = QmpServer(self._on_control, version=VERSION, clock=self.clock, name="control")
+        self.peer_server = QmpServer(self._on_peer, version=VERSION, clock=self.clock, name="peer")
+        self.planner = Planner(self)
+        self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
+        self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = (
+            destination_act.act
+        )
+        self._listener: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._places_by_vm: dict[str, str] = {}
+
+    @property
+    def _is_clear(self) -> bool:
+        return self.config.clear_text or (self.config.listen is None and not self.config.peers)
+
+    @property
+    def _pki(self) -> Path:
+        if self.config.pki_dir is None:
+            raise NotTrusted(
+                f"the agent {self.config.name} has no certificates",
+                side="client",
+                hint="make them with 'vmferry pki' and say --pki DIR, or ask for clear text by name: --clear-text",
+            )
+        return self.config.pki_dir
+
+    # --- start and end ---
+
+    async def start(self) -> None:
+        """Restores what the journal says, then listens. Raises Unfit, Busy or NotTrusted; nothing is changed."""
+        await self.control_server.listen_unix(str(self.config.control_socket))
+        try:
+            await restore(self)
+            if self.config.listen is not None:
+                context = None if self._is_clear else tls.server_context(self._pki)
+                self._listener = await asyncio.start_server(
+                    self._on_connection, self.config.listen.host, self.config.listen.port, ssl=context
+                )
+        except BaseException:
+            await self.control_server.close()
+            raise
+        self.planner.warm_up()
+        log.info("agent=%s result=ready socket=%s", self.config.name, self.config.control_socket)
+
+    async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tune(writer.get_extra_info("socket"))
+        await self.peer_server.serve(reader, writer)
+
+    async def close(self) -> None:
+        """Ends every session and task. VMs and their QEMUs are left as they are."""
+        if self._listener is not None:
+            self._listener.close()
+        await self.control_server.close()
+        await self.peer_server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.peers.close()
+        for kept in self.vms.values():
+            if kept.machine is not None:
+                await kept.machine.close()
+        for place in self.places.values():
+            if place.machine is not None and not place.ended.is_set():
+                await place.machine.close()
+        self.journal.close()
+
+    # --- what attempts use (Context) ---
+
+    def utc_now(self) -> datetime:
+        return datetime.fromtimestamp(self.clock.wall_s(), UTC)
+
+    def publish(self, name: str, data: dict[str, Any]) -> None:
+        told = {"host": self.config.name, **data}
+        self.control_server.broadcast(name, told)
+        self.peer_server.broadcast(name, told)
+
+    def clock_offset_s(self, host: str) -> float:
+        return self.peers.link(host).clock_offset_s or 0.0
+
+    async def make_plan(self, attempt: SourceAttempt) -> Plan:
+        return await self.planner.plan(attempt.wanted, attempt.kept, running_job=True)
+
+    def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
+        self.planner.converge(attempt, info)
+
+    def keep_task(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def tail_log(self, runtime: RuntimePaths) -> str:
+        return vm_spawn.tail_log(runtime.log_path)
+
+    def attempt_ended(self, attempt: SourceAttempt) -> None:
+        wire = attempt.wire()
+        self.results[attempt.job] = wire
+        self.planner.forget(attempt.job)
+        kept = attempt.kept
+        if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
+            self.vms.pop(attempt.vm, None)
+            if kept.machine is not None:
+                self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
+            if kept.directory:
+                remove_directory(Path(kept.directory), keep_logs=True)
+        else:
+            self.hold(kept)
+        self.publish("JOB_ENDED", wire)
+
+    async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
+        machine = attempt.machine
+        assert machine is not None
+        kept = KeptVm(
+            definition=VmDefinition.from_wire(attempt.place.definition),
+            generation=attempt.place.generation,
+            identity=machine.identity,
+            qmp_path=machine.qmp_path,
+            directory=attempt.place.directory,
+            machine=machine,
+        )
+        await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
+        self.vms[attempt.vm] = kept
+
+    async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
+        self.known_jobs[attempt.job] = attempt.facts_wire()
+        self.publish("TARGET", attempt.facts_wire())
+        if outcome is Outcome.DESTINATION:
+            self.hold(self.vms[attempt.vm])
+            return
+        if attempt.machine is not None:
+            await attempt.machine.close()
+        remove_directory(Path(attempt.place.directory), keep_logs=False)
+
+    # --- VMs ---
+
+    def hold(self, kept: KeptVm) -> None:
+        """This VM has no attempt: its events and its end are the agent's to hear."""
+        if kept.machine is None:
+            return
+        kept.machine.on_event = None
+        kept.machine.on_gone = lambda: self._on_vm_gone(kept)
+
+    def _on_vm_gone(self, kept: KeptVm) -> None:
+        log.warning("vm=%s pid=%d result=gone", kept.name, kept.identity.pid)
+        self.publish("VM_GONE", {"vm": kept.name, "text": vm_spawn.tail_log(f"{kept.directory}/qemu.log")})
+
+    def run_attempt(self, attempt: SourceAttempt) -> None:
+        """Registers the attempt and runs its loop."""
+        self.attempts[attempt.vm] = attempt
+        self.keep_task(asyncio.create_task(run_attempt(attempt), name=f"source-{attempt.job}"))
+
+    def run_place(self, place: DestinationAttempt) -> None:
+        """Registers the place and runs its loop."""
+        self.places[place.job] = place
+        self._places_by_vm[place.vm] = place.job
+        self.keep_task(asyncio.create_task(place.run(), name=f"destination-{place.job}"))
+
+    def place_of(self, vm: str) -> DestinationAttempt | None:
+        """The newest place made here for the VM, or None."""
+        job = self._places_by_vm.get(vm)
+        return self.places.get(job) if job else None
+
+    async def launch(self, name: str, argv: list[str], runtime: RuntimePaths) -> machines.Machine:
+        """A new QEMU. Raises SpecError with QEMU's words; nothing is left then."""
+        make_directory(runtime.directory)
+        try:
+            return await machines.launch(name, argv, runtime, clock=self.clock)
+        except BaseException:
+            remove_directory(Path(runtime.directory), keep_logs=False)
+            raise
+
+    # --- commands and events ---
+
+    async def _on_control(self, session: Any, command: Any) -> Any:
+        return await control.handle(self, command.name, command.arguments)
+
+    async def _on_peer(self, session: Any, command: Any) -> Any:
+        return await peer_commands.handle(self, session, command.name, command.arguments)
+
+    def on_peer_event(self, host: str, event: Event) -> None:
+        """Another agent pushed something: facts for an attempt, or news for people here."""
+        if event.name == "TARGET":
+            attempt = self.attempts.get(str(event.data.get("vm")))
+            if (
+                attempt is not None
+                and attempt.job == event.data.get("job")
+                and attempt.wanted.destination == host
+                and not attempt.ended.is_set()
+            ):
+                attempt.hear_target(dict(event.data))
+        elif event.name in RELAYED:
+            self.control_server.broadcast(event.name, {**event.data, "host": host})
+

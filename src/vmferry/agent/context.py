@@ -1,0 +1,65 @@
+"""What an attempt may use of its agent. The agent is the only implementation beside the simulator's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vmferry.agent.config import AgentConfig
+from vmferry.agent.peers import Peers
+from vmferry.clock import Clock
+from vmferry.core.table import Outcome
+from vmferry.jobs.journal import Journal
+from vmferry.vm.runtime import RuntimePaths
+
+if TYPE_CHECKING:
+    from vmferry.agent.destination import DestinationAttempt
+    from vmferry.agent.plan import Plan
+    from vmferry.agent.source import SourceAttempt
+    from vmferry.core.effects import DestinationEffect, Effect
+
+
+class Context(Protocol):
+    """The agent as its attempts see it."""
+
+    config: AgentConfig
+    clock: Clock
+    journal: Journal
+    peers: Peers
+    job_directory: Path
+    """Where credentials of jobs lie."""
+    source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]]
+    destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]]
+
+    def utc_now(self) -> datetime:
+        """The date, for certificates."""
+
+    def publish(self, name: str, data: dict[str, Any]) -> None:
+        """An event for every client of the control socket and every agent that listens."""
+
+    def clock_offset_s(self, host: str) -> float:
+        """The peer's wall clock minus ours; 0.0 if it was never measured."""
+
+    async def make_plan(self, attempt: SourceAttempt) -> Plan:
+        """Asks both hosts; changes nothing."""
+
+    def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
+        """New counters of QEMU: progress, and the policy that may ask for postcopy."""
+
+    def keep_task(self, task: asyncio.Task[None]) -> None:
+        """Holds a task of an attempt until it is over; the agent's close awaits it."""
+
+    def tail_log(self, runtime: RuntimePaths) -> str:
+        """The last words of a QEMU."""
+
+    def attempt_ended(self, attempt: SourceAttempt) -> None:
+        """The source's side is over and journalled."""
+
+    async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
+        """The guest runs here: keep it as this host's own, durably."""
+
+    async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
+        """The destination's side is over and journalled."""

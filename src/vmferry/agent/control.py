@@ -1,0 +1,332 @@
+"""Commands of people and scripts: the control socket's QMP commands.
+
+Each command is an async function of the agent and its arguments; `COMMANDS` is the table. A command about a VM
+that lives on another known host is passed on to that host's agent (`_where`), so every command works from any
+host.
+
+Rule 1: an argument that is unknown, missing or of the wrong type is refused by name, before anything is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry.agent import vm_commands
+from vmferry.agent.source import SourceAttempt, Wanted
+from vmferry.core.facts import Fact
+from vmferry.core.option_table import Role
+from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
+from vmferry.core.status import is_over, source_status
+from vmferry.errors import Busy, OptionLocked, UnknownVm, UsageError, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.qmp.server import CommandNotFound
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+Body = Callable[["Agent", Any], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoArguments:
+    """A command without arguments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmArgument:
+    """A command about one VM."""
+
+    vm: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrateArguments:
+    """`vm-migrate` and `vm-plan`."""
+
+    vm: str
+    destination: str
+    job: str = ""
+    """Minted by the client, so that asking twice is asking once; made here if empty."""
+    mode: str = "auto"
+    settings: list[str] = field(default_factory=list)
+    """'NAME=VALUE' of the option table."""
+    multifd: int = 0
+    clear_text: bool = False
+    postcopy_after_passes: int | None = None
+    postcopy_after_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetArguments:
+    """`vm-set`."""
+
+    vm: str
+    settings: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListArguments:
+    """`vm-list`."""
+
+    local: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobArguments:
+    """`job-status`: by VM or by job."""
+
+    vm: str = ""
+    job: str = ""
+
+
+async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
+    """Wants a migration. Returns the job at once; events tell how it goes."""
+    job = arguments.job or uuid.uuid4().hex
+    existing = agent.attempts.get(arguments.vm)
+    if existing is not None and existing.job == job:
+        return existing.brief()
+    if job in agent.results:
+        return agent.results[job]
+    wanted = await wanted_from(agent, arguments, job)
+    kept = agent.vms[arguments.vm]
+    await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
+    attempt = SourceAttempt(agent, wanted, kept)
+    agent.run_attempt(attempt)
+    return attempt.brief()
+
+
+async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wanted:
+    """Checks what can be checked here and now. Raises Busy, UsageError …; nothing was done."""
+    kept = agent.vms[arguments.vm]
+    machine = kept.require_machine()
+    current = agent.attempts.get(arguments.vm)
+    if current is not None and not current.ended.is_set():
+        raise Busy(f"{arguments.vm} is on its way to {current.wanted.destination} already (job {current.job})")
+    if arguments.destination != agent.config.name and arguments.destination not in agent.config.peers:
+        agent.peers.link(arguments.destination)  # raises, naming the known hosts
+    if arguments.mode not in ("auto", *Mode):
+        raise UsageError(f"mode {arguments.mode!r} is not possible; allowed: auto, {', '.join(Mode)}")
+    options: dict[str, Any] = {}
+    for text in arguments.settings:
+        option, value = parse_setting(text)
+        objection = policy_objection(option, value)
+        if objection is not None:
+            raise UsageError(f"{text}: {objection}")
+        options[option.name] = value
+    postcopy = {
+        "after_passes": arguments.postcopy_after_passes,
+        "after_ms": arguments.postcopy_after_ms,
+    }
+    return Wanted(
+        job=job,
+        vm=arguments.vm,
+        destination=arguments.destination,
+        generation=kept.generation + 1,
+        mode=arguments.mode,
+        options=options,
+        multifd_channels=arguments.multifd,
+        clear_text=arguments.clear_text or agent.config.clear_text,
+        postcopy={k: v for k, v in postcopy.items() if v is not None},
+        wanted_s=agent.clock.wall_s(),
+        running_before=await machine.run_state() == "running",
+    )
+
+
+async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
+    """Asks both hosts whether and how the guest could go; changes nothing."""
+    wanted = await wanted_from(agent, arguments, "plan")
+    found = await agent.planner.plan(wanted, agent.vms[arguments.vm], running_job=False)
+    return found.wire(arguments.vm, agent.config.name, arguments.destination)
+
+
+async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
+    """Cancels the VM's migration. Raises CancelRefused with the reason after the grant; a second cancel, and
+    one after the end, change nothing."""
+    attempt = agent.attempts.get(arguments.vm)
+    if attempt is None:
+        raise UsageError(f"{arguments.vm} has no migration to cancel")
+    if not attempt.ended.is_set() and attempt.want_cancel():
+        await agent.journal.append(Entry.CANCEL_WANTED, attempt.job)
+        # 1. cancel asked, not refused  2. journal written meanwhile the grant went out  3. too late: ask again
+        if attempt.want_cancel():
+            attempt.note(Fact.CANCEL, by="person")
+    return attempt.brief()
+
+
+async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
+    """Changes options of the running migration, where their windows allow it. Raises OptionLocked."""
+    attempt = agent.attempts.get(arguments.vm)
+    if attempt is None or attempt.ended.is_set():
+        raise OptionLocked(
+            f"{arguments.vm} has no migration whose options could change",
+            hint="give options when it starts: vmferry migrate NAME HOST --set NAME=VALUE",
+        )
+    values: dict[str, Any] = {}
+    for text in arguments.settings:
+        option, value = parse_setting(text)
+        reason = policy_objection(option, value) or refusal(
+            option,
+            source_status(attempt.facts),
+            role=Role.SOURCE,
+            cleanup_done=is_over(attempt.facts),
+            attempt=attempt.wanted.generation,
+            has_attempt=True,
+        )
+        if reason is not None:
+            raise OptionLocked(f"{option.name} cannot change now: {reason}")
+        values[option.name] = value
+    await attempt.machine.execute("migrate-set-parameters", values)
+    round_no = attempt.facts.last_round(Fact.SET_OPTION) + 1
+    attempt.note(Fact.SET_OPTION, round_no=round_no, text=", ".join(arguments.settings), by="person")
+    return {"set": values}
+
+
+async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
+    """Asks for the switch to postcopy now."""
+    attempt = agent.attempts.get(arguments.vm)
+    if attempt is None or attempt.ended.is_set():
+        raise UsageError(f"{arguments.vm} has no migration on its way")
+    if attempt.plan is not None and attempt.plan.mode != Mode.POSTCOPY:
+        raise OptionLocked(f"{arguments.vm}: this migration was started as {attempt.plan.mode}")
+    attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
+    return attempt.brief()
+
+
+async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
+    """The newest migration of a VM, or one by its id: as it stands, or as it ended."""
+    for attempt in agent.attempts.values():
+        if arguments.job == attempt.job or (arguments.vm and arguments.vm == attempt.vm):
+            return attempt.wire()
+    if arguments.job in agent.results:
+        return agent.results[arguments.job]
+    for wire in reversed(list(agent.results.values())):
+        if arguments.vm and wire["vm"] == arguments.vm:
+            return dict(wire)
+    if arguments.vm in agent.vms:
+        return {"vm": arguments.vm, "job": None, "status": "none", "outcome": None, "sentence": "no migration"}
+    raise UnknownVm(f"no migration of {arguments.vm or arguments.job} is known here")
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRow:
+    """One command: its argument type, its body, and whether it belongs to the host that keeps the VM."""
+
+    arguments: type
+    body: Body
+    at_vm: bool = False
+
+
+async def _list(agent: Agent, arguments: ListArguments) -> dict[str, Any]:
+    return await vm_commands.list_vms(agent, local=arguments.local)
+
+
+async def _doctor(agent: Agent, arguments: NoArguments) -> dict[str, Any]:
+    return await vm_commands.doctor(agent)
+
+
+async def _agent_status(agent: Agent, arguments: NoArguments) -> dict[str, Any]:
+    return vm_commands.agent_status(agent)
+
+
+async def _vm_status(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
+    return await vm_commands.vm_status(agent, arguments.vm)
+
+
+async def _stop(agent: Agent, arguments: vm_commands.StopArguments) -> dict[str, Any]:
+    return await vm_commands.stop_vm(agent, arguments)
+
+
+async def _commands(agent: Agent, arguments: NoArguments) -> list[dict[str, str]]:
+    return [{"name": name} for name in sorted(COMMANDS)]
+
+
+COMMANDS: dict[str, CommandRow] = {
+    "vm-run": CommandRow(vm_commands.RunArguments, vm_commands.run_vm),
+    "vm-adopt": CommandRow(vm_commands.AdoptArguments, vm_commands.adopt_vm),
+    "vm-list": CommandRow(ListArguments, _list),
+    "vm-status": CommandRow(VmArgument, _vm_status, at_vm=True),
+    "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
+    "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
+    "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
+    "vm-cancel": CommandRow(VmArgument, cancel, at_vm=True),
+    "vm-set": CommandRow(SetArguments, change, at_vm=True),
+    "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True),
+    "job-status": CommandRow(JobArguments, job_status, at_vm=True),
+    "doctor": CommandRow(NoArguments, _doctor),
+    "agent-status": CommandRow(NoArguments, _agent_status),
+    "query-commands": CommandRow(NoArguments, _commands),
+}
+
+FORWARD_S = 30.0
+
+
+async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward: bool = True) -> Any:
+    """One command. Raises CommandNotFound or the command's own error."""
+    row = COMMANDS.get(name)
+    if row is None:
+        raise CommandNotFound(name)
+    decoded = decode(name, row.arguments, arguments)
+    vm = getattr(decoded, "vm", "")
+    if row.at_vm and vm and forward:
+        host = await _where(agent, vm)
+        if host is not None:
+            link = agent.peers.link(host)
+            return await link.call(
+                "peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S
+            )
+    if row.at_vm and vm and name not in ("job-status", "vm-cancel") and vm not in agent.vms:
+        raise UnknownVm(f"no known host has a VM named {vm}")
+    return await row.body(agent, decoded)
+
+
+def decode(command: str, kind: type, arguments: dict[str, Any]) -> Any:
+    """QMP arguments -> the command's dataclass. Raises UsageError naming what is wrong."""
+    known = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key.replace("_", "-") not in known:
+            raise UsageError(f"{command} has no argument {key!r} (it has: {', '.join(known) or 'none'})")
+        values[known[key.replace("_", "-")]] = value
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{command}: {error}") from error
+
+
+async def _where(agent: Agent, vm: str) -> str | None:
+    """The other host that keeps the VM, or None if it is this one. Raises UnknownVm.
+
+    A VM that is on its way is where its migration is conducted: at the source, until that has ended."""
+    current = agent.attempts.get(vm)
+    if vm in agent.vms or (current is not None and not current.ended.is_set()):
+        return None
+    answers = await asyncio.gather(
+        *(link.call("peer-has", {"vm": vm}, deadline_s=3.0) for link in agent.peers.links.values()),
+        return_exceptions=True,
+    )
+    found: list[tuple[int, str]] = []
+    silent: list[str] = []
+    for host, answer in zip(agent.peers.links, answers, strict=True):
+        if isinstance(answer, VmferryError):
+            silent.append(f"{host} ({answer})")
+        elif isinstance(answer, BaseException):
+            raise answer
+        elif answer.get("has"):
+            found.append((int(answer["generation"]), host))
+    if found:
+        return max(found)[1]
+    if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
+        return None
+    hint = f"these hosts did not answer: {'; '.join(silent)}" if silent else None
+    raise UnknownVm(f"no known host has a VM named {vm}", hint=hint)
+

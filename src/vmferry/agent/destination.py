@@ -1,0 +1,312 @@
+"""The destination's side of one migration: a place for a guest that must not run before it is told to.
+
+Theory of operation
+-------------------
+A `DestinationAttempt` is made when the source's agent asks for a place (or found unfinished in the journal at
+start) and lives until the guest is this host's own, or has provably never run here and never will.
+
+Facts about this side go to the source's agent as answers and as pushed events (`facts_wire`), always whole, so
+a lost or repeated message changes nothing.
+
+Rule 1: `cont` is written in START_CPUS only, under its guard; nothing else here starts CPUs.
+Rule 2: before `cont` is written the newer generation is durable (`grant`).
+Rule 3: the QEMU is killed in RENOUNCE only, under its guard: `cont` was never written, or was refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmferry.agent.context import Context
+from vmferry.agent.loop import AttemptLoop
+from vmferry.agent.machine import Machine
+from vmferry.agent.observe import destination_findings
+from vmferry.core.decide import decide_destination, destination_allows
+from vmferry.core.effects import DestinationEffect
+from vmferry.core.facts import Fact, FactLog
+from vmferry.core.status import derive_destination
+from vmferry.core.table import Outcome, Row
+from vmferry.core.view import Incoming, Ran, destination_view
+from vmferry.errors import Busy, HostUnreachable, QemuError, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.pki.job_credentials import JobCredentials
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpTimeout
+from vmferry.vm.runtime import RuntimePaths
+
+log = logging.getLogger("vmferry.agent")
+
+LOAD_POLL_S = 0.002
+"""Between a status that may mean 'loaded' and the run state that proves it; QEMU has no event for that."""
+ORPHAN_S = 30.0
+"""A place whose source says nothing and sends nothing for so long asks the source whether it is still wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What was asked for: the body of the journal's PLACE_WANTED entry."""
+
+    job: str
+    vm: str
+    source: str
+    generation: int
+    definition: dict[str, Any]
+    run_after: bool = True
+    commands: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """The QMP commands that set every option, in order."""
+    expected: dict[str, Any] = field(default_factory=dict)
+    """What must be read back after them."""
+    multifd: bool = False
+    clear_text: bool = False
+    directory: str = ""
+    """The QEMU's runtime directory on this host."""
+
+
+class DestinationAttempt(AttemptLoop[DestinationEffect]):
+    """One place for one guest."""
+
+    def __init__(self, context: Context, place: Place) -> None:
+        super().__init__(job=place.job, vm=place.vm, clock=context.clock)
+        self.context, self.place = context, place
+        self.runtime = RuntimePaths(place.directory)
+        self.machine: Machine | None = None
+        self.credentials: JobCredentials | None = None
+        self.peer_ca: bytes | None = None
+        self.listener: Any = None
+        self.channels: list[Any] = []
+        self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.error_text = ""
+        self.error: VmferryError | None = None
+        self.resume_s: float | None = None
+        self.changed = asyncio.Event()
+        """Set at each new fact; the answers to the source wait on it."""
+        self.heard_source_s = context.clock.now_s()
+        self._word: str | None = None
+        self._run_state: str | None = None
+        self._answers = True
+        self._asked_s = float("-inf")
+        self.note(Fact.PREPARE, by=place.source)
+
+    # --- the loop's questions ---
+
+    def incoming(self) -> Incoming:
+        """What this side's QEMU says, as one of the table's answers."""
+        if self.machine is None:
+            # After a spawn that failed there is no machine, and there never will be one in this attempt.
+            return Incoming.FAILED if Fact.ERROR in self.facts else Incoming.NONE
+        if self.machine.is_gone:
+            return Incoming.GONE
+        if not self._answers:
+            return Incoming.UNKNOWN
+        if self._word == "failed" or (Fact.ERROR in self.facts and Fact.LOADED not in self.facts):
+            return Incoming.FAILED
+        if self._run_state == "running":
+            return Incoming.RUNNING
+        return Incoming.LOADED if Fact.LOADED in self.facts else Incoming.LOADING
+
+    def row(self) -> Row[DestinationEffect]:
+        return decide_destination(self.facts, self.incoming())
+
+    def allows(self, effect: DestinationEffect) -> bool:
+        return destination_allows(effect, destination_view(self.facts, self.incoming()))
+
+    def interruptible(self, effect: DestinationEffect) -> bool:
+        return effect is DestinationEffect.SPAWN
+
+    async def act(self, effect: DestinationEffect) -> None:
+        await self.context.destination_hands(self, effect)
+
+    def on_trouble(self, effect: DestinationEffect, error: Exception) -> None:
+        """A spawn that failed ends the attempt; everything else is looked at again."""
+        self._asked_s = float("-inf")
+        if effect is DestinationEffect.SPAWN:
+            self.fail(error)
+
+    def on_facts(self, before: FactLog, after: FactLog) -> None:
+        self.changed.set()
+        was, now = derive_destination(before), derive_destination(after)
+        if was.status is not now.status:
+            data = {"vm": self.vm, "job": self.job, "role": "destination", "status": now.status.value}
+            self.context.publish("MIGRATION", data)
+        self.context.publish("TARGET", self.facts_wire())
+
+    def on_row(self, row: Row[DestinationEffect]) -> None:
+        self.context.publish("JOB_CHANGE", self.brief())
+
+    # --- inputs ---
+
+    def fail(self, error: Exception) -> None:
+        """Records what makes this place impossible; the first one counts."""
+        if Fact.ERROR not in self.facts:
+            self.error_text = str(error)
+            self.error = error if isinstance(error, VmferryError) else QemuError(str(error), side="destination")
+        self.note(Fact.ERROR, text=str(error))
+        if not self.offer.done():
+            self.offer.set_exception(self.error or error)
+            self.offer.exception()  # whoever asked for the place reads it; it may have gone away
+
+    def use(self, machine: Machine) -> None:
+        """The QEMU of this place is there."""
+        self.machine = machine
+        machine.on_event = self.on_qemu_event
+        machine.on_gone = self.wake
+
+    def on_qemu_event(self, event: Event) -> None:
+        """An event of the destination's QEMU."""
+        at_s = event.timestamp_us / 1e6 if event.timestamp_us is not None else self.clock.wall_s()
+        match event.name:
+            case "MIGRATION":
+                self._word = str(event.data.get("status"))
+                self._run_state = None
+                self._asked_s = float("-inf")
+            case "RESUME":
+                self.resume_s = at_s
+                self._run_state = "running"
+                self.note(Fact.TARGET_RAN, text="RESUME", by="destination QEMU")
+            case "STOP":
+                self._run_state = None
+        self.wake()
+
+    async def grant(self, generation: int) -> None:
+        """The source's agent gives the right to run. Durable before anything follows from it.
+
+        Raises Busy for another generation than this place was made for: an order of an older attempt.
+        """
+        if generation != self.place.generation:
+            raise Busy(
+                f"{self.vm}: a grant for generation {generation} came to a place of generation"
+                f" {self.place.generation}",
+                side="source",
+            )
+        if Fact.RELEASE in self.facts or Fact.TARGET_GONE in self.facts:
+            return  # renounced: the answer says so
+        if Fact.COMMITTED not in self.facts:
+            await self.context.journal.append(Entry.COMMITTED, self.job, {"generation": generation})
+            self.note(Fact.COMMITTED, by=self.place.source)
+        orders = self.facts.last_round(Fact.GRANTED)
+        if orders <= self.facts.last_round(Fact.START_REFUSED):  # the same order twice is one order
+            self.note(Fact.GRANTED, round_no=orders + 1, by=self.place.source)
+
+    # --- looking ---
+
+    async def look(self) -> None:
+        """Asks QEMU for its word and run state whenever an answer may have changed."""
+        machine = self.machine
+        if machine is None or machine.is_gone:
+            self._note_exit()
+            return
+        await self._ask_source_if_orphaned()
+        settled = Fact.LOADED in self.facts and Fact.COMMITTED not in self.facts
+        due = self.clock.now_s() - self._asked_s >= (1.0 if settled or self._word is None else 0.5)
+        if not due:
+            return
+        try:
+            await self._ask(machine)
+            self._answers = True
+        except QmpTimeout:
+            self._answers = False
+        except QemuError as error:
+            log.info("job=%s vm=%s look result=%s", self.job, self.vm, error)
+
+    async def _ask(self, machine: Machine) -> None:
+        info = await machine.migration(deadline_s=2.0)
+        self._word = info.get("status")
+        self._run_state = await machine.run_state(deadline_s=2.0)
+        while self._word in ("completed", "postcopy-active") and self._run_state == "inmigrate":
+            # The status is told a moment before the guest is startable; there is no event for the latter.
+            await asyncio.sleep(LOAD_POLL_S)
+            self._run_state = await machine.run_state(deadline_s=2.0)
+            info = await machine.migration(deadline_s=2.0)
+            self._word = info.get("status")
+        self._asked_s = self.clock.now_s()
+        for fact, round_no, text in destination_findings(self._word, self._run_state, self.facts):
+            self.note(fact, round_no=round_no, text=text, by="destination QEMU")
+        if self._word == "failed":
+            self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
+
+    def _note_exit(self) -> None:
+        if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
+            words = self.context.tail_log(self.runtime)
+            self.fail(QemuError(f"the destination's QEMU ended: {words or 'no reason given'}", side="destination"))
+
+    async def _ask_source_if_orphaned(self) -> None:
+        """A place that waits in vain asks whether it is still wanted; only a clear no ends it."""
+        now_s = self.clock.now_s()
+        if now_s - self.heard_source_s < ORPHAN_S or Fact.COMMITTED in self.facts:
+            return
+        self.heard_source_s = now_s
+        try:
+            link = self.context.peers.link(self.place.source)
+            answer = await link.call("peer-wanted", {"job": self.job}, deadline_s=2.0)
+        except (HostUnreachable, VmferryError) as error:
+            log.info("job=%s vm=%s command=peer-wanted result=%s", self.job, self.vm, error)
+            return
+        if not answer.get("wanted", True):
+            self.note(Fact.RELEASE, text="the source's agent does not know the job any more", by="source agent")
+
+    # --- outputs ---
+
+    def outcome(self) -> Outcome:
+        """As seen from here."""
+        return self.row().outcome
+
+    def facts_wire(self) -> dict[str, Any]:
+        """Everything that the source's agent may conclude from; whole each time."""
+        view = destination_view(self.facts, self.incoming())
+        refused = self.facts.last_round(Fact.START_REFUSED)
+        refused_entry = self.facts.entry(Fact.START_REFUSED, refused) if refused else None
+        gone_entry = self.facts.entry(Fact.TARGET_GONE)
+        return {
+            "job": self.job,
+            "vm": self.vm,
+            "generation": self.place.generation,
+            "loaded": Fact.LOADED in self.facts,
+            "committed": Fact.COMMITTED in self.facts,
+            "ran": view.ran is Ran.YES,
+            "in_doubt": view.ran is Ran.UNKNOWN,
+            "refused": refused,
+            "refused_text": refused_entry.text if refused_entry else "",
+            "gone": gone_entry is not None,
+            "died": Fact.TARGET_DIED in self.facts,
+            "resume_s": self.resume_s,
+            "text": self.error_text or (gone_entry.text if gone_entry else ""),
+            "status": derive_destination(self.facts).status.value,
+            "row": self.row().label,
+        }
+
+    def brief(self) -> dict[str, Any]:
+        """The short form for events and `ls`."""
+        row = self.row()
+        return {
+            "vm": self.vm,
+            "job": self.job,
+            "role": "destination",
+            "source": self.place.source,
+            "status": derive_destination(self.facts).status.value,
+            "outcome": row.outcome.value,
+            "row": row.label,
+            "over": self.ended.is_set(),
+            "action": row.action,
+        }
+
+    async def until(self, *facts: Fact, deadline_s: float) -> None:
+        """Waits until one of the facts is recorded or the deadline has passed; says nothing about which."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not any(fact in self.facts for fact in facts):
+                    self.changed.clear()
+                    await self.changed.wait()
+        except TimeoutError:
+            return
+
+    async def until_change(self, *, deadline_s: float) -> None:
+        """Waits for the next new fact, or the deadline."""
+        self.changed.clear()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self.changed.wait()
+        except TimeoutError:
+            return

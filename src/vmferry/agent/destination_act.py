@@ -1,0 +1,194 @@
+"""The funnel out of the destination's side: one match over `DestinationEffect`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import assert_never
+
+from vmferry.agent import channel as channels
+from vmferry.agent import machine as machines
+from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.directories import make_directory
+from vmferry.agent.source_act import CHANNEL_NAME, set_options
+from vmferry.agent.vms import VmDefinition
+from vmferry.core.effects import DestinationEffect
+from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
+from vmferry.errors import HostUnreachable, QemuError, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.pki import job_credentials
+from vmferry.qmp.errors import QmpCommandError
+
+log = logging.getLogger("vmferry.agent")
+
+ARRIVE_S = 30.0
+"""From the offer to the source's connection; the source configures its QEMU in between."""
+CONT_S = 10.0
+"""`cont` opens and locks every disk; network storage may take seconds."""
+
+
+async def act(attempt: DestinationAttempt, effect: DestinationEffect) -> None:
+    """Carries one effect out."""
+    match effect:
+        case DestinationEffect.SPAWN:
+            await _spawn(attempt)
+        case DestinationEffect.START_CPUS:
+            await _start_cpus(attempt)
+        case DestinationEffect.REPORT_RAN:
+            await _report_ran(attempt)
+        case DestinationEffect.RENOUNCE:
+            await _renounce(attempt)
+        case DestinationEffect.REPORT_DIED:
+            await _report_died(attempt)
+        case _:
+            assert_never(effect)
+
+
+async def _spawn(attempt: DestinationAttempt) -> None:
+    """Raises when QEMU cannot be started or refuses an option; RENOUNCE then cleans up."""
+    context, place = attempt.context, attempt.place
+    definition = VmDefinition.from_wire(place.definition)
+    argv = definition.incoming_argv(attempt.runtime, context.config.qemu)
+    make_directory(attempt.runtime.directory)
+    machine = await machines.launch(attempt.vm, argv, attempt.runtime, clock=context.clock)
+    attempt.use(machine)
+    offer: dict[str, object] = {"qemu": machine.version_text, "pid": machine.pid, "token": "", "uri": ""}
+    if attempt.peer_ca is not None:
+        credentials = job_credentials.make(
+            attempt.job, "destination", context.job_directory, now=context.utc_now()
+        )
+        attempt.credentials = credentials
+        credentials.accept_peer(attempt.peer_ca)
+        creds = job_credentials.tls_creds_object(attempt.job, "destination", context.job_directory)
+        await machine.execute("object-add", creds)
+        offer["ca_pem"] = credentials.ca_pem_own.decode()
+    await set_options(machine, place.commands, place.expected)
+    if place.multifd:
+        offer["addresses"] = []
+        offer["uri"] = await _listen_inside(attempt)
+    else:
+        first, last = context.config.migration_ports
+        listener = await channels.ChannelListener.open(
+            attempt.job, [context.config.data_address], ports=range(first, last + 1)
+        )
+        attempt.listener = listener
+        offer["token"] = listener.expect("main").token.hex()
+        offer["addresses"] = [list(address) for address in listener.addresses]
+        task = asyncio.create_task(_accept(attempt), name=f"accept-{attempt.job}")
+        context.keep_task(task)
+    attempt.note(Fact.LISTENING)
+    if not attempt.offer.done():
+        attempt.offer.set_result(offer)
+
+
+async def _listen_inside(attempt: DestinationAttempt) -> str:
+    """Multifd needs several connections, which `fd:` does not carry: QEMU listens by itself."""
+    machine, config = attempt.machine, attempt.context.config
+    assert machine is not None
+    host = f"[{config.data_address}]" if ":" in config.data_address else config.data_address
+    first, last = config.migration_ports
+    failure: QmpCommandError | None = None
+    for port in range(first, last + 1):
+        try:
+            await machine.execute("migrate-incoming", {"uri": f"tcp:{host}:{port}"})
+        except QmpCommandError as error:
+            failure = error
+            continue
+        addresses = (await machine.migration()).get("socket-address") or []
+        return f"tcp:{host}:{addresses[0]['port'] if addresses else port}"
+    assert failure is not None
+    raise failure
+
+
+async def _accept(attempt: DestinationAttempt) -> None:
+    """Waits for the source's connection and hands it to QEMU."""
+    machine = attempt.machine
+    assert machine is not None
+    assert attempt.listener is not None
+    try:
+        channel = await attempt.listener.arrived("main", deadline_s=ARRIVE_S)
+        attempt.channels.append(channel)
+        attempt.heard_source_s = attempt.clock.now_s()
+        await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
+        channel.entrust(machine.pid)
+        arguments: dict[str, object] = {"uri": f"fd:{CHANNEL_NAME}"}
+        if machine.version >= (9, 1):
+            arguments["exit-on-error"] = False  # keep the process, so that its words can be read
+        await machine.execute("migrate-incoming", arguments)
+        await attempt.listener.close()
+    except (HostUnreachable, QemuError) as error:
+        attempt.fail(error)
+
+
+async def _start_cpus(attempt: DestinationAttempt) -> None:
+    """`cont`: takes the disks' locks and starts. A refusal means that it never ran."""
+    machine = attempt.machine
+    assert machine is not None
+    if not attempt.place.run_after:
+        attempt.note(Fact.TARGET_RAN, text="taken over; it stays paused as it was before", by="agent")
+        return
+    tries = attempt.facts.last_round(Fact.START_SENT) + 1
+    attempt.note(Fact.START_SENT, round_no=tries)
+    try:
+        await machine.execute("cont", deadline_s=CONT_S)
+    except QmpCommandError as error:
+        attempt.note(Fact.START_REFUSED, round_no=tries, text=error.desc, by="destination QEMU")
+        return
+    if await machine.run_state() == "running":
+        attempt.note(Fact.TARGET_RAN, text="cont", by="destination QEMU")
+    else:
+        # cont said yes and the guest does not run: as good as a refusal, and told as one.
+        attempt.note(Fact.START_REFUSED, round_no=tries, text="cont had no effect", by="destination QEMU")
+
+
+async def _report_ran(attempt: DestinationAttempt) -> None:
+    """The guest is this host's own from here on. Ends the attempt once no page is missing."""
+    if Fact.RUN_ACKED not in attempt.facts:
+        await attempt.context.adopt_arrived(attempt)
+        attempt.note(Fact.RUN_ACKED, by="agent")
+    if Fact.ALL_SENT in attempt.facts:
+        await _finish(attempt, Outcome.DESTINATION)
+
+
+async def _renounce(attempt: DestinationAttempt) -> None:
+    """Kills the QEMU, which never ran, and makes durable that it never will. Only then is it said."""
+    if attempt.machine is not None and not await attempt.machine.kill():
+        raise QemuError(f"{attempt.vm}: process {attempt.machine.pid} does not end", side="destination")
+    await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
+    attempt.note(Fact.TARGET_GONE, text=attempt.error_text, by="agent")
+    await _finish(attempt, Outcome.SOURCE)
+
+
+async def _report_died(attempt: DestinationAttempt) -> None:
+    attempt.note(Fact.TARGET_DIED, text=attempt.context.tail_log(attempt.runtime), by="kernel")
+    await _finish(attempt, Outcome.LOST)
+
+
+async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
+    """Gives back sockets and credentials; the runtime directory too unless the guest lives there now."""
+    if attempt.listener is not None:
+        await attempt.listener.close()
+    for channel in attempt.channels:
+        channel.close()
+    if attempt.credentials is not None:
+        await _drop_credentials(attempt)
+    await attempt.context.journal.append(
+        Entry.ENDED, attempt.job, {**attempt.brief(), "outcome": outcome.value, "over": True}
+    )
+    attempt.note(Fact.CLEANUP)
+    attempt.ended.set()
+    await attempt.context.place_ended(attempt, outcome)
+
+
+async def _drop_credentials(attempt: DestinationAttempt) -> None:
+    assert attempt.credentials is not None
+    attempt.credentials.remove()
+    if attempt.machine is None or attempt.machine.is_gone:
+        return
+    creds = job_credentials.tls_creds_object(attempt.job, "destination", attempt.context.job_directory)
+    try:
+        await attempt.machine.execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""})
+        await attempt.machine.execute("object-del", {"id": creds["id"]})
+    except VmferryError as error:
+        log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)

@@ -1,0 +1,22 @@
+"""Runtime directories of VMs: made when a QEMU starts, removed when nothing of it is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def make_directory(path: str) -> None:
+    """Makes a runtime directory that only this user may enter; one that is there already is fine."""
+    Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def remove_directory(directory: Path, *, keep_logs: bool) -> None:
+    """Removes a runtime directory of ours: sockets always, logs unless they are to be kept."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if keep_logs and path.suffix == ".log":
+            continue
+        path.unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()

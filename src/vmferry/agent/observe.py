@@ -1,0 +1,124 @@
+"""The funnel in: what QEMU says becomes facts. Pure; the only place that knows QEMU's status words.
+
+Theory of operation
+-------------------
+A status word proves everything that must have happened before it, so an agent that comes late (a restart, a
+lost event) learns the same facts from one `query-migrate` as from the whole series of events. Facts are
+recorded once, so saying more than is new is harmless.
+
+A QEMU before 10.2 calls its source `postcopy-active` as soon as the package is built, before the destination
+loaded anything. Its word then proves PACKAGE_SENT only; PACKAGE_LOADED is the destination agent's to say
+(`has_proof` False).
+"""
+
+from __future__ import annotations
+
+from vmferry.core.facts import Fact, FactLog
+
+Finding = tuple[Fact, int, str]
+"""(fact, round, text)."""
+
+PROOF_VERSION = (10, 2)
+"""The first QEMU whose source waits for the destination's proof before it says postcopy-active."""
+
+_SWITCHED: tuple[Finding, ...] = (
+    (Fact.SETUP_DONE, 0, ""),
+    (Fact.SWITCHOVER, 0, ""),
+    (Fact.CONTINUE, 0, ""),
+)
+_PACKAGE: Finding = (Fact.PACKAGE_SENT, 0, "")
+
+
+def _open_round(log: FactLog) -> int:
+    """The newest lost round that has no acknowledged resume, or 0."""
+    lost = log.last_round(Fact.LINK_LOST)
+    return lost if lost and log.stamp(Fact.RESUME_ACK, lost) is None else 0
+
+
+def _broken(log: FactLog) -> tuple[Finding, ...]:
+    """`postcopy-paused`: a new lost round, unless this very round is recorded and no resume was tried yet."""
+    current = _open_round(log)
+    if current == 0:
+        return ((Fact.LINK_LOST, log.last_round(Fact.LINK_LOST) + 1, ""),)
+    if log.stamp(Fact.RESUME_WANTED, current) is None:
+        return ((Fact.LINK_LOST, current, ""),)
+    return ((Fact.RECONNECT_FAILED, current, ""), (Fact.LINK_LOST, current + 1, ""))
+
+
+def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
+    """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
+    match word:
+        case None | "none" | "setup" | "failing" | "failed":
+            return ()  # an error's text is asked for by the effect that records it
+        case "wait-unplug":
+            return ((Fact.UNPLUG_WAIT, 0, ""),)
+        case "active":
+            unplugged = ((Fact.UNPLUG_DONE, 0, ""),) if Fact.UNPLUG_WAIT in log else ()
+            return (*unplugged, (Fact.SETUP_DONE, 0, ""))
+        case "pre-switchover":
+            return _SWITCHED[:2]
+        case "device":
+            return _SWITCHED
+        case "postcopy-device":
+            return (*_SWITCHED, _PACKAGE)
+        case "postcopy-active":
+            current = _open_round(log)
+            resumed = ((Fact.RESUME_ACK, current, ""),) if current else ()
+            proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
+            return (*_SWITCHED, _PACKAGE, *proof, *resumed)
+        case "postcopy-paused":
+            proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
+            return (*_SWITCHED, _PACKAGE, *proof, *_broken(log))
+        case "postcopy-recover-setup":
+            return ((Fact.RESUME_WANTED, max(1, _open_round(log)), ""),)
+        case "postcopy-recover":
+            current = max(1, _open_round(log))
+            return ((Fact.RESUME_WANTED, current, ""), (Fact.RECONNECTED, current, ""))
+        case "completed":
+            return (*_SWITCHED, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+        case "cancelling" | "cancelled":
+            ours = Fact.CANCEL in log or Fact.ERROR in log
+            return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
+        case "colo":
+            return ((Fact.COLO, 0, ""),)
+        case _:
+            return ((Fact.UNKNOWN_STATUS, log.last_round(Fact.UNKNOWN_STATUS) + 1, word),)
+
+
+def destination_findings(word: str | None, run_state: str | None, log: FactLog) -> tuple[Finding, ...]:
+    """What the destination QEMU's status word and run state prove.
+
+    LOADED needs the run state: only when it has left `inmigrate` is the device state in and the guest
+    startable. That holds for every QEMU; the status word alone says it too early before 10.2.
+    """
+    loaded = run_state not in (None, "inmigrate")
+    findings: list[Finding] = []
+    match word:
+        case None | "none" | "failing" | "failed" | "cancelling" | "cancelled":
+            return ()
+        case "setup":
+            return ((Fact.LISTENING, 0, ""),)
+        case "active":
+            findings = [(Fact.HEADER_SEEN, 0, "")]
+        case "postcopy-device":
+            findings = [(Fact.HEADER_SEEN, 0, ""), _PACKAGE]
+        case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
+            findings = [(Fact.HEADER_SEEN, 0, "")]
+            if loaded:
+                findings += [_PACKAGE, (Fact.PACKAGE_LOADED, 0, ""), (Fact.LOADED, 0, "")]
+            current = _open_round(log)
+            if word == "postcopy-paused" and loaded:
+                findings += _broken(log)
+            elif word == "postcopy-recover" and current:
+                findings += [(Fact.RECONNECTED, current, "")]
+            elif word == "postcopy-active" and current:
+                findings += [(Fact.RESUME_ACK, current, "")]
+        case "completed":
+            findings = [(Fact.HEADER_SEEN, 0, "")]
+            if loaded:
+                findings += [(Fact.LOADED, 0, ""), (Fact.ALL_SENT, 0, "")]
+        case _:
+            return ((Fact.UNKNOWN_STATUS, log.last_round(Fact.UNKNOWN_STATUS) + 1, word),)
+    if run_state == "running":
+        findings.append((Fact.TARGET_RAN, 0, "the run state is running"))
+    return tuple(findings)

@@ -1,0 +1,200 @@
+"""Commands of other agents. Who asks is known by the certificate; what is asked is an offer, a question, or an
+order that carries the job's generation.
+
+Rule 1: an order for a job that is not known here is answered with what that proves, never with a guess.
+Rule 2: the answer to everything about a place is `facts_wire`, whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry.agent import control
+from vmferry.agent.destination import DestinationAttempt, Place
+from vmferry.core.facts import Fact
+from vmferry.errors import Busy, NotTrusted, UsageError
+from vmferry.jobs.journal import Entry
+from vmferry.pki import tls
+from vmferry.qmp.server import CommandNotFound, Session
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+GRANT_WAIT_S = 4.0
+RELEASE_WAIT_S = 4.0
+
+
+async def handle(agent: Agent, session: Session, name: str, arguments: dict[str, Any]) -> Any:
+    """One command of another agent. Raises the command's own error."""
+    who = caller(agent, session)
+    body = COMMANDS.get(name)
+    if body is None:
+        raise CommandNotFound(name)
+    return await body(agent, who, arguments)
+
+
+def caller(agent: Agent, session: Session) -> str | None:
+    """The calling agent's name by its certificate; None over clear text. Raises NotTrusted for a stranger."""
+    certificate = session.peer.certificate
+    if not certificate:
+        return None
+
+    name = tls.name_in(certificate)
+    if name not in agent.config.peers:
+        raise NotTrusted(f"{name} is not among the peers of {agent.config.name}", side="client")
+    return name
+
+
+async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"name": agent.config.name, "time": agent.clock.wall_s()}
+
+
+async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    kept = agent.vms.get(str(arguments["vm"]))
+    return {"has": kept is not None, "generation": kept.generation if kept else 0}
+
+
+async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
+    return await control.handle(agent, "vm-list", {"local": True}, forward=False)
+
+
+async def _forward(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
+    return await control.handle(agent, str(arguments["command"]), dict(arguments["arguments"]), forward=False)
+
+
+async def _report(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
+    return await agent.planner.report_wire(arguments)
+
+
+async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Makes a place. Idempotent by job; the answer is the offer. Raises what makes it impossible."""
+    vm, job = str(arguments["vm"]), str(arguments["job"])
+    place = agent.places.get(job)
+    if place is None:
+        if job in agent.known_jobs:
+            raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
+        if vm in agent.vms:
+            raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
+        other = agent.place_of(vm)
+        if other is not None and not other.ended.is_set():
+            raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
+        ca_pem = arguments.get("ca_pem")
+        if ca_pem is None and not agent.config.clear_text:
+            raise NotTrusted(
+                f"{agent.config.name} takes guests' memory in clear text only when it was started with"
+                " --clear-text",
+                side="destination",
+            )
+        wanted = Place(
+            job=job,
+            vm=vm,
+            source=who or str(arguments["source"]),
+            generation=int(arguments["generation"]),
+            definition=dict(arguments["definition"]),
+            run_after=bool(arguments.get("run_after", True)),
+            commands=tuple((str(name), dict(args)) for name, args in arguments["commands"]),
+            expected=dict(arguments["expected"]),
+            multifd=bool(arguments.get("multifd")),
+            clear_text=ca_pem is None,
+            directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
+        )
+        place = DestinationAttempt(agent, wanted)
+        place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
+        await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
+        agent.run_place(place)
+    return await place.offer
+
+
+def _place(agent: Agent, arguments: dict[str, Any]) -> DestinationAttempt | None:
+    place = agent.places.get(str(arguments["job"]))
+    if place is not None:
+        place.heard_source_s = agent.clock.now_s()
+    return place
+
+
+async def _unknown_place(agent: Agent, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A job that this agent knows nothing of: its journal has no place for it, so nothing of it ever ran here,
+    and it is written down that nothing ever will. Raises UsageError while the journal says otherwise."""
+    job = str(arguments["job"])
+    if job in agent.known_jobs:
+        raise UsageError(f"job {job} ended on {agent.config.name}", side="destination")
+    place = Place(job=job, vm="", source="", generation=int(arguments["generation"]), definition={})
+    await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(place))
+    await agent.journal.append(Entry.RENOUNCED, job, {"text": "no place was ever made"})
+    agent.known_jobs[job] = {"gone": True, "text": "no place was ever made", "job": job}
+    return agent.known_jobs[job]
+
+
+async def _target(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    place = _place(agent, arguments)
+    if place is not None:
+        return place.facts_wire()
+    known = agent.known_jobs.get(str(arguments["job"]))
+    return known if known is not None else await _unknown_place(agent, arguments)
+
+
+async def _ready(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """During the source's pause: is the QEMU here and loading? Facts say so; a dead one is in them too."""
+    place = _place(agent, arguments)
+    if place is None:
+        return await _target(agent, who, arguments)
+    if place.machine is None or place.machine.is_gone:
+        place.wake()
+        await place.until(Fact.TARGET_GONE, deadline_s=RELEASE_WAIT_S)
+    return place.facts_wire()
+
+
+async def _grant(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The right to run. Answers when the guest runs, was refused by QEMU, or after a while with what is so."""
+    place = _place(agent, arguments)
+    if place is None:
+        return await _target(agent, who, arguments)
+    refused = place.facts.last_round(Fact.START_REFUSED)
+    await place.grant(int(arguments["generation"]))
+    deadline_s = agent.clock.now_s() + GRANT_WAIT_S
+    while agent.clock.now_s() < deadline_s and not place.ended.is_set():
+        if Fact.TARGET_RAN in place.facts or place.facts.last_round(Fact.START_REFUSED) > refused:
+            break
+        await place.until_change(deadline_s=deadline_s - agent.clock.now_s())
+    return place.facts_wire()
+
+
+async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The source wants the guest back. Answers when this side renounced, or with what keeps it from that."""
+    place = _place(agent, arguments)
+    if place is None:
+        return await _target(agent, who, arguments)
+    if Fact.TARGET_RAN not in place.facts:
+        place.note(Fact.RELEASE, by=who or "source agent")
+        await place.until(Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=RELEASE_WAIT_S)
+    return place.facts_wire()
+
+
+async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A destination asks whether its place is still wanted."""
+    job = str(arguments["job"])
+    for attempt in agent.attempts.values():
+        if attempt.job == job:
+            return {"wanted": not attempt.ended.is_set()}
+    return {"wanted": False}
+
+
+COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]]] = {
+    "peer-hello": _hello,
+    "peer-has": _has,
+    "peer-list": _list,
+    "peer-forward": _forward,
+    "peer-report": _report,
+    "peer-prepare": _prepare,
+    "peer-ready": _ready,
+    "peer-grant": _grant,
+    "peer-target": _target,
+    "peer-release": _release,
+    "peer-wanted": _wanted,
+}

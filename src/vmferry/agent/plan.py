@@ -1,0 +1,369 @@
+"""The agent's side of planning: collects what both hosts and the guest say, and asks the core.
+
+Theory of operation
+-------------------
+A plan needs three reports: of this host, of the destination (one `peer-report` call), and of the guest. The
+core's rules (`core.preflight`) give every objection at once, `core.converge.pick_mode` the mode and why,
+`core.options.build` the complete options of both QEMUs. Facts about QEMU binaries are probed once at start and
+kept; a plan of a running guest costs a handful of QMP commands and one call.
+
+Rule 1: planning changes nothing, here or there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry import __version__
+from vmferry.agent.source import SourceAttempt, Wanted
+from vmferry.agent.vms import DiskRef, KeptVm
+from vmferry.core import converge as core_converge
+from vmferry.core import preflight
+from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
+from vmferry.core.facts import Fact
+from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
+from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
+from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
+from vmferry.pki import job_credentials
+from vmferry.vm import probe_host, probe_qemu
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+REPORT_S = 5.0
+KVM_TRIAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one attempt shall go, or why it cannot."""
+
+    mode: Mode
+    why: str
+    policy: ConvergePolicy
+    options: AttemptOptions
+    objections: tuple[Objection, ...]
+    """Blockers only; the rest is in `remarks`."""
+    remarks: tuple[Objection, ...]
+    multifd: bool
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know although nothing blocks."""
+        return tuple(f"{remark.weight}: {remark.message}" for remark in self.remarks)
+
+    def wire(self, vm: str, source: str, destination: str) -> dict[str, Any]:
+        """Plain JSON values."""
+        verdict = f"can move from {source} to {destination}" if not self.objections else "cannot move there"
+        found = [
+            {"code": o.code, "weight": o.weight.value, "side": o.side, "message": o.message, "fix": o.fix}
+            for o in (*self.objections, *self.remarks)
+        ]
+        return {
+            "vm": vm,
+            "source": source,
+            "destination": destination,
+            "possible": not self.objections,
+            "mode": self.mode.value,
+            "why": self.why,
+            "objections": found,
+            "sentence": f"{vm} {verdict}: {self.mode.value}, because {self.why}"
+            if not self.objections
+            else f"{vm} cannot move from {source} to {destination}; nothing was changed.",
+        }
+
+
+class Planner:
+    """Owned by the agent; keeps the facts about its QEMU."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._facts: asyncio.Task[probe_qemu.QemuFacts] | None = None
+        self._kvm: asyncio.Task[bool] | None = None
+        self._userfaultfd: bool | None = None
+        self._samples: dict[str, list[Sample]] = {}
+
+    # --- facts about this host ---
+
+    def warm_up(self) -> None:
+        """Begins the probe of this host's QEMU, so that the first plan need not wait for it."""
+        if self._facts is None or (self._facts.done() and self._facts.exception() is not None):
+            config = self.agent.config
+            self._facts = asyncio.create_task(
+                probe_qemu.qemu_facts(config.qemu, state_directory=config.state_dir), name="probe-qemu"
+            )
+            self.agent.keep_task(self._facts)
+
+    async def qemu_facts(self) -> probe_qemu.QemuFacts:
+        """What this host's QEMU is and can do. Raises QemuError when there is none."""
+        self.warm_up()
+        assert self._facts is not None
+        return await asyncio.shield(self._facts)
+
+    async def kvm_boots(self) -> bool:
+        """Whether a guest really boots under KVM here; tried once."""
+        if self._kvm is None:
+            self._kvm = asyncio.create_task(self._try_kvm(), name="probe-kvm")
+        return await asyncio.shield(self._kvm)
+
+    async def _try_kvm(self) -> bool:
+        found = await probe_host.kvm_boot(self.agent.config.qemu, timeout_s=KVM_TRIAL_S)
+        return found.works is True
+
+    async def report_wire(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The answer to another agent's `peer-report`."""
+        disks = [DiskRef(**disk) for disk in arguments.get("disks", ())]
+        accel, vm = str(arguments["accel"]), str(arguments["vm"])
+        report = await self.host_report(disks, accel=accel, vm=vm)
+        return dict(msgspec.to_builtins(report, str_keys=True))
+
+    async def host_report(self, disks: list[DiskRef], *, accel: str, vm: str) -> HostReport:
+        """This host as a place for that guest."""
+        agent, config = self.agent, self.agent.config
+        report = HostReport(
+            name=config.name,
+            agent_version=__version__,
+            qemu_binary=config.qemu,
+            memory_available_bytes=probe_host.memory().available_bytes,
+            userfaultfd=self._uffd(),
+            disks={disk.path: _disk_report(disk, config.name) for disk in disks},
+            vms=frozenset(agent.vms)
+            | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
+            clock_offset_ms=0.0,
+        )
+        first, last = config.migration_ports
+        if first and config.listen is not None:
+            free = probe_host.free_port(first, last, address=config.data_address)
+            report = replace(report, ports_free={first if free is None else free: free is not None})
+        try:
+            facts = await self.qemu_facts()
+        except QemuError:
+            return replace(report, qemu_found=False)
+        models = {model.name: tuple(model.unavailable or ()) for model in facts.cpus.get(accel, ())}
+        return replace(
+            report,
+            qemu_found=True,
+            qemu_version=facts.version,
+            machines={**{m: m for m in facts.machines}, **facts.aliases},
+            cpu_models=models,
+            accelerators=frozenset(facts.accelerators()),
+            capabilities=frozenset(facts.capabilities),
+            parameters=frozenset(facts.parameters),
+        )
+
+    def _uffd(self) -> bool | None:
+        if self._userfaultfd is None:
+            self._userfaultfd = probe_host.userfaultfd().works
+        return self._userfaultfd
+
+    # --- one plan ---
+
+    async def plan(self, wanted: Wanted, kept: KeptVm, *, running_job: bool) -> Plan:
+        """Raises UnknownHost, HostUnreachable, NotTrusted, QemuError; nothing was changed."""
+        definition, name = kept.definition, self.agent.config.name
+        disks = [disk.__class__(disk.path, disk.readonly, disk.shared, disk.format) for disk in definition.disks]
+        here_task = asyncio.create_task(
+            self.host_report(disks, accel=definition.accel, vm=wanted.vm), name="report-here"
+        )
+        guest_task = asyncio.create_task(self._guest(wanted, kept), name="report-guest")
+        try:
+            if wanted.destination == name:
+                there = replace(await here_task, vms=frozenset())
+            else:
+                there = await self._there(wanted, kept, disks)
+            here, (guest, source_names) = await here_task, await guest_task
+        finally:
+            await asyncio.gather(here_task, guest_task, return_exceptions=True)
+        return _decide(wanted, here, there, guest, source_names, running_job=running_job)
+
+    async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef]) -> HostReport:
+        link = self.agent.peers.link(wanted.destination)
+        arguments = {
+            "vm": wanted.vm,
+            "accel": kept.definition.accel,
+            "disks": [msgspec.to_builtins(disk) for disk in disks],
+        }
+        wire = await link.call("peer-report", arguments, deadline_s=REPORT_S)
+        try:
+            report = msgspec.convert(wire, HostReport, strict=False)
+        except msgspec.ValidationError as error:
+            raise HostUnreachable(
+                f"the report of {wanted.destination} cannot be read: {error}", side="destination"
+            ) from error
+        offset_s = link.clock_offset_s
+        return replace(report, clock_offset_ms=None if offset_s is None else offset_s * 1000)
+
+    async def _guest(self, wanted: Wanted, kept: KeptVm) -> tuple[GuestReport, tuple[frozenset[str], ...]]:
+        """The guest, and the capabilities and parameters that its very QEMU knows."""
+        machine, definition = kept.require_machine(), kept.definition
+        state = await machine.run_state()
+        info = await machine.migration()
+        capabilities = await machine.execute("query-migrate-capabilities")
+        parameters = await machine.execute("query-migrate-parameters")
+        spec = definition.spec or {}
+        huge = bool((spec.get("memory_backend") or {}).get("hugepages"))
+        guest = GuestReport(
+            name=wanted.vm,
+            machine=definition.machine,
+            cpu_model=definition.cpu,
+            accelerator=definition.accel,
+            memory_bytes=definition.memory_bytes,
+            page_bytes=2 << 20 if huge else 4096,
+            disks=tuple(DiskUse(disk.path, disk.readonly) for disk in definition.disks),
+            has_vfio=definition.has_vfio,
+            blocked_reasons=tuple(str(reason) for reason in info.get("blocked-reasons", ())),
+            run_state=state,
+        )
+        names = (frozenset(c["capability"] for c in capabilities), frozenset(parameters))
+        return guest, names
+
+    # --- while it runs ---
+
+    def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
+        """New counters: progress for people, and the policy that may ask for postcopy or give up."""
+        sample = _sample(attempt, info)
+        samples = self._samples.setdefault(attempt.job, [])
+        samples.append(sample)
+        attempt.progress = attempt.progress.advance(sample)
+        plan = attempt.plan
+        if plan is None or Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
+            return
+        after_passes = attempt.wanted.postcopy.get("after_passes")
+        if after_passes is not None and plan.mode is Mode.POSTCOPY and sample.passes > after_passes:
+            attempt.note(Fact.START_POSTCOPY, text=f"{after_passes} passes are over", by="policy")
+            return
+        match core_converge.decide(samples, plan.policy):
+            case StartPostcopy(why):
+                attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
+            case GiveUp(why):
+                attempt.fail(MigrationFailed(f"given up: {why}", side="source"))
+            case _:
+                pass
+
+    def forget(self, job: str) -> None:
+        """The job is over: its samples are of no use any more."""
+        self._samples.pop(job, None)
+
+
+def _disk_report(disk: DiskRef, host: str) -> DiskReport:
+    """What this host sees under the path. Same image or not cannot be seen from one side: who defined the VM
+    said whether its storage is shared."""
+    try:
+        status = os.stat(disk.path)
+    except OSError:
+        return DiskReport(exists=False)
+    size = status.st_size if status.st_size else None
+    return DiskReport(
+        exists=True,
+        writable=os.access(disk.path, os.W_OK),
+        size_bytes=size if disk.format == "raw" else None,
+        format=disk.format,
+        identity="shared, as the VM's definition says" if disk.shared else f"{host}:{disk.path}",
+    )
+
+
+def _sample(attempt: SourceAttempt, info: dict[str, Any]) -> Sample:
+    ram = info.get("ram") or {}
+    page_bytes = int(ram.get("page-size", 4096))
+    return Sample(
+        elapsed_ms=float(info.get("total-time", 0)),
+        sent_bytes=int(ram.get("transferred", 0)),
+        remaining_bytes=int(ram.get("remaining", 0)),
+        throughput_bytes_per_s=float(ram.get("mbps", 0.0)) * 1e6 / 8,
+        dirty_rate_bytes_per_s=float(ram.get("dirty-pages-rate", 0)) * page_bytes,
+        passes=int(ram.get("dirty-sync-count", 1)),
+        throttle_percent=int(info.get("cpu-throttle-percentage", 0)),
+        in_postcopy=Fact.PACKAGE_SENT in attempt.facts,
+    )
+
+
+def _decide(
+    wanted: Wanted,
+    here: HostReport,
+    there: HostReport,
+    guest: GuestReport,
+    source_names: tuple[frozenset[str], ...],
+    *,
+    running_job: bool,
+) -> Plan:
+    """Pure: reports and the want -> the plan."""
+    here = replace(here, capabilities=source_names[0], parameters=source_names[1])
+    there = replace(there, cpu_models=_beyond(here, there))
+    mode, start, why = _mode(wanted, here, there, guest)
+    creds = f"vmferry-tls-{job_credentials.tag(wanted.job)}"
+    tls = None if wanted.clear_text else TlsChoice(creds, creds, job_credentials.tls_hostname(wanted.job))
+    wish = Wish(
+        mode=mode,
+        multifd_channels=wanted.multifd_channels,
+        tls=tls,
+        settings=wanted.options,
+        ports=tuple(there.ports_free),
+    )
+    found = preflight.check(here, there, guest, wish)
+    blocking = preflight.blockers(found)
+    options = build(
+        mode,
+        wanted.options,
+        source_known=here.option_names() or frozenset(),
+        destination_known=there.option_names() or frozenset(),
+        tls=tls,
+        multifd_channels=wanted.multifd_channels,
+    )
+    if isinstance(options, Refused):
+        assert blocking, "preflight lists what options.build refuses"
+        options = _NO_OPTIONS
+    policy = ConvergePolicy(start=start, postcopy_after_ms=wanted.postcopy.get("after_ms"))
+    return Plan(
+        mode=mode,
+        why=why,
+        policy=policy,
+        options=options,
+        objections=blocking,
+        remarks=tuple(o for o in found if o.weight is not Weight.BLOCKER),
+        multifd=wanted.multifd_channels > 0,
+    )
+
+
+_NO_OPTIONS = AttemptOptions({}, {}, {}, {}, {}, ())
+
+
+def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...]] | None:
+    """What each CPU model lacks there and not here: what both lack the guest never had."""
+    if there.cpu_models is None:
+        return None
+    mine = here.cpu_models or {}
+    return {
+        model: tuple(feature for feature in lacking if feature not in mine.get(model, ()))
+        for model, lacking in there.cpu_models.items()
+    }
+
+
+def _mode(
+    wanted: Wanted, here: HostReport, there: HostReport, guest: GuestReport
+) -> tuple[Mode, PostcopyStart, str]:
+    start = PostcopyStart.FIRST_PASS
+    if wanted.postcopy.get("after_ms") is not None:
+        start = PostcopyStart.TIME
+    elif wanted.postcopy.get("after_passes") is not None:
+        start = PostcopyStart.HAND
+    if wanted.mode == Mode.POSTCOPY:
+        return Mode.POSTCOPY, start, "it was asked for"
+    if wanted.mode == Mode.PRECOPY:
+        return Mode.PRECOPY, PostcopyStart.NEVER, "it was asked for"
+    choice = core_converge.pick_mode(
+        ModeInputs(
+            memory_bytes=guest.memory_bytes or 0,
+            source_version=here.qemu_version or (0, 0),
+            destination_version=there.qemu_version or (0, 0),
+            userfaultfd_source=here.userfaultfd,
+            userfaultfd_destination=there.userfaultfd,
+            has_vfio=guest.has_vfio,
+            multifd_channels=wanted.multifd_channels,
+        )
+    )
+    return choice.mode, choice.start, choice.why

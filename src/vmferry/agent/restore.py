@@ -1,0 +1,177 @@
+"""What a starting agent knows: the journal, the processes that live, nothing else. Then the ordinary loop runs.
+
+Theory of operation
+-------------------
+For every VM that the journal says is kept here, the QEMU is attached again (by process identity, never by name).
+For every job that has no end, an attempt is made with the facts that the journal proves:
+
+* a commit without a known answer counts as sent, so only the destination's word leads back;
+* QEMU's own status word tells how far the rest got, through the same funnel as its events (`observe`);
+* a job that QEMU never began ends as failed ("the agent restarted"), and its place is released.
+
+Rule 1: nothing is started, stopped or killed here; the first tick of the loop decides.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vmferry.agent import machine as machines
+from vmferry.agent.destination import DestinationAttempt, Place
+from vmferry.agent.source import SourceAttempt, Wanted
+from vmferry.agent.vms import KeptVm
+from vmferry.core.facts import Fact
+from vmferry.errors import MigrationFailed, QemuError
+from vmferry.jobs.journal import Entry, JobState, Replayed, replay
+from vmferry.pki import job_credentials
+from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.spawn import ProcessIdentity
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+NOT_BEGUN = frozenset({None, "none", "failed", "cancelled"})
+"""QEMU's words that do not show whether they belong to the unfinished job."""
+
+
+async def restore(agent: Agent) -> None:
+    """Makes the agent hold again what it held. Raises Unfit when the journal cannot be read."""
+    state = replay(agent.journal.read())
+    for body in state.vms.values():
+        await _attach(agent, KeptVm.from_journal(body))
+    for job in state.jobs.values():
+        if job.role == "source":
+            await _source(agent, job)
+        else:
+            await _destination(agent, job, state)
+    _remove_left_overs(agent)
+
+
+async def _attach(agent: Agent, kept: KeptVm) -> None:
+    kept.machine = machines.attach_process(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
+    if kept.machine is None:
+        log.warning("vm=%s pid=%d result=gone since the agent last ran", kept.name, kept.identity.pid)
+    else:
+        try:
+            await kept.machine.attach(deadline_s=2.0)
+        except QemuError as error:
+            log.warning("vm=%s pid=%d command=attach result=%s", kept.name, kept.identity.pid, error)
+    agent.vms[kept.name] = kept
+    agent.hold(kept)
+
+
+async def _source(agent: Agent, job: JobState) -> None:
+    wanted = msgspec.convert(job.body, Wanted)
+    if job.ended is not None:
+        agent.results[job.job] = job.ended
+        return
+    kept = agent.vms.get(wanted.vm)
+    if kept is None or kept.machine is None or kept.machine.is_gone:
+        await _source_without_qemu(agent, job, wanted, gone=kept is not None)
+        return
+    attempt = SourceAttempt(agent, wanted, kept)
+    if job.cancel_wanted:
+        attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
+    word = None
+    try:
+        word = (await kept.machine.migration(deadline_s=2.0)).get("status")
+    except QemuError as error:
+        log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
+    attempt.note(Fact.PREPARE, by="journal")
+    attempt.note(Fact.PAUSE_CAP, by="journal")
+    if job.committed_generation is not None or word not in NOT_BEGUN:
+        for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
+            attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
+        if job.committed_generation is not None:
+            attempt.note(Fact.COMMITTED, by="journal")
+            attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
+        attempt.hear_word(word)
+    else:
+        attempt.fail(
+            MigrationFailed("the source's agent restarted before the migration had begun", side="source")
+        )
+    agent.run_attempt(attempt)
+
+
+async def _source_without_qemu(agent: Agent, job: JobState, wanted: Wanted, *, gone: bool) -> None:
+    """The QEMU is gone. If the VM was given away (no KEPT), it was retired after the destination ran."""
+    outcome, text = ("lost", "its QEMU ended while no agent ran") if gone else ("destination", "")
+    ended = {
+        "job": job.job,
+        "vm": wanted.vm,
+        "source": agent.config.name,
+        "destination": wanted.destination,
+        "mode": wanted.mode,
+        "status": "failed" if gone else "completed",
+        "outcome": outcome,
+        "over": True,
+        "downtime_ms": None,
+        "total_ms": None,
+        "timeline": [],
+        "error": MigrationFailed(text, guest="lost").to_wire() if gone else None,
+        "sentence": f"{wanted.vm}: {text}." if gone else f"{wanted.vm} runs on {wanted.destination}.",
+        "notes": ["the source's agent restarted on the way; times are not known"],
+    }
+    await agent.journal.append(Entry.ENDED, job.job, ended)
+    agent.results[job.job] = ended
+
+
+async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
+    place = msgspec.convert(job.body, Place)
+    if job.renounced or job.ended is not None:
+        ran = job.ended is not None and job.ended.get("outcome") == "destination"
+        agent.known_jobs[job.job] = {
+            "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
+            "loaded": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
+        }  # fmt: skip
+        return
+    attempt = DestinationAttempt(agent, place)
+    identity = find_qemu(place.directory)
+    kept = agent.vms.get(place.vm)
+    if kept is not None and kept.generation == place.generation and kept.machine is not None:
+        attempt.use(kept.machine)
+        attempt.note(Fact.COMMITTED, by="journal")
+        attempt.note(Fact.LOADED, by="journal")
+        attempt.note(Fact.TARGET_RAN, by="journal")
+        attempt.note(Fact.RUN_ACKED, by="journal")
+    elif identity is not None:
+        machine = machines.attach_process(
+            place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock
+        )
+        if machine is not None:
+            attempt.use(machine)
+    if job.committed_generation is not None:
+        attempt.note(Fact.COMMITTED, by="journal")
+        attempt.note(Fact.GRANTED, round_no=1, by="journal")
+    if attempt.machine is None:
+        attempt.fail(MigrationFailed("the destination's agent restarted and its QEMU is gone", side="destination"))
+    agent.run_place(attempt)
+
+
+def find_qemu(directory: str) -> ProcessIdentity | None:
+    """The process whose command line has this runtime directory: an agent may die between starting a QEMU
+    and writing down which process it is."""
+    needle = f"{directory}/".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            cmdline = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue  # it ended meanwhile
+        if needle in cmdline and b"qmp.sock" in cmdline:
+            return vm_spawn.identify(int(entry.name))
+    return None
+
+
+def _remove_left_overs(agent: Agent) -> None:
+    """Credentials of jobs that are over, left by an agent that died."""
+    running = {a.job for a in agent.attempts.values()} | set(agent.places)
+    for path in job_credentials.remove_left_overs(agent.job_directory, keep=running):
+        log.info("result=removed left-over=%s", path.name)

@@ -1,0 +1,385 @@
+"""The source's side of one migration: what is known, what is published. Acting is in `source_act`.
+
+Theory of operation
+-------------------
+A `SourceAttempt` is made when a migration is wanted (or found unfinished in the journal at start) and lives
+until its CLEAN_UP row has been carried out. Inputs arrive in four ways, each ending in a fact or a reading:
+QEMU's events (`on_qemu_event`), the end of its process (`on_qemu_gone`), what the destination's agent says
+(`hear_target`), and wants of people (`want_cancel`, `want_postcopy`).
+
+Rule 1: the public status is computed (`core.status`) when somebody asks or a fact came; it is never kept.
+Rule 2: QEMU's words pass through `agent.observe` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmferry.agent.context import Context
+from vmferry.agent.loop import AttemptLoop
+from vmferry.agent.machine import Machine
+from vmferry.agent.observe import PROOF_VERSION, source_findings
+from vmferry.agent.plan import Plan
+from vmferry.agent.vms import KeptVm
+from vmferry.core.converge import Progress
+from vmferry.core.decide import decide_source, source_allows
+from vmferry.core.effects import Effect
+from vmferry.core.facts import Fact, FactLog
+from vmferry.core.options import Mode
+from vmferry.core.report import Measured, job_wire
+from vmferry.core.status import cancel_refusal, derive_source
+from vmferry.core.table import Outcome, Row
+from vmferry.core.view import Readings, Source, Step, cpus_from, source_view, source_word
+from vmferry.errors import (
+    CancelRefused,
+    HostUnreachable,
+    MigrationFailed,
+    NotTrusted,
+    QemuError,
+    VmferryError,
+)
+from vmferry.pki.job_credentials import JobCredentials
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpTimeout
+
+log = logging.getLogger("vmferry.agent")
+
+POLL_S = 0.5
+"""How often QEMU is asked for its counters while memory moves: 1 ms of work each."""
+SILENT_S = 2.0
+"""A QMP that has not answered for so long counts as silent; QEMU's main loop may well hang for a second."""
+
+INTERRUPTIBLE = frozenset(
+    {Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for: the body of the journal's WANTED entry."""
+
+    job: str
+    vm: str
+    destination: str
+    generation: int
+    """The destination's generation: one more than the guest has now."""
+    mode: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    multifd_channels: int = 0
+    clear_text: bool = False
+    postcopy: dict[str, Any] = field(default_factory=dict)
+    wanted_s: float = 0.0
+    running_before: bool = True
+
+
+class SourceAttempt(AttemptLoop[Effect]):
+    """One attempt to move one guest away from this host."""
+
+    def __init__(self, context: Context, wanted: Wanted, kept: KeptVm) -> None:
+        super().__init__(job=wanted.job, vm=wanted.vm, clock=context.clock)
+        self.context, self.wanted, self.kept = context, wanted, kept
+        self.machine: Machine = kept.require_machine()
+        self.readings = Readings()
+        self.measured = Measured(started_s=wanted.wanted_s or context.clock.wall_s())
+        self.plan: Plan | None = None
+        self.cause: dict[str, Any] | None = None
+        """The wire form of the error that made the attempt turn back."""
+        self.trouble = ""
+        """Why the effect that is tried again and again does not succeed."""
+        self.outcome_at_end: Outcome | None = None
+        self.credentials: JobCredentials | None = None
+        self.offer: dict[str, Any] = {}
+        self.channels: list[Any] = []
+        self.saved_options: dict[str, Any] | None = None
+        self.progress = Progress()
+        self.cancel_tries = 0
+        self._qemu_word: str | None = None
+        self._run_state: str | None = None
+        self._stale = True
+        self._silent_since_s: float | None = None
+        self._polled_s = float("-inf")
+        self.note(Fact.MIGRATE, by="person")
+        self.machine.on_event = self.on_qemu_event
+        self.machine.on_gone = self.on_qemu_gone
+
+    # --- the loop's questions ---
+
+    def row(self) -> Row[Effect]:
+        return decide_source(self.facts, self.readings)
+
+    def allows(self, effect: Effect) -> bool:
+        return source_allows(effect, source_view(self.facts, self.readings))
+
+    def interruptible(self, effect: Effect) -> bool:
+        return effect in INTERRUPTIBLE
+
+    async def act(self, effect: Effect) -> None:
+        from_hands = self.context.source_hands
+        await from_hands(self, effect)
+
+    def on_trouble(self, effect: Effect, error: Exception) -> None:
+        """Which errors end the attempt, which only mean that the destination is silent, which are retried."""
+        self.trouble = str(error)
+        match effect:
+            case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
+                self.fail(error)
+            case Effect.CONTINUE | Effect.COMMIT | Effect.START_POSTCOPY:
+                self._stale = True
+                if not isinstance(error, QemuError):
+                    self.fail(error)  # the journal cannot be written: nobody may be told to run
+            case _ if isinstance(error, HostUnreachable | NotTrusted):
+                self.set_readings(target_answers=False)
+            case _:
+                self._stale = True
+
+    def on_facts(self, before: FactLog, after: FactLog) -> None:
+        was, now = derive_source(before), derive_source(after)
+        if was.status is not now.status:
+            self.context.publish(
+                "MIGRATION",
+                {
+                    "vm": self.vm,
+                    "job": self.job,
+                    "status": now.status.value,
+                    "because": [f.value for f in now.because],
+                },
+            )
+            if Fact.PACKAGE_LOADED in after and Fact.POSTCOPY_ANNOUNCED not in after:
+                self.note(Fact.POSTCOPY_ANNOUNCED)
+
+    def on_row(self, row: Row[Effect]) -> None:
+        self.context.publish("JOB_CHANGE", self.brief())
+
+    # --- inputs ---
+
+    def fail(self, error: Exception) -> None:
+        """Records the error that ends the attempt; the first one counts."""
+        wire = error.to_wire() if isinstance(error, VmferryError) else None
+        if Fact.ERROR not in self.facts:
+            self.cause = wire or MigrationFailed(str(error), cause=error).to_wire()
+        self.note(Fact.ERROR, text=str(error))
+
+    def want_cancel(self) -> bool:
+        """Accepts a cancel (True: newly). Raises CancelRefused with the reason when it is too late."""
+        refusal = cancel_refusal(self.facts)
+        if refusal is not None:
+            raise CancelRefused(f"{self.vm}: {refusal}")
+        return Fact.CANCEL not in self.facts
+
+    def on_qemu_event(self, event: Event) -> None:
+        """An event of the source's QEMU."""
+        at_s = event.timestamp_us / 1e6 if event.timestamp_us is not None else self.clock.wall_s()
+        match event.name:
+            case "MIGRATION":
+                self.hear_word(str(event.data.get("status")), at_s=at_s)
+            case "STOP":
+                self._run_state = None
+                if Fact.STARTED in self.facts:
+                    self.measured.stop_s = at_s
+                    self.measured.marks.append((at_s, "STOP on the source"))
+            case "RESUME":
+                self._run_state = "running"
+                self._set_cpus()
+            case "MIGRATION_PASS":
+                self.measured.passes = int(event.data.get("pass", 0))
+                self._polled_s = float("-inf")
+        self.wake()
+
+    def on_qemu_gone(self) -> None:
+        """The kernel said that the source's QEMU is gone. Our descriptors would keep its stream open."""
+        for channel in self.channels:
+            channel.cut()
+        self.note(Fact.SOURCE_GONE, by="kernel")
+
+    def hear_word(self, word: str | None, *, at_s: float | None = None) -> None:
+        """QEMU said its status word: facts follow."""
+        if Fact.STARTED not in self.facts:
+            return  # it speaks of an earlier attempt
+        self._silent_since_s = None
+        if word == self._qemu_word:
+            self.set_readings(source=source_word(word))
+            return
+        self._qemu_word = word
+        has_proof = self.machine.version >= PROOF_VERSION
+        for fact, round_no, text in source_findings(word, self.facts, has_proof=has_proof):
+            self.note(fact, round_no=round_no, text=text, by="source QEMU")
+        self._run_state = None
+        self.set_readings(source=source_word(word))
+
+    def hear_target(self, facts: dict[str, Any]) -> None:
+        """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
+        self.set_readings(target_answers=True)
+        self.trouble = ""
+        if facts.get("loaded"):
+            self.note(Fact.LOADED, by="destination agent")
+            if Fact.PACKAGE_SENT in self.facts:
+                self.note(Fact.PACKAGE_LOADED, text="the destination's agent", by="destination agent")
+        refused = int(facts.get("refused", 0))
+        if refused > self.facts.last_round(Fact.START_REFUSED):
+            self.note(
+                Fact.START_REFUSED, round_no=refused, text=str(facts.get("refused_text", "")), by="destination agent"
+            )
+        if facts.get("ran"):
+            if facts.get("resume_s") is not None:
+                offset_s = self.context.clock_offset_s(self.wanted.destination)
+                self.measured.resume_s = float(facts["resume_s"]) - offset_s
+                self.measured.marks.append((self.measured.resume_s, "RESUME on the destination"))
+            self.note(Fact.RUN_ACKED, by="destination agent")
+        if facts.get("died"):
+            self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
+        if facts.get("gone"):
+            self.note(Fact.TARGET_GONE, text=str(facts.get("text", "")), by="destination agent")
+        self.wake()
+
+    def set_readings(self, **changes: Any) -> None:
+        """Replaces readings; wakes the loop if anything is new."""
+        new = Readings(
+            source=changes.get("source", self.readings.source),
+            cpus=changes.get("cpus", self.readings.cpus),
+            target_answers=changes.get("target_answers", self.readings.target_answers),
+        )
+        if new != self.readings:
+            self.readings = new
+            self.wake()
+
+    def _set_cpus(self) -> None:
+        self.set_readings(
+            cpus=cpus_from(
+                self._run_state, running_before=self.wanted.running_before, source=self.readings.source
+            )
+        )
+
+    def refresh(self) -> None:
+        """The next look asks QEMU again."""
+        self._stale = True
+        self.wake()
+
+    # --- looking ---
+
+    async def look(self) -> None:
+        """Asks QEMU what events may have missed: its word when stale or due, its run state when it matters."""
+        if self.machine.is_gone:
+            self.note(Fact.SOURCE_GONE, by="kernel")
+            return
+        view = source_view(self.facts, self.readings)
+        if view.step is not Step.STARTED:
+            return
+        moving = view.source in (Source.BUSY, Source.POSTCOPY, Source.BROKEN, Source.IDLE)
+        due = self.clock.now_s() - self._polled_s >= (POLL_S if moving else 1.0)
+        try:
+            if self._stale or (due and self._may_ask(view.source)):
+                await self._ask_word()
+            if self._cpus_matter() and self._run_state is None:
+                self._run_state = await self.machine.run_state(deadline_s=SILENT_S)
+                self._set_cpus()
+        except QmpTimeout:
+            self._stale = True
+            self.set_readings(source=Source.SILENT)
+        except QemuError as error:
+            # The session broke; the process lives or its end is on its way (on_qemu_gone).
+            self._stale = True
+            log.warning("job=%s vm=%s look result=%s", self.job, self.vm, error)
+
+    def _may_ask(self, source: Source) -> bool:
+        """In the switchover nothing but events: a query there would only lengthen the pause."""
+        return source is not Source.SWITCHING or self.clock.now_s() - self._polled_s >= 1.0
+
+    def _cpus_matter(self) -> bool:
+        view = source_view(self.facts, self.readings)
+        if view.source not in (Source.BACK, Source.DONE, Source.IDLE, Source.ENDING):
+            return False
+        return Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
+
+    async def _ask_word(self) -> None:
+        info = await self.machine.migration(deadline_s=SILENT_S)
+        self._polled_s = self.clock.now_s()
+        self._stale = False
+        self.hear_word(info.get("status"))
+        self._count(info)
+
+    def _count(self, info: dict[str, Any]) -> None:
+        ram = info.get("ram") or {}
+        measured = self.measured
+        if ram:
+            measured.transferred_bytes = int(ram.get("transferred", 0))
+            measured.total_bytes = int(ram.get("total", 0))
+            measured.remaining_bytes = int(ram.get("remaining", 0))
+            measured.mbps = float(ram.get("mbps", 0.0))
+            measured.passes = int(ram.get("dirty-sync-count", measured.passes or 0))
+        if "setup-time" in info:
+            measured.setup_ms = float(info["setup-time"])
+        if "downtime" in info:
+            measured.qemu_downtime_ms = float(info["downtime"])
+        if ram and Fact.STARTED in self.facts:
+            self.context.converge(self, info)
+            self.context.publish("JOB_PROGRESS", self.brief())
+
+    # --- outputs ---
+
+    def outcome(self) -> Outcome:
+        """Where the guest runs or will run, by the row that holds (or held at the end)."""
+        return self.outcome_at_end or self.row().outcome
+
+    def mode(self) -> str:
+        """What it is or was in the end: a postcopy that only stood by was a precopy."""
+        if Fact.PACKAGE_SENT in self.facts:
+            return Mode.POSTCOPY.value
+        if self.plan is None:
+            return self.wanted.mode
+        return self.plan.mode.value if not self.ended.is_set() else Mode.PRECOPY.value
+
+    def brief(self) -> dict[str, Any]:
+        """The short form for events: what a progress line needs."""
+        return {
+            "vm": self.vm,
+            "job": self.job,
+            "destination": self.wanted.destination,
+            "status": derive_source(self.facts).status.value,
+            "outcome": self.outcome().value,
+            "row": self.row().label,
+            "over": self.ended.is_set(),
+            "transferred_bytes": self.measured.transferred_bytes,
+            "remaining_bytes": self.measured.remaining_bytes,
+            "total_bytes": self.measured.total_bytes,
+            "mbps": self.measured.mbps,
+            "passes": self.measured.passes,
+            "percent": self.progress.percent,
+            "action": self.row().action,
+        }
+
+    def wire(self) -> dict[str, Any]:
+        """Everything about the attempt, for status and for the journal's ENDED entry."""
+        return job_wire(
+            job=self.job,
+            vm=self.vm,
+            source=self.context.config.name,
+            destination=self.wanted.destination,
+            mode=self.mode(),
+            log=self.facts,
+            row=self.row(),
+            outcome=self.outcome(),
+            measured=self.measured,
+            cause=self.cause,
+            over=self.ended.is_set(),
+            notes=self.plan.notes if self.plan else (),
+            trouble=self.trouble,
+        )
+
+    async def settle(self) -> None:
+        """Waits until the attempt has ended."""
+        await self.ended.wait()
+
+
+async def run_attempt(attempt: SourceAttempt) -> None:
+    """The attempt's task: the loop, and whatever happens to it, an honest line in the log."""
+    try:
+        await attempt.run()
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("job=%s vm=%s result=bug: the attempt's loop ended; both QEMUs are kept", attempt.job, attempt.vm)
+        raise
+

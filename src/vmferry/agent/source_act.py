@@ -1,0 +1,330 @@
+"""The funnel out of the source's side: one match over `Effect`. The loop has checked the guard just before.
+
+Each hand does one thing and records what it proved. A hand that raises has the effect described in its
+docstring; `SourceAttempt.on_trouble` turns the exception into a fact or a reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, assert_never
+
+from vmferry.agent import channel as channels
+from vmferry.agent.machine import Machine
+from vmferry.agent.source import SourceAttempt
+from vmferry.core.effects import Effect
+from vmferry.core.facts import Fact
+from vmferry.core.option_table import Role
+from vmferry.core.options import differences
+from vmferry.core.view import Source, source_view
+from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.pki import job_credentials
+from vmferry.qmp.errors import QmpCommandError, QmpTimeout
+
+log = logging.getLogger("vmferry.agent")
+
+PREPARE_S = 30.0
+"""The destination starts a QEMU; one that preallocates much memory takes seconds."""
+DIAL_S = 5.0
+READY_S = 2.0
+GRANT_S = 5.0
+"""The destination writes its journal and starts the CPUs; longer than this and it is asked again."""
+RELEASE_S = 5.0
+CANCEL_S = 0.5
+"""How long an in-band cancel may take before the channel is cut; QMP may hang in a switchover."""
+CONT_S = 10.0
+CHANNEL_NAME = "vmferry-main"
+SETTLE_S = 2.0
+
+
+async def act(attempt: SourceAttempt, effect: Effect) -> None:
+    """Carries one effect out."""
+    match effect:
+        case Effect.CHECK_PLAN:
+            await _check_plan(attempt)
+        case Effect.PREPARE:
+            await _prepare(attempt)
+        case Effect.CONFIGURE:
+            await _configure(attempt)
+        case Effect.START:
+            await _start(attempt)
+        case Effect.START_POSTCOPY:
+            await attempt.machine.execute("migrate-start-postcopy")
+            attempt.note(Fact.POSTCOPY_TOLD)
+        case Effect.MAKE_SURE:
+            attempt.hear_target(await _call(attempt, "peer-ready", deadline_s=READY_S))
+            attempt.note(Fact.TARGET_READY, by="destination agent")
+        case Effect.CONTINUE:
+            await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
+            attempt.note(Fact.CONTINUE)
+            attempt.set_readings(source=Source.SWITCHING)
+        case Effect.COMMIT:
+            await attempt.context.journal.append(
+                Entry.COMMITTED, attempt.job, {"generation": attempt.wanted.generation}
+            )
+            attempt.note(Fact.COMMITTED)
+        case Effect.SEND_GRANT:
+            attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
+            attempt.hear_target(await _call(attempt, "peer-grant", deadline_s=GRANT_S))
+        case Effect.ASK_TARGET:
+            attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
+        case Effect.RELEASE_TARGET:
+            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S))
+        case Effect.CANCEL_SOURCE:
+            await _cancel_source(attempt)
+        case Effect.RESUME_SOURCE:
+            await attempt.machine.execute("cont", deadline_s=CONT_S)
+            attempt.note(Fact.SOURCE_RESUMED)
+            attempt.trouble = ""
+            attempt.refresh()
+        case Effect.STOP_SOURCE:
+            await attempt.machine.execute("stop", deadline_s=CONT_S)
+            attempt.refresh()
+        case Effect.RETIRE_SOURCE:
+            await _retire(attempt)
+        case Effect.NOTE_TARGET_LOST:
+            _note_target_lost(attempt)
+        case Effect.NOTE_TIMEOUT:
+            row = attempt.row()
+            attempt.fail(MigrationFailed(f"no progress within {row.limit_ms} ms ({row.label})", side="both"))
+        case Effect.NOTE_QEMU_ERROR:
+            await _note_qemu_error(attempt)
+        case Effect.CLEAN_UP:
+            await _clean_up(attempt)
+        case _:
+            assert_never(effect)
+
+
+async def _call(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
+    link = attempt.context.peers.link(attempt.wanted.destination)
+    arguments = {"job": attempt.job, "generation": attempt.wanted.generation, **more}
+    return dict(await link.call(command, arguments, deadline_s=deadline_s))
+
+
+async def _check_plan(attempt: SourceAttempt) -> None:
+    """Raises PlanRefused with every blocker; nothing was changed anywhere."""
+    plan = await attempt.context.make_plan(attempt)
+    if plan.objections:
+        first = plan.objections[0]
+        sentence = "; ".join(objection.message for objection in plan.objections)
+        hints = "; ".join(objection.fix for objection in plan.objections if objection.fix)
+        raise PlanRefused(sentence, side=first.side, hint=hints, retry="after-fix")
+    attempt.plan = plan
+    attempt.note(Fact.PLANNED, text=plan.why)
+    attempt.note(Fact.PAUSE_CAP)
+
+
+async def _prepare(attempt: SourceAttempt) -> None:
+    """Raises the destination's error; it has then cleaned up, unless it did not answer at all."""
+    plan = attempt.plan
+    assert plan is not None, "a plan comes before the place"
+    context, wanted = attempt.context, attempt.wanted
+    more: dict[str, Any] = {}
+    if not wanted.clear_text:
+        attempt.credentials = job_credentials.make(
+            attempt.job, "source", context.job_directory, now=context.utc_now()
+        )
+        more["ca_pem"] = attempt.credentials.ca_pem_own.decode()
+    attempt.note(Fact.PREPARE)
+    try:
+        attempt.offer = await _call(
+            attempt,
+            "peer-prepare",
+            deadline_s=PREPARE_S,
+            source=context.config.name,
+            vm=attempt.vm,
+            definition=attempt.kept.definition.to_wire(),
+            commands=[list(step) for step in plan.options.commands(Role.DESTINATION)],
+            expected=plan.options.expected(Role.DESTINATION),
+            multifd=plan.multifd,
+            run_after=wanted.running_before,
+            **more,
+        )
+    except HostUnreachable:
+        raise
+    except VmferryError as error:
+        # The destination answered: it refused and left nothing behind.
+        attempt.note(Fact.TARGET_GONE, text=str(error), by="destination agent")
+        raise
+    if attempt.credentials is not None:
+        attempt.credentials.accept_peer(str(attempt.offer["ca_pem"]).encode())
+    attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
+
+
+async def _configure(attempt: SourceAttempt) -> None:
+    """Raises when QEMU refuses an option or reads back another value; nothing has started."""
+    plan, machine, context = attempt.plan, attempt.machine, attempt.context
+    assert plan is not None
+    if attempt.saved_options is None:
+        attempt.saved_options = await read_options(machine)
+    if attempt.credentials is not None:
+        await machine.execute(
+            "object-add",
+            job_credentials.tls_creds_object(
+                attempt.job, "source", context.job_directory, priority=tls_priority(attempt)
+            ),
+        )
+    await set_options(machine, plan.options.commands(Role.SOURCE), plan.options.expected(Role.SOURCE))
+    attempt.note(Fact.CONFIGURED)
+
+
+def tls_priority(attempt: SourceAttempt) -> str:
+    """A QEMU before 10.1 must not re-key the stream (see `pki.job_credentials`)."""
+    if attempt.machine.version < (10, 1):
+        return job_credentials.PRIORITY_WITHOUT_REKEY
+    return job_credentials.PRIORITY_TLS_1_3
+
+
+async def read_options(machine: Machine) -> dict[str, Any]:
+    """Every capability and parameter that QEMU has now, in one mapping."""
+    known = await machine.execute("query-migrate-capabilities")
+    parameters = await machine.execute("query-migrate-parameters")
+    return {**{c["capability"]: c["state"] for c in known}, **parameters}
+
+
+async def set_options(
+    machine: Machine, commands: Iterable[tuple[str, dict[str, Any]]], expected: Mapping[str, Any]
+) -> None:
+    """Applies all, reads back, compares. Raises QemuError naming every difference; nothing has started."""
+    for command, arguments in commands:
+        await machine.execute(command, arguments)
+    wrong = differences(expected, await read_options(machine))
+    if wrong:
+        raise QemuError(f"{machine.vm}: QEMU did not take the options: {'; '.join(wrong)}")
+
+
+async def _start(attempt: SourceAttempt) -> None:
+    """Raises when the channel cannot be opened or QEMU refuses; the guest runs as before."""
+    machine, offer = attempt.machine, attempt.offer
+    addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
+    if offer.get("uri"):
+        uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
+    else:
+        ticket = channels.Ticket(attempt.job, "main", bytes.fromhex(offer["token"]))
+        channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+        attempt.channels.append(channel)
+        await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
+        channel.entrust(machine.pid)
+        uri = f"fd:{CHANNEL_NAME}"
+    attempt.note(Fact.STARTED)
+    await machine.execute("migrate", {"uri": uri})
+    attempt.refresh()
+
+
+async def _cancel_source(attempt: SourceAttempt) -> None:
+    """First the polite way; a QEMU that hangs, or is still at it when asked again, loses its channel."""
+    attempt.cancel_tries += 1
+    machine = attempt.machine
+    polite = attempt.cancel_tries == 1
+    try:
+        await machine.execute("migrate_cancel", deadline_s=CANCEL_S)
+    except QmpTimeout:
+        polite = False
+    except QmpCommandError as error:
+        log.warning("job=%s vm=%s command=migrate_cancel result=%s", attempt.job, attempt.vm, error)
+        polite = False
+    if not polite:
+        await cut(attempt)
+    attempt.refresh()
+
+
+async def cut(attempt: SourceAttempt) -> None:
+    """Ends the stream for both QEMUs: our own handle on the channel, and QEMU's yank out of band."""
+    for channel in attempt.channels:
+        channel.cut()
+    attempt.measured.marks.append((attempt.clock.wall_s(), "channel cut"))
+    try:
+        await attempt.machine.execute(
+            "yank", {"instances": [{"type": "migration"}]}, oob=True, deadline_s=CANCEL_S
+        )
+    except QemuError as error:
+        log.info("job=%s vm=%s command=yank result=%s", attempt.job, attempt.vm, error)
+
+
+async def _retire(attempt: SourceAttempt) -> None:
+    """Ends the source's QEMU: the destination runs the guest. Journalled first, so that a restart agrees."""
+    attempt.kept.is_leaving = True
+    await attempt.context.journal.append(Entry.FORGOTTEN, attempt.vm, {"job": attempt.job})
+    attempt.measured.ended_s = attempt.clock.wall_s()
+    await attempt.machine.quit()
+    attempt.note(Fact.SOURCE_RETIRED)
+    attempt.note(Fact.SOURCE_GONE, by="kernel")
+
+
+def _note_target_lost(attempt: SourceAttempt) -> None:
+    refused = attempt.facts.entry(Fact.START_REFUSED, attempt.facts.last_round(Fact.START_REFUSED))
+    gone = attempt.facts.entry(Fact.TARGET_GONE)
+    host = attempt.wanted.destination
+    if refused is not None:
+        text = f"{host} could not start the guest: {refused.text}"
+    elif gone is not None and gone.text:
+        text = f"{host} gave up before it ran the guest: {gone.text}"
+    else:
+        text = f"{host} is gone before it ran the guest"
+    attempt.fail(MigrationFailed(text, side="destination"))
+
+
+async def _note_qemu_error(attempt: SourceAttempt) -> None:
+    """The source QEMU's words, and the destination's if it has better ones (it knows the device's name)."""
+    text, side = "the source's QEMU is gone", "source"
+    if not attempt.machine.is_gone:
+        info = await attempt.machine.migration()
+        text = str(info.get("error-desc") or f"the source's QEMU ended the migration ({info.get('status')})")
+    cause = None
+    try:
+        facts = await _call(attempt, "peer-target", deadline_s=READY_S)
+        if facts.get("text"):
+            cause, side = str(facts["text"]), "destination"
+    except VmferryError as error:
+        log.info("job=%s vm=%s command=peer-target result=%s", attempt.job, attempt.vm, error)
+    attempt.fail(MigrationFailed(text, side="destination" if side == "destination" else "source", cause=cause))
+
+
+async def _clean_up(attempt: SourceAttempt) -> None:
+    """Gives back everything of the attempt and journals its end. A trouble here keeps nobody from ending."""
+    outcome = attempt.row().outcome
+    view = source_view(attempt.facts, attempt.readings)
+    for channel in attempt.channels:
+        channel.cut()
+        channel.close()
+    attempt.channels.clear()
+    if view.source not in (Source.GONE, Source.RETIRED) and not attempt.machine.is_gone:
+        try:
+            await _restore_source(attempt)
+        except QemuError as error:
+            log.warning("job=%s vm=%s effect=clean-up result=%s", attempt.job, attempt.vm, error)
+    if attempt.credentials is not None:
+        attempt.credentials.remove()
+    if attempt.measured.ended_s is None:
+        attempt.measured.ended_s = attempt.clock.wall_s()
+    attempt.outcome_at_end = outcome
+    attempt.note(Fact.CLEANUP)
+    attempt.ended.set()
+    await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.wire())
+    attempt.context.attempt_ended(attempt)
+
+
+async def _restore_source(attempt: SourceAttempt) -> None:
+    """The options that QEMU had before, and no credentials object."""
+    machine = attempt.machine
+    deadline_s = attempt.clock.now_s() + SETTLE_S
+    while (await machine.migration()).get("status") in ("failing", "cancelling"):
+        if attempt.clock.now_s() > deadline_s:
+            raise QemuError(f"{attempt.vm}: QEMU is still ending its migration", side="source")
+        await asyncio.sleep(0.02)
+    if attempt.saved_options is not None and attempt.plan is not None:
+        saved, options = attempt.saved_options, attempt.plan.options
+        states = [{"capability": name, "state": saved[name]} for name in options.source_capabilities]
+        await machine.execute("migrate-set-capabilities", {"capabilities": states})
+        values = {name: saved[name] for name in options.source_parameters if name in saved}
+        await machine.execute("migrate-set-parameters", values)
+    if attempt.credentials is not None:
+        creds = job_credentials.tls_creds_object(attempt.job, "source", attempt.context.job_directory)
+        try:
+            await machine.execute("object-del", {"id": creds["id"]})
+        except QmpCommandError as error:
+            log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
+

@@ -1,0 +1,366 @@
+"""Commands about VMs that are not migrations: run, adopt, list, status, stop, doctor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from vmferry import __version__
+from vmferry.agent import machine as machines
+from vmferry.agent.directories import remove_directory
+from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
+from vmferry.errors import Busy, QemuError, SpecError, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.qmp.errors import QmpCommandError
+from vmferry.vm import adopt as vm_adopt
+from vmferry.vm import argv as vm_argv
+from vmferry.vm import probe, probe_host, probe_qemu
+from vmferry.vm import spec as vm_spec
+from vmferry.vm.runtime import RuntimePaths
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+LIST_S = 3.0
+STOP_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunArguments:
+    """`vm-run`: the path of a spec on this host."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptArguments:
+    """`vm-adopt`: the QMP socket of a QEMU on this host that somebody else started."""
+
+    vm: str
+    qmp: str
+    shared: bool = True
+    """Whether its disks are on storage that every host sees under the same paths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopArguments:
+    """`vm-stop`: asks the guest to power down, or ends its QEMU at once."""
+
+    vm: str
+    force: bool = False
+
+
+def _free_name(agent: Agent, name: str) -> None:
+    place = agent.place_of(name)
+    if name in agent.vms or (place is not None and not place.ended.is_set()):
+        raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
+
+
+async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
+    """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy; nothing is left then."""
+    spec = vm_spec.load(arguments.path)
+    _free_name(agent, spec.name)
+    for host in await _elsewhere(agent, spec.name):
+        raise Busy(f"{host} has a VM named {spec.name} already", side="client", retry="after-fix")
+    facts = await agent.planner.qemu_facts()
+    machine_type = facts.concrete_machine(spec.machine)
+    if machine_type is None:
+        raise SpecError(f"{spec.name}: this host's QEMU has no machine type {spec.machine}")
+    accel = await _accel(agent, spec.accel, facts)
+    pinned = vm_spec.pin(spec, machine=machine_type, accel=accel)
+    runtime = RuntimePaths(str(agent.vm_directory / f"{spec.name}-{uuid.uuid4().hex[:8]}"))
+    argv = vm_argv.build_argv(
+        pinned, qemu=agent.config.qemu, machine=machine_type, accel=accel, runtime=runtime, incoming=False
+    )
+    machine = await agent.launch(spec.name, argv, runtime)
+    kept = KeptVm(
+        definition=definition_of(pinned),
+        generation=1,
+        identity=machine.identity,
+        qmp_path=machine.qmp_path,
+        directory=runtime.directory,
+        machine=machine,
+    )
+    try:
+        await agent.journal.append(Entry.KEPT, spec.name, kept.to_journal())
+        await machine.execute("cont", deadline_s=STOP_S)
+    except BaseException as error:
+        # It never ran an instruction: nothing is lost with it.
+        await machine.kill()
+        await agent.journal.append(Entry.FORGOTTEN, spec.name)
+        if isinstance(error, QmpCommandError):
+            raise SpecError(f"{spec.name}: QEMU cannot start it: {error.desc}", cause=error) from error
+        raise
+    agent.vms[spec.name] = kept
+    agent.hold(kept)
+    return await vm_status(agent, spec.name)
+
+
+async def _accel(
+    agent: Agent, wished: Literal["auto", "tcg", "kvm"], facts: probe_qemu.QemuFacts
+) -> Literal["tcg", "kvm"]:
+    if wished == "tcg":
+        return "tcg"
+    usable = "kvm" in facts.accelerators() and await agent.planner.kvm_boots()
+    if wished == "kvm" and not usable:
+        raise SpecError("the spec wants KVM, and no guest boots under KVM on this host")
+    return "kvm" if usable else "tcg"
+
+
+def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
+    """A pinned spec as a definition."""
+    assert spec.accel != "auto", "a definition is pinned"
+    files = [spec.kernel.image, spec.kernel.initrd] if spec.kernel else []
+    disks = [DiskRef(d.path, d.is_readonly, d.shared, d.format) for d in spec.disk]
+    disks += [DiskRef(path, True, True, "file") for path in (*files, spec.firmware) if path]
+    return VmDefinition(
+        name=spec.name,
+        machine=spec.machine,
+        accel=spec.accel,
+        cpu=spec.cpu,
+        memory_bytes=spec.memory_bytes,
+        disks=tuple(disks),
+        spec=vm_spec.to_wire(spec),
+    )
+
+
+async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
+    """Takes a running QEMU over. Raises QemuError or SpecError; the guest is untouched in every case."""
+    _free_name(agent, arguments.vm)
+    found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
+    for kept in agent.vms.values():
+        if kept.identity == found.identity:
+            raise Busy(f"that QEMU is kept already, as {kept.name}", side="client", retry="no")
+    kinds = await asyncio.to_thread(vm_adopt.host_kinds, found)
+    machine = machines.attach_process(arguments.vm, found.identity, arguments.qmp, clock=agent.clock)
+    if machine is None:
+        raise QemuError(f"the process behind {arguments.qmp} has just ended")
+    try:
+        definition = await _definition_of_adopted(arguments, machine, found, dict(kinds))
+        # Refuses now, in words, what no destination could take.
+        definition.incoming_argv(RuntimePaths(str(agent.vm_directory / "trial")), agent.config.qemu)
+        kept = KeptVm(
+            definition=definition,
+            generation=1,
+            identity=found.identity,
+            qmp_path=arguments.qmp,
+            directory="",
+            machine=machine,
+        )
+        await agent.journal.append(Entry.KEPT, arguments.vm, kept.to_journal())
+    except BaseException:
+        await machine.close()
+        raise
+    agent.vms[arguments.vm] = kept
+    agent.hold(kept)
+    return await vm_status(agent, arguments.vm)
+
+
+async def _definition_of_adopted(
+    arguments: AdoptArguments, machine: machines.Machine, found: vm_adopt.AdoptedVm, kinds: dict[str, Any]
+) -> VmDefinition:
+    known = await machine.execute("query-machines")
+    aliases = {m["alias"]: m["name"] for m in known if "alias" in m}
+    default = next((m["name"] for m in known if m.get("is-default")), "pc")
+    memory = await machine.execute("query-memory-size-summary")
+    kvm = await machine.execute("query-kvm")
+    devices = await machine.execute("query-block")
+    disks: list[DiskRef] = []
+    for device in devices:
+        inserted = device.get("inserted")
+        if inserted and "/" in str(inserted.get("image", {}).get("filename", "")):
+            disks.append(
+                DiskRef(
+                    str(inserted["image"]["filename"]),
+                    bool(inserted.get("ro")),
+                    arguments.shared,
+                    str(inserted["image"].get("format", "raw")),
+                )
+            )
+    pci = str(await machine.execute("query-pci"))
+    cpu = next((found.args[i + 1] for i, a in enumerate(found.args[:-1]) if a in ("-cpu", "--cpu")), "qemu64")
+    return VmDefinition(
+        name=arguments.vm,
+        machine=vm_adopt.pinned_machine(found.machine_option, aliases, default=default),
+        accel="kvm" if kvm.get("enabled") else "tcg",
+        cpu=cpu.partition(",")[0],
+        memory_bytes=int(memory["base-memory"]),
+        disks=tuple(disks),
+        adopted=adopted_to_wire(found, kinds),
+        has_vfio="vfio" in pci,
+    )
+
+
+async def _elsewhere(agent: Agent, name: str) -> list[str]:
+    """Other hosts that keep a VM of this name; silent hosts are passed over."""
+    answers = await asyncio.gather(
+        *(link.call("peer-has", {"vm": name}, deadline_s=1.0) for link in agent.peers.links.values()),
+        return_exceptions=True,
+    )
+    found = []
+    for host, answer in zip(agent.peers.links, answers, strict=True):
+        if isinstance(answer, dict) and answer.get("has"):
+            found.append(host)
+    return found
+
+
+async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
+    """One VM of this host: where, what it is doing, its migration if it has one, its blockers."""
+    kept = agent.vms[name]
+    attempt = agent.attempts.get(name)
+    state, blocked = await _state(kept)
+    return {
+        "vm": name,
+        "host": agent.config.name,
+        "run_state": state,
+        "generation": kept.generation,
+        "machine": kept.definition.machine,
+        "accel": kept.definition.accel,
+        "memory_bytes": kept.definition.memory_bytes,
+        "origin": "spec" if kept.definition.spec is not None else "adopted",
+        "pid": kept.identity.pid,
+        "qmp": kept.qmp_path,
+        "directory": kept.directory,
+        "serial": f"{kept.directory}/serial.log" if kept.directory else None,
+        "qemu": kept.machine.version_text if kept.machine else "unknown",
+        "blocked": blocked,
+        "migration": attempt.wire() if attempt is not None else None,
+    }
+
+
+async def _state(kept: KeptVm) -> tuple[str, list[str]]:
+    """(run state or 'gone' or 'silent', QEMU's reasons against a migration)."""
+    if kept.machine is None or kept.machine.is_gone:
+        return "gone", []
+    try:
+        state = await kept.machine.run_state(deadline_s=1.0)
+        info = await kept.machine.migration(deadline_s=1.0)
+    except QemuError as error:
+        log.info("vm=%s command=query-status result=%s", kept.name, error)
+        return "silent", []
+    return state, [str(reason) for reason in info.get("blocked-reasons", [])]
+
+
+async def list_vms(agent: Agent, *, local: bool) -> dict[str, Any]:
+    """Every VM here, and (unless `local`) on every known host; a host that does not answer is listed so."""
+    rows = []
+    for name, kept in agent.vms.items():
+        state, _ = await _state(kept)
+        attempt = agent.attempts.get(name)
+        busy = attempt is not None and not attempt.ended.is_set()
+        rows.append(
+            {
+                "vm": name,
+                "host": agent.config.name,
+                "run_state": state,
+                "doing": attempt.brief() if attempt is not None and busy else None,
+                "generation": kept.generation,
+                "memory_bytes": kept.definition.memory_bytes,
+            }
+        )
+    for place in agent.places.values():
+        if not place.ended.is_set() and place.vm not in agent.vms:
+            rows.append(
+                {
+                    "vm": place.vm,
+                    "host": agent.config.name,
+                    "run_state": "incoming",
+                    "doing": place.brief(),
+                    "generation": place.place.generation,
+                    "memory_bytes": place.place.definition.get("memory_bytes", 0),
+                }
+            )
+    hosts: list[dict[str, Any]] = [{"host": agent.config.name, "answers": True, "error": None}]
+    if not local:
+        answers = await asyncio.gather(
+            *(link.call("peer-list", {}, deadline_s=LIST_S) for link in agent.peers.links.values()),
+            return_exceptions=True,
+        )
+        for host, answer in zip(agent.peers.links, answers, strict=True):
+            if isinstance(answer, VmferryError):
+                hosts.append({"host": host, "answers": False, "error": answer.to_wire()})
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                hosts.append({"host": host, "answers": True, "error": None})
+                rows += answer["vms"]
+    rows.sort(key=lambda row: (row["vm"], row["host"]))
+    return {"vms": rows, "hosts": hosts}
+
+
+async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
+    """Ends a VM: by its own power button, or at once. Raises Busy while it is on its way somewhere."""
+    kept = agent.vms[arguments.vm]
+    attempt = agent.attempts.get(arguments.vm)
+    if attempt is not None and not attempt.ended.is_set():
+        raise Busy(f"{arguments.vm} is on its way to {attempt.wanted.destination}; cancel that first")
+    if kept.machine is not None and not kept.machine.is_gone:
+        if arguments.force:
+            await kept.machine.quit()
+        else:
+            await kept.machine.execute("system_powerdown")
+            if not await kept.machine.wait_gone(deadline_s=STOP_S):
+                raise QemuError(
+                    f"{arguments.vm} did not power down within {STOP_S:g} s", hint="say --force to end it at once"
+                )
+    await forget(agent, kept)
+    return {"vm": arguments.vm, "stopped": True}
+
+
+async def forget(agent: Agent, kept: KeptVm) -> None:
+    """This host does not keep the VM any more; its QEMU is gone."""
+    await agent.journal.append(Entry.FORGOTTEN, kept.name)
+    agent.vms.pop(kept.name, None)
+    if kept.machine is not None:
+        await kept.machine.close()
+    if kept.directory:
+        remove_directory(Path(kept.directory), keep_logs=False)
+
+
+async def doctor(agent: Agent) -> dict[str, Any]:
+    """Whether this host is fit, point by point, and how its peers answer."""
+    config = agent.config
+    checks = list(
+        await probe.doctor(
+            qemu=config.qemu,
+            clock=agent.clock,
+            state_directory=config.state_dir,
+            certificates=config.pki_dir,
+            ports=config.migration_ports if config.migration_ports != (0, 0) else None,
+        )
+    )
+    for name, link in agent.peers.links.items():
+        try:
+            await link.call("peer-hello", {"time": agent.clock.wall_s()}, deadline_s=LIST_S)
+        except VmferryError as error:
+            checks.append(probe.Check(f"agent of {name}", False, error.message, error.hint))
+            continue
+        trip_ms = (link.round_trip_s or 0.0) * 1000
+        checks.append(probe.Check(f"agent of {name}", True, f"answers in {trip_ms:.1f} ms"))
+        offset = probe_host.ClockOffset(name, (link.clock_offset_s or 0.0) * 1000, trip_ms / 2)
+        checks.append(probe.offset_check(offset))
+    return {
+        "host": config.name,
+        "fit": all(check.ok is not False for check in checks),
+        "checks": [
+            {"name": c.name, "ok": c.ok, "detail": c.detail, "fix": c.fix} for c in checks
+        ],
+    }
+
+
+def agent_status(agent: Agent) -> dict[str, Any]:
+    """The agent itself."""
+    return {
+        "name": agent.config.name,
+        "version": __version__,
+        "vms": len(agent.vms),
+        "peers": {name: link.is_up for name, link in agent.peers.links.items()},
+        "running_jobs": [a.job for a in agent.attempts.values() if not a.ended.is_set()],
+        "clear_text": agent.config.clear_text,
+    }

@@ -1,0 +1,179 @@
+"""`vmferry migrate`, `plan`, `watch`, `cancel`, `set`, `postcopy`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+from vmferry.cli import client as agent_client
+from vmferry.cli.main import report_error
+from vmferry.cli.render import ProgressLine, objection_lines, timeline_lines
+from vmferry.errors import AgentUnreachable, PlanRefused, UnknownVm, UsageError, from_wire
+from vmferry.qmp.blocking import BlockingClient
+from vmferry.qmp.errors import QmpDisconnected
+from vmferry.units import parse_time_ms
+
+POLL_S = 1.0
+"""If no event came for so long the agent is asked: events of another host may be lost with its link."""
+UNSETTLED = frozenset({"uncertain", "held", "degraded", "lost"})
+
+
+def _time_ms(text: str, flag: str) -> int:
+    try:
+        return parse_time_ms(text, bare_unit="s")
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+
+
+def _wish(arguments: Namespace) -> dict[str, Any]:
+    wish: dict[str, Any] = {
+        "vm": arguments.vm,
+        "destination": arguments.destination,
+        "mode": arguments.mode,
+        "settings": arguments.settings,
+        "multifd": arguments.multifd,
+        "clear-text": arguments.clear_text,
+    }
+    if arguments.postcopy_after_passes is not None:
+        wish["postcopy-after-passes"] = arguments.postcopy_after_passes
+    if arguments.postcopy_after is not None:
+        wish["postcopy-after-ms"] = _time_ms(arguments.postcopy_after, "--postcopy-after")
+    return wish
+
+
+def migrate(arguments: Namespace) -> int:
+    """Moves a VM and waits for the end. 0: it runs where it was asked to run."""
+    patience_s = _time_ms(arguments.patience, "--patience") / 1000
+    wish = _wish(arguments) | {"job": os.urandom(16).hex()}
+    with agent_client.connect(arguments.socket) as client:
+        brief = agent_client.execute(client, "vm-migrate", wish)
+        if arguments.detach:
+            print(json.dumps(brief) if arguments.json else f"{arguments.vm}: job {brief['job']} has begun")
+            return 0
+        wire = follow(client, arguments.vm, wish["job"], patience_s=patience_s, quiet=arguments.json)
+    return show_end(wire, as_json=arguments.json)
+
+
+def watch(arguments: Namespace) -> int:
+    """Follows the VM's newest migration."""
+    patience_s = _time_ms(arguments.patience, "--patience") / 1000
+    with agent_client.connect(arguments.socket) as client:
+        wire = agent_client.execute(client, "job-status", {"vm": arguments.vm})
+        if wire.get("job") is None:
+            print(json.dumps(wire) if arguments.json else f"{arguments.vm} has no migration")
+            return 0
+        if not wire["over"]:
+            wire = follow(client, arguments.vm, wire["job"], patience_s=patience_s, quiet=arguments.json)
+    return show_end(wire, as_json=arguments.json)
+
+
+def follow(client: BlockingClient, vm: str, job: str, *, patience_s: float, quiet: bool) -> dict[str, Any]:
+    """Shows progress until the job is over, or unsettled for longer than `patience_s`. Returns its wire form.
+
+    If the agent goes away meanwhile, the migration goes on without us: AgentUnreachable says so."""
+    line = ProgressLine(vm, enabled=not quiet)
+    unsettled_since_s: float | None = None
+    try:
+        while True:
+            brief: dict[str, Any] | None = None
+            for event in client.events(POLL_S):
+                if event.data.get("job") != job:
+                    continue
+                if event.name == "JOB_ENDED":
+                    return dict(event.data)
+                if event.name in ("JOB_CHANGE", "JOB_PROGRESS") and event.data.get("role") != "destination":
+                    brief = dict(event.data)
+                    break
+            if brief is None:
+                try:
+                    brief = agent_client.execute(client, "job-status", {"job": job, "vm": vm})
+                except UnknownVm:
+                    continue  # the VM has just left this host and its news are on their way
+                if brief["over"]:
+                    return brief
+            line.show(brief)
+            if brief["outcome"] not in UNSETTLED:
+                unsettled_since_s = None
+            elif unsettled_since_s is None:
+                unsettled_since_s = time.monotonic()
+            elif time.monotonic() - unsettled_since_s > patience_s:
+                return dict(agent_client.execute(client, "job-status", {"job": job, "vm": vm}))
+    except QmpDisconnected as error:
+        raise AgentUnreachable(
+            "the agent went away; the migration goes on without it",
+            guest="unknown",
+            hint=f"'vmferry status {vm}' on either host shows how it stands",
+            cause=error,
+        ) from error
+    finally:
+        line.close()
+
+
+def show_end(wire: dict[str, Any], *, as_json: bool) -> int:
+    """Prints how a job ended (or stands). Returns the exit code."""
+    error = from_wire(wire["error"]) if wire.get("error") else None
+    if as_json:
+        print(json.dumps(wire))
+        return error.exit_code if error else 0
+    print(wire["sentence"])
+    for row in timeline_lines(wire):
+        print(row)
+    for note in wire.get("notes") or ():
+        print(f"  note: {note}")
+    if error is None:
+        return 0
+    sys.stdout.flush()
+    report_error(error, as_json=False)
+    return error.exit_code
+
+
+def plan(arguments: Namespace) -> int:
+    """Asks both hosts; changes nothing. 0: nothing blocks the move."""
+    wire = agent_client.once(arguments.socket, "vm-plan", _wish(arguments))
+    refused = any(o["weight"] == "blocker" for o in wire["objections"])
+    if arguments.json:
+        print(json.dumps(wire))
+        return PlanRefused.exit_code if refused else 0
+    print(wire["sentence"])
+    for row in objection_lines(wire["objections"]):
+        print(row)
+    return PlanRefused.exit_code if refused else 0
+
+
+def cancel(arguments: Namespace) -> int:
+    """Asks for the cancel and waits for the end. 0: cancelled (or it was over already and ended so)."""
+    with agent_client.connect(arguments.socket) as client:
+        brief = agent_client.execute(client, "vm-cancel", {"vm": arguments.vm})
+        wire = (
+            agent_client.execute(client, "job-status", {"job": brief["job"], "vm": arguments.vm})
+            if brief["over"]
+            else follow(client, arguments.vm, brief["job"], patience_s=5.0, quiet=arguments.json)
+        )
+    if arguments.json:
+        print(json.dumps(wire))
+    else:
+        print(wire["sentence"])
+    cancelled = wire["status"] == "cancelled" and wire["outcome"] == "source"
+    if cancelled:
+        return 0
+    return from_wire(wire["error"]).exit_code if wire.get("error") else 0
+
+
+def change(arguments: Namespace) -> int:
+    """Changes options of the running migration."""
+    wire = agent_client.once(
+        arguments.socket, "vm-set", {"vm": arguments.vm, "settings": arguments.settings}
+    )
+    print(json.dumps(wire) if arguments.json else f"{arguments.vm}: {', '.join(arguments.settings)}")
+    return 0
+
+
+def postcopy(arguments: Namespace) -> int:
+    """Asks for the switch to postcopy."""
+    wire = agent_client.once(arguments.socket, "vm-start-postcopy", {"vm": arguments.vm})
+    print(json.dumps(wire) if arguments.json else f"{arguments.vm}: switching to postcopy")
+    return 0

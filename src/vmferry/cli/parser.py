@@ -1,0 +1,161 @@
+"""The command line's grammar and its help. No command is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from vmferry import __version__
+
+DEFAULT_SOCKET = "/run/vmferry/agent.sock"
+
+MIGRATE_EPILOG = """\
+modes
+  precopy     all memory first, then the guest; can go back until the destination runs it
+  postcopy    the guest first, the rest of its memory after it; for guests that dirty memory too fast
+  auto        picks one of them and says why (the default)
+
+exit codes
+  0 the guest runs on HOST;  8 refused, nothing was touched;  11 failed, the guest runs here as before;
+  12 cancelled;  13 UNCERTAIN: both QEMUs are kept;  14 held: whole and paused, one named action away.
+  All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry migrate web1 host-b
+  vmferry migrate web1 host-b --mode postcopy --set max-bandwidth=500M
+  vmferry migrate web1 host-b --json | jq .downtime_ms
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    parser = argparse.ArgumentParser(
+        prog="vmferry",
+        description="Live-migrates running QEMU/KVM virtual machines between hosts and never loses one.",
+        epilog="'vmferry COMMAND --help' explains one command. The agent of this host must run for most of them.",
+    )
+    parser.add_argument("--version", action="version", version=f"vmferry {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_agent(commands)
+    _add_vm_commands(commands)
+    _add_migration_commands(commands)
+    _add_host_commands(commands)
+    _add_demo_and_bench(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: str, text: str, *, client: bool = True, **more: Any) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **more,
+    )
+    parser.set_defaults(run=f"vmferry.cli.{run}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    if client:
+        parser.add_argument(
+            "--socket",
+            default=os.environ.get("VMFERRY_SOCKET", DEFAULT_SOCKET),
+            metavar="PATH",
+            help="the agent's control socket (default: $VMFERRY_SOCKET or %(default)s)",
+        )
+    return parser
+
+
+def _add_agent(commands: Any) -> None:
+    agent = _command(commands, "agent", "agent_cmd:run", "run the agent of this host", client=False)
+    agent.add_argument("--config", metavar="FILE", help="settings in TOML; flags win over it")
+    agent.add_argument("--name", help="this host's name, as in its certificate")
+    agent.add_argument("--listen", metavar="ADDRESS:PORT", help="where other agents reach this one")
+    agent.add_argument("--peer", action="append", dest="peers", metavar="NAME=ADDRESS:PORT",
+                       help="another agent; may be given more than once")  # fmt: skip
+    agent.add_argument("--pki", dest="pki_dir", metavar="DIR", help="this host's certificates ('vmferry pki')")
+    agent.add_argument("--clear-text", action="store_true", default=None,
+                       help="agents and guests' memory without encryption; only on a network you trust")  # fmt: skip
+    agent.add_argument("--state-dir", metavar="DIR", help="the journal (default: /var/lib/vmferry)")
+    agent.add_argument("--runtime-dir", metavar="DIR", help="sockets and logs (default: /run/vmferry)")
+    agent.add_argument("--control-socket", dest="socket", metavar="PATH", help="the control socket")
+    agent.add_argument("--migration-address", metavar="ADDRESS", help="where guests' memory arrives")
+    agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
+    agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
+    agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_vm_commands(commands: Any) -> None:
+    run = _command(commands, "run", "vm_cmd:run_vm", "start a VM from a spec")
+    run.add_argument("spec", metavar="SPEC.toml")
+    adopt = _command(commands, "adopt", "vm_cmd:adopt", "take over a QEMU that someone else started")
+    adopt.add_argument("vm", metavar="NAME")
+    adopt.add_argument("--qmp", required=True, metavar="PATH", help="its QMP socket on this host")
+    adopt.add_argument("--local-disks", action="store_true",
+                       help="its disks are not on storage that every host sees under the same paths")  # fmt: skip
+    _command(commands, "ls", "vm_cmd:list_vms", "list every VM on every known host")
+    status = _command(commands, "status", "vm_cmd:status", "show one VM and its newest migration")
+    status.add_argument("vm", metavar="NAME")
+    stop = _command(commands, "stop", "vm_cmd:stop", "power a VM down")
+    stop.add_argument("vm", metavar="NAME")
+    stop.add_argument("--force", action="store_true", help="end its QEMU at once")
+
+
+def _add_wish(parser: Any) -> None:
+    parser.add_argument("vm", metavar="NAME")
+    parser.add_argument("destination", metavar="HOST")
+    parser.add_argument("--mode", choices=("auto", "precopy", "postcopy"), default="auto")
+    parser.add_argument("--set", action="append", dest="settings", default=[], metavar="NAME=VALUE",
+                        help="a migration option; 'vmferry options' lists them")  # fmt: skip
+    parser.add_argument("--multifd", type=int, default=0, metavar="N", help="send memory over N channels")
+    parser.add_argument("--clear-text", action="store_true", help="guest memory without encryption")
+    parser.add_argument("--postcopy-after-passes", type=int, metavar="N",
+                        help="switch to postcopy after N passes over memory")  # fmt: skip
+    parser.add_argument("--postcopy-after", metavar="TIME", help="switch to postcopy after this time, e.g. 10s")
+
+
+def _add_migration_commands(commands: Any) -> None:
+    migrate = _command(commands, "migrate", "migrate_cmd:migrate", "move a running VM to another host",
+                       epilog=MIGRATE_EPILOG)  # fmt: skip
+    _add_wish(migrate)
+    migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+    migrate.add_argument("--patience", default="10s", metavar="TIME",
+                         help="how long to wait for an uncertain or held guest to be settled (default: 10s)")  # fmt: skip
+    plan = _command(commands, "plan", "migrate_cmd:plan",
+                    "ask both hosts whether a VM can move; changes nothing")  # fmt: skip
+    _add_wish(plan)
+    watch = _command(commands, "watch", "migrate_cmd:watch", "follow a VM's migration until it ends")
+    watch.add_argument("vm", metavar="NAME")
+    watch.add_argument("--patience", default="10s", metavar="TIME", help=argparse.SUPPRESS)
+    cancel = _command(commands, "cancel", "migrate_cmd:cancel", "cancel a VM's migration; it runs on here")
+    cancel.add_argument("vm", metavar="NAME")
+    change = _command(commands, "set", "migrate_cmd:change", "change options while a migration runs")
+    change.add_argument("vm", metavar="NAME")
+    change.add_argument("settings", nargs="+", metavar="NAME=VALUE")
+    postcopy = _command(commands, "postcopy", "migrate_cmd:postcopy", "switch a migration to postcopy now")
+    postcopy.add_argument("vm", metavar="NAME")
+
+
+def _add_host_commands(commands: Any) -> None:
+    _command(commands, "doctor", "host_cmd:doctor", "say whether this host is fit for migrations")
+    _command(commands, "options", "host_cmd:options", "list the migration options", client=False)
+    _command(commands, "exit-codes", "host_cmd:exit_codes", "list what exit codes mean", client=False)
+    pki = _command(commands, "pki", "host_cmd:pki", "make certificates for a set-up of hosts", client=False,
+                   epilog="example\n  vmferry pki /etc/vmferry/pki host-a=10.0.0.1 host-b=10.0.0.2\n\n"
+                   "Copy DIR/HOST to its host and start the agent there with --pki. Keep DIR/ca in a safe place.")  # fmt: skip
+    pki.add_argument("directory", metavar="DIR")
+    pki.add_argument("hosts", nargs="*", metavar="HOST=ADDRESS[,ADDRESS]")
+    pki.add_argument("--days", type=int, metavar="N", help="how long the hosts' certificates last")
+    pki.add_argument("--renew", action="store_true", help="new certificates for hosts that have one")
+
+
+def _add_demo_and_bench(commands: Any) -> None:
+    demo = _command(commands, "demo", "demo_cmd:demo",
+                    "boot a real Linux guest, migrate it between two agents, prove that it went on",
+                    client=False)  # fmt: skip
+    demo.add_argument("--mode", choices=("auto", "precopy", "postcopy"), default="auto")
+    demo.add_argument("--memory", default="256M", metavar="SIZE")
+    demo.add_argument("--dirty", type=int, default=20, metavar="MIB", help="MiB/s that the guest rewrites")
+    demo.add_argument("--clear-text", action="store_true", help="without encryption")
+    bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
+    bench.add_argument("what", choices=("migrate",))
+    bench.add_argument("--rounds", type=int, default=7, metavar="N")

@@ -1,0 +1,95 @@
+"""What people see: tables, the progress line, the timeline. Plain text; a live bar only on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from vmferry.units import format_size
+
+
+class ProgressLine:
+    """One line that grows on a terminal, a line per change of status elsewhere; nothing if not enabled."""
+
+    def __init__(self, vm: str, *, enabled: bool, stream: TextIO | None = None) -> None:
+        self.vm = vm
+        self._stream = stream or sys.stderr
+        self._enabled = enabled
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = ""
+
+    def show(self, brief: dict[str, Any]) -> None:
+        """The newest short form of a job (`SourceAttempt.brief` or `wire`)."""
+        if not self._enabled:
+            return
+        if self._stream.isatty():
+            self._show_bar(brief)
+            return
+        text = f"{self.vm}: {brief['status']}"
+        if brief["outcome"] in ("uncertain", "held", "degraded", "lost"):
+            text += f" ({brief['outcome']}; next: {brief.get('action', '')})"
+        if text != self._last:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+            self._last = text
+
+    def _show_bar(self, brief: dict[str, Any]) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=Console(file=self._stream),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.vm, total=100, detail="")
+        detail = ""
+        if brief.get("remaining_bytes") is not None and brief.get("mbps") is not None:
+            rate = format_size(float(brief["mbps"]) * 1e6 / 8)
+            detail = f"{format_size(brief['remaining_bytes'])} left, {rate}/s, pass {brief.get('passes') or 1}"
+        self._bar.update(
+            self._task,
+            completed=brief.get("percent") or 0,
+            description=f"{self.vm} {brief['status']}",
+            detail=detail,
+        )
+
+    def close(self) -> None:
+        """Ends the live bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Columns aligned to the left, two spaces apart."""
+    lines = [headers, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def timeline_lines(wire: dict[str, Any]) -> list[str]:
+    """The timeline as a table: when, what, and the public status where it changed."""
+    rows = []
+    for row in wire.get("timeline") or ():
+        what = row["what"] + (f": {row['text']}" if row.get("text") else "")
+        rows.append((f"{row['at_ms']:10.1f} ms", row.get("status", ""), what))
+    return [f"  {line}" for line in table(("        at", "status", "what"), rows)] if rows else []
+
+
+def objection_lines(objections: Iterable[dict[str, Any]]) -> list[str]:
+    """Each objection with its fix."""
+    lines = []
+    for objection in objections:
+        lines.append(f"  {objection['weight']}: {objection['message']}")
+        if objection["fix"]:
+            lines.append(f"    fix: {objection['fix']}")
+    return lines
