@@ -13,6 +13,7 @@ sides with `hardware.py` before a migration.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import posixpath
@@ -42,6 +43,8 @@ _LOADER_VALUES = frozenset(
 class AdoptedVm:
     """A running QEMU as /proc shows it.
 
+    `cwd` is where its relative paths count from, '' when that cannot be found out; `has_left_cwd`
+    when QEMU went elsewhere after its start (-daemonize).
     `args` are QEMU's own arguments; `launcher` is what stood before the program (a dynamic loader, say),
     usually empty. `machine_option` is the machine type as written, None when it was left to QEMU.
     """
@@ -52,6 +55,7 @@ class AdoptedVm:
     args: tuple[str, ...]
     cwd: str
     machine_option: str | None
+    has_left_cwd: bool = False
 
     @property
     def pid(self) -> int:
@@ -82,9 +86,44 @@ def adopt(qmp_socket: str) -> AdoptedVm:
     except OSError as error:
         raise QemuError(f"process {pid} behind {qmp_socket} cannot be read: {error.strerror}") from error
     vm = from_cmdline(cmdline.rstrip("\0").split("\0"), program=program, cwd=cwd, identity=identity)
+    if any(option.name in ("daemonize", "chroot") for option in rewrite.split_options(vm.args)):
+        start = start_directory(vm.args, *_start_hints(pid))
+        vm = dataclasses.replace(vm, cwd=start, has_left_cwd=start != cwd)
     if identify(pid) != identity:
         raise QemuError(f"the process behind {qmp_socket} has just ended")
     return vm
+
+
+def _start_hints(pid: int) -> tuple[str, frozenset[str]]:
+    """The directory that the starting shell was in, and every file that the process has open."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape")
+        descriptors = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return "", frozenset()
+    opened: set[str] = set()
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            opened.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    variables = dict(entry.partition("=")[::2] for entry in environment.split("\0"))
+    return variables.get("PWD", ""), frozenset(opened)
+
+
+def start_directory(args: Sequence[str], shell_directory: str, opened: frozenset[str]) -> str:
+    """Where a QEMU with -daemonize was started: it has gone to / since. '' when nothing proves it. Pure.
+
+    A directory counts as proven when a relative path of the command line leads from there to a file that
+    the QEMU has open.
+    """
+    words = {word for text in args for word in re.split(r'[,="{}]+', text)}
+    relative = sorted(word for word in words if word and not word.startswith(("/", "-")))
+    candidates = [shell_directory] if shell_directory.startswith("/") else []
+    for word in relative:
+        candidates += sorted(path[: -len(word)] for path in opened if path.endswith(f"/{word}"))
+    for candidate in candidates:
+        if any(posixpath.normpath(posixpath.join(candidate, word)) in opened for word in relative):
+            return posixpath.normpath(candidate)
+    return ""
 
 
 def from_cmdline(cmdline: Sequence[str], *, program: str, cwd: str, identity: ProcessIdentity) -> AdoptedVm:
@@ -144,6 +183,7 @@ def destination_argv(
         cwd=vm.cwd,
         runtime=runtime,
         machine=machine,
+        has_left=vm.has_left_cwd,
         kind=lambda path: known.get(posixpath.normpath(path), "missing"),
     )
 
@@ -161,6 +201,9 @@ def host_kinds(vm: AdoptedVm) -> dict[str, PathKind]:
                 found[path] = "directory"
             elif os.path.exists(path):
                 found[path] = "file"
+                from_root = posixpath.normpath(posixpath.join("/", word))
+                if vm.has_left_cwd and os.path.exists(from_root) and os.path.samefile(path, from_root):
+                    found[from_root] = "file"
     return found
 
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-# The commands whose answers `view` takes, by name; every QEMU from 6 on has them.
+# Commands without arguments whose answers `view` takes; every QEMU from 6 on has them.
 COMMANDS: tuple[str, ...] = (
     "query-pci",
     "query-hotpluggable-cpus",
     "query-memory-devices",
     "query-memory-size-summary",
 )
+# Where QEMU keeps the devices of its command line and of device_add, with and without an id.
+FOLDERS: tuple[str, ...] = ("/machine/peripheral", "/machine/peripheral-anon")
+DEVICES = "devices"
+
+
+class Execute(Protocol):
+    """Run a QMP command, as the QMP client's `execute` does."""
+
+    async def __call__(self, name: str, arguments: Mapping[str, Any] | None = None, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,12 +35,45 @@ class HardwareView:
     parts: tuple[tuple[str, str], ...]
 
 
+async def look(execute: Execute) -> HardwareView:
+    """Ask a QEMU, running or incoming: some ten commands and three for each device, 0.1 ms each.
+
+    Raises what `execute` raises; the guest is unharmed.
+    """
+    answers: dict[str, Any] = {command: await execute(command) for command in COMMANDS}
+    devices: dict[str, str] = {}
+    for folder in FOLDERS:
+        for entry in await execute("qom-list", {"path": folder}):
+            if entry["type"].startswith("child<"):
+                path = f"{folder}/{entry['name']}"
+                devices[path] = await _describe(execute, path, entry["type"][len("child<") : -1])
+    return view({**answers, DEVICES: devices})
+
+
+async def _describe(execute: Execute, path: str, kind: str) -> str:
+    """A device's type, the bus it sits on and its place there."""
+    known = {entry["name"] for entry in await execute("qom-list", {"path": path})}
+    words = [kind]
+    for name in ("parent_bus", "addr"):
+        if name in known:
+            value = str(await execute("qom-get", {"path": path, "property": name}))
+            # The way to a built-in bus differs between QEMU versions; the bus's own name does not.
+            words.append(f"{name} {value.rpartition('/')[2]}")
+    return " ".join(words)
+
+
 def view(answers: Mapping[str, Any]) -> HardwareView:
-    """The answers of `COMMANDS` (command -> its return value) -> the view. Missing answers are left out."""
+    """Answers -> the view: of each of `COMMANDS`, and under `DEVICES` path -> description. Pure.
+
+    Of query-pci only the root buses count: what is behind a bridge is listed there only after the guest's
+    firmware has numbered the buses, which an incoming QEMU's has not. `DEVICES` has those.
+    """
     parts: dict[str, str] = {}
     for bus in answers.get("query-pci") or ():
         for device in bus["devices"]:
-            _pci(device, parts)
+            parts[f"PCI device {device['bus']}:{device['slot']:02x}.{device['function']}"] = _pci(device)
+    for path, description in dict(answers.get(DEVICES) or {}).items():
+        parts[f"device {path.removeprefix('/machine/')}"] = description
     for cpu in answers.get("query-hotpluggable-cpus") or ():
         place = ",".join(f"{key}={value}" for key, value in sorted(cpu["props"].items()))
         parts[f"cpu {place}"] = f"{cpu['type']} {'present' if 'qom-path' in cpu else 'absent'}"
@@ -58,9 +100,8 @@ def differences(source: HardwareView, destination: HardwareView) -> tuple[str, .
     return tuple(result)
 
 
-def _pci(device: Mapping[str, Any], parts: dict[str, str]) -> None:
-    """One PCI function and what is behind it. Addresses that firmware assigns at run time are left out."""
-    place = f"{device['bus']}:{device['slot']:02x}.{device['function']}"
+def _pci(device: Mapping[str, Any]) -> str:
+    """One PCI function. Addresses that firmware assigns at run time are left out."""
     identity = device["id"]
     words = [
         f"{identity['vendor']:04x}:{identity['device']:04x}",
@@ -69,14 +110,5 @@ def _pci(device: Mapping[str, Any], parts: dict[str, str]) -> None:
     if "subsystem" in identity:
         words.append(f"subsystem {identity.get('subsystem-vendor', 0):04x}:{identity['subsystem']:04x}")
     words.append(f"id {device['qdev_id'] or 'none'}")
-    words += [
-        f"bar{bar['bar']} {bar['type']} {bar['size']}" for bar in device.get("regions", ()) if bar["size"]
-    ]
-    bridge = device.get("pci_bridge")
-    if bridge is None:
-        parts[f"PCI device {place}"] = " ".join(words)
-        return
-    # A bridge's bus number is set by firmware, so what is behind it is named by the bridge's place.
-    parts[f"PCI bridge {place}"] = " ".join(words)
-    for child in bridge.get("devices", ()):
-        _pci({**child, "bus": f"{place}/"}, parts)
+    words += [f"bar{bar['bar']} {bar['type']} {bar['size']}" for bar in device.get("regions", ()) if bar["size"]]
+    return " ".join(words)

@@ -58,9 +58,7 @@ async def doctor(
     checks: list[Check] = [*await _qemu_checks(qemu, state_directory)]
     checks.append(await _kvm_check(qemu, boot_timeout_s if kvm_boot else None))
     fault = probe_host.userfaultfd()
-    fix = (
-        "" if fault.works else "allow it (sysctl vm.unprivileged_userfaultfd=1), or migrate without postcopy"
-    )
+    fix = "" if fault.works else "allow it (sysctl vm.unprivileged_userfaultfd=1), or migrate without postcopy"
     checks.append(Check("userfaultfd", fault.works, fault.detail, fix))
     checks.append(_memory_check(probe_host.memory()))
     if state_directory is not None:
@@ -137,9 +135,7 @@ def _state_check(directory: Path) -> Check:
         trial.unlink()
     except OSError as error:
         why = f"{directory} cannot be written: {error.strerror}"
-        return Check(
-            "state-directory", False, why, "make the directory writable for the agent, or free space"
-        )
+        return Check("state-directory", False, why, "make the directory writable for the agent, or free space")
     return Check("state-directory", True, f"{directory} can be written")
 
 

@@ -78,9 +78,7 @@ class _Cached(msgspec.Struct):
     facts: QemuFacts
 
 
-async def qemu_facts(
-    binary: str, *, state_directory: Path | None = None, timeout_s: float = VM_PROBE_S
-) -> QemuFacts:
+async def qemu_facts(binary: str, *, state_directory: Path | None = None, timeout_s: float = VM_PROBE_S) -> QemuFacts:
     """The facts about `binary`, from the cache when it is unchanged (about 20 ms), else asked (0.2 s).
 
     Raises QemuError when it is missing, is not a QEMU, or does not answer within `timeout_s` seconds.

@@ -51,14 +51,16 @@ def rewrite(
     runtime: RuntimePaths,
     machine: str,
     kind: Callable[[str], actions.PathKind],
+    has_left: bool = False,
 ) -> DestinationArgv:
     """The destination's command line for a guest that runs with `args` (without the program's name).
 
     `machine` is the versioned machine type the guest runs with, `cwd` the directory its relative paths
-    count from. Raises SpecError for what cannot be carried over; nothing exists then.
+    count from (`has_left` when the QEMU is not there any more). Raises SpecError for what cannot be
+    carried over; nothing exists then.
     """
     options = split_options(args)
-    work = actions.Work(cwd, runtime, machine, kind, _monitor_chardevs(options))
+    work = actions.Work(cwd, runtime, machine, kind, _monitor_chardevs(options), has_left)
     result: list[str] = []
     for option in options:
         try:
@@ -83,9 +85,7 @@ def split_options(args: Sequence[str]) -> tuple[actions.Option, ...]:
         name = arg[2:] if arg.startswith("--") else arg[1:]
         rule = RULES.get(name)
         if rule is None or not name:
-            raise actions.refused(
-                f"the option {arg!r} is not known to vmferry, so it may be part of the hardware"
-            )
+            raise actions.refused(f"the option {arg!r} is not known to vmferry, so it may be part of the hardware")
         value = next(rest, None) if rule.takes_value else None
         if rule.takes_value and value is None:
             raise actions.refused(f"the option {arg!r} lacks its value")

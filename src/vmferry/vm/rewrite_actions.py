@@ -30,13 +30,17 @@ class Option:
 
 @dataclasses.dataclass(slots=True)
 class Work:
-    """One rewriting: what is known, and what has been gathered so far."""
+    """One rewriting: what is known, and what has been gathered so far.
+
+    `has_left` says that the QEMU is no longer in `cwd`.
+    """
 
     cwd: str
     runtime: RuntimePaths
     machine: str
     kind: Callable[[str], PathKind]
     monitors: frozenset[str]
+    has_left: bool
     notes: list[str] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
     taken: set[str] = dataclasses.field(default_factory=set)
@@ -50,11 +54,30 @@ class Work:
 
     def absolute(self, path: str) -> str:
         """An absolute path that the destination must have too."""
+        if not path.startswith("/") and not self.cwd:
+            raise refused(f"{path!r} is relative, and the directory that QEMU was started in is not known")
         full = posixpath.normpath(posixpath.join(self.cwd, path)) if not path.startswith("/") else path
         if full.startswith("/dev/fdset/") or re.fullmatch(r"/(proc/self|dev)/fd/\d+", full):
             raise refused(f"{full} is a file descriptor that only the running QEMU has")
         if full not in self.files:
             self.files.append(full)
+        return full
+
+    def image(self, path: str) -> str:
+        """The absolute path of an image that the running QEMU must still be able to open by its name.
+
+        A QEMU opens an image anew to give up its lock at the end of a migration. If a relative name leads
+        nowhere by then, every migration fails at the switchover, so it is refused before it starts.
+        """
+        full = self.absolute(path)
+        # A daemon has gone to /, where the same name may have been made to lead to the same file.
+        if self.has_left and not path.startswith("/") and self.kind(posixpath.join("/", path)) == "missing":
+            raise SpecError(
+                f"this VM cannot be migrated: its disk {path!r} has a relative path, and -daemonize made "
+                "QEMU leave the directory that it counts from, so QEMU cannot hand the disk over",
+                side="source",
+                hint=f"start the VM with {full}, or make /{path} lead there",
+            )
         return full
 
     def local(self, path: str) -> str:
@@ -142,12 +165,12 @@ def _image_name(work: Work, name: str) -> str:
         nested = _nested(work, qemuopts.parse_json(name.removeprefix("json:")))
         return "json:" + qemuopts.render_json(nested)
     if name.startswith("file:"):
-        return "file:" + work.absolute(name.removeprefix("file:"))
+        return "file:" + work.image(name.removeprefix("file:"))
     if name.startswith(("fat:", "fd:")):
         raise refused(f"the image {name!r} exists only inside the running QEMU or this host")
     if not name or _PROTOCOL.match(name.split("/", 1)[0]):
         return name
-    return work.absolute(name)
+    return work.image(name)
 
 
 def _data_name(work: Work, name: str) -> str:
@@ -168,7 +191,7 @@ def _nested(work: Work, value: Any, *, key: str = "") -> Any:
     if isinstance(value, list):
         return [_nested(work, part) for part in value]
     if isinstance(value, str) and key in ("filename", "path") and value:
-        return work.absolute(value)
+        return work.image(value)
     return value
 
 
@@ -214,14 +237,11 @@ def machine(work: Work, option: Option) -> list[str]:
     pairs = qemuopts.parse(option.value or "", implied="type")
     if qemuopts.get(pairs, "type") is not None:
         if qemuopts.get(pairs, "type") != work.machine:
-            work.note(
-                f"machine {qemuopts.get(pairs, 'type')} is written as {work.machine}, which it means here"
-            )
+            work.note(f"machine {qemuopts.get(pairs, 'type')} is written as {work.machine}, which it means here")
         pairs = qemuopts.put(pairs, "type", work.machine)
         work.has_machine = True
     fixed = tuple(
-        (key, work.absolute(value) if key in ("kernel", "initrd", "dtb") and value else value)
-        for key, value in pairs
+        (key, work.absolute(value) if key in ("kernel", "initrd", "dtb") and value else value) for key, value in pairs
     )
     return ["-machine", qemuopts.render(fixed, implied="type")]
 
@@ -235,7 +255,7 @@ def drive(work: Work, option: Option) -> list[str]:
         if key == "file" and value:
             value = _image_name(work, value)
         elif key.rpartition(".")[2] in ("filename", "path") and value:
-            value = work.absolute(value)
+            value = work.image(value)
         result.append((key, value))
     return ["-drive", qemuopts.render(result)]
 
@@ -245,7 +265,7 @@ def blockdev(work: Work, option: Option) -> list[str]:
     if qemuopts.is_json(text):
         return ["-blockdev", qemuopts.render_json(_nested(work, qemuopts.parse_json(text)))]
     pairs = [
-        (key, work.absolute(value) if key.rpartition(".")[2] in ("filename", "path") and value else value)
+        (key, work.image(value) if key.rpartition(".")[2] in ("filename", "path") and value else value)
         for key, value in qemuopts.parse(text, implied="driver")
     ]
     return ["-blockdev", qemuopts.render(pairs, implied="driver")]
@@ -258,9 +278,7 @@ def object(work: Work, option: Option) -> list[str]:
     text = option.value or ""
     as_json = qemuopts.is_json(text)
     table: list[tuple[str, Any]]
-    table = (
-        list(qemuopts.parse_json(text).items()) if as_json else list(qemuopts.parse(text, implied="qom-type"))
-    )
+    table = list(qemuopts.parse_json(text).items()) if as_json else list(qemuopts.parse(text, implied="qom-type"))
     facts = dict(table)
     kind, object_id = str(facts.get("qom-type")), str(facts.get("id"))
     if kind == "memory-backend-file":
@@ -298,9 +316,7 @@ def network(work: Work, option: Option) -> list[str]:
     implied = {"netdev": "type", "nic": "type", "net": "type"}[option.name]
     pairs: Sequence[tuple[str, Any]]
     pairs = (
-        tuple(qemuopts.parse_json(text).items())
-        if qemuopts.is_json(text)
-        else qemuopts.parse(text, implied=implied)
+        tuple(qemuopts.parse_json(text).items()) if qemuopts.is_json(text) else qemuopts.parse(text, implied=implied)
     )
     kind = str(dict(pairs).get("type"))
     if kind in ("tap", "bridge", "vhost-vdpa", "vde", "passt"):
@@ -440,9 +456,7 @@ def vnc(work: Work, option: Option) -> list[str]:
 
 
 def spice(work: Work, option: Option) -> list[str]:
-    pairs = qemuopts.drop(
-        qemuopts.parse(option.value or ""), "port", "tls-port", "addr", "unix", "ipv4", "ipv6"
-    )
+    pairs = qemuopts.drop(qemuopts.parse(option.value or ""), "port", "tls-port", "addr", "unix", "ipv4", "ipv6")
     socket = work.local("spice.sock")
     work.note(f"SPICE becomes the socket {socket} on the destination")
     return ["-spice", qemuopts.render((("unix", "on"), ("addr", socket), *pairs))]

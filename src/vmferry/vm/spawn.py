@@ -131,15 +131,12 @@ async def start(
     attempt = asyncio.ensure_future(ready())
     ending = asyncio.ensure_future(wait_exit(spawned.pidfd))
     try:
-        done, _ = await asyncio.wait(
-            {attempt, ending}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait({attempt, ending}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if attempt in done and ending not in done:
             return spawned, attempt.result()
         if ending in done:
             words = (
-                tail_log(runtime.log_path, since_bytes=log_bytes)
-                or f"no reason given, exit status {ending.result()}"
+                tail_log(runtime.log_path, since_bytes=log_bytes) or f"no reason given, exit status {ending.result()}"
             )
             raise SpecError(f"QEMU refused to start: {words}")
         words = tail_log(runtime.log_path, since_bytes=log_bytes)

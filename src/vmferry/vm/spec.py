@@ -359,9 +359,7 @@ def _absolute(key: str, path: str | None) -> None:
 
 def _check_identity(spec: VmSpec) -> None:
     if not _NAME.fullmatch(spec.name) or spec.name in (".", ".."):
-        raise ValueError(
-            f"name is 1 to 64 letters, digits, dots, dashes or underscores, and not {spec.name!r}"
-        )
+        raise ValueError(f"name is 1 to 64 letters, digits, dots, dashes or underscores, and not {spec.name!r}")
     if spec.uuid is not None:
         try:
             canonical = str(uuid_module.UUID(spec.uuid))

@@ -15,14 +15,10 @@ HERE = RuntimePaths("/run/vmferry/a")
 THERE = RuntimePaths("/run/vmferry/b", ram_directory="/dev/shm")
 
 
-def build(
-    runtime: RuntimePaths = HERE, *, incoming: bool = False, paused: bool = True, **more: Any
-) -> list[str]:
+def build(runtime: RuntimePaths = HERE, *, incoming: bool = False, paused: bool = True, **more: Any) -> list[str]:
     machine = "pc-i440fx-7.2" if more.get("machine") == "pc" else "pc-q35-7.2"
     wire = {"name": "web1", "memory": "64M", **more}
-    pinned = spec.pin(
-        spec.from_wire(wire), machine=machine, accel="tcg", uuid="0f8ae5c8-0d3f-4f2e-9f34-000000000001"
-    )
+    pinned = spec.pin(spec.from_wire(wire), machine=machine, accel="tcg", uuid="0f8ae5c8-0d3f-4f2e-9f34-000000000001")
     return argv.build_argv(
         pinned,
         qemu="qemu",

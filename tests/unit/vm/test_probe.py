@@ -126,9 +126,7 @@ def test_the_boot_sector_is_one_sector() -> None:
         probe_host.boot_sector(b"x" * 600)
 
 
-@pytest.mark.parametrize(
-    ("offset", "ok"), [((5.0, 1.0), True), ((-3000.0, 1.0), False), ((1500.0, 2000.0), None)]
-)
+@pytest.mark.parametrize(("offset", "ok"), [((5.0, 1.0), True), ((-3000.0, 1.0), False), ((1500.0, 2000.0), None)])
 def test_clock_offsets(offset: tuple[float, float], ok: bool | None) -> None:
     found = probe.offset_check(probe_host.ClockOffset("b", *offset))
     assert found.ok is ok

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,6 +193,51 @@ def test_a_loader_in_front_is_understood(
     assert (vm.launcher, vm.qemu_binary, vm.args) == (launcher, qemu, ("-S",))
 
 
+@pytest.mark.parametrize(
+    ("shell", "opened", "expected"),
+    [
+        ("/vm", {"/vm/x/d.img", "/dev/null"}, "/vm"),
+        ("/elsewhere", {"/vm/x/d.img"}, "/vm"),
+        ("", {"/vm/x/d.img"}, "/vm"),
+        ("/vm", {"/other/d.img"}, ""),
+        ("/vm", set(), ""),
+    ],
+)
+def test_where_a_daemon_was_started_is_proven_or_unknown(shell: str, opened: set[str], expected: str) -> None:
+    args = ["-drive", "file=x/d.img,format=raw", "-m", "32"]
+    assert adopt.start_directory(args, shell, frozenset(opened)) == expected
+
+
+def test_a_relative_path_from_an_unknown_directory_is_refused() -> None:
+    vm = adopt.from_cmdline(["qemu", "-hda", "d.img"], program="/q/qemu", cwd="", identity=IDENTITY)
+    with pytest.raises(SpecError, match="started in is not known"):
+        adopt.destination_argv(vm, qemu="qemu", machine="pc-q35-7.2", runtime=RUNTIME)
+
+
+@pytest.mark.parametrize("args", [("-hda", "d.img"), ("-drive", "file=d.img"), ("-blockdev", "file,filename=d.img")])
+def test_a_daemon_with_a_relative_disk_is_refused_because_qemu_cannot_hand_it_over(
+    args: tuple[str, ...],
+) -> None:
+    vm = adopt.from_cmdline(["qemu", *args, "-kernel", "k"], program="/q/qemu", cwd="/vm", identity=IDENTITY)
+    adopt.destination_argv(vm, qemu="qemu", machine="pc-q35-7.2", runtime=RUNTIME)
+    daemon = dataclasses.replace(vm, has_left_cwd=True)
+    with pytest.raises(SpecError, match="cannot hand the disk over") as caught:
+        adopt.destination_argv(daemon, qemu="qemu", machine="pc-q35-7.2", runtime=RUNTIME)
+    assert "/vm/d.img" in caught.value.hint
+    kinds: dict[str, PathKind] = {"/d.img": "file"}
+    adopt.destination_argv(daemon, qemu="qemu", machine="pc-q35-7.2", runtime=RUNTIME, kinds=kinds)
+
+
+def test_host_kinds_finds_files_and_directories(tmp_path: Path) -> None:
+    (tmp_path / "d.img").touch()
+    args = ["qemu", "-hda", "d.img", "-object", "memory-backend-file,id=a,mem-path=/dev,size=1", "-m", "none"]
+    vm = adopt.from_cmdline(args, program="/q/qemu", cwd=str(tmp_path), identity=IDENTITY)
+    kinds = adopt.host_kinds(vm)
+    assert kinds[str(tmp_path / "d.img")] == "file"
+    assert kinds["/dev"] == "directory"
+    assert str(tmp_path / "none") not in kinds
+
+
 def test_another_program_is_refused() -> None:
     with pytest.raises(SpecError, match="not a QEMU"):
         adopt.from_cmdline(["sshd"], program="/usr/sbin/sshd", cwd="/", identity=IDENTITY)
@@ -224,4 +272,22 @@ def test_hardware_is_compared_by_place() -> None:
     assert len(found) == 2
     assert "PCI device 0:03.0" in found[0]
     assert hardware.differences(right, left)[0].endswith("is only on the destination")
-    assert dataclasses.asdict(left)["parts"][1][0] == "memory"
+    assert dict(left.parts)["memory"] == "base-memory 1"
+
+
+async def test_hardware_is_asked_for_each_device() -> None:
+    async def execute(name: str, arguments: Mapping[str, Any] | None = None, /) -> Any:
+        match name, (arguments or {}).get("path"):
+            case "qom-list", "/machine/peripheral":
+                return [{"name": "n0", "type": "child<e1000>"}, {"name": "type", "type": "string"}]
+            case "qom-list", "/machine/peripheral/n0":
+                return [{"name": "addr", "type": "int32"}]
+            case "qom-get", "/machine/peripheral/n0":
+                return 24
+            case "query-memory-size-summary", _:
+                return {"base-memory": 1}
+            case _:
+                return []
+
+    view = await hardware.look(execute)
+    assert dict(view.parts) == {"device peripheral/n0": "e1000 addr 24", "memory": "base-memory 1"}

@@ -75,9 +75,7 @@ def test_no_descriptor_of_the_agent_is_inherited(runtime: RuntimePaths, tmp_path
 
 
 async def test_a_refused_start_raises_the_programs_words_and_leaves_nothing(runtime: RuntimePaths) -> None:
-    script = (
-        f"echo 'warning: noise'; touch {runtime.qmp_path}; echo 'qemu-system-x: -device foo: bad' >&2; exit 1"
-    )
+    script = f"echo 'warning: noise'; touch {runtime.qmp_path}; echo 'qemu-system-x: -device foo: bad' >&2; exit 1"
     earlier = spawn.spawn(["/bin/echo", "boom"], runtime=runtime)
     await spawn.wait_exit(earlier.pidfd)
     earlier.close()
