@@ -70,3 +70,29 @@ VM_PROBE_S = 10.0
 # How long a guest of one sector may take to boot and print under KVM. A healthy KVM needs 0.2 s, TCG 0.1 s;
 # a KVM that is itself emulated was seen to need 3.3 s, and is then forty times slower than TCG.
 VM_KVM_BOOT_S = 2.0
+
+# A spec is a page of text. The bound keeps a wrong path (a disk image, say) from being read into memory.
+VM_SPEC_BYTES_MAX = 256 * 1024
+
+# QEMU's own ceiling for the machine types that vmferry uses; beyond it QEMU's message is less clear than ours.
+VM_CPUS_MAX = 288
+
+# Disks and network cards sit on fixed slots of one PCI bus; that many fit beside the rest.
+VM_DISKS_MAX = 12
+VM_NETWORKS_MAX = 8
+
+# No firmware starts in less.
+VM_MEMORY_BYTES_MIN = 1 << 20
+
+# sun_path in Linux's sockaddr_un is 108 bytes with the final NUL.
+UNIX_SOCKET_PATH_BYTES_MAX = 107
+
+# QEMU's reason to refuse a start is a line or two; what comes before it is noise.
+VM_LOG_TAIL_BYTES_MAX = 4096
+VM_LOG_TAIL_LINES_MAX = 5
+
+# A listener on this host accepts at once, or its queue is full because it is stuck.
+VM_ADOPT_CONNECT_S = 2.0
+
+# Beyond this, times in the reports of two hosts contradict each other visibly.
+CLOCK_OFFSET_MS_MAX = 1000.0

@@ -23,14 +23,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vmferry import limits
 from vmferry.errors import QemuError, SpecError
 from vmferry.vm import qemuopts, rewrite
 from vmferry.vm.rewrite_actions import PathKind
 from vmferry.vm.runtime import RuntimePaths
 from vmferry.vm.spawn import ProcessIdentity, identify
 
-# A listener answers connect() at once or its queue is full; more than this means that it is stuck.
-CONNECT_TIMEOUT_S = 2.0
 _LOADER = re.compile(r"ld(-linux.*|-musl.*|64)?\.so(\.\d+)?$|ld-\d.*\.so$")
 # Options of the dynamic loader that take a value, as ld.so --help lists them.
 _LOADER_VALUES = frozenset(
@@ -210,7 +209,7 @@ def host_kinds(vm: AdoptedVm) -> dict[str, PathKind]:
 def listener_pid(path: str) -> int:
     """The pid of the process that listens on a Unix socket. Raises QemuError when nobody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(CONNECT_TIMEOUT_S)
+        client.settimeout(limits.VM_ADOPT_CONNECT_S)
         try:
             client.connect(path)
         except OSError as error:

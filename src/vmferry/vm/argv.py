@@ -17,18 +17,19 @@ from __future__ import annotations
 import posixpath
 from typing import Any, Literal
 
+from vmferry import limits
 from vmferry.errors import SpecError
 from vmferry.vm import qemuopts
 from vmferry.vm.runtime import RuntimePaths
-from vmferry.vm.spec import DISKS_MAX, NETWORKS_MAX, Disk, Network, VmSpec
+from vmferry.vm.spec import Disk, Network, VmSpec
 
 # PCI slots on the root bus. Slots 0 to 2 belong to the chipset and a display card, 0x1f to q35's own
 # devices; 0x18 to 0x1e stay free for extra_args.
 SLOT_RNG = 0x03
 SLOT_SCSI = 0x04
 SLOT_NETWORK = 0x05
-SLOT_DISK = SLOT_NETWORK + NETWORKS_MAX
-assert SLOT_DISK + DISKS_MAX <= 0x1A, "the slot table left no room on the bus"
+SLOT_DISK = SLOT_NETWORK + limits.VM_NETWORKS_MAX
+assert SLOT_DISK + limits.VM_DISKS_MAX <= 0x1A, "the slot table left no room on the bus"
 
 _CACHE: dict[str, tuple[bool, bool, bool]] = {
     # mode: (direct I/O, no flush, write cache of the guest's disk), as QEMU defines its cache modes

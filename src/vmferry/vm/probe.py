@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vmferry import units
+from vmferry import limits, units
 from vmferry.clock import Clock
 from vmferry.errors import QemuError, VmferryError
 from vmferry.limits import VM_KVM_BOOT_S
@@ -25,8 +25,6 @@ from vmferry.vm.spawn import host_boot_id
 
 # The oldest QEMU whose migration is known to work with vmferry (its QMP has every command that is used).
 QEMU_VERSION_MIN = (7, 2, 0)
-# Beyond this, times in reports of two hosts contradict each other visibly.
-CLOCK_OFFSET_MS_MAX = 1000.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,9 +167,9 @@ def offset_check(offset: probe_host.ClockOffset) -> Check:
     distance_ms = abs(offset.offset_ms)
     where = "ahead" if offset.offset_ms >= 0 else "behind"
     detail = f"{units.format_ms(distance_ms)} {where}, give or take {units.format_ms(offset.uncertainty_ms)}"
-    if distance_ms <= CLOCK_OFFSET_MS_MAX:
+    if distance_ms <= limits.CLOCK_OFFSET_MS_MAX:
         return Check(name, True, detail)
-    if distance_ms - offset.uncertainty_ms <= CLOCK_OFFSET_MS_MAX:
+    if distance_ms - offset.uncertainty_ms <= limits.CLOCK_OFFSET_MS_MAX:
         return Check(name, None, detail)
     return Check(name, False, detail, "let both hosts follow the same time servers (NTP)")
 

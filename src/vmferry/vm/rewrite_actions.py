@@ -12,9 +12,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from vmferry import limits
 from vmferry.errors import SpecError
 from vmferry.vm import qemuopts
-from vmferry.vm.runtime import UNIX_SOCKET_PATH_BYTES_MAX, RuntimePaths
+from vmferry.vm.runtime import RuntimePaths
 
 PathKind = Literal["file", "directory", "missing"]
 _PROTOCOL = re.compile(r"[A-Za-z0-9_+.-]+:")
@@ -83,7 +84,7 @@ class Work:
     def local(self, path: str) -> str:
         """A path in the runtime directory that takes the place of `path`; two never share one."""
         wanted = self.runtime.rerooted(path)
-        if len(wanted.encode()) > UNIX_SOCKET_PATH_BYTES_MAX - 4:
+        if len(wanted.encode()) > limits.UNIX_SOCKET_PATH_BYTES_MAX - 4:
             wanted = self.runtime.rerooted("adopted")
         result, number = wanted, 1
         while result in self.taken or result in (self.runtime.qmp_path, self.runtime.log_path):

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import posixpath
 
+from vmferry import limits
 from vmferry.errors import SpecError
-
-# sun_path in Linux's sockaddr_un is 108 bytes with the final NUL.
-UNIX_SOCKET_PATH_BYTES_MAX = 107
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,9 +30,9 @@ class RuntimePaths:
             if not path.startswith("/"):
                 raise SpecError(f"the runtime directory {path!r} is not an absolute path")
         for path in (self.qmp_path, self.serial_socket_path, self.vnc_path):
-            if len(path.encode()) > UNIX_SOCKET_PATH_BYTES_MAX:
+            if len(path.encode()) > limits.UNIX_SOCKET_PATH_BYTES_MAX:
                 raise SpecError(
-                    f"the socket path {path!r} is longer than {UNIX_SOCKET_PATH_BYTES_MAX} bytes",
+                    f"the socket path {path!r} is longer than {limits.UNIX_SOCKET_PATH_BYTES_MAX} bytes",
                     hint="give the agent a state directory with a shorter path",
                 )
 

@@ -27,14 +27,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from vmferry import limits
 from vmferry.errors import QemuError, SpecError
 from vmferry.vm.runtime import RuntimePaths
 
 T = TypeVar("T")
 
-# QEMU's reason to refuse a start is a line or two; the rest is noise such as warnings of the host's kernel.
-LOG_TAIL_BYTES = 4096
-LOG_TAIL_LINES = 5
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -235,7 +233,11 @@ def kill(identity: ProcessIdentity, signal_number: int = signal.SIGKILL) -> bool
 
 
 def tail_log(
-    path: str, *, since_bytes: int = 0, limit_bytes: int = LOG_TAIL_BYTES, limit_lines: int = LOG_TAIL_LINES
+    path: str,
+    *,
+    since_bytes: int = 0,
+    limit_bytes: int = limits.VM_LOG_TAIL_BYTES_MAX,
+    limit_lines: int = limits.VM_LOG_TAIL_LINES_MAX,
 ) -> str:
     """The last lines of a QEMU log after its first `since_bytes`, joined by '; ', without time stamps and
     the program's name; warnings only when there is nothing else. Empty when there is no log."""

@@ -25,18 +25,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from vmferry import units
+from vmferry import limits, units
 from vmferry.errors import SpecError
-
-# A spec is a page of text. The bound keeps a wrong path (a disk image, say) from being read into memory.
-SPEC_BYTES_MAX = 256 * 1024
-# QEMU's own ceiling for the machine types used here; beyond it QEMU's message is less clear than ours.
-CPUS_MAX = 288
-# virtio disks and network cards sit on fixed PCI slots (see argv.py); that many fit.
-DISKS_MAX = 12
-NETWORKS_MAX = 8
-# SeaBIOS and QEMU start in less, but nothing that is worth migrating fits below this.
-MEMORY_BYTES_MIN = units.MIB
 
 _NAME = re.compile(r"[a-zA-Z0-9._-]{1,64}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -184,10 +174,10 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             size = units.parse_size_bytes(self.memory)
         except ValueError as error:
             raise ValueError(f"memory: {error}") from None
-        if size < MEMORY_BYTES_MIN or size % units.MIB:
+        if size < limits.VM_MEMORY_BYTES_MIN or size % units.MIB:
             raise ValueError(f"memory {self.memory!r} is not a whole number of MiB, at least 1")
-        if not 1 <= self.cpus <= CPUS_MAX:
-            raise ValueError(f"cpus is 1 to {CPUS_MAX}, and not {self.cpus}")
+        if not 1 <= self.cpus <= limits.VM_CPUS_MAX:
+            raise ValueError(f"cpus is 1 to {limits.VM_CPUS_MAX}, and not {self.cpus}")
         if not self.cpu or self.cpu.startswith("-"):
             raise ValueError(f"cpu {self.cpu!r} is not the name of a CPU model")
         if not _MACHINE.fullmatch(self.machine):
@@ -223,11 +213,11 @@ def load(path: Path | str) -> VmSpec:
     where = Path(path)
     try:
         with where.open("rb") as file:
-            text = file.read(SPEC_BYTES_MAX + 1)
+            text = file.read(limits.VM_SPEC_BYTES_MAX + 1)
     except OSError as error:
         raise SpecError(f"{where}: cannot be read: {error.strerror}", cause=error) from error
-    if len(text) > SPEC_BYTES_MAX:
-        raise SpecError(f"{where}: larger than {SPEC_BYTES_MAX // 1024} KiB, so this is not a VM spec")
+    if len(text) > limits.VM_SPEC_BYTES_MAX:
+        raise SpecError(f"{where}: larger than {limits.VM_SPEC_BYTES_MAX // 1024} KiB, so this is not a VM spec")
     try:
         table = tomllib.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -375,10 +365,10 @@ def _check_counts(spec: VmSpec) -> None:
     ide_max = 6 if spec.machine_family == "q35" else 4
     if ide > ide_max:
         raise ValueError(f"disk: machine {spec.machine!r} takes {ide_max} IDE disks, and not {ide}")
-    if len(spec.disk) > DISKS_MAX:
-        raise ValueError(f"disk: at most {DISKS_MAX} disks fit, and not {len(spec.disk)}")
-    if len(spec.network) > NETWORKS_MAX:
-        raise ValueError(f"network: at most {NETWORKS_MAX} cards fit, and not {len(spec.network)}")
+    if len(spec.disk) > limits.VM_DISKS_MAX:
+        raise ValueError(f"disk: at most {limits.VM_DISKS_MAX} disks fit, and not {len(spec.disk)}")
+    if len(spec.network) > limits.VM_NETWORKS_MAX:
+        raise ValueError(f"network: at most {limits.VM_NETWORKS_MAX} cards fit, and not {len(spec.network)}")
     uniques: tuple[tuple[str, list[Any]], ...] = (
         ("disk: path", [disk.path for disk in spec.disk if not disk.is_readonly]),
         ("disk: boot", [disk.boot for disk in spec.disk if disk.boot is not None]),

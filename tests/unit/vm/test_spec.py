@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmferry import limits
 from vmferry.errors import SpecError
 from vmferry.vm import spec as vm_spec
 
@@ -116,7 +117,7 @@ def test_files_that_are_no_specs(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="No such file"):
         vm_spec.load(tmp_path / "none.toml")
     big = tmp_path / "big"
-    big.write_bytes(b" " * (vm_spec.SPEC_BYTES_MAX + 1))
+    big.write_bytes(b" " * (limits.VM_SPEC_BYTES_MAX + 1))
     with pytest.raises(SpecError, match="not a VM spec"):
         vm_spec.load(big)
     big.write_bytes(b"\xff")
