@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -110,6 +111,7 @@ class Pair:
         self.source = Qemu(programs[0], room, "source", incoming=False)
         self.destination = Qemu(programs[1], room, "destination", incoming=True)
         self.channels: list[Channel] = []
+        self.entrusts = True
 
     def secure(self, job: str, *, stranger: job_credentials.Role | None = None, postcopy: bool) -> None:
         """Credentials of `job` on both sides; the `stranger` shows those of another job instead."""
@@ -122,7 +124,9 @@ class Pair:
         made["source"].accept_peer(peers["destination"])
         made["destination"].accept_peer(peers["source"])
         for role, qemu in zip(_ROLES, (self.source, self.destination), strict=True):
-            creds = job_credentials.tls_creds_object(job, role, rooms[role])
+            version = qemu.qmp.execute("query-version")["qemu"]
+            priority = job_credentials.tls_priority((version["major"], version["minor"]))
+            creds = job_credentials.tls_creds_object(job, role, rooms[role], priority=priority)
             qemu.qmp.execute("object-add", creds)
             parameters = {"tls-creds": creds["id"]}
             if role == "source":
@@ -136,9 +140,7 @@ class Pair:
         if through is not None:
             assert not isinstance(through.address, str)
             addresses = (through.address,)
-        pair = await asyncio.gather(
-            dial(addresses, ticket, deadline_s=5), self.listener.arrived(name, deadline_s=5)
-        )
+        pair = await asyncio.gather(dial(addresses, ticket, deadline_s=5), self.listener.arrived(name, deadline_s=5))
         self.channels += pair
         return pair
 
@@ -147,6 +149,9 @@ class Pair:
         self.destination.qmp.execute("migrate-incoming", {"uri": "fd:channel"})
         self.source.give(source)
         self.source.qmp.execute("migrate", {"uri": "fd:channel"})
+        if self.entrusts:
+            assert source.entrust(self.source.process.pid)
+            assert destination.entrust(self.destination.process.pid)
 
     def stop(self) -> None:
         for channel in self.channels:
@@ -207,20 +212,23 @@ async def test_a_guest_goes_over_under_job_credentials(pair: tuple[str, str], mo
         assert not any(path.is_dir() for role in _ROLES for path in (room / role).glob("job-*"))
 
 
+@pytest.mark.parametrize("entrusts", [True, False], ids=["entrusted", "held"])
 @pytest.mark.parametrize("stranger", _ROLES)
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 async def test_credentials_of_another_job_are_refused(
-    pair: tuple[str, str], stranger: job_credentials.Role, room: Path
+    pair: tuple[str, str], stranger: job_credentials.Role, entrusts: bool, room: Path
 ) -> None:
     async with pair_of(pair, room) as both:
+        both.entrusts = entrusts
         both.secure("job-1", stranger=stranger, postcopy=False)
         source, destination = await both.connect()
         both.source.qmp.execute("migrate-set-parameters", {"max-bandwidth": SLOW_BYTES_PER_S})
         both.migrate(source, destination)
-        # Who refuses drops the channel; the other sees nothing of it, because our descriptors hold it.
+        # Who refuses drops the channel. While our descriptors hold it, the other sees nothing of that.
         refuser, channel = (both.destination, destination) if stranger == "source" else (both.source, source)
-        await until_let_go(channel, refuser)
-        channel.cut()
+        if not entrusts:
+            await until_let_go(channel, refuser)
+            channel.cut()
         await both.source.reaches("failed")
         assert both.source.is_running()
         if both.destination.process.poll() is None:
@@ -260,6 +268,23 @@ async def test_cut_ends_the_migration_and_the_source_runs(
         await both.destination.ends()  # an incoming QEMU that loses its stream gives up
 
 
+@pytest.mark.parametrize("side", _ROLES)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+async def test_cut_reaches_through_a_frozen_destination(
+    pair: tuple[str, str], side: job_credentials.Role, room: Path
+) -> None:
+    async with pair_of(pair, room) as both:
+        both.secure("job-1", postcopy=False)
+        both.source.qmp.execute("migrate-set-parameters", {"max-bandwidth": SLOW_BYTES_PER_S})
+        source, destination = await both.connect()
+        both.migrate(source, destination)
+        await both.source.reaches("active")
+        both.destination.process.send_signal(signal.SIGSTOP)
+        (source if side == "source" else destination).cut()
+        await both.source.reaches("failed", deadline_s=2)
+        assert both.source.is_running()
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 async def test_postcopy_is_cut_and_goes_on_over_a_second_channel(pair: tuple[str, str], room: Path) -> None:
     async with pair_of(pair, room) as both:
@@ -291,10 +316,12 @@ async def test_postcopy_is_cut_and_goes_on_over_a_second_channel(pair: tuple[str
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-async def test_a_held_channel_hides_the_death_of_the_peer_until_it_is_cut(
-    pair: tuple[str, str], room: Path
+@pytest.mark.parametrize("entrusts", [True, False], ids=["entrusted", "held"])
+async def test_only_a_held_channel_hides_the_death_of_the_peer(
+    pair: tuple[str, str], entrusts: bool, room: Path
 ) -> None:
     async with pair_of(pair, room) as both:
+        both.entrusts = entrusts
         both.secure("job-1", postcopy=False)
         both.source.qmp.execute("migrate-set-parameters", {"max-bandwidth": SLOW_BYTES_PER_S})
         source, destination = await both.connect()
@@ -302,8 +329,9 @@ async def test_a_held_channel_hides_the_death_of_the_peer_until_it_is_cut(
         await both.source.reaches("active")
         both.destination.process.kill()
         both.destination.process.wait()
-        await asyncio.sleep(0.3)
-        assert both.source.status() == "active"
-        destination.cut()
+        if not entrusts:
+            await asyncio.sleep(0.3)
+            assert both.source.status() == "active"
+            destination.cut()
         await both.source.reaches("failed", deadline_s=2)
         assert both.source.is_running()

@@ -16,9 +16,10 @@ The token itself never crosses this network, so who holds the port or listens on
 that opens another channel. The greeting keeps strangers out; it does not hide the stream: TLS does that.
 
 Rule 1: a ticket opens one channel once.
-Rule 2: while a Channel is open here the peer sees no end of the stream when our QEMU dies or closes it (a
-        refused certificate, a failed load), because our descriptor holds the connection. So its owner asks
-        `is_held_by` while the migration is under way, and cuts the channel that QEMU has let go.
+Rule 2: while our descriptor is open the peer sees no end of the stream when QEMU dies or drops it (a refused
+        certificate, a failed load). So once QEMU has its descriptor, `entrust` gives ours up: the end is the
+        peer's end at once, and `cut` borrows QEMU's descriptor from the kernel. Where that is not permitted
+        `entrust` says so; the owner must then watch `is_held_by` and cut what QEMU has let go.
 Rule 3: nothing here changes the flags of a Channel's socket: QEMU shares them.
 Rule 4: everything is bounded: strangers at once, bytes read from each, and time.
 """
@@ -33,10 +34,11 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmferry.agent import descriptors
 from vmferry.errors import HostUnreachable, NotTrusted, Unfit, VmferryError
 
 STRANGERS_MAX = 16  # connections that have not proved themselves; one more drops the oldest
@@ -102,19 +104,37 @@ class Channel:
     """One connected channel. Used from the loop only; holds one descriptor until `close`."""
 
     def __init__(self, name: str, connection: socket.socket) -> None:
-        connection.setblocking(True)
         self.name = name
         self.peer: Address = _address(connection.getpeername())
-        self.inode = os.fstat(connection.fileno()).st_ino  # names the connection in /proc/PID/fd
+        self.inode = os.fstat(connection.fileno()).st_ino  # names the connection in the journal and /proc
         self._socket = connection
+        self._pid = 0  # of the process that it is entrusted to
+        self._pidfd = -1
         self._is_cut = False
 
+    @classmethod
+    def reclaim(cls, name: str, pid: int, inode: int) -> Channel | None:
+        """The channel that an earlier agent left with process `pid`; None when it is gone.
+
+        Raises OSError when this user may not take it.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                connection = descriptors.fetch_socket(pidfd, pid, inode)
+            finally:
+                os.close(pidfd)
+            if connection is not None:
+                channel = cls(name, connection)
+                channel.entrust(pid)
+                return channel
+        return None
+
     def fileno(self) -> int:
-        """The descriptor to send to QEMU with getfd (SCM_RIGHTS copies it); -1 once closed."""
+        """The descriptor to send to QEMU with getfd (SCM_RIGHTS copies it); -1 once entrusted or closed."""
         return self._socket.fileno()
 
-    @property
-    def connection(self) -> socket.socket:
+    def hand_over(self) -> socket.socket:
         """The socket in the state that QEMU is to get it: blocking, and nothing read ahead."""
         return self._socket
 
@@ -123,15 +143,33 @@ class Channel:
         """Has `cut` or `close` ended this channel from here?"""
         return self._is_cut
 
+    def entrust(self, pid: int) -> bool:
+        """Leave the connection to process `pid` alone, once it has it by getfd; `cut` still works.
+
+        A process that has dropped it already, or is dead, ended the connection: giving up ours shows the
+        peer so. False when this user may not borrow it back: then nothing has changed, and the owner must
+        watch `is_held_by`.
+        """
+        assert self._pidfd < 0, "a channel is entrusted once"
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                borrowed = descriptors.fetch_socket(pidfd, pid, self.inode)
+            except OSError:
+                os.close(pidfd)
+                return False
+            if borrowed is not None:
+                borrowed.close()
+            self._pid, self._pidfd = pid, pidfd
+        self._socket.close()
+        return True
+
     def is_held_by(self, pid: int) -> bool:
         """Does process `pid` (our QEMU) still have a descriptor of this connection? False once it is dead.
 
         Costs about 0.1 ms. Raises PermissionError when this user may not look.
         """
-        try:
-            return self.inode in _socket_inodes(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            return False
+        return self.inode in descriptors.socket_descriptors(pid)
 
     def cut(self) -> None:
         """End the connection for both QEMUs at once, whoever else holds descriptors of it. Never raises.
@@ -140,26 +178,38 @@ class Channel:
         to know: before the grant the source resumes, in postcopy both sides pause and can be recovered.
         """
         self._is_cut = True
-        if self._socket.fileno() < 0:
-            return
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it was already gone, which is what was asked for
+        # An OSError means that it was already gone, which is what was asked for.
+        with contextlib.suppress(OSError), self._borrowed() as connection:
+            if connection is not None:
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give up this side's descriptor. The connection lives on if QEMU still has its own."""
         self._is_cut = True
         self._socket.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def tcp_info(self) -> TcpInfo | None:
         """The kernel's numbers now; None once the channel is closed or the connection is gone."""
-        if self._socket.fileno() < 0:
-            return None
+        with contextlib.suppress(OSError), self._borrowed() as connection:
+            if connection is not None:
+                return _tcp_info(connection)
+        return None
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[socket.socket | None]:
+        """Our descriptor, or QEMU's for as long as the block runs; None when there is none any more."""
+        if self._pidfd < 0:
+            yield self._socket if self._socket.fileno() >= 0 else None
+            return
+        connection = descriptors.fetch_socket(self._pidfd, self._pid, self.inode)
         try:
-            return _tcp_info(self._socket)
-        except OSError:
-            return None
+            yield connection
+        finally:
+            if connection is not None:
+                connection.close()
 
 
 class ChannelListener:
@@ -309,6 +359,7 @@ class ChannelListener:
         arrival = self._arrivals.get(ticket.channel)
         if arrival is None or arrival.done():
             return False
+        connection.setblocking(True)
         arrival.set_result(Channel(ticket.channel, connection))
         return True
 
@@ -356,6 +407,7 @@ async def _dial_one(address: Address, ticket: Ticket) -> Channel:
         reply = await _receive_exactly(connection, _REPLY_BYTES)
         if not hmac.compare_digest(reply, ticket.reply()):
             raise NotTrusted("the destination did not prove that it knows the token")
+        connection.setblocking(True)
         return Channel(ticket.channel, connection)
     except BaseException:
         connection.close()
@@ -403,16 +455,6 @@ def _resolve(address: Address) -> tuple[int, Any]:
     """The family and the kernel's form of an IP address and port. Numbers only: names would need a thread."""
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][0], found[0][4]
-
-
-def _socket_inodes(pid: int) -> set[int]:
-    found: set[int] = set()
-    for entry in os.scandir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):  # closed since the directory was read
-            target = os.readlink(entry.path)
-            if target.startswith("socket:["):
-                found.add(int(target[len("socket:[") : -1]))
-    return found
 
 
 def _tune(connection: socket.socket) -> None:

@@ -43,10 +43,14 @@ LIFETIME = timedelta(days=7)  # a recovery that comes later than this needs new 
 CA_PEM_BYTES_MAX = 4096  # ours have about 650
 _JOB_DIRECTORY = re.compile(r"job-[0-9a-f]{24}-(?:source|destination)")
 
-# GnuTLS re-keys a TLS 1.3 session by itself after 2^24 records, which breaks a QEMU before 10.1 whose return
-# path uses the session from another thread. CHACHA20-POLY1305 is the one cipher that is never re-keyed.
-PRIORITY_WITHOUT_REKEY = "NORMAL:-VERS-ALL:+VERS-TLS1.3:-CIPHER-ALL:+CHACHA20-POLY1305"
-PRIORITY_TLS_1_3 = "NORMAL:-VERS-ALL:+VERS-TLS1.3"
+# GnuTLS re-keys a TLS 1.3 session by itself after 2^24 records (QEMU makes two of each page, so after 32 GiB).
+# That breaks a QEMU before 10.1, whose return path uses the session from another thread: gnutls issue 1717.
+# TLS 1.2 is never re-keyed and just as fast; CHACHA20-POLY1305 in TLS 1.3 would do too, at half the speed.
+# Each side chooses for its own QEMU: the two meet at 1.3 only where both may.
+REKEY_SAFE_SINCE = (10, 1)
+_CIPHERS = ":-KX-ALL:+ECDHE-ECDSA:-CIPHER-ALL:+AES-256-GCM:+AES-128-GCM:+CHACHA20-POLY1305"
+PRIORITY_WITHOUT_REKEY = "NORMAL:-VERS-ALL:+VERS-TLS1.2" + _CIPHERS
+PRIORITY_TLS_1_3 = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2" + _CIPHERS
 
 
 @dataclass(slots=True)
@@ -113,9 +117,12 @@ def make(job_id: str, role: Role, directory: Path, *, now: datetime) -> JobCrede
 
 
 def tls_creds_object(
-    job_id: str, role: Role, directory: Path, *, priority: str = PRIORITY_TLS_1_3
+    job_id: str, role: Role, directory: Path, *, priority: str = PRIORITY_WITHOUT_REKEY
 ) -> dict[str, Any]:
-    """The arguments of QMP's object-add; its `id` is what the parameter tls-creds is set to."""
+    """The arguments of QMP's object-add; its `id` is what the parameter tls-creds is set to.
+
+    `priority` comes from `tls_priority` for this side's QEMU; the default is right for every version.
+    """
     return {
         "qom-type": "tls-creds-x509",
         "id": f"vmferry-tls-{tag(job_id)}",
@@ -125,6 +132,11 @@ def tls_creds_object(
         "sanity-check": False,
         "priority": priority,
     }
+
+
+def tls_priority(qemu_version: tuple[int, ...]) -> str:
+    """What a QEMU of this version may use of TLS."""
+    return PRIORITY_TLS_1_3 if qemu_version >= REKEY_SAFE_SINCE else PRIORITY_WITHOUT_REKEY
 
 
 def tls_hostname(job_id: str) -> str:

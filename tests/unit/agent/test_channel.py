@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from vmferry.agent import channel as channel_module
+from vmferry.agent import descriptors
 from vmferry.agent.channel import Channel, ChannelListener, Ticket, dial
 from vmferry.errors import HostUnreachable, NotTrusted, Unfit
 
@@ -54,7 +55,7 @@ async def test_both_sides_get_a_quiet_blocking_tuned_connection(host: str) -> No
     async with listening(host) as listener:
         source, destination = await connected(listener)
     for side in (source, destination):
-        given = side.connection
+        given = side.hand_over()
         assert given.getblocking()
         assert given.fileno() == side.fileno()
         assert given.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
@@ -62,10 +63,10 @@ async def test_both_sides_get_a_quiet_blocking_tuned_connection(host: str) -> No
         assert given.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == channel_module.SILENCE_MS_MAX
         given.settimeout(2)
     # The first byte that QEMU reads is the first byte that QEMU wrote, in both directions.
-    source.connection.sendall(b"QEVM")
-    destination.connection.sendall(b"pong")
-    assert destination.connection.recv(100) == b"QEVM"
-    assert source.connection.recv(100) == b"pong"
+    source.hand_over().sendall(b"QEVM")
+    destination.hand_over().sendall(b"pong")
+    assert destination.hand_over().recv(100) == b"QEVM"
+    assert source.hand_over().recv(100) == b"pong"
     assert source.peer == listener.addresses[0]
     source.close()
     destination.close()
@@ -78,7 +79,7 @@ async def test_nothing_beyond_the_greeting_is_read() -> None:
         writer.write(ticket.greeting() + b"first bytes of the stream")
         destination = await listener.arrived("main", deadline_s=2)
         assert await reader.readexactly(32) == ticket.reply()
-        assert destination.connection.recv(100) == b"first bytes of the stream"
+        assert destination.hand_over().recv(100) == b"first bytes of the stream"
         destination.close()
         writer.close()
 
@@ -135,14 +136,12 @@ async def test_a_ticket_opens_one_channel_once() -> None:
 async def test_a_job_has_several_channels_in_any_order() -> None:
     async with listening() as listener:
         tickets = {name: listener.expect(name) for name in ("main", "preempt", "main-2")}
-        opened = {
-            name: await dial(listener.addresses, tickets[name], deadline_s=2) for name in reversed(tickets)
-        }
+        opened = {name: await dial(listener.addresses, tickets[name], deadline_s=2) for name in reversed(tickets)}
         for name, source in opened.items():
             destination = await listener.arrived(name, deadline_s=2)
             assert destination.name == name
-            source.connection.sendall(name.encode())
-            assert destination.connection.recv(100) == name.encode()
+            source.hand_over().sendall(name.encode())
+            assert destination.hand_over().recv(100) == name.encode()
             source.close()
             destination.close()
 
@@ -159,8 +158,7 @@ async def test_squatters_are_bounded_and_cannot_keep_the_source_out() -> None:
     async with listening(greeting_s_max=60) as listener:
         ticket = listener.expect("main")
         squatters = [
-            await asyncio.open_connection(*listener.addresses[0])
-            for _ in range(2 * channel_module.STRANGERS_MAX)
+            await asyncio.open_connection(*listener.addresses[0]) for _ in range(2 * channel_module.STRANGERS_MAX)
         ]
         source, destination = await asyncio.gather(
             dial(listener.addresses, ticket, deadline_s=2), listener.arrived("main", deadline_s=2)
@@ -200,7 +198,7 @@ async def test_a_greeting_under_way_at_the_deadline_is_not_accepted_for_nobody()
         arrival = listener._arrivals["main"]
         arrival.cancel()
         source = await dial(listener.addresses, ticket, deadline_s=2)
-        assert await asyncio.to_thread(source.connection.recv, 1) == b""
+        assert await asyncio.to_thread(source.hand_over().recv, 1) == b""
         source.close()
 
 
@@ -211,8 +209,8 @@ async def test_close_ends_all_that_nobody_has_taken() -> None:
         squatter, writer = await asyncio.open_connection(*listener.addresses[0])
         await asyncio.sleep(0.01)
         address = listener.addresses
-    source.connection.settimeout(2)
-    assert source.connection.recv(1) == b""
+    source.hand_over().settimeout(2)
+    assert source.hand_over().recv(1) == b""
     assert await is_hung_up(squatter)
     with pytest.raises(HostUnreachable, match="refused"):
         await dial(address, tickets[1], deadline_s=2)
@@ -275,7 +273,7 @@ async def test_cut_ends_the_connection_whoever_else_holds_it() -> None:
     source.cut()
     assert source.is_cut
     assert in_qemu.recv(1) == b""
-    assert destination.connection.recv(1) == b""
+    assert destination.hand_over().recv(1) == b""
     source.cut()
     in_qemu.close()
     source.close()
@@ -300,15 +298,99 @@ async def test_who_holds_a_channel_is_known() -> None:
     destination.close()
 
 
+async def test_an_entrusted_channel_ends_with_its_holder_and_can_be_cut_before() -> None:
+    async with listening() as listener:
+        one, two = await connected(listener), await connected(listener, "two")
+    children = [
+        await asyncio.create_subprocess_exec("sleep", "60", pass_fds=[source.fileno()]) for source, _ in (one, two)
+    ]
+    for (source, destination), child in zip((one, two), children, strict=True):
+        assert source.entrust(child.pid)
+        assert source.fileno() == -1
+        assert source.is_held_by(child.pid)
+        info = source.tcp_info()
+        assert info is not None
+        assert info.is_established
+        destination.hand_over().settimeout(2)
+    one[0].cut()
+    assert one[1].hand_over().recv(1) == b""
+    assert one[0].is_held_by(children[0].pid), "cut ends the connection, not the descriptor"
+    children[1].kill()
+    assert two[1].hand_over().recv(1) == b""
+    await children[1].wait()
+    two[0].cut()
+    assert two[0].tcp_info() is None
+    children[0].kill()
+    await children[0].wait()
+    for channel in (*one, *two):
+        channel.close()
+        channel.close()
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+async def test_entrusted_to_one_who_has_dropped_it_the_channel_ends(is_dead: bool) -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+    holder = await asyncio.create_subprocess_exec("sleep", "60")
+    if is_dead:
+        holder.kill()
+        await holder.wait()
+    assert source.entrust(holder.pid)
+    destination.hand_over().settimeout(2)
+    assert destination.hand_over().recv(1) == b""
+    source.cut()
+    assert source.tcp_info() is None
+    if not is_dead:
+        holder.kill()
+        await holder.wait()
+    source.close()
+    destination.close()
+
+
+async def test_where_nothing_can_be_borrowed_nothing_is_entrusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+
+    def forbid(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(descriptors, "fetch_socket", forbid)
+    assert not source.entrust(os.getpid())
+    assert source.hand_over().send(b"x") == 1
+    assert destination.hand_over().recv(1) == b"x"
+    source.close()
+    destination.close()
+
+
+async def test_a_later_agent_reclaims_what_an_earlier_one_left() -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+    holder = await asyncio.create_subprocess_exec("sleep", "60", pass_fds=[source.fileno()])
+    inode, peer = source.inode, source.peer
+    source.close()
+    again = Channel.reclaim("main", holder.pid, inode)
+    assert again is not None
+    assert (again.name, again.inode, again.peer) == ("main", inode, peer)
+    again.cut()
+    destination.hand_over().settimeout(2)
+    assert destination.hand_over().recv(1) == b""
+    assert Channel.reclaim("main", holder.pid, destination.inode) is None
+    holder.kill()
+    await holder.wait()
+    assert Channel.reclaim("main", holder.pid, inode) is None
+    again.close()
+    destination.close()
+
+
 async def test_tcp_info_counts_what_the_peer_has() -> None:
     async with listening() as listener:
         source, destination = await connected(listener)
-    source.connection.sendall(bytes(50_000))
+    source.hand_over().sendall(bytes(50_000))
     received = 0
     while received < 50_000:
-        received += len(destination.connection.recv(65536))
-    destination.connection.sendall(b"ok")
-    source.connection.recv(2)
+        received += len(destination.hand_over().recv(65536))
+    destination.hand_over().sendall(b"ok")
+    source.hand_over().recv(2)
     info = source.tcp_info()
     assert info is not None
     assert info.is_established

@@ -100,7 +100,10 @@ def test_what_qemu_is_told(tmp_path: Path, role: Role) -> None:
     assert told["endpoint"] == ("client" if role == "source" else "server")
     assert told["verify-peer"] is True
     assert told["id"].replace("-", "").isalnum()
-    assert told["priority"] == job_credentials.PRIORITY_TLS_1_3
+    assert told["priority"] == job_credentials.tls_priority((7, 2, 22))
+    assert "TLS1.3" not in told["priority"]
+    # Both must be able to meet an older QEMU, which has TLS 1.2 only.
+    assert "+VERS-TLS1.3:+VERS-TLS1.2" in job_credentials.tls_priority((10, 1, 0))
     other = job_credentials.tls_creds_object("j", role, tmp_path, priority="NORMAL")
     assert other["priority"] == "NORMAL"
 
