@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 
+from vmferry.clock import SystemClock
 from vmferry.errors import SpecError
 from vmferry.qmp import client as qmp_client
 from vmferry.qmp.client import QmpClient
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.testing.qemus import available
-from vmferry.vm import adopt, argv, hardware, image_locks, probe_host, probe_qemu, spawn, spec
+from vmferry.vm import adopt, argv, hardware, image_locks, probe, probe_host, probe_qemu, spawn, spec
 from vmferry.vm.runtime import RuntimePaths
 
 pytestmark = pytest.mark.real
@@ -360,3 +361,35 @@ async def test_probes_of_a_binary(version: str) -> None:
     assert (await probe_host.kvm_boot(QEMUS[version], accel="tcg", timeout_s=TIMEOUT_S)).works
     assert "not boot" in (await probe_host.kvm_boot(QEMUS[version], accel="tcg", timeout_s=0.0)).detail
     assert "gave up" in (await probe_host.kvm_boot(QEMUS[version], accel="none")).detail
+
+
+async def test_doctor_looks_at_everything_and_raises_for_nothing(room: Path) -> None:
+    fill(str(room / "disk.img"), bytes(1 << 20))
+    good = await probe.doctor(
+        qemu=QEMUS[OLDEST],
+        clock=SystemClock(),
+        state_directory=room,
+        ports=(47000, 47099),
+        disks=[str(room / "disk.img")],
+        offsets=[probe_host.ClockOffset("b", 1.0, 1.0)],
+        kvm_boot=False,
+    )
+    found = {check.name: check for check in good}
+    assert {"qemu", "qemu-postcopy", "kvm", "userfaultfd", "memory", "state-directory", "ports"} <= set(found)
+    assert found["qemu"].ok
+    assert found[f"disk {room}/disk.img"].detail.startswith("raw, 1.0 MiB")
+    assert sorted(path for path in os.listdir(room) if not path.startswith("qemu-")) == ["disk.img"]
+    bad = await probe.doctor(
+        qemu="/no/such/qemu", clock=SystemClock(), state_directory=room / "none", certificates=room, kvm_boot=False
+    )
+    failed = {check.name for check in bad if check.ok is False}
+    assert {"qemu", "state-directory", "certificates"} <= failed
+    assert all(check.fix for check in bad if check.ok is False)
+
+
+async def test_the_best_accelerator_is_tried_once_for_each_boot_of_the_host(room: Path) -> None:
+    accel, why = await probe.best_accel(QEMUS[OLDEST], state_directory=room, boot_timeout_s=0.0)
+    assert accel == "tcg", "no guest boots in no time"
+    assert await probe.best_accel(QEMUS[OLDEST], state_directory=room, boot_timeout_s=0.0) == (accel, why)
+    fill(str(room / "accel.json"), b"garbage")
+    assert (await probe.best_accel(QEMUS[OLDEST], state_directory=room, boot_timeout_s=0.0))[0] == "tcg"
