@@ -79,9 +79,7 @@ class Agent:
         self.peer_server = QmpServer(self._on_peer, version=VERSION, clock=self.clock, name="peer")
         self.planner = Planner(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
-        self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = (
-            destination_act.act
-        )
+        self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._places_by_vm: dict[str, str] = {}
@@ -264,4 +262,3 @@ class Agent:
                 attempt.hear_target(dict(event.data))
         elif event.name in RELAYED:
             self.control_server.broadcast(event.name, {**event.data, "host": host})
-

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry.agent import vm_commands
-from vmferry.agent.source import SourceAttempt, Wanted
+from vmferry.agent.source import SourceAttempt
+from vmferry.agent.wants import Wanted
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
 from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
@@ -281,9 +282,7 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
         host = await _where(agent, vm)
         if host is not None:
             link = agent.peers.link(host)
-            return await link.call(
-                "peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S
-            )
+            return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S)
     if row.at_vm and vm and name not in ("job-status", "vm-cancel") and vm not in agent.vms:
         raise UnknownVm(f"no known host has a VM named {vm}")
     return await row.body(agent, decoded)
@@ -329,4 +328,3 @@ async def _where(agent: Agent, vm: str) -> str | None:
         return None
     hint = f"these hosts did not answer: {'; '.join(silent)}" if silent else None
     raise UnknownVm(f"no known host has a VM named {vm}", hint=hint)
-

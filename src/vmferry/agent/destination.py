@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from typing import Any
 
 from vmferry.agent.context import Context
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import destination_findings
+from vmferry.agent.wants import Place
 from vmferry.core.decide import decide_destination, destination_allows
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog
@@ -43,26 +43,6 @@ LOAD_POLL_S = 0.002
 """Between a status that may mean 'loaded' and the run state that proves it; QEMU has no event for that."""
 ORPHAN_S = 30.0
 """A place whose source says nothing and sends nothing for so long asks the source whether it is still wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What was asked for: the body of the journal's PLACE_WANTED entry."""
-
-    job: str
-    vm: str
-    source: str
-    generation: int
-    definition: dict[str, Any]
-    run_after: bool = True
-    commands: tuple[tuple[str, dict[str, Any]], ...] = ()
-    """The QMP commands that set every option, in order."""
-    expected: dict[str, Any] = field(default_factory=dict)
-    """What must be read back after them."""
-    multifd: bool = False
-    clear_text: bool = False
-    directory: str = ""
-    """The QEMU's runtime directory on this host."""
 
 
 class DestinationAttempt(AttemptLoop[DestinationEffect]):
@@ -177,8 +157,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """
         if generation != self.place.generation:
             raise Busy(
-                f"{self.vm}: a grant for generation {generation} came to a place of generation"
-                f" {self.place.generation}",
+                f"{self.vm}: a grant for generation {generation} came to a place of generation {self.place.generation}",
                 side="source",
             )
         if Fact.RELEASE in self.facts or Fact.TARGET_GONE in self.facts:

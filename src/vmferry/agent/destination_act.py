@@ -55,9 +55,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     attempt.use(machine)
     offer: dict[str, object] = {"qemu": machine.version_text, "pid": machine.pid, "token": "", "uri": ""}
     if attempt.peer_ca is not None:
-        credentials = job_credentials.make(
-            attempt.job, "destination", context.job_directory, now=context.utc_now()
-        )
+        credentials = job_credentials.make(attempt.job, "destination", context.job_directory, now=context.utc_now())
         attempt.credentials = credentials
         credentials.accept_peer(attempt.peer_ca)
         creds = job_credentials.tls_creds_object(attempt.job, "destination", context.job_directory)

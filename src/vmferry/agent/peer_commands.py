@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry.agent import control
-from vmferry.agent.destination import DestinationAttempt, Place
+from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
 from vmferry.errors import Busy, NotTrusted, UsageError
 from vmferry.jobs.journal import Entry
@@ -87,8 +88,7 @@ async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
         ca_pem = arguments.get("ca_pem")
         if ca_pem is None and not agent.config.clear_text:
             raise NotTrusted(
-                f"{agent.config.name} takes guests' memory in clear text only when it was started with"
-                " --clear-text",
+                f"{agent.config.name} takes guests' memory in clear text only when it was started with --clear-text",
                 side="destination",
             )
         wanted = Place(

@@ -45,9 +45,7 @@ PeerEvent = Callable[[str, Event], None]
 class PeerLink:
     """The link to one peer; lives on the agent's loop."""
 
-    def __init__(
-        self, peer: PeerConfig, context: ssl.SSLContext | None, *, clock: Clock, on_event: PeerEvent
-    ) -> None:
+    def __init__(self, peer: PeerConfig, context: ssl.SSLContext | None, *, clock: Clock, on_event: PeerEvent) -> None:
         self.peer, self.clock = peer, clock
         self.clock_offset_s: float | None = None
         """The peer's wall clock minus ours, measured at connect to half a round trip."""
@@ -102,9 +100,7 @@ class PeerLink:
                 async with asyncio.timeout(deadline_s):
                     return await self._dial(address.host, address.port)
             except TimeoutError as error:
-                failure = HostUnreachable(
-                    f"the agent of {self.peer.name} at {address} does not answer", cause=error
-                )
+                failure = HostUnreachable(f"the agent of {self.peer.name} at {address} does not answer", cause=error)
             except OSError as error:
                 failure = tls.explain(error, f"the agent of {self.peer.name} at {address}")
             except QemuError as error:
@@ -173,9 +169,7 @@ class Peers:
         clock: Clock,
         on_event: PeerEvent,
     ) -> None:
-        self.links = {
-            name: PeerLink(peer, context, clock=clock, on_event=on_event) for name, peer in peers.items()
-        }
+        self.links = {name: PeerLink(peer, context, clock=clock, on_event=on_event) for name, peer in peers.items()}
 
     def link(self, name: str) -> PeerLink:
         """Raises UnknownHost, naming the hosts that are known."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry import __version__
-from vmferry.agent.source import SourceAttempt, Wanted
 from vmferry.agent.vms import DiskRef, KeptVm
+from vmferry.agent.wants import Wanted
 from vmferry.core import converge as core_converge
 from vmferry.core import preflight
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
@@ -34,6 +34,7 @@ from vmferry.vm import probe_host, probe_qemu
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.agent.source import SourceAttempt
 
 REPORT_S = 5.0
 KVM_TRIAL_S = 5.0
@@ -132,8 +133,7 @@ class Planner:
             memory_available_bytes=probe_host.memory().available_bytes,
             userfaultfd=self._uffd(),
             disks={disk.path: _disk_report(disk, config.name) for disk in disks},
-            vms=frozenset(agent.vms)
-            | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
+            vms=frozenset(agent.vms) | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
             clock_offset_ms=0.0,
         )
         first, last = config.migration_ports
@@ -343,9 +343,7 @@ def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...]] |
     }
 
 
-def _mode(
-    wanted: Wanted, here: HostReport, there: HostReport, guest: GuestReport
-) -> tuple[Mode, PostcopyStart, str]:
+def _mode(wanted: Wanted, here: HostReport, there: HostReport, guest: GuestReport) -> tuple[Mode, PostcopyStart, str]:
     start = PostcopyStart.FIRST_PASS
     if wanted.postcopy.get("after_ms") is not None:
         start = PostcopyStart.TIME

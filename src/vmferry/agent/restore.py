@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmferry.agent import machine as machines
-from vmferry.agent.destination import DestinationAttempt, Place
-from vmferry.agent.source import SourceAttempt, Wanted
+from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.source import SourceAttempt
 from vmferry.agent.vms import KeptVm
+from vmferry.agent.wants import Place, Wanted
 from vmferry.core.facts import Fact
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
@@ -93,9 +94,7 @@ async def _source(agent: Agent, job: JobState) -> None:
             attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
         attempt.hear_word(word)
     else:
-        attempt.fail(
-            MigrationFailed("the source's agent restarted before the migration had begun", side="source")
-        )
+        attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
     agent.run_attempt(attempt)
 
 
@@ -141,9 +140,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         attempt.note(Fact.TARGET_RAN, by="journal")
         attempt.note(Fact.RUN_ACKED, by="journal")
     elif identity is not None:
-        machine = machines.attach_process(
-            place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock
-        )
+        machine = machines.attach_process(place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock)
         if machine is not None:
             attempt.use(machine)
     if job.committed_generation is not None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmferry.agent.context import Context
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, source_findings
-from vmferry.agent.plan import Plan
 from vmferry.agent.vms import KeptVm
+from vmferry.agent.wants import Wanted
 from vmferry.core.converge import Progress
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
@@ -45,6 +44,9 @@ from vmferry.pki.job_credentials import JobCredentials
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpTimeout
 
+if TYPE_CHECKING:
+    from vmferry.agent.plan import Plan
+
 log = logging.getLogger("vmferry.agent")
 
 POLL_S = 0.5
@@ -52,27 +54,7 @@ POLL_S = 0.5
 SILENT_S = 2.0
 """A QMP that has not answered for so long counts as silent; QEMU's main loop may well hang for a second."""
 
-INTERRUPTIBLE = frozenset(
-    {Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What was asked for: the body of the journal's WANTED entry."""
-
-    job: str
-    vm: str
-    destination: str
-    generation: int
-    """The destination's generation: one more than the guest has now."""
-    mode: str = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-    multifd_channels: int = 0
-    clear_text: bool = False
-    postcopy: dict[str, Any] = field(default_factory=dict)
-    wanted_s: float = 0.0
-    running_before: bool = True
+INTERRUPTIBLE = frozenset({Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET})
 
 
 class SourceAttempt(AttemptLoop[Effect]):
@@ -223,7 +205,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                 Fact.START_REFUSED, round_no=refused, text=str(facts.get("refused_text", "")), by="destination agent"
             )
         if facts.get("ran"):
-            if facts.get("resume_s") is not None:
+            if facts.get("resume_s") is not None and self.measured.resume_s is None:
                 offset_s = self.context.clock_offset_s(self.wanted.destination)
                 self.measured.resume_s = float(facts["resume_s"]) - offset_s
                 self.measured.marks.append((self.measured.resume_s, "RESUME on the destination"))
@@ -247,9 +229,7 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def _set_cpus(self) -> None:
         self.set_readings(
-            cpus=cpus_from(
-                self._run_state, running_before=self.wanted.running_before, source=self.readings.source
-            )
+            cpus=cpus_from(self._run_state, running_before=self.wanted.running_before, source=self.readings.source)
         )
 
     def refresh(self) -> None:
@@ -382,4 +362,3 @@ async def run_attempt(attempt: SourceAttempt) -> None:
     except Exception:
         log.exception("job=%s vm=%s result=bug: the attempt's loop ended; both QEMUs are kept", attempt.job, attempt.vm)
         raise
-

@@ -124,9 +124,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
     context, wanted = attempt.context, attempt.wanted
     more: dict[str, Any] = {}
     if not wanted.clear_text:
-        attempt.credentials = job_credentials.make(
-            attempt.job, "source", context.job_directory, now=context.utc_now()
-        )
+        attempt.credentials = job_credentials.make(attempt.job, "source", context.job_directory, now=context.utc_now())
         more["ca_pem"] = attempt.credentials.ca_pem_own.decode()
     attempt.note(Fact.PREPARE)
     try:
@@ -237,9 +235,7 @@ async def cut(attempt: SourceAttempt) -> None:
         channel.cut()
     attempt.measured.marks.append((attempt.clock.wall_s(), "channel cut"))
     try:
-        await attempt.machine.execute(
-            "yank", {"instances": [{"type": "migration"}]}, oob=True, deadline_s=CANCEL_S
-        )
+        await attempt.machine.execute("yank", {"instances": [{"type": "migration"}]}, oob=True, deadline_s=CANCEL_S)
     except QemuError as error:
         log.info("job=%s vm=%s command=yank result=%s", attempt.job, attempt.vm, error)
 
@@ -327,4 +323,3 @@ async def _restore_source(attempt: SourceAttempt) -> None:
             await machine.execute("object-del", {"id": creds["id"]})
         except QmpCommandError as error:
             log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
-

@@ -348,9 +348,7 @@ async def doctor(agent: Agent) -> dict[str, Any]:
     return {
         "host": config.name,
         "fit": all(check.ok is not False for check in checks),
-        "checks": [
-            {"name": c.name, "ok": c.ok, "detail": c.detail, "fix": c.fix} for c in checks
-        ],
+        "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail, "fix": c.fix} for c in checks],
     }
 
 

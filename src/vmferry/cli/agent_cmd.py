@@ -20,9 +20,7 @@ FLAGS = (
 
 def run(arguments: Namespace) -> int:
     """Runs until it is told to end."""
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     flags = {name: getattr(arguments, name) for name in FLAGS if getattr(arguments, name) is not None}
     path = Path(arguments.config) if arguments.config else None
     if path is None:

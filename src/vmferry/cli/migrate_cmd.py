@@ -165,9 +165,7 @@ def cancel(arguments: Namespace) -> int:
 
 def change(arguments: Namespace) -> int:
     """Changes options of the running migration."""
-    wire = agent_client.once(
-        arguments.socket, "vm-set", {"vm": arguments.vm, "settings": arguments.settings}
-    )
+    wire = agent_client.once(arguments.socket, "vm-set", {"vm": arguments.vm, "settings": arguments.settings})
     print(json.dumps(wire) if arguments.json else f"{arguments.vm}: {', '.join(arguments.settings)}")
     return 0
 

@@ -41,7 +41,7 @@ E = TypeVar("E", Effect, DestinationEffect)
 Pattern = Mapping[str, frozenset[Enum]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Row(Generic[E]):
     """One decision. `then` replaces `do` when the row has lasted longer than `limit_ms`."""
 

@@ -1,0 +1,44 @@
+"""What was asked for: the bodies of the journal's WANTED and PLACE_WANTED entries. Values, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for: the body of the journal's WANTED entry."""
+
+    job: str
+    vm: str
+    destination: str
+    generation: int
+    """The destination's generation: one more than the guest has now."""
+    mode: str = "auto"
+    options: dict[str, Any] = field(default_factory=dict)
+    multifd_channels: int = 0
+    clear_text: bool = False
+    postcopy: dict[str, Any] = field(default_factory=dict)
+    wanted_s: float = 0.0
+    running_before: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What was asked for: the body of the journal's PLACE_WANTED entry."""
+
+    job: str
+    vm: str
+    source: str
+    generation: int
+    definition: dict[str, Any]
+    run_after: bool = True
+    commands: tuple[tuple[str, dict[str, Any]], ...] = ()
+    """The QMP commands that set every option, in order."""
+    expected: dict[str, Any] = field(default_factory=dict)
+    """What must be read back after them."""
+    multifd: bool = False
+    clear_text: bool = False
+    directory: str = ""
+    """The QEMU's runtime directory on this host."""
