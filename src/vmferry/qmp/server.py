@@ -42,7 +42,7 @@ class QmpServer:
         self._handle = handle
         self._version = version
         self._clock = clock
-        self._sessions: set[Session] = set()
+        self._sessions: dict[Session, asyncio.Event] = {}  # with what is set when the session is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[tuple[asyncio.Server, str, int]] = []  # with path and inode
         self._next_number = 0
@@ -86,11 +86,11 @@ class QmpServer:
             version=self._version,
             clock=self._clock,
         )
-        self._sessions.add(session)
+        self._sessions[session] = asyncio.Event()
         try:
             await session.run()
         finally:
-            self._sessions.discard(session)
+            self._sessions.pop(session).set()
 
     def broadcast(self, name: str, data: Mapping[str, Any] | None = None) -> None:
         """Send an event to every client that has negotiated."""
@@ -98,15 +98,21 @@ class QmpServer:
             session.emit(name, data)
 
     async def close(self) -> None:
-        """Stop listening, end every session, and wait for their ends. May be called twice."""
+        """Stop listening, end every session, and wait for their ends. May be called twice.
+
+        Not for a handler to await: its own session would wait for itself.
+        """
         self._is_closing = True
         listeners, self._listeners = self._listeners, []
         for listener, path, inode in listeners:
             listener.close()
             if _inode_of(path) == inode:
                 os.unlink(path)
-        for session in self.sessions:
+        endings = list(self._sessions.items())
+        for session, _ in endings:
             session.drop("the server closes")
+        for _, is_over in endings:
+            await is_over.wait()
         if self._tasks:
             await asyncio.wait(self._tasks)
         for listener, _, _ in listeners:
