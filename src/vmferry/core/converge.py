@@ -142,7 +142,8 @@ class _Now:
         last = self.last
         return (
             f"after {format_ms(last.elapsed_ms)} and {last.passes} passes "
-            f"{format_size(last.remaining_bytes)} remain, {format_size(last.throughput_bytes_per_s)}/s are sent and "
+            f"{format_size(last.remaining_bytes)} remain, "
+            f"{format_size(last.throughput_bytes_per_s)}/s are sent and "
             f"{format_size(last.dirty_rate_bytes_per_s)}/s are changed"
         )
 

@@ -72,7 +72,7 @@ class HostReport:
     qemu_found: bool | None = None
     qemu_version: tuple[int, int, int] | None = None
     machines: Mapping[str, str] | None = None  # every name and alias -> concrete name
-    cpu_models: Mapping[str, tuple[str, ...]] | None = None  # model -> features this host lacks for it
+    cpu_models: Mapping[str, tuple[str, ...] | None] | None = None  # model -> features that it lacks here
     host_cpu: str | None = None
     devices: frozenset[str] | None = None
     accelerators: frozenset[str] | None = None
@@ -225,6 +225,11 @@ def _cpu_features(case: _Case) -> _Found:
     missing = (case.destination.cpu_models or {}).get(case.guest.cpu_model or "", ())
     if missing:
         yield {"features": ", ".join(missing), "model": case.guest.cpu_model}
+
+
+def _cpu_features_unknown(case: _Case) -> _Found:
+    there = case.destination.cpu_models or {}
+    return _when(not _copies_host_cpu(case) and there.get(case.guest.cpu_model or "", ()) is None)
 
 
 def _cpu_host(case: _Case, *, unknown: bool) -> _Found:
@@ -451,6 +456,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("older-qemu", _W, "destination", _older_qemu,
          "{destination}'s QEMU {there_version} is older than {source}'s {here_version}",
          "nothing if the VM's devices were there already in {there_version}; else upgrade {destination}"),
+    Rule("cpu-features-unknown", _W, "destination", _cpu_features_unknown,
+         "{destination} did not tell whether its CPU has all features of the model {cpu}",
+         "check its agent's log on that host and ask again"),
     Rule("cpu-max-emulated", _W, "both", _cpu_max_emulated,
          "{vm} has the CPU model max, which differs between QEMU {here_version} and {there_version}",
          "restart the VM with a named CPU model"),
