@@ -164,7 +164,6 @@ STORIES: list[tuple[Mode, dict[str, Value], int]] = [
 ]
 
 
-@pytest.mark.proves("S70")
 @pytest.mark.parametrize(("here", "there"), [(a, b) for a in sorted(QEMUS) for b in sorted(QEMUS)], ids=str)
 def test_what_is_built_is_accepted_and_reads_back_equal(start: Start, here: str, there: str) -> None:
     source, destination = start(here), start(there, "-incoming", "defer")
@@ -225,7 +224,6 @@ def test_ranges_are_those_that_the_qemu_enforces(start: Start, version: str) -> 
         assert option.qemu_default is not UNSET
 
 
-@pytest.mark.proves("S82")
 @pytest.mark.skipif("7.2" not in QEMUS, reason="needs QEMU 7.2")
 def test_qemu_7_2_ignores_compression_levels_and_the_comparison_says_so(start: Start) -> None:
     qmp = start("7.2")

@@ -87,9 +87,7 @@ def find_option(name: str) -> Option:
         return option
     near = difflib.get_close_matches(name.lower().replace("_", "-"), OPTIONS, n=1, cutoff=0.6)
     guess = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(
-        f"there is no migration option {name!r}{guess}", hint="'vmferry options' lists all of them"
-    )
+    raise UsageError(f"there is no migration option {name!r}{guess}", hint="'vmferry options' lists all of them")
 
 
 def parse_setting(text: str) -> tuple[Option, Value]:
@@ -210,11 +208,7 @@ def policy_objection(option: Option, value: Value) -> str | None:
     """
     if option.policy is Policy.FREE:
         return None
-    if (
-        option.policy is not Policy.MANAGED
-        and type(option.default) is type(value)
-        and option.default == value
-    ):
+    if option.policy is not Policy.MANAGED and type(option.default) is type(value) and option.default == value:
         return None
     verb = {
         Policy.FORCED_ON: "stays on",
@@ -272,9 +266,7 @@ class Config:
             values |= {"tls-creds": creds, "tls-hostname": self.tls.hostname if role is Role.SOURCE else ""}
             if self.tls.authz is not None and role is Role.DESTINATION:
                 values["tls-authz"] = self.tls.authz
-        values |= {
-            name: True for name, o in OPTIONS.items() if o.policy is Policy.FORCED_ON and role in o.roles
-        }
+        values |= {name: True for name, o in OPTIONS.items() if o.policy is Policy.FORCED_ON and role in o.roles}
         values |= {name: value for name, value in self.settings.items() if role in OPTIONS[name].roles}
         return values
 
@@ -326,18 +318,14 @@ class _Clash:
 
 
 _CLASHES: Final = (
-    _Clash(
-        frozenset({"postcopy-preempt"}), "postcopy-ram", "postcopy-preempt works only with --mode postcopy"
-    ),
+    _Clash(frozenset({"postcopy-preempt"}), "postcopy-ram", "postcopy-preempt works only with --mode postcopy"),
     _Clash(frozenset({"multifd-compression"}), "multifd", "multifd-compression works only with --multifd"),
     _Clash(frozenset({"zero-copy-send"}), "multifd", "zero-copy-send works only with --multifd"),
     _Clash(frozenset({"zero-copy-send", "multifd-compression"}), "", "zero-copy-send cannot compress"),
     _Clash(frozenset({"zero-copy-send", "tls-creds"}), "", "zero-copy-send cannot encrypt"),
     _Clash(frozenset({"zero-copy-send", "xbzrle"}), "", "zero-copy-send cannot send differences (xbzrle)"),
     _Clash(frozenset({"multifd", "xbzrle"}), "", "multifd cannot send differences (xbzrle)"),
-    _Clash(
-        frozenset({"dirty-limit", "auto-converge"}), "", "dirty-limit and auto-converge exclude each other"
-    ),
+    _Clash(frozenset({"dirty-limit", "auto-converge"}), "", "dirty-limit and auto-converge exclude each other"),
 )
 
 
@@ -395,12 +383,7 @@ def _objections(
             wanted = name in config.settings or value != OPTIONS[name].qemu_default
             if wanted and name not in known[role]:
                 yield f"the {role}'s QEMU does not know {name}"
-    on = {
-        name
-        for values in chosen.values()
-        for name, value in values.items()
-        if value not in (False, "", "none")
-    }
+    on = {name for values in chosen.values() for name, value in values.items() if value not in (False, "", "none")}
     if _number("max-cpu-throttle", config) < _number("cpu-throttle-initial", config):
         yield "max-cpu-throttle is less than cpu-throttle-initial"
     yield from (c.why for c in _CLASHES if c.these <= on and not (c.needs and c.needs in on))
@@ -412,9 +395,7 @@ def _number(name: str, config: Config) -> int:
     return value
 
 
-def _spread(
-    role: Role, chosen: Mapping[str, Value], known: frozenset[str], skipped: list[Skipped]
-) -> dict[str, Value]:
+def _spread(role: Role, chosen: Mapping[str, Value], known: frozenset[str], skipped: list[Skipped]) -> dict[str, Value]:
     """A value for all this QEMU knows: the chosen one, else the default; the rest goes to `skipped`."""
     values: dict[str, Value] = {}
     for name in sorted(known):
@@ -457,9 +438,7 @@ def differences(wanted: Mapping[str, Any], read_back: Mapping[str, Any]) -> tupl
 
 def help_lines() -> tuple[str, ...]:
     """One line per option that a person may set, for 'vmferry options'."""
-    return tuple(
-        f"{o.name:28} {o.allowed():32} {o.what}" for o in OPTIONS.values() if o.policy is Policy.FREE
-    )
+    return tuple(f"{o.name:28} {o.allowed():32} {o.what}" for o in OPTIONS.values() if o.policy is Policy.FREE)
 
 
 _DOCS_HEAD: Final = """\

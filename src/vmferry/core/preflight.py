@@ -519,9 +519,7 @@ _UNKNOWN: Final[tuple[tuple[str, str, Weight, _NeededWhen, str], ...]] = (
 _WEIGHTS: Final = tuple(Weight)
 
 
-def check(
-    source: HostReport, destination: HostReport, guest: GuestReport, wish: Wish
-) -> tuple[Objection, ...]:
+def check(source: HostReport, destination: HostReport, guest: GuestReport, wish: Wish) -> tuple[Objection, ...]:
     """Everything that speaks against this migration, blockers first; `blockers` of it decides.
 
     A pure function of the reports: equal reports give equal objections in equal order. Raises nothing.

@@ -42,7 +42,7 @@ def test_an_unknown_word_is_unknown() -> None:
     assert parse_status("multiplying") is None
 
 
-@pytest.mark.proves("S116", "S8")
+@pytest.mark.proves("S116")
 def test_nine_coarse_words_and_each_is_used_and_documented() -> None:
     assert {coarse(status) for status in MigrationStatus} == set(Coarse)
     assert all(text in docs_markdown() for text in COARSE_DOCS.values())

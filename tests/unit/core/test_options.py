@@ -140,7 +140,7 @@ EXPECTED_OPEN = {
 }
 
 
-@pytest.mark.proves("S67", "S68", "S74", "S77")
+@pytest.mark.proves("S68", "S74", "S77")
 @pytest.mark.parametrize("status", S)
 def test_an_attempt_locks_all_but_the_open_windows(status: S) -> None:
     for option, role in EVERY_PAIR:
@@ -347,7 +347,6 @@ def test_the_enforced_set() -> None:
         assert both.parameters(role)["tls-creds"] == ""
 
 
-@pytest.mark.proves("S70")
 @pytest.mark.parametrize("known", [NEW, OLD, NEW | {"brand-new"}])
 def test_every_known_option_is_set_or_named_as_skipped(known: frozenset[str]) -> None:
     both = made(source_known=known, destination_known=known)
@@ -480,7 +479,6 @@ def test_build_sets_exactly_what_is_known_or_refuses(
                 assert result.capabilities(role).get(name, result.parameters(role).get(name)) == value
 
 
-@pytest.mark.proves("S82")
 def test_differences_find_every_value_that_did_not_stick() -> None:
     wanted = {"multifd": True, "multifd-channels": 4, "multifd-zstd-level": 3, "cpu-throttle-tailslow": False}
     assert differences(wanted, dict(wanted)) == ()
