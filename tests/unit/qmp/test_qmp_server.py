@@ -449,9 +449,10 @@ async def test_close_waits_for_sessions_that_were_handed_over_and_refuses_later_
     assert await client.closed == "the other side closed it"
     await session
     ours, theirs = socket.socketpair()
-    await server.serve(*await asyncio.open_connection(sock=theirs))
-    assert ours.recv(1) == b""
-    ours.close()
+    with ours:
+        ours.setblocking(False)
+        await server.serve(*await asyncio.open_connection(sock=theirs))
+        assert await asyncio.get_running_loop().sock_recv(ours, 1) == b""
 
 
 def test_peer_credentials_are_the_kernels() -> None:
