@@ -8,12 +8,11 @@ Rule 3: one thread. Whoever needs two conversations opens two clients.
 
 from __future__ import annotations
 
-import array
 import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -83,7 +82,6 @@ class BlockingClient:
         *,
         oob: bool = False,
         deadline_s: float = limits.QMP_DEADLINE_S,
-        fds: Sequence[int] = (),
         on_event: Callable[[Event], None] | None = None,
     ) -> Any:
         """Run one command and give its return value; see `call` for `on_event`.
@@ -97,7 +95,7 @@ class BlockingClient:
         finish_s = self._clock.now_s() + deadline_s
         command_id = f"{self._session_id}-{self._next_id}"
         self._next_id += 1
-        self._send(encode_command(name, arguments, id=command_id, oob=oob), fds, name, finish_s)
+        self._send(encode_command(name, arguments, id=command_id, oob=oob), name, finish_s)
         while (message := self._receive(finish_s, asked=name)) is not None:
             match message:
                 case Reply(value, id) if id == command_id:
@@ -184,21 +182,17 @@ class BlockingClient:
                 return None
             try:
                 data = self._open_socket().recv(limits.QMP_READ_BYTES)
-            except BlockingIOError:
-                continue
             except OSError as error:
                 raise self._broken(str(error.strerror), asked=asked) from error
             if not data:
                 raise self._broken("the other side closed it", asked=asked)
             self._decoder.feed(data)
 
-    def _send(self, data: bytes, fds: Sequence[int], name: str, finish_s: float) -> None:
+    def _send(self, data: bytes, name: str, finish_s: float) -> None:
         rest = memoryview(data)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while rest:
             try:
-                rest = rest[self._open_socket().sendmsg([rest], rights) :]
-                rights = []
+                rest = rest[self._open_socket().send(rest) :]
             except BlockingIOError:
                 if self._wait(select.POLLOUT, finish_s):
                     continue

@@ -63,6 +63,8 @@ def test_it_negotiates_executes_and_closes(agent: str) -> None:
         assert client.fileno() >= 0
         assert client.execute("echo", {"é": 1}) == {"é": 1}
         assert client.execute("echo", {"x": 1}, oob=True) == {"x": 1}
+        padding = "y" * 800_000  # more than a socket takes at once
+        assert client.execute("echo", {"x": padding}) == {"x": padding}
         assert len(client.execute("big", {"size": 3_000_000})) == 3_000_000
         with pytest.raises(QmpCommandError) as caught:
             client.execute("refuse")
@@ -180,16 +182,17 @@ def test_a_server_that_does_not_speak_qmp(script: Script, when: str) -> None:
     def act(next_command: Callable[[], Command], say: Callable[[bytes], None]) -> None:
         if when != "greeting":
             greet(next_command, say)
+        if when == "reply":
             next_command()
-        say(encode_reply({}, id="x") + b"HTTP/1.1 400 Bad Request\r\n")
+        say(encode_reply({}, id="x") + encode_event("E", timestamp_us=1) + b"HTTP/1.1 400 Bad Request\r\n")
 
     def use() -> None:
         with BlockingClient(script.path) as client:
             if when == "reply":
                 client.execute("a")
-            with pytest.raises(QmpTimeout):
-                client.execute("a", deadline_s=0)
-            list(client.events(10))
+            stream = client.events(10)
+            assert next(stream).name == "E"
+            next(stream)
 
     thread = script.play(act)
     with pytest.raises(QmpDisconnected, match=r"no QMP|did not greet"):
@@ -218,6 +221,23 @@ def test_a_server_that_takes_nothing(script: Script) -> None:
         with pytest.raises(QmpDisconnected):  # half a command would garble the next one
             client.execute("a")
     release.set()
+    thread.join()
+
+
+def test_a_server_that_goes_with_our_bytes_unread_is_a_reset(script: Script) -> None:
+    asked = threading.Event()
+
+    def act(next_command: Callable[[], Command], say: Callable[[bytes], None]) -> None:
+        greet(next_command, say)
+        asked.wait(30)
+
+    thread = script.play(act)
+    with BlockingClient(script.path) as client:
+        with pytest.raises(QmpTimeout):
+            client.execute("a", deadline_s=0)
+        asked.set()
+        with pytest.raises(QmpDisconnected, match="Connection reset by peer"):
+            list(client.events())
     thread.join()
 
 

@@ -315,6 +315,18 @@ async def test_when_the_connection_ends_everything_that_waits_is_told_what_is_kn
     assert caught.value.guest == "unharmed"
 
 
+async def test_a_turn_that_comes_in_the_moment_of_the_end_sends_nothing() -> None:
+    client, wire = await connected()
+    tasks = [start(client, f"c{number}") for number in range(limits.QMP_IN_BAND_UNANSWERED_MAX + 1)]
+    first = await wire.sent.get()
+    await asyncio.sleep(0)
+    wire.reply(first)  # the last one's turn ...
+    client.connection_lost("reset")  # ... before it runs again
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(errors[-1], QmpDisconnected)
+    assert errors[-1].guest == "unharmed"
+
+
 @pytest.mark.parametrize("garbage", [b"hello\n", b"[]", b'{"execute":"a"}', b'{"a":1}'], ids=repr)
 async def test_a_server_that_does_not_speak_qmp_ends_the_session(garbage: bytes) -> None:
     client, wire = await connected()
