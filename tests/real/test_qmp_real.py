@@ -226,7 +226,7 @@ async def test_a_reply_to_a_client_that_left_is_not_taken_for_ones_own(version: 
 # --- the scanner hears what QEMU hears ---
 
 JUNK = (
-    b"} ] { [ : , \" ' \n \xff @ nul  1  - \\ {\"a\": {\"a\":1, \t \"abc \x00 \xfe \xc3\xa9 \"x\\ {} [] true \"s\" E"
+    b'} ] { [ : , " \' \n \xff @ nul  1  - \\ {"a": {"a":1, \t "abc \x00 \xfe \xc3\xa9 "x\\ {} [] true "s" E'
     b" 01 -1.x 1e5 2E+ -0.5e-3 1. 3e [1,-2.5E3,0]"
 ).split(b" ")
 
@@ -243,7 +243,7 @@ def soup(chance: random.Random, number: int) -> bytes:
                 f'{{"id":"{name}","execute":"query-name"}}\r\n',
                 f'{{ "execute" : "nope" ,\n"id":"{name}"}}',
                 f'{{"execute":"x{{}}]\'","id":"{name}"}}',
-                f"{{\"execute\":'x\\'y',\"id\":\"{name}\"}}",
+                f'{{"execute":\'x\\\'y\',"id":"{name}"}}',
                 f'{{"id":"{name}"}}',
                 f'{{"execute":"query-name","arguments":{{"a":[1,{{}}]}},"id":"{name}"}}\n',
             ]

@@ -115,14 +115,10 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.PREPARE: (_guard(want=Want.GO, step=Step.PLANNED, grant=Grant.NONE),),
     Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
     Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
-    Effect.START_POSTCOPY: (
-        _guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),
-    ),
+    Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
     Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
-    Effect.COMMIT: (
-        _guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),
-    ),
+    Effect.COMMIT: (_guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),),
     Effect.SEND_GRANT: (
         _guard(
             want=Want.GO,
@@ -154,15 +150,11 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
 
 DESTINATION_GUARDS: dict[DestinationEffect, tuple[Guard, ...]] = {
     DestinationEffect.SPAWN: (_guard(wish=Wish.KEEP, incoming=Incoming.NONE, held=Held.NO),),
-    DestinationEffect.START_CPUS: (
-        _guard(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),
-    ),
+    DestinationEffect.START_CPUS: (_guard(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),),
     DestinationEffect.REPORT_RAN: (
         _guard(ran=Ran.YES),
         _guard(ran=Ran.UNKNOWN, incoming=Incoming.RUNNING),
     ),
-    DestinationEffect.RENOUNCE: (
-        _guard(ran=Ran.NO, incoming=tuple(i for i in Incoming if i is not Incoming.RUNNING)),
-    ),
+    DestinationEffect.RENOUNCE: (_guard(ran=Ran.NO, incoming=tuple(i for i in Incoming if i is not Incoming.RUNNING)),),
     DestinationEffect.REPORT_DIED: (_guard(ran=(Ran.YES, Ran.UNKNOWN), incoming=Incoming.GONE),),
 }

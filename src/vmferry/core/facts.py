@@ -148,9 +148,7 @@ class FactLog:
     entries: tuple[Recorded, ...] = ()
     _stamps: dict[tuple[Fact, int], int] = field(default_factory=dict, compare=False, repr=False)
 
-    def with_fact(
-        self, fact: Fact, *, round_no: int = 0, text: str = "", at_s: float = 0.0, by: str = ""
-    ) -> FactLog:
+    def with_fact(self, fact: Fact, *, round_no: int = 0, text: str = "", at_s: float = 0.0, by: str = "") -> FactLog:
         """The log with one more fact, or this very log if the fact of that round is recorded already."""
         assert (round_no > 0) == (fact in ROUNDED), f"{fact} with round {round_no}"
         if (fact, round_no) in self._stamps:

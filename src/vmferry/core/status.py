@@ -66,8 +66,10 @@ def _ended(log: FactLog) -> Derived | None:
     won = _won_at(log)
     cancel = log.stamp(Fact.CANCEL)
     error = error_stamp(log)
-    if won is not None and won < (cancel if cancel is not None else _NEVER) and won < (
-        error if error is not None else _NEVER
+    if (
+        won is not None
+        and won < (cancel if cancel is not None else _NEVER)
+        and won < (error if error is not None else _NEVER)
     ):
         if Fact.COLO in log:
             return Derived(S.COLO, (Fact.COLO,))

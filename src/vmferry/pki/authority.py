@@ -232,9 +232,7 @@ def _ensure_authority(room: Path, now: datetime) -> tuple[_Authority, bool]:
     # The name carries a serial so that two set-ups' authorities are never taken for one another.
     serial = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()[:8]
     end = now + timedelta(days=AUTHORITY_DAYS)
-    certificate = certificates.make_authority(
-        key, f"vmferry authority {serial}", not_before=now - SKEW, not_after=end
-    )
+    certificate = certificates.make_authority(key, f"vmferry authority {serial}", not_before=now - SKEW, not_after=end)
     pem = certificates.certificate_pem(certificate)
     files.write_new(room / AUTHORITY_CERTIFICATE, pem, mode=files.CERTIFICATE_MODE)
     return _Authority(certificate, key), True
@@ -262,9 +260,7 @@ def _ensure_host(
             f"{room} has a certificate but no key, and a lost key cannot be made again",
             hint=f"move {room} away and run the command again: {host} gets a new key",
         )
-    if has_certificate and not _is_issued_by(
-        _read_certificate(room / AGENT_CERTIFICATE), authority.certificate
-    ):
+    if has_certificate and not _is_issued_by(_read_certificate(room / AGENT_CERTIFICATE), authority.certificate):
         raise NotTrusted(
             f"the certificate in {room} is of another authority than {room.parent / AUTHORITY_DIRECTORY}",
             side="client",

@@ -134,9 +134,7 @@ def explain(error: OSError, peer: str) -> VmferryError:
             sentence = _VERIFY_SENTENCES.get(error.verify_code)
             if sentence is not None:
                 return NotTrusted(sentence.format(peer=peer), cause=error)
-            return NotTrusted(
-                f"the certificate of {peer} cannot be trusted ({error.verify_message})", cause=error
-            )
+            return NotTrusted(f"the certificate of {peer} cannot be trusted ({error.verify_message})", cause=error)
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return HostUnreachable(f"{peer} closed the connection in the middle of the greeting", cause=error)
         case ssl.SSLError():

@@ -270,9 +270,7 @@ class QmpClient:
         """For what was not sent, so had no effect."""
         return QmpDisconnected(f"{self.name} is not connected: {self.closed.result()}", guest="unharmed")
 
-    async def _send_in_turn(
-        self, command_id: str, data: bytes, fds: Sequence[int], entry: _Unanswered
-    ) -> None:
+    async def _send_in_turn(self, command_id: str, data: bytes, fds: Sequence[int], entry: _Unanswered) -> None:
         entered: list[_Lane] = []
         try:
             for lane in entry.lanes:
@@ -312,9 +310,7 @@ class QmpClient:
         elif isinstance(message, Reply):
             entry.future.set_result(message.value)
         else:
-            error = QmpCommandError(
-                entry.command, message.qmp_class, message.desc, peer=self.name, data=message.data
-            )
+            error = QmpCommandError(entry.command, message.qmp_class, message.desc, peer=self.name, data=message.data)
             entry.future.set_exception(error)
 
     def _give_up(self, reason: str) -> None:

@@ -133,8 +133,7 @@ _NUMBER_BEGUN = re.compile(
 )
 # Anything between two brackets, as long as it is whole: strings and ordinary numbers are passed over at once.
 _FLAT = re.compile(
-    rb'(?:[ \t\r\n:,]++|[a-z]++|%b(?=[ \t\r\n,\]}])|"(?:[^"\\%b]++|\\[^%b])*+")*+'
-    % (_NUMBER.pattern, _END, _END)
+    rb'(?:[ \t\r\n:,]++|[a-z]++|%b(?=[ \t\r\n,\]}])|"(?:[^"\\%b]++|\\[^%b])*+")*+' % (_NUMBER.pattern, _END, _END)
 )
 _BODY = {
     ord('"'): re.compile(rb'(?:[^"\\%b]++|\\[^%b])*+' % (_END, _END)),
@@ -478,9 +477,7 @@ def encode_reply(value: Any, *, id: Any = MISSING) -> bytes:
     return encode_object(_with_id({"return": value}, id))
 
 
-def encode_error(
-    qmp_class: str, desc: str, *, id: Any = MISSING, data: Mapping[str, Any] | None = None
-) -> bytes:
+def encode_error(qmp_class: str, desc: str, *, id: Any = MISSING, data: Mapping[str, Any] | None = None) -> bytes:
     """The answer to a command that failed; `data` becomes the extra member `error.data`."""
     error: dict[str, Any] = {"class": qmp_class, "desc": desc}
     if data is not None:

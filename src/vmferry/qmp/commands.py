@@ -130,9 +130,7 @@ async def migrate_set_capabilities(
     await qmp.execute("migrate-set-capabilities", {"capabilities": wanted}, deadline_s=deadline_s)
 
 
-async def migrate_set_parameters(
-    qmp: Qmp, parameters: Mapping[str, Any], *, deadline_s: float = _DEADLINE_S
-) -> None:
+async def migrate_set_parameters(qmp: Qmp, parameters: Mapping[str, Any], *, deadline_s: float = _DEADLINE_S) -> None:
     """Set all of these or, when one is refused, none. Values are in QMP's units."""
     await qmp.execute("migrate-set-parameters", parameters, deadline_s=deadline_s)
 

@@ -153,9 +153,7 @@ def cpu_definitions(raw: Any) -> tuple[CpuDefinition, ...]:
         CpuDefinition(
             name=_text(entry, "name") or "",
             migration_safe=_flag(entry, "migration-safe"),
-            unavailable_features=(
-                _texts(entry, "unavailable-features") if "unavailable-features" in entry else None
-            ),
+            unavailable_features=(_texts(entry, "unavailable-features") if "unavailable-features" in entry else None),
             alias_of=_text(entry, "alias-of"),
             is_deprecated=entry.get("deprecated") is True,
         )

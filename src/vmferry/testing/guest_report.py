@@ -270,8 +270,7 @@ def _gaps_s(ticks: list[Tick]) -> tuple[float, float | None, float]:
             across_s = gap_s if across_s is None else max(across_s, gap_s)
             near_s = max(near_s, gap_s)
         elif any(
-            tick.arrived_s - AROUND_SWITCH_S <= moment_s <= later.arrived_s + AROUND_SWITCH_S
-            for moment_s in switches_s
+            tick.arrived_s - AROUND_SWITCH_S <= moment_s <= later.arrived_s + AROUND_SWITCH_S for moment_s in switches_s
         ):
             near_s = max(near_s, gap_s)
         else:

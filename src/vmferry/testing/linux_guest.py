@@ -190,15 +190,11 @@ def _concrete_kernel_package() -> str:
             name = line.strip().removeprefix("Depends: ")
             if name.startswith("linux-image-") and name != KERNEL_PACKAGE:
                 return name
-    raise HostToolError(
-        f"apt knows no real kernel behind {KERNEL_PACKAGE}; this needs Debian's package lists"
-    )
+    raise HostToolError(f"apt knows no real kernel behind {KERNEL_PACKAGE}; this needs Debian's package lists")
 
 
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise HostToolError(
-            f"{folder} has {len(found)} entries that match {pattern}; exactly one was expected"
-        )
+        raise HostToolError(f"{folder} has {len(found)} entries that match {pattern}; exactly one was expected")
     return found[0]

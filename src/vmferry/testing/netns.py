@@ -50,9 +50,7 @@ class Host:
         """The command that runs `argv` on this host."""
         return ["ip", "netns", "exec", self.name, *argv] if self.kind == "netns" else list(argv)
 
-    def run(
-        self, argv: Sequence[str], *, timeout_s: float = 60, environment: Mapping[str, str] | None = None
-    ) -> str:
+    def run(self, argv: Sequence[str], *, timeout_s: float = 60, environment: Mapping[str, str] | None = None) -> str:
         """Runs to the end; returns what was printed. Raises HostToolError."""
         return run(self.argv(argv), environment=environment, timeout_s=timeout_s)
 
@@ -228,7 +226,6 @@ def _rules(table: str, *, percent: int, port: int | None, direction: Direction, 
         if direction == "both" or hook.startswith(direction):
             commands.append(f"add chain inet {table} {hook} {{ type filter hook {hook} priority 0; }}")
             commands += [
-                f'add rule inet {table} {hook} {interface} "{_INTERFACE}" {match}{chance}{verdict}'
-                for match in matches
+                f'add rule inet {table} {hook} {interface} "{_INTERFACE}" {match}{chance}{verdict}' for match in matches
             ]
     return "; ".join(commands)

@@ -81,9 +81,7 @@ def _mirror() -> str:
         uri, release, component = line.split("|")
         if release == codename and component == "main":
             return uri
-    raise HostToolError(
-        f"apt has no source for the suite {codename!r}, component main; this needs a Debian host"
-    )
+    raise HostToolError(f"apt has no source for the suite {codename!r}, component main; this needs a Debian host")
 
 
 def _os_codename() -> str:

@@ -44,9 +44,7 @@ THROTTLE_STEPS_PER_S = 100
 class Trigger:
     """Runs `action` once, when a connection's bytes reach its mark; `fired_at` is then the offset."""
 
-    def __init__(
-        self, action: Callable[[], object], *, pattern: bytes, offset: int, spare_bytes: int
-    ) -> None:
+    def __init__(self, action: Callable[[], object], *, pattern: bytes, offset: int, spare_bytes: int) -> None:
         self.pattern = pattern
         self.offset = offset
         self.spare_bytes = spare_bytes  # how many bytes of the pattern stay behind
@@ -57,9 +55,7 @@ class Trigger:
     def wait(self, deadline_s: float) -> None:
         """Wait until it has run. Raises TimeoutError."""
         if not self._fired.wait(deadline_s):
-            raise TimeoutError(
-                f"nothing reached the mark {self.pattern or self.offset!r} in {deadline_s:g} s"
-            )
+            raise TimeoutError(f"nothing reached the mark {self.pattern or self.offset!r} in {deadline_s:g} s")
 
     @property
     def has_fired(self) -> bool:
@@ -161,9 +157,7 @@ class Direction:
 class _Flow:
     """One direction of one connection. Touched by the connection's thread only."""
 
-    def __init__(
-        self, direction: Direction, source: socket.socket, sink: socket.socket, clock: Clock
-    ) -> None:
+    def __init__(self, direction: Direction, source: socket.socket, sink: socket.socket, clock: Clock) -> None:
         self.direction = direction
         self.source = source
         self.sink = sink
@@ -286,9 +280,7 @@ class _Connection:
         waits = [wait_s for flow in self.flows if (wait_s := flow.wait_s())]
         reads: list[socket.socket | int] = [flow.source for flow in self.flows if flow.wants_read()]
         writes = [flow.sink for flow in self.flows if flow.wants_write()]
-        readable, writable, _ = select.select(
-            [*reads, self._wake_read], writes, [], min(waits) if waits else None
-        )
+        readable, writable, _ = select.select([*reads, self._wake_read], writes, [], min(waits) if waits else None)
         if self._wake_read in readable:
             os.read(self._wake_read, CHUNK_BYTES)
         for flow in self.flows:
@@ -312,9 +304,7 @@ class _Connection:
 class Relay:
     """Listens at `address` and relays each connection to `target`. A context manager; `stop` ends it all."""
 
-    def __init__(
-        self, target: Endpoint, *, listen: Endpoint = ("127.0.0.1", 0), clock: Clock | None = None
-    ) -> None:
+    def __init__(self, target: Endpoint, *, listen: Endpoint = ("127.0.0.1", 0), clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
         self.target = target
         self.to_target = Direction(self._wake)
@@ -355,9 +345,7 @@ class Relay:
         connection can be cut. Raises TimeoutError."""
         with self._accepted:
             if not self._accepted.wait_for(lambda: len(self._connections) >= count, deadline_s):
-                raise TimeoutError(
-                    f"{len(self._connections)} of {count} connections came in {deadline_s:g} s"
-                )
+                raise TimeoutError(f"{len(self._connections)} of {count} connections came in {deadline_s:g} s")
 
     def stop(self) -> None:
         """Cut everything, stop listening, and join every thread."""

@@ -128,9 +128,7 @@ class SerialReader:
     def wait_walks(self, count: int, *, timeout_s: float, region: str = "memory", after: int = 0) -> int:
         """Waits for `count` more full checks of "memory" or "disk"; 2 include one from start to end."""
         for _ in range(count):
-            after = self.wait_for(
-                lambda line: line.words[:2] == ("W", region), timeout_s=timeout_s, after=after
-            )
+            after = self.wait_for(lambda line: line.words[:2] == ("W", region), timeout_s=timeout_s, after=after)
         return after
 
     def wait_bytes(self, count: int, *, timeout_s: float) -> bytes:
@@ -144,9 +142,7 @@ class SerialReader:
                 if len(data) >= count:
                     return data
                 if left_s <= 0 or self._ended:
-                    raise SerialTimeoutError(
-                        f"{self._thread.name}: {len(data)} of {count} bytes in {timeout_s} s"
-                    )
+                    raise SerialTimeoutError(f"{self._thread.name}: {len(data)} of {count} bytes in {timeout_s} s")
                 self._changed.wait(left_s)
 
     def close(self) -> None:

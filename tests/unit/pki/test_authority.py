@@ -157,9 +157,7 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None
         authority.init(tmp_path / "file", HOSTS, now=NOW)
 
 
-def test_a_failure_without_a_number_is_still_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_without_a_number_is_still_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("the moon is in the way")
 

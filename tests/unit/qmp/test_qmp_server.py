@@ -276,9 +276,7 @@ async def test_a_session_that_does_not_read_its_replies_is_not_read_from(serving
     await raw.close()
 
 
-async def test_a_session_that_takes_no_byte_is_dropped(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_session_that_takes_no_byte_is_dropped(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "QMP_WRITE_STALL_S", 0.05)
     server, path = serving.server, serving.path
     raw = await RawClient.connect(path)

@@ -191,9 +191,7 @@ def test_delay_adds_time_but_keeps_the_rate(peers: Peers) -> None:
 def test_a_pattern_holds_at_exactly_its_byte(peers: Peers, when: str, passed: bytes, cuts: list[int]) -> None:
     relay, text = peers.relay, b"..pro-and-pro"
     assert when in ("before", "after")
-    seen = relay.to_target.at_pattern(
-        b"pro", relay.to_target.hold, when="after" if when == "after" else "before"
-    )
+    seen = relay.to_target.at_pattern(b"pro", relay.to_target.hold, when="after" if when == "after" else "before")
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         peers.client.sendall(text[start:end])
         time.sleep(0.002)
