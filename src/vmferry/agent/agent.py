@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -244,10 +244,17 @@ class Agent:
     # --- commands and events ---
 
     async def _on_control(self, session: Any, command: Any) -> Any:
-        return await control.handle(self, command.name, command.arguments)
+        return await self._to_the_end(control.handle(self, command.name, command.arguments), command.name)
 
     async def _on_peer(self, session: Any, command: Any) -> Any:
-        return await peer_commands.handle(self, session, command.name, command.arguments)
+        body = peer_commands.handle(self, session, command.name, command.arguments)
+        return await self._to_the_end(body, command.name)
+
+    async def _to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
+        """A command that was begun is carried out although its client goes away in the middle."""
+        task = asyncio.create_task(body, name=f"command-{name}")
+        self.keep_task(task)
+        return await asyncio.shield(task)
 
     def on_peer_event(self, host: str, event: Event) -> None:
         """Another agent pushed something: facts for an attempt, or news for people here."""

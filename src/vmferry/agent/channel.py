@@ -139,6 +139,11 @@ class Channel:
         return self._socket
 
     @property
+    def is_entrusted(self) -> bool:
+        """Does QEMU alone hold the connection?"""
+        return self._pidfd >= 0
+
+    @property
     def is_cut(self) -> bool:
         """Has `cut` or `close` ended this channel from here?"""
         return self._is_cut
@@ -210,6 +215,13 @@ class Channel:
         finally:
             if connection is not None:
                 connection.close()
+
+
+def cut_what_was_let_go(channels: Iterable[Channel], pid: int) -> None:
+    """Rule 2's duty of an owner whose channels could not be entrusted: where QEMU let go, the peer must learn it."""
+    for channel in channels:
+        if not channel.is_entrusted and not channel.is_cut and not channel.is_held_by(pid):
+            channel.cut()
 
 
 class ChannelListener:

@@ -19,6 +19,7 @@ import asyncio
 import logging
 from typing import Any
 
+from vmferry.agent.channel import Channel, ChannelListener, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
@@ -55,8 +56,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.machine: Machine | None = None
         self.credentials: JobCredentials | None = None
         self.peer_ca: bytes | None = None
-        self.listener: Any = None
-        self.channels: list[Any] = []
+        self.listener: ChannelListener | None = None
+        self.channels: list[Channel] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.error_text = ""
         self.error: VmferryError | None = None
@@ -177,6 +178,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         if machine is None or machine.is_gone:
             self._note_exit()
             return
+        cut_what_was_let_go(self.channels, machine.pid)
         await self._ask_source_if_orphaned()
         settled = Fact.LOADED in self.facts and Fact.COMMITTED not in self.facts
         due = self.clock.now_s() - self._asked_s >= (1.0 if settled or self._word is None else 0.5)

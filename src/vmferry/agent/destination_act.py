@@ -19,6 +19,7 @@ from vmferry.errors import HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError
+from vmferry.vm import hardware
 
 log = logging.getLogger("vmferry.agent")
 
@@ -58,10 +59,16 @@ async def _spawn(attempt: DestinationAttempt) -> None:
         credentials = job_credentials.make(attempt.job, "destination", context.job_directory, now=context.utc_now())
         attempt.credentials = credentials
         credentials.accept_peer(attempt.peer_ca)
-        creds = job_credentials.tls_creds_object(attempt.job, "destination", context.job_directory)
+        creds = job_credentials.tls_creds_object(
+            attempt.job,
+            "destination",
+            context.job_directory,
+            priority=job_credentials.tls_priority(machine.version),
+        )
         await machine.execute("object-add", creds)
         offer["ca_pem"] = credentials.ca_pem_own.decode()
     await set_options(machine, place.commands, place.expected)
+    offer["hardware"] = [list(part) for part in (await hardware.look(machine.execute)).parts]
     if place.multifd:
         offer["addresses"] = []
         offer["uri"] = await _listen_inside(attempt)

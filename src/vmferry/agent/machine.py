@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmferry.clock import Clock
@@ -95,7 +95,7 @@ class Machine:
     async def execute(
         self,
         command: str,
-        arguments: dict[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
         *,
         oob: bool = False,
         deadline_s: float = COMMAND_S,

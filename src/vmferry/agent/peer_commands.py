@@ -15,6 +15,7 @@ import msgspec
 
 from vmferry.agent import control
 from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
 from vmferry.errors import Busy, NotTrusted, UsageError
@@ -53,7 +54,13 @@ def caller(agent: Agent, session: Session) -> str | None:
 
 
 async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"name": agent.config.name, "time": agent.clock.wall_s()}
+    spoken = int(arguments.get("protocol", 0))
+    if spoken not in PROTOCOLS_SPOKEN:
+        raise NotTrusted(
+            f"{agent.config.name} speaks protocol {PROTOCOL} and was spoken to in {spoken}",
+            hint="upgrade the older agent; guests that run are not concerned",
+        )
+    return {"name": agent.config.name, "time": agent.clock.wall_s(), "protocol": PROTOCOL}
 
 
 async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,11 @@ USER_TIMEOUT_MS = 15_000
 REDIAL_PAUSE_S = 0.2
 """After a failed dial nobody dials again for this long: callers that retry must not storm a dead host."""
 
+PROTOCOL = 1
+"""The agents' own protocol: places, grants, their acknowledgement (`ran`), releases. Raised when an order changes
+its meaning; an agent speaks its own and the one before."""
+PROTOCOLS_SPOKEN = frozenset({PROTOCOL, PROTOCOL - 1} - {0})
+
 PeerEvent = Callable[[str, Event], None]
 
 
@@ -103,6 +108,8 @@ class PeerLink:
                 failure = HostUnreachable(f"the agent of {self.peer.name} at {address} does not answer", cause=error)
             except OSError as error:
                 failure = tls.explain(error, f"the agent of {self.peer.name} at {address}")
+            except QmpCommandError as error:
+                failure = error.remote or error
             except QemuError as error:
                 failure = HostUnreachable(
                     f"what answers at {address} is not the agent of {self.peer.name}", cause=error
@@ -126,10 +133,14 @@ class PeerLink:
                 name=f"the agent of {self.peer.name}",
                 on_event=lambda event: self._on_event(self.peer.name, event),
             )
+            await self._greet(client)
+        except QmpDisconnected as error:
+            # In TLS 1.3 a client learns only at its first read that the server refused its certificate.
+            cause = reader.exception()
+            raise (cause if isinstance(cause, OSError) else error) from error
         except BaseException:
             writer.close()
             raise
-        await self._greet(client)
         return client
 
     async def _greet(self, client: QmpClient) -> None:
@@ -137,11 +148,16 @@ class PeerLink:
         best: tuple[float, float] | None = None
         for _ in range(3):
             sent_s = self.clock.wall_s()
-            answer = await client.execute("peer-hello", {"time": sent_s})
+            answer = await client.execute("peer-hello", {"time": sent_s, "protocol": PROTOCOL})
             received_s = self.clock.wall_s()
             trip_s = received_s - sent_s
             if best is None or trip_s < best[0]:
                 best = (trip_s, float(answer["time"]) - (sent_s + received_s) / 2)
+            if int(answer["protocol"]) not in PROTOCOLS_SPOKEN:
+                raise NotTrusted(
+                    f"the agent of {self.peer.name} speaks protocol {answer['protocol']}, this one {PROTOCOL}",
+                    hint="upgrade the older agent; guests that run are not concerned",
+                )
         assert best is not None
         self.round_trip_s, self.clock_offset_s = best
 

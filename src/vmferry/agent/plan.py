@@ -30,14 +30,13 @@ from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
 from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
 from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
 from vmferry.pki import job_credentials
-from vmferry.vm import probe_host, probe_qemu
+from vmferry.vm import probe, probe_host, probe_qemu
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.agent.source import SourceAttempt
 
 REPORT_S = 5.0
-KVM_TRIAL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,6 @@ class Planner:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self._facts: asyncio.Task[probe_qemu.QemuFacts] | None = None
-        self._kvm: asyncio.Task[bool] | None = None
         self._userfaultfd: bool | None = None
         self._samples: dict[str, list[Sample]] = {}
 
@@ -106,15 +104,10 @@ class Planner:
         assert self._facts is not None
         return await asyncio.shield(self._facts)
 
-    async def kvm_boots(self) -> bool:
-        """Whether a guest really boots under KVM here; tried once."""
-        if self._kvm is None:
-            self._kvm = asyncio.create_task(self._try_kvm(), name="probe-kvm")
-        return await asyncio.shield(self._kvm)
-
-    async def _try_kvm(self) -> bool:
-        found = await probe_host.kvm_boot(self.agent.config.qemu, timeout_s=KVM_TRIAL_S)
-        return found.works is True
+    async def best_accel(self) -> str:
+        """'kvm' where a guest really boots under it (tried once per boot of the host), else 'tcg'."""
+        accel, _ = await probe.best_accel(self.agent.config.qemu, state_directory=self.agent.config.state_dir)
+        return accel
 
     async def report_wire(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The answer to another agent's `peer-report`."""
@@ -144,7 +137,7 @@ class Planner:
             facts = await self.qemu_facts()
         except QemuError:
             return replace(report, qemu_found=False)
-        models = {model.name: tuple(model.unavailable or ()) for model in facts.cpus.get(accel, ())}
+        models = {model.name: model.unavailable for model in facts.cpus.get(accel, ())}
         return replace(
             report,
             qemu_found=True,
@@ -332,13 +325,13 @@ def _decide(
 _NO_OPTIONS = AttemptOptions({}, {}, {}, {}, {}, ())
 
 
-def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...]] | None:
+def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...] | None] | None:
     """What each CPU model lacks there and not here: what both lack the guest never had."""
     if there.cpu_models is None:
         return None
     mine = here.cpu_models or {}
     return {
-        model: tuple(feature for feature in lacking if feature not in mine.get(model, ()))
+        model: lacking and tuple(feature for feature in lacking if feature not in (mine.get(model) or ()))
         for model, lacking in there.cpu_models.items()
     }
 

@@ -17,6 +17,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vmferry.agent.channel import Channel, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
@@ -74,7 +75,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.outcome_at_end: Outcome | None = None
         self.credentials: JobCredentials | None = None
         self.offer: dict[str, Any] = {}
-        self.channels: list[Any] = []
+        self.channels: list[Channel] = []
         self.saved_options: dict[str, Any] | None = None
         self.progress = Progress()
         self.cancel_tries = 0
@@ -247,6 +248,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         view = source_view(self.facts, self.readings)
         if view.step is not Step.STARTED:
             return
+        cut_what_was_let_go(self.channels, self.machine.pid)
         moving = view.source in (Source.BUSY, Source.POSTCOPY, Source.BROKEN, Source.IDLE)
         due = self.clock.now_s() - self._polled_s >= (POLL_S if moving else 1.0)
         try:

@@ -23,6 +23,7 @@ from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuEr
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError, QmpTimeout
+from vmferry.vm import hardware
 
 log = logging.getLogger("vmferry.agent")
 
@@ -127,6 +128,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
         attempt.credentials = job_credentials.make(attempt.job, "source", context.job_directory, now=context.utc_now())
         more["ca_pem"] = attempt.credentials.ca_pem_own.decode()
     attempt.note(Fact.PREPARE)
+    looking = asyncio.create_task(hardware.look(attempt.machine.execute), name=f"hardware-{attempt.job}")
     try:
         attempt.offer = await _call(
             attempt,
@@ -147,6 +149,15 @@ async def _prepare(attempt: SourceAttempt) -> None:
         # The destination answered: it refused and left nothing behind.
         attempt.note(Fact.TARGET_GONE, text=str(error), by="destination agent")
         raise
+    finally:
+        await asyncio.wait({looking})
+    there = hardware.HardwareView(tuple((str(k), str(v)) for k, v in attempt.offer["hardware"]))
+    wrong = hardware.differences(looking.result(), there)
+    if wrong:
+        raise PlanRefused(
+            f"{wanted.destination} would build another machine than {attempt.vm} is: {'; '.join(wrong)}",
+            hint="unplug what was plugged in since the start, or start it anew from a spec that has it",
+        )
     if attempt.credentials is not None:
         attempt.credentials.accept_peer(str(attempt.offer["ca_pem"]).encode())
     attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
@@ -162,18 +173,14 @@ async def _configure(attempt: SourceAttempt) -> None:
         await machine.execute(
             "object-add",
             job_credentials.tls_creds_object(
-                attempt.job, "source", context.job_directory, priority=tls_priority(attempt)
+                attempt.job,
+                "source",
+                context.job_directory,
+                priority=job_credentials.tls_priority(attempt.machine.version),
             ),
         )
     await set_options(machine, plan.options.commands(Role.SOURCE), plan.options.expected(Role.SOURCE))
     attempt.note(Fact.CONFIGURED)
-
-
-def tls_priority(attempt: SourceAttempt) -> str:
-    """A QEMU before 10.1 must not re-key the stream (see `pki.job_credentials`)."""
-    if attempt.machine.version < (10, 1):
-        return job_credentials.PRIORITY_WITHOUT_REKEY
-    return job_credentials.PRIORITY_TLS_1_3
 
 
 async def read_options(machine: Machine) -> dict[str, Any]:

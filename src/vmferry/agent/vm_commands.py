@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vmferry import __version__
 from vmferry.agent import machine as machines
 from vmferry.agent.directories import remove_directory
+from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
 from vmferry.errors import Busy, QemuError, SpecError, VmferryError
 from vmferry.jobs.journal import Entry
@@ -107,10 +108,11 @@ async def _accel(
 ) -> Literal["tcg", "kvm"]:
     if wished == "tcg":
         return "tcg"
-    usable = "kvm" in facts.accelerators() and await agent.planner.kvm_boots()
-    if wished == "kvm" and not usable:
-        raise SpecError("the spec wants KVM, and no guest boots under KVM on this host")
-    return "kvm" if usable else "tcg"
+    if wished == "kvm":
+        if "kvm" not in facts.accelerators():
+            raise SpecError("the spec wants KVM, and this host's QEMU does not offer it")
+        return "kvm"
+    return "kvm" if await agent.planner.best_accel() == "kvm" else "tcg"
 
 
 def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
@@ -337,7 +339,7 @@ async def doctor(agent: Agent) -> dict[str, Any]:
     )
     for name, link in agent.peers.links.items():
         try:
-            await link.call("peer-hello", {"time": agent.clock.wall_s()}, deadline_s=LIST_S)
+            await link.call("peer-hello", {"time": agent.clock.wall_s(), "protocol": PROTOCOL}, deadline_s=LIST_S)
         except VmferryError as error:
             checks.append(probe.Check(f"agent of {name}", False, error.message, error.hint))
             continue

@@ -119,7 +119,7 @@ def _add_migration_commands(commands: Any) -> None:
     _add_wish(migrate)
     migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     migrate.add_argument("--patience", default="10s", metavar="TIME",
-                         help="how long to wait for an uncertain or held guest to be settled (default: 10s)")  # fmt: skip
+                         help="how long to wait until an uncertain or held guest is settled (default: 10s)")  # fmt: skip
     plan = _command(commands, "plan", "migrate_cmd:plan",
                     "ask both hosts whether a VM can move; changes nothing")  # fmt: skip
     _add_wish(plan)
@@ -141,7 +141,7 @@ def _add_host_commands(commands: Any) -> None:
     _command(commands, "exit-codes", "host_cmd:exit_codes", "list what exit codes mean", client=False)
     pki = _command(commands, "pki", "host_cmd:pki", "make certificates for a set-up of hosts", client=False,
                    epilog="example\n  vmferry pki /etc/vmferry/pki host-a=10.0.0.1 host-b=10.0.0.2\n\n"
-                   "Copy DIR/HOST to its host and start the agent there with --pki. Keep DIR/ca in a safe place.")  # fmt: skip
+                   "Copy DIR/HOST to its host and start the agent there with --pki. Keep DIR/ca safe.")  # fmt: skip
     pki.add_argument("directory", metavar="DIR")
     pki.add_argument("hosts", nargs="*", metavar="HOST=ADDRESS[,ADDRESS]")
     pki.add_argument("--days", type=int, metavar="N", help="how long the hosts' certificates last")
