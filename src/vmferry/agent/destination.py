@@ -59,6 +59,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.listener: ChannelListener | None = None
         self.channels: list[Channel] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.rounds = 0
+        """How often the channel was made anew."""
         self.error_text = ""
         self.error: VmferryError | None = None
         self.resume_s: float | None = None

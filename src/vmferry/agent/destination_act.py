@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import assert_never
+from typing import Any, assert_never
 
 from vmferry.agent import channel as channels
 from vmferry.agent import machine as machines
@@ -124,6 +124,47 @@ async def _accept(attempt: DestinationAttempt) -> None:
         await attempt.listener.close()
     except (HostUnreachable, QemuError) as error:
         attempt.fail(error)
+
+
+async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
+    """Makes the QEMU of a broken postcopy wait for a new channel. Raises QemuError; nothing is changed then.
+
+    Everything that the QEMU may need to hear goes out of band: a CPU that waits for a missing page can hold its
+    main loop. `getfd` alone cannot, and is sent before QEMU is told to recover."""
+    machine, config = attempt.machine, attempt.context.config
+    assert machine is not None
+    for channel in attempt.channels:
+        channel.cut()
+    word = (await machine.migration()).get("status")
+    if word in ("postcopy-active", "postcopy-recover"):
+        await machine.execute("migrate-pause", oob=True)
+    elif word != "postcopy-paused":
+        raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
+    first, last = config.migration_ports
+    listener = await channels.ChannelListener.open(attempt.job, [config.data_address], ports=range(first, last + 1))
+    if attempt.listener is not None:
+        await attempt.listener.close()
+    attempt.listener = listener
+    attempt.rounds += 1
+    name = f"vmferry-round-{attempt.rounds}"
+    ticket = listener.expect(name)
+    attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
+    return {"channel": name, "token": ticket.token.hex(), "addresses": [list(a) for a in listener.addresses]}
+
+
+async def _accept_again(attempt: DestinationAttempt, listener: channels.ChannelListener, name: str) -> None:
+    machine = attempt.machine
+    assert machine is not None
+    try:
+        channel = await listener.arrived(name, deadline_s=ARRIVE_S)
+        attempt.channels.append(channel)
+        await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
+        channel.entrust(machine.pid)
+        await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
+    except (HostUnreachable, QemuError) as error:
+        log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
+    finally:
+        await listener.close()
 
 
 async def _start_cpus(attempt: DestinationAttempt) -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control
+from vmferry.agent import control, destination_act
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
-from vmferry.errors import Busy, NotTrusted, UsageError
+from vmferry.errors import Busy, NotTrusted, QemuError, UsageError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import tls
 from vmferry.qmp.server import CommandNotFound, Session
@@ -183,6 +183,14 @@ async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
     return place.facts_wire()
 
 
+async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Postcopy lost its channel: make this side ready for a new one. The answer is where to connect."""
+    place = _place(agent, arguments)
+    if place is None or place.machine is None or place.machine.is_gone:
+        raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    return await destination_act.reconnect(place)
+
+
 async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """A destination asks whether its place is still wanted."""
     job = str(arguments["job"])
@@ -203,5 +211,6 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-grant": _grant,
     "peer-target": _target,
     "peer-release": _release,
+    "peer-reconnect": _reconnect,
     "peer-wanted": _wanted,
 }

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry import __version__
+from vmferry.agent.machine import Machine
 from vmferry.agent.vms import DiskRef, KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core import converge as core_converge
@@ -144,6 +145,7 @@ class Planner:
             qemu_version=facts.version,
             machines={**{m: m for m in facts.machines}, **facts.aliases},
             cpu_models=models,
+            devices=frozenset(facts.devices),
             accelerators=frozenset(facts.accelerators()),
             capabilities=frozenset(facts.capabilities),
             parameters=frozenset(facts.parameters),
@@ -198,6 +200,7 @@ class Planner:
         info = await machine.migration()
         capabilities = await machine.execute("query-migrate-capabilities")
         parameters = await machine.execute("query-migrate-parameters")
+        devices = await _device_types(machine)
         spec = definition.spec or {}
         huge = bool((spec.get("memory_backend") or {}).get("hugepages"))
         guest = GuestReport(
@@ -208,7 +211,8 @@ class Planner:
             memory_bytes=definition.memory_bytes,
             page_bytes=2 << 20 if huge else 4096,
             disks=tuple(DiskUse(disk.path, disk.readonly) for disk in definition.disks),
-            has_vfio=definition.has_vfio,
+            devices=devices,
+            has_vfio=definition.has_vfio or any(name.startswith("vfio-") for name in devices),
             blocked_reasons=tuple(str(reason) for reason in info.get("blocked-reasons", ())),
             run_state=state,
         )
@@ -241,6 +245,14 @@ class Planner:
     def forget(self, job: str) -> None:
         """The job is over: its samples are of no use any more."""
         self._samples.pop(job, None)
+
+
+async def _device_types(machine: Machine) -> frozenset[str]:
+    """The types of the devices that were added to the board, as QEMU's object tree has them."""
+    folders = ("/machine/peripheral", "/machine/peripheral-anon")
+    found = [await machine.execute("qom-list", {"path": folder}) for folder in folders]
+    types = [str(entry["type"]) for entries in found for entry in entries]
+    return frozenset(t.removeprefix("child<").removesuffix(">") for t in types if t.startswith("child<"))
 
 
 def _disk_report(disk: DiskRef, host: str) -> DiskReport:

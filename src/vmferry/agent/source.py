@@ -55,7 +55,9 @@ POLL_S = 0.5
 SILENT_S = 2.0
 """A QMP that has not answered for so long counts as silent; QEMU's main loop may well hang for a second."""
 
-INTERRUPTIBLE = frozenset({Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET})
+INTERRUPTIBLE = frozenset(
+    {Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET, Effect.RECONNECT}
+)
 
 
 class SourceAttempt(AttemptLoop[Effect]):

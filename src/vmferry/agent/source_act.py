@@ -74,6 +74,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
             attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S))
+        case Effect.RECONNECT:
+            await _reconnect(attempt)
         case Effect.CANCEL_SOURCE:
             await _cancel_source(attempt)
         case Effect.RESUME_SOURCE:
@@ -216,6 +218,27 @@ async def _start(attempt: SourceAttempt) -> None:
         uri = f"fd:{CHANNEL_NAME}"
     attempt.note(Fact.STARTED)
     await machine.execute("migrate", {"uri": uri})
+    attempt.refresh()
+
+
+async def _reconnect(attempt: SourceAttempt) -> None:
+    """One try to join the two QEMUs again over a fresh channel. Raises when it did not come to that; both sides
+    then stay as they are, paused or degraded, and it is tried again."""
+    machine = attempt.machine
+    for channel in attempt.channels:
+        channel.cut()
+    if (await machine.migration()).get("status") != "postcopy-paused":
+        # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
+        await machine.execute("migrate-pause", oob=True)
+    offer = await _call(attempt, "peer-reconnect", deadline_s=PREPARE_S)
+    attempt.set_readings(target_answers=True)
+    addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
+    ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
+    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+    attempt.channels.append(channel)
+    await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
+    channel.entrust(machine.pid)
+    await machine.execute("migrate", {"uri": f"fd:{channel.name}", "resume": True})
     attempt.refresh()
 
 

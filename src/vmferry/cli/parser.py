@@ -119,7 +119,7 @@ def _add_migration_commands(commands: Any) -> None:
     _add_wish(migrate)
     migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     migrate.add_argument("--patience", default="10s", metavar="TIME",
-                         help="how long to wait until an uncertain or held guest is settled (default: 10s)")  # fmt: skip
+                         help="how long to wait until an uncertain guest is settled (default: 10s)")  # fmt: skip
     plan = _command(commands, "plan", "migrate_cmd:plan",
                     "ask both hosts whether a VM can move; changes nothing")  # fmt: skip
     _add_wish(plan)

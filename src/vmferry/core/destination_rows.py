@@ -21,7 +21,7 @@ DESTINATION_ROWS: tuple[Row[D], ...] = (
         None, "The stream is on its way; QMP may lag while QEMU loads."),
     Row("D-wait-grant", pattern(wish=Wish.KEEP, held=Held.NO, incoming=Incoming.LOADED, ran=Ran.NO),
         None, "Loaded and paused: only the source's agent can give the right to run.", Outcome.HELD,
-        action="none needed: the source decides; if its host is dead, vmferry recover NAME"),
+        action="none needed: the source decides, and this side waits for it"),
     Row("D-start", pattern(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),
         D.START_CPUS, "The newer generation is durable here and the state is loaded."),
     Row("D-granted-early", pattern(wish=Wish.KEEP, held=Held.YES,

@@ -57,6 +57,8 @@ class Effect(Enum):
     """Ask the destination what it knows; changes nothing."""
     RELEASE_TARGET = "release-target"
     """Ask the destination to renounce: kill its QEMU if that never ran the guest, and remember it."""
+    RECONNECT = "reconnect"
+    """Postcopy lost its channel: put both QEMUs into postcopy-paused, connect them again, resume."""
     CANCEL_SOURCE = "cancel-source"
     """End the attempt inside the source's QEMU: cancel, then yank and cut when it does not obey."""
     RESUME_SOURCE = "resume-source"
@@ -129,6 +131,7 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     ),
     Effect.ASK_TARGET: (_guard(),),
     Effect.RELEASE_TARGET: (_guard(),),  # the destination itself refuses when it ran
+    Effect.RECONNECT: (_guard(step=Step.STARTED, source=Source.BROKEN),),
     Effect.CANCEL_SOURCE: (
         _guard(want=Want.BACK, grant=(Grant.NONE, Grant.HELD)),
         _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE),
