@@ -74,7 +74,7 @@ class HostReport:
     machines: Mapping[str, str] | None = None  # every name and alias -> concrete name
     cpu_models: Mapping[str, tuple[str, ...] | None] | None = None  # model -> features that it lacks here
     host_cpu: str | None = None
-    devices: frozenset[str] | None = None
+    devices: frozenset[str] | None = None  # None also means: compared with the started QEMU, not before
     accelerators: frozenset[str] | None = None
     capabilities: frozenset[str] | None = None
     parameters: frozenset[str] | None = None
@@ -492,7 +492,6 @@ _UNKNOWN: Final[tuple[tuple[str, str, Weight, _NeededWhen, str], ...]] = (
     ("destination", "machines", _B, _ALWAYS, "which machine types its QEMU knows"),
     ("source", "machines", _N, _ALWAYS, "which machine types its QEMU knows"),
     ("destination", "cpu_models", _W, _ALWAYS, "which CPU models it offers"),
-    ("destination", "devices", _W, _ALWAYS, "which devices its QEMU has"),
     ("destination", "accelerators", _B, _ALWAYS, "which accelerators it offers"),
     ("destination", "memory_available_bytes", _B, _ALWAYS, "how much memory it has left"),
     ("destination", "vms", _B, _ALWAYS, "which VMs it has"),

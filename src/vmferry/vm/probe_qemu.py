@@ -28,14 +28,13 @@ from vmferry.errors import QemuError
 from vmferry.limits import VM_PROBE_S
 
 Accel = Literal["tcg", "kvm"]
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 _VERSION = re.compile(r"version (\d+)\.(\d+)\.(\d+)(?: \((.*)\))?")
 _QUERIES: tuple[str | tuple[str, dict[str, Any]], ...] = (
     "query-version",
     "query-machines",
     "query-migrate-capabilities",
     "query-migrate-parameters",
-    ("qom-list-types", {"implements": "device", "abstract": False}),
 )
 
 
@@ -64,7 +63,6 @@ class QemuFacts(msgspec.Struct, frozen=True):
     default_machine: str
     capabilities: tuple[str, ...]
     parameters: tuple[str, ...]
-    devices: tuple[str, ...]
     cpus: dict[str, tuple[CpuModel, ...]]
     postcopy: bool
     postcopy_refusal: str
@@ -125,7 +123,6 @@ async def _ask(binary: str, version: re.Match[str], timeout_s: float) -> QemuFac
         default_machine=next((m["name"] for m in machines if m.get("is-default")), ""),
         capabilities=tuple(sorted(item["capability"] for item in answers[2])),
         parameters=tuple(sorted(answers[3])),
-        devices=tuple(sorted(item["name"] for item in answers[4])),
         cpus=cpus,
         postcopy=not refusal,
         postcopy_refusal=refusal,

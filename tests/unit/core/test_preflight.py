@@ -222,7 +222,7 @@ def optional(report: type) -> list[str]:
 QUIET = {
     "source": {"host_id", "cpu_models", "devices", "accelerators", "memory_available_bytes", "userfaultfd", "vms",
                "qemu_found", "host_cpu"},
-    "destination": {"host_id", "host_cpu"},
+    "destination": {"host_id", "host_cpu", "devices"},
     "guest": set[str](),
 }  # fmt: skip
 
