@@ -1,0 +1,245 @@
+"""The source's table over every combination of answers: total, exact, and safe in every single view."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from vmferry.core.effects import SOURCE_GUARDS, Effect
+from vmferry.core.source_rows import SOURCE_ROWS
+from vmferry.core.table import Outcome, Row
+from vmferry.core.view import Change, Cpus, Grant, Source, SourceView, Step, Target, Want
+from vmferry.testing.tables import Views, check, effects_of, narrowed, views_with, widened
+
+RAN = {Target.RAN, Target.DIED}
+ENDS_OR_STARTS = {Effect.RETIRE_SOURCE, Effect.RESUME_SOURCE, Effect.CANCEL_SOURCE, Effect.CLEAN_UP}
+ROWS = {row.label: row for row in SOURCE_ROWS}
+PATTERNS = [row.when for row in SOURCE_ROWS]
+by_label = pytest.mark.parametrize("row", SOURCE_ROWS, ids=lambda row: row.label)
+
+
+@cache
+def walk() -> Views[SourceView]:
+    return Views(SourceView)
+
+
+def where(effect: Effect) -> list[SourceView]:
+    found = views_with(walk(), SOURCE_ROWS, effect)
+    assert found, f"no row asks for {effect}"
+    return found
+
+
+def test_it_asks_seven_questions_with_28080_combinations() -> None:
+    assert len(walk().views) == 2 * 5 * 13 * 4 * 9 * 3 * 2
+
+
+@pytest.mark.proves("S1", "S19", "S29")
+def test_every_combination_has_exactly_one_row() -> None:
+    found = check(walk(), PATTERNS)
+    assert walk().pick(found.gaps) == []
+    assert walk().pick(found.overlaps) == []
+
+
+def test_the_sets_of_views_are_those_that_a_row_itself_matches() -> None:
+    for number, view in enumerate(walk().views):
+        if number % 97 == 0:  # a sample: 97 shares no factor with the numbers of answers, so all of them occur
+            by_bits = [row.label for row in SOURCE_ROWS if walk().where(row.when) >> number & 1]
+            assert by_bits == [row.label for row in SOURCE_ROWS if row.matches(view)]
+
+
+@by_label
+def test_no_row_is_dead(row: Row[Effect]) -> None:
+    assert walk().where(row.when)
+
+
+def test_labels_are_unique_and_every_effect_is_used() -> None:
+    assert len(ROWS) == len(SOURCE_ROWS)
+    assert {effect for row in SOURCE_ROWS for effect in effects_of(row)} == set(Effect)
+
+
+@by_label
+def test_every_effect_is_allowed_by_its_guard_in_every_view_of_its_row(row: Row[Effect]) -> None:
+    for effect in effects_of(row):
+        refused = walk().where(row.when) & ~walk().allowed(SOURCE_GUARDS[effect])
+        assert walk().pick(refused) == [], effect
+
+
+@by_label
+def test_a_row_that_is_dropped_or_doubled_is_caught(row: Row[Effect]) -> None:
+    others = [other.when for other in SOURCE_ROWS if other is not row]
+    assert check(walk(), others).gaps
+    assert check(walk(), [*PATTERNS, row.when]).overlaps
+
+
+@by_label
+def test_a_pattern_one_answer_wider_or_narrower_is_caught(row: Row[Effect]) -> None:
+    others = [other.when for other in SOURCE_ROWS if other is not row]
+    tried = 0
+    for name, answer, pattern in widened(walk(), row.when):
+        assert check(walk(), [*others, pattern]).overlaps, (name, answer)
+        tried += 1
+    for name, answer, pattern in narrowed(row.when):
+        assert check(walk(), [*others, pattern]).gaps, (name, answer)
+        tried += 1
+    assert tried
+
+
+# --- shape: what a row tells people ---------------------------------------------------------------------
+
+
+@by_label
+def test_a_limit_and_what_follows_it_come_together(row: Row[Effect]) -> None:
+    assert (row.limit_ms is None) == (row.then is None)
+    assert row.limit_ms is None or row.limit_ms > 0
+
+
+@pytest.mark.proves("S36")
+@by_label
+def test_a_row_that_only_waits_says_for_what_or_what_a_person_can_do(row: Row[Effect]) -> None:
+    assert row.why.endswith(".")
+    if row.do is None and row.limit_ms is None:
+        assert row.action or row.outcome in (Outcome.PENDING, Outcome.DESTINATION)
+
+
+@pytest.mark.proves("S36")
+@by_label
+def test_a_guest_that_is_held_or_in_doubt_comes_with_an_action(row: Row[Effect]) -> None:
+    if row.outcome in (Outcome.HELD, Outcome.UNCERTAIN, Outcome.DEGRADED):
+        assert row.action
+
+
+@pytest.mark.proves("S36")
+def test_nobody_waits_for_ever_with_the_guest_paused_on_both_sides() -> None:
+    """Paused here and never run there: the row acts, has a limit, or names an action.
+
+    The exceptions wait for an answer of QEMU that it gives without being asked by anybody else.
+    """
+    exceptions = {"B-cpus-unknown", "G-gone-cpus-unknown", "M-unknown-word", "M-memory"}
+    for row in SOURCE_ROWS:
+        if row.do is not None or row.limit_ms is not None or row.action or row.label in exceptions:
+            continue
+        views = walk().pick(walk().where(row.when), most=len(walk().views))
+        assert all(view.target is Target.RAN for view in views), row.label
+
+
+# --- safety: who may run the guest ----------------------------------------------------------------------
+
+
+@pytest.mark.proves("S39", "S46")
+def test_the_grant_is_sent_only_when_the_source_gave_everything_away_and_nobody_wants_it_back() -> None:
+    for view in where(Effect.SEND_GRANT):
+        assert view.want is Want.GO
+        assert view.source in (Source.POSTCOPY, Source.DONE, Source.RETIRED)
+        assert view.target in (Target.LOADED, Target.REFUSED)
+        assert view.grant in (Grant.HELD, Grant.SENT), "durable in the journal before it is sent"
+
+
+def test_the_commit_comes_before_the_grant_and_after_the_start_of_the_switchover() -> None:
+    for view in where(Effect.COMMIT):
+        assert view.grant is Grant.NONE
+        assert view.want is Want.GO
+        assert view.source in (Source.SWITCHING, Source.POSTCOPY, Source.DONE)
+
+
+@pytest.mark.proves("S35")
+def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
+    for view in where(Effect.RESUME_SOURCE):
+        assert view.want is Want.BACK
+        assert view.target not in RAN
+        assert view.grant is not Grant.SENT or view.target is Target.GONE
+        assert view.source in (Source.IDLE, Source.BACK, Source.DONE)
+        assert view.cpus is Cpus.STOPPED
+
+
+@pytest.mark.proves("S35")
+def test_a_cancel_before_the_grant_always_ends_with_the_guest_here_or_with_an_action() -> None:
+    """With an unsent grant, a living source and a destination that never ran, the table leads back."""
+    leads_back = {"P-back-release", "P-back-clean", "B-cancel", "B-ending", "B-resume", "B-release", "B-clean"}
+    waits = {"B-stuck", "B-cpus-unknown", "B-postcopy", "B-postcopy-lost", "B-broken", "X-early-grant"}
+    dead = {Source.GONE, Source.RETIRED}
+    for row in SOURCE_ROWS:
+        for view in walk().pick(walk().where(row.when), most=len(walk().views)):
+            if view.want is Want.BACK and view.grant is not Grant.SENT and view.target not in RAN:
+                assert row.label in leads_back | waits or view.source in dead, (row.label, view)
+
+
+def test_the_source_is_cancelled_only_before_the_grant_or_after_the_destination_renounced() -> None:
+    for view in where(Effect.CANCEL_SOURCE):
+        assert view.want is Want.BACK
+        assert view.grant is not Grant.SENT or view.target is Target.GONE
+
+
+def test_the_source_ends_only_after_the_destination_ran_and_has_every_page() -> None:
+    for view in where(Effect.RETIRE_SOURCE):
+        assert view.target is Target.RAN
+        assert view.source is Source.DONE
+        assert view.grant is Grant.SENT
+
+
+def test_the_source_is_stopped_only_because_the_destination_runs() -> None:
+    for view in where(Effect.STOP_SOURCE):
+        assert view.target is Target.RAN
+        assert view.cpus is Cpus.AS_BEFORE
+
+
+@pytest.mark.proves("S42")
+@by_label
+def test_a_row_in_doubt_keeps_both_qemus_and_starts_nothing(row: Row[Effect]) -> None:
+    if row.outcome is Outcome.UNCERTAIN:
+        assert not (ENDS_OR_STARTS | {Effect.SEND_GRANT}) & set(effects_of(row))
+
+
+@pytest.mark.proves("S42")
+def test_while_the_destination_runs_and_pages_are_here_the_source_is_kept() -> None:
+    both_needed = {Source.POSTCOPY, Source.BROKEN, Source.SWITCHING, Source.ENDING, Source.BACK}
+    for row in SOURCE_ROWS:
+        for view in walk().pick(walk().where(row.when), most=len(walk().views)):
+            if view.grant is Grant.SENT and view.target is Target.RAN and view.source in both_needed:
+                assert not ENDS_OR_STARTS & set(effects_of(row)), (row.label, view)
+
+
+def test_an_unknown_word_of_qemu_or_a_silent_qemu_never_starts_or_ends_a_guest() -> None:
+    harmful = {Effect.RESUME_SOURCE, Effect.RETIRE_SOURCE, Effect.SEND_GRANT, Effect.CONTINUE, Effect.COMMIT}
+    for effect in harmful:
+        assert not {view.source for view in where(effect)} & {Source.UNKNOWN, Source.SILENT}
+
+
+def test_an_unknown_destination_never_leads_to_a_start_after_the_grant() -> None:
+    for view in walk().views:
+        if view.target is Target.UNKNOWN and view.grant is Grant.SENT and view.step is Step.STARTED:
+            row = next(row for row in SOURCE_ROWS if row.matches(view))
+            assert row.label == "G-uncertain"
+
+
+def test_the_attempt_is_cleaned_up_only_when_it_is_settled_where_the_guest_is() -> None:
+    for row in SOURCE_ROWS:
+        if Effect.CLEAN_UP in effects_of(row):
+            assert row.outcome in (Outcome.SOURCE, Outcome.DESTINATION, Outcome.LOST), row.label
+
+
+def test_lost_is_said_only_when_a_process_is_gone() -> None:
+    for row in SOURCE_ROWS:
+        if row.outcome is Outcome.LOST:
+            for view in walk().pick(walk().where(row.when), most=len(walk().views)):
+                assert view.source in (Source.GONE, Source.RETIRED) or view.target is Target.DIED, (row.label, view)
+
+
+def test_nothing_is_changed_before_both_hosts_were_asked() -> None:
+    assert {view.step for view in where(Effect.CHECK_PLAN)} == {Step.NEW}
+    assert {view.step for view in where(Effect.PREPARE)} == {Step.PLANNED}
+    assert {view.step for view in where(Effect.CONFIGURE)} == {Step.PREPARED}
+    assert {view.step for view in where(Effect.START)} == {Step.CONFIGURED}
+
+
+def test_postcopy_begins_only_because_it_was_asked_for_and_while_memory_moves() -> None:
+    for view in where(Effect.START_POSTCOPY):
+        assert view.change is Change.POSTCOPY
+        assert view.source is Source.BUSY
+        assert view.want is Want.GO
+
+
+def test_the_pause_before_the_switchover_ends_only_when_the_destination_answered_in_it() -> None:
+    for view in where(Effect.CONTINUE):
+        assert view.target is Target.READY
+        assert view.want is Want.GO
