@@ -18,7 +18,7 @@ import pytest
 
 from vmferry.testing import linux_guest
 from vmferry.testing.host_tools import default_cache
-from vmferry.testing.qemus import available
+from vmferry.testing.qemus import available, ram_size
 from vmferry.testing.serial_log import SerialReader, analyse
 
 pytestmark = pytest.mark.real
@@ -40,7 +40,8 @@ class Side:
         cmdline = linux_guest.cmdline(
             disk="vda" if disk else None, dirty_mib_per_s=10, ram_mib=8, const_mib=4, disk_blocks=16
         )
-        words = ["-nodefaults", "-display", "none", "-accel", "tcg", "-machine", MACHINE, "-m", "128"]
+        words = ["-nodefaults", "-display", "none", "-accel", "tcg", "-machine", MACHINE]
+        words += ["-m", ram_size(128)]
         words += ["-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", cmdline]
         words += ["-serial", f"file:{folder / name}.log", "-qmp", f"unix:{folder / name}.qmp"]
         if disk is not None:

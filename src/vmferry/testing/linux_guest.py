@@ -57,10 +57,10 @@ def cmdline(
     """The kernel command line (`-append`).
 
     `ram_mib` is the region that is rewritten at `dirty_mib_per_s` and checked, `const_mib` a second one that
-    is only checked; give the machine at least 96 MiB more than both together (`qemus.ram_size`). A full check of both takes
-    (ram_mib + const_mib) / check_mib_per_s seconds. `disk` is a device name such as "vda"; everything between
-    1 MiB and 1 MiB + `disk_blocks` * 4 KiB on it is overwritten. `fault_after_s` makes the guest damage one
-    page of its own, for tests of the tests.
+    is only checked; give the machine at least 96 MiB more than both together (`qemus.ram_size`). A full
+    check of both takes (ram_mib + const_mib) / check_mib_per_s seconds. `disk` is a device name such as
+    "vda"; everything between 1 MiB and 1 MiB + `disk_blocks` * 4 KiB on it is overwritten. `fault_after_s`
+    makes the guest damage one page of its own, for tests of the tests.
     """
     kernel = "console=ttyS0 panic=0 tsc=reliable no_timer_check random.trust_cpu=on"
     words = [kernel if verbose_boot else f"{kernel} quiet loglevel=2"]
