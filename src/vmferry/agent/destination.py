@@ -112,7 +112,15 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.changed.set()
         was, now = derive_destination(before), derive_destination(after)
         if was.status is not now.status:
-            data = {"vm": self.vm, "job": self.job, "role": "destination", "status": now.status.value}
+            data = {
+                "vm": self.vm,
+                "job": self.job,
+                "role": "destination",
+                "status": now.status.value,
+                "cause": after.entries[-1].fact.value,
+                "because": [f.value for f in now.because],
+                "seq": len(after),
+            }
             self.context.publish("MIGRATION", data)
         self.context.publish("TARGET", self.facts_wire())
 

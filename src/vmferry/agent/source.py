@@ -81,6 +81,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.saved_options: dict[str, Any] | None = None
         self.progress = Progress()
         self.cancel_tries = 0
+        self.fd_given = False
+        """The channel's descriptor is in QEMU's hands under its name."""
         self._qemu_word: str | None = None
         self._run_state: str | None = None
         self._stale = True
@@ -99,7 +101,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         return source_allows(effect, source_view(self.facts, self.readings))
 
     def interruptible(self, effect: Effect) -> bool:
-        return effect in INTERRUPTIBLE
+        # A dial may hang for seconds; once QEMU was told to migrate the effect is nearly over.
+        return effect in INTERRUPTIBLE or (effect is Effect.START and Fact.STARTED not in self.facts)
 
     async def act(self, effect: Effect) -> None:
         from_hands = self.context.source_hands
@@ -129,7 +132,9 @@ class SourceAttempt(AttemptLoop[Effect]):
                     "vm": self.vm,
                     "job": self.job,
                     "status": now.status.value,
+                    "cause": after.entries[-1].fact.value,
                     "because": [f.value for f in now.because],
+                    "seq": len(after),
                 },
             )
             if Fact.PACKAGE_LOADED in after and Fact.POSTCOPY_ANNOUNCED not in after:

@@ -19,7 +19,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
 from vmferry.core.options import differences
 from vmferry.core.view import Source, source_view
-from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, VmferryError
+from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError, QmpTimeout
@@ -33,7 +33,7 @@ DIAL_S = 5.0
 READY_S = 2.0
 GRANT_S = 5.0
 """The destination writes its journal and starts the CPUs; longer than this and it is asked again."""
-RELEASE_S = 5.0
+RELEASE_S = 2.0
 CANCEL_S = 0.5
 """How long an in-band cancel may take before the channel is cut; QMP may hang in a switchover."""
 CONT_S = 10.0
@@ -214,6 +214,7 @@ async def _start(attempt: SourceAttempt) -> None:
         channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
         attempt.channels.append(channel)
         await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
+        attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
     attempt.note(Fact.STARTED)
@@ -329,13 +330,19 @@ async def _clean_up(attempt: SourceAttempt) -> None:
     attempt.outcome_at_end = outcome
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
-    await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.wire())
+    try:
+        await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.wire())
+    except Unfit as error:
+        # After a restart the job is looked at again and ends the same way.
+        log.error("job=%s vm=%s effect=clean-up result=%s", attempt.job, attempt.vm, error)
     attempt.context.attempt_ended(attempt)
 
 
 async def _restore_source(attempt: SourceAttempt) -> None:
     """The options that QEMU had before, and no credentials object."""
     machine = attempt.machine
+    if attempt.fd_given and Fact.STARTED not in attempt.facts:
+        await machine.execute("closefd", {"fdname": CHANNEL_NAME})
     deadline_s = attempt.clock.now_s() + SETTLE_S
     while (await machine.migration()).get("status") in ("failing", "cancelling"):
         if attempt.clock.now_s() > deadline_s:

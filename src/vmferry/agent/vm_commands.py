@@ -57,7 +57,10 @@ class StopArguments:
     force: bool = False
 
 
-def _free_name(agent: Agent, name: str) -> None:
+async def _free_name(agent: Agent, name: str) -> None:
+    kept = agent.vms.get(name)
+    if kept is not None and (kept.machine is None or kept.machine.is_gone):
+        await forget(agent, kept)  # it powered off or died; its name is free again
     place = agent.place_of(name)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
@@ -66,7 +69,7 @@ def _free_name(agent: Agent, name: str) -> None:
 async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
     """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy; nothing is left then."""
     spec = vm_spec.load(arguments.path)
-    _free_name(agent, spec.name)
+    await _free_name(agent, spec.name)
     for host in await _elsewhere(agent, spec.name):
         raise Busy(f"{host} has a VM named {spec.name} already", side="client", retry="after-fix")
     facts = await agent.planner.qemu_facts()
@@ -134,7 +137,7 @@ def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
 
 async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
     """Takes a running QEMU over. Raises QemuError or SpecError; the guest is untouched in every case."""
-    _free_name(agent, arguments.vm)
+    await _free_name(agent, arguments.vm)
     found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
     for kept in agent.vms.values():
         if kept.identity == found.identity:

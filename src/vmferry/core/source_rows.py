@@ -24,16 +24,18 @@ USABLE = (Target.PREPARED, Target.READY, Target.LOADED, Target.UNKNOWN)
 LOST = (Target.ABSENT, Target.REFUSED, Target.GONE)
 TO_RELEASE = (Target.PREPARED, Target.READY, Target.LOADED, Target.REFUSED, Target.UNKNOWN)
 NOTHING_THERE = (Target.ABSENT, Target.GONE)
-UNDER_WAY = (Source.BUSY, Source.WAITING, Source.SWITCHING, Source.SILENT, Source.UNKNOWN)
+BEGINNING = (Source.CONNECTING, Source.UNPLUGGING)
+UNDER_WAY = (*BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING, Source.SILENT, Source.UNKNOWN)
 OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
 """The attempt is not going on inside QEMU: never begun, given up, or over with nobody told to run."""
 
 SETUP_MS = 10_000
+UNPLUG_MS = 60_000
 SWITCHOVER_MS = 5_000
 DEVICE_MS = 30_000
 SILENT_MS = 10_000
 ENDING_MS = 1_000
-RELEASE_MS = 2_000
+RELEASE_MS = 1_000
 
 SET_UP: tuple[Row[E], ...] = (
     Row("P-plan", pattern(want=Want.GO, step=Step.NEW, grant=Grant.NONE, source=ALIVE,
@@ -68,9 +70,12 @@ SET_UP: tuple[Row[E], ...] = (
 )  # fmt: skip
 
 MOVING: tuple[Row[E], ...] = (
-    Row("M-connect", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.IDLE,
-                             target=USABLE),
-        None, "QEMU was told to migrate and has not said so yet.", limit_ms=SETUP_MS, then=E.NOTE_TIMEOUT),
+    Row("M-connect", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, target=USABLE,
+                             source=(Source.IDLE, Source.CONNECTING)),
+        None, "The QEMUs shake hands, which takes a round trip or two.", limit_ms=SETUP_MS, then=E.NOTE_TIMEOUT),
+    Row("M-unplug", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.UNPLUGGING,
+                            target=USABLE),
+        None, "The guest gives its failover devices back in its own time.", limit_ms=UNPLUG_MS, then=E.NOTE_TIMEOUT),
     Row("M-postcopy", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
                               target=USABLE, change=Change.POSTCOPY),
         E.START_POSTCOPY, "The switch to postcopy was asked for, by a person or by the policy."),
@@ -85,7 +90,7 @@ MOVING: tuple[Row[E], ...] = (
                               target=Target.READY),
         E.CONTINUE, "Both sides are there.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-target-lost", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
-                                 source=(Source.IDLE, Source.BUSY, Source.WAITING, Source.SWITCHING,
+                                 source=(Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING,
                                          Source.POSTCOPY, Source.DONE, Source.BROKEN), target=LOST),
         E.NOTE_TARGET_LOST, "The destination never ran and is of no use any more."),
     Row("M-silent", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.SILENT,
@@ -188,7 +193,7 @@ GRANTED: tuple[Row[E], ...] = (
         Outcome.DESTINATION),
     Row("G-ran-pages", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                source=(Source.POSTCOPY, Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
-                                       Source.IDLE, Source.BUSY, Source.WAITING),
+                                       Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
         None, "The guest runs there; the last pages are on their way and both sides are needed.",
         Outcome.DESTINATION),

@@ -40,8 +40,12 @@ class Source(Enum):
     """What the source's QEMU itself says of this attempt."""
 
     IDLE = "idle"
+    CONNECTING = "connecting"
+    """Setting the stream up: both QEMUs shake hands."""
+    UNPLUGGING = "unplugging"
+    """Waiting for the guest to give failover devices back."""
     BUSY = "busy"
-    """Setting up or sending memory; the guest runs."""
+    """Sending memory; the guest runs."""
     WAITING = "waiting"
     """Stopped before the switchover until it is told to continue."""
     SWITCHING = "switching"
@@ -188,8 +192,8 @@ class Readings:
 
 SOURCE_WORDS: dict[str, Source] = {
     "none": Source.IDLE,
-    "setup": Source.BUSY,
-    "wait-unplug": Source.BUSY,
+    "setup": Source.CONNECTING,
+    "wait-unplug": Source.UNPLUGGING,
     "active": Source.BUSY,
     "pre-switchover": Source.WAITING,
     "device": Source.SWITCHING,

@@ -140,12 +140,20 @@ class Journal:
     async def append(self, kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
         """Adds one entry; it is on the disk when this returns.
 
-        If this raises (a full disk, say), the entry is not there and what depends on it must not be done.
+        Raises Unfit (a full disk, say): the entry is not there and what depends on it must not be done.
         """
         text = json.dumps(body or {}, separators=(",", ":"))
         loop = asyncio.get_running_loop()
         # shield: an append that was begun ends by itself; a cancelled waiter must not leave it half known
-        await asyncio.shield(loop.run_in_executor(self._thread, _append, self._db, kind, subject, text))
+        try:
+            await asyncio.shield(loop.run_in_executor(self._thread, _append, self._db, kind, subject, text))
+        except sqlite3.Error as error:
+            raise Unfit(
+                f"the journal {self.path} cannot be written: {error}",
+                retry="yes",
+                hint="make room on the disk; what waits for the journal is tried again",
+                cause=error,
+            ) from error
 
     def read(self) -> list[Written]:
         """All entries, oldest first."""
