@@ -65,6 +65,8 @@ class MigrateArguments:
     clear_text: bool = False
     postcopy_after_passes: int | None = None
     postcopy_after_ms: int | None = None
+    accept: list[str] = field(default_factory=list)
+    """Codes of blockers that the person takes upon themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         multifd_channels=arguments.multifd,
         clear_text=arguments.clear_text or agent.config.clear_text,
         postcopy={k: v for k, v in postcopy.items() if v is not None},
+        accept=tuple(arguments.accept),
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )

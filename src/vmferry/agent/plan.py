@@ -317,7 +317,7 @@ def _decide(
         settings=wanted.options,
         ports=tuple(there.ports_free),
     )
-    found = preflight.check(here, there, guest, wish)
+    found = preflight.accept(preflight.check(here, there, guest, wish), frozenset(wanted.accept))
     blocking = preflight.blockers(found)
     options = build(
         mode,

@@ -129,7 +129,7 @@ def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
         machine=spec.machine,
         accel=spec.accel,
         cpu=spec.cpu,
-        memory_bytes=spec.memory_bytes,
+        memory_bytes=vm_argv.ram_bytes(spec, spec.accel),
         disks=tuple(disks),
         spec=vm_spec.to_wire(spec),
     )

@@ -22,6 +22,8 @@ class Wanted:
     postcopy: dict[str, Any] = field(default_factory=dict)
     wanted_s: float = 0.0
     running_before: bool = True
+    accept: tuple[str, ...] = ()
+    """Codes of blockers that the person takes upon themselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "settings": arguments.settings,
         "multifd": arguments.multifd,
         "clear-text": arguments.clear_text,
+        "accept": arguments.accept,
     }
     if arguments.postcopy_after_passes is not None:
         wish["postcopy-after-passes"] = arguments.postcopy_after_passes

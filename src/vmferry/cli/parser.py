@@ -108,8 +108,10 @@ def _add_wish(parser: Any) -> None:
                         help="a migration option; 'vmferry options' lists them")  # fmt: skip
     parser.add_argument("--multifd", type=int, default=0, metavar="N", help="send memory over N channels")
     parser.add_argument("--clear-text", action="store_true", help="guest memory without encryption")
+    parser.add_argument("--accept", action="append", default=[], metavar="CODE",
+                        help="take a blocker upon yourself: the guest may be damaged")  # fmt: skip
     parser.add_argument("--postcopy-after-passes", type=int, metavar="N",
-                        help="switch to postcopy after N passes over memory")  # fmt: skip
+                        help="switch to postcopy after N passes over memory; 0: at once")  # fmt: skip
     parser.add_argument("--postcopy-after", metavar="TIME", help="switch to postcopy after this time, e.g. 10s")
 
 

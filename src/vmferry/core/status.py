@@ -61,10 +61,16 @@ def _round_status(log: FactLog) -> Derived:
     return Derived(S.POSTCOPY_PAUSED, (Fact.LINK_LOST,))
 
 
+def _cancelled_at(log: FactLog) -> int | None:
+    """The stamp of the cancel, or None; one that came after the end changes nothing any more."""
+    cancel, cleanup = log.stamp(Fact.CANCEL), log.stamp(Fact.CLEANUP)
+    return None if cancel is None or (cleanup is not None and cleanup < cancel) else cancel
+
+
 def _ended(log: FactLog) -> Derived | None:
     """Rules 2 to 4: success, cancel, failure; each only with the stamp order that makes it final."""
     won = _won_at(log)
-    cancel = log.stamp(Fact.CANCEL)
+    cancel = _cancelled_at(log)
     error = error_stamp(log)
     if (
         won is not None
@@ -140,10 +146,15 @@ def destination_status(log: FactLog) -> S:
 def cancel_refusal(log: FactLog) -> str | None:
     """None if a cancel may be accepted now (or changes nothing because the attempt is over), else why not.
 
-    The last moment is the grant: once the destination may run the guest, going back would run it twice.
+    The last moment is the grant: once the destination may run the guest, going back would run it twice. A
+    guest that somebody started there by hand is the same case.
     """
-    if Fact.GRANT_SENT in log and Fact.TARGET_GONE not in log:
+    if is_over(log) or Fact.TARGET_GONE in log:
+        return None
+    if Fact.GRANT_SENT in log:
         return "the destination was told to start the guest; the migration goes forward"
+    if Fact.RUN_ACKED in log:
+        return "the destination runs the guest although it was never told to; the source must not run it too"
     return None
 
 

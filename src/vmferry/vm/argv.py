@@ -67,7 +67,7 @@ def build_argv(
     if start_paused or incoming:
         args.append("-S")
     args += ["-accel", accel, "-cpu", spec.cpu, "-smp", f"cpus={spec.cpus}"]
-    args += _memory(spec, machine, runtime)
+    args += _memory(spec, machine, accel, runtime)
     if spec.uuid is not None:
         args += ["-uuid", spec.uuid]
     args += _boot(spec)
@@ -79,13 +79,28 @@ def build_argv(
     return args
 
 
-def _memory(spec: VmSpec, machine: str, runtime: RuntimePaths) -> list[str]:
+TCG_ODD_BYTES = 8 * 1024
+"""QEMU before 9.0 loses writes of a TCG guest that migrates: it reads the dirty bitmap in steps of 256 KiB and
+then forgets to have the CPU report its next write there (mended upstream by "physmem: Fix migration dirty bitmap
+coherency with TCG memory access"). RAM that is no multiple of 256 KiB is walked page by page, which is right in
+every version. Every TCG guest gets this much more, also under a newer QEMU: it may have come from an old one."""
+TCG_STEP_BYTES = 256 * 1024
+
+
+def ram_bytes(spec: VmSpec, accel: Literal["tcg", "kvm"]) -> int:
+    """What the guest's memory really measures: the spec's size, and under TCG 8 KiB more (`TCG_ODD_BYTES`)."""
+    extra = TCG_ODD_BYTES if accel == "tcg" and spec.memory_bytes % TCG_STEP_BYTES == 0 else 0
+    return spec.memory_bytes + extra
+
+
+def _memory(spec: VmSpec, machine: str, accel: Literal["tcg", "kvm"], runtime: RuntimePaths) -> list[str]:
     """One memory object whose migration name is 'pc.ram', as a QEMU without such an object has it."""
     backend = spec.memory_backend
+    size_bytes = ram_bytes(spec, accel)
     options: dict[str, Any] = {
         "qom-type": f"memory-backend-{backend.kind}",
         "id": "pc.ram",
-        "size": spec.memory_bytes,
+        "size": size_bytes,
         "share": backend.shared,
         "prealloc": backend.prealloc,
         "x-use-canonical-path-for-ramblock-id": False,
@@ -100,7 +115,7 @@ def _memory(spec: VmSpec, machine: str, runtime: RuntimePaths) -> list[str]:
         "-machine",
         f"{machine},memory-backend=pc.ram",
         "-m",
-        f"size={spec.memory_bytes // 1024}K",
+        f"size={size_bytes // 1024}K",
     ]
 
 

@@ -26,6 +26,7 @@ from vmferry.core.preflight import (
     blockers,
     check,
 )
+from vmferry.errors import UsageError
 from vmferry.units import GIB
 
 NEW = frozenset(name for name, o in options.OPTIONS.items() if o.gone_in is None)
@@ -100,6 +101,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("cpu-max-emulated", {"guest": {"cpu_model": "max"}, "destination": {"qemu_version": (11, 2, 0)}}, "max"),
     ("device-unknown", {"guest": {"devices": frozenset({"warp"})}}, "does not have the device warp"),
     ("accelerator-missing", {"destination": {"accelerators": frozenset({"kvm"})}}, "runs under tcg"),
+    ("tcg-loses-writes", {"source": {"qemu_version": (7, 2, 22)}}, "loses writes of a TCG guest"),
     ("memory-short", {"destination": {"memory_available_bytes": GIB}}, "needs 1.1 GiB"),
     ("disk-unreported", {"destination": {"disks": {}}}, "did not say whether it has the image /d"),
     ("disk-missing", {"destination": disk(exists=False)}, "does not have the image /d"),
@@ -271,3 +273,13 @@ def test_memory_fits_exactly_when_guest_and_qemu_fit(needed: int, there: int) ->
 
 def test_the_module_names_its_sides() -> None:
     assert {rule.side for rule in preflight.RULES} <= {"source", "destination", "both"}
+
+
+def test_a_person_may_accept_a_named_blocker_and_no_other() -> None:
+    found = ask(source={"qemu_version": (7, 2, 22)})
+    assert [o.code for o in preflight.blockers(found)] == ["tcg-loses-writes"]
+    accepted = preflight.accept(found, frozenset({"tcg-loses-writes"}))
+    assert preflight.blockers(accepted) == ()
+    assert len(accepted) == len(found)
+    with pytest.raises(UsageError, match="same-host cannot be accepted"):
+        preflight.accept(found, frozenset({"same-host"}))
