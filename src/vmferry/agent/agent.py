@@ -149,7 +149,10 @@ class Agent:
         self.peer_server.broadcast(name, told)
 
     def clock_offset_s(self, host: str) -> float:
-        return self.peers.link(host).clock_offset_s or 0.0
+        link = self.peers.link(host)
+        offset_s, trip_s = link.clock_offset_s or 0.0, link.round_trip_s or 0.0
+        # Half a round trip is how wrong the measurement may be: a smaller offset cannot be told from none.
+        return offset_s if abs(offset_s) > trip_s / 2 else 0.0
 
     async def make_plan(self, attempt: SourceAttempt) -> Plan:
         return await self.planner.plan(attempt.wanted, attempt.kept, running_job=True)

@@ -52,6 +52,7 @@ class Plan:
     """Blockers only; the rest is in `remarks`."""
     remarks: tuple[Objection, ...]
     multifd: bool
+    """Several connections, which `fd:` does not carry: the QEMUs connect by themselves and yank is the cut."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -338,7 +339,7 @@ def _decide(
         options=options,
         objections=blocking,
         remarks=tuple(o for o in found if o.weight is not Weight.BLOCKER),
-        multifd=wanted.multifd_channels > 0,
+        multifd=wanted.multifd_channels > 0 or wanted.options.get("postcopy-preempt") is True,
     )
 
 

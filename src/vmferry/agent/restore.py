@@ -22,6 +22,7 @@ import msgspec
 
 from vmferry.agent import machine as machines
 from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.directories import prune_logs
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Place, Wanted
@@ -168,7 +169,8 @@ def find_qemu(directory: str) -> ProcessIdentity | None:
 
 
 def _remove_left_overs(agent: Agent) -> None:
-    """Credentials of jobs that are over, left by an agent that died."""
+    """Credentials of jobs that are over, left by an agent that died, and old logs."""
+    prune_logs(agent.vm_directory)
     running = {a.job for a in agent.attempts.values()} | set(agent.places)
     for path in job_credentials.remove_left_overs(agent.job_directory, keep=running):
         log.info("result=removed left-over=%s", path.name)

@@ -298,6 +298,12 @@ class SourceAttempt(AttemptLoop[Effect]):
             measured.remaining_bytes = int(ram.get("remaining", 0))
             measured.mbps = float(ram.get("mbps", 0.0))
             measured.passes = int(ram.get("dirty-sync-count", measured.passes or 0))
+        measured.throttle_percent = int(info.get("cpu-throttle-percentage", 0))
+        measured.remaining_by_source = {
+            name: int(info[name]["remaining"])
+            for name in ("ram", "disk", "vfio")
+            if "remaining" in (info.get(name) or {})
+        }
         if "setup-time" in info:
             measured.setup_ms = float(info["setup-time"])
         if "downtime" in info:

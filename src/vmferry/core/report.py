@@ -41,6 +41,10 @@ class Measured:
     remaining_bytes: int | None = None
     passes: int | None = None
     mbps: float | None = None
+    throttle_percent: int | None = None
+    """How much auto-converge slows the guest's CPUs."""
+    remaining_by_source: dict[str, int] = field(default_factory=dict)
+    """Bytes still to go, by who has them: 'ram', 'disk', 'vfio' as far as QEMU tells."""
     setup_ms: float | None = None
     qemu_downtime_ms: float | None = None
     marks: list[tuple[float, str]] = field(default_factory=list)
@@ -161,6 +165,8 @@ def job_wire(
         "transferred_bytes": measured.transferred_bytes,
         "total_bytes": measured.total_bytes,
         "remaining_bytes": measured.remaining_bytes,
+        "remaining_by_source": measured.remaining_by_source,
+        "throttle_percent": measured.throttle_percent,
         "passes": measured.passes,
         "progress": progress,
         "notes": list(notes),

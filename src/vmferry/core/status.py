@@ -109,8 +109,9 @@ def derive_source(log: FactLog) -> Derived:
         return Derived(S.DEVICE, (Fact.SWITCHOVER,))
     if Fact.UNPLUG_WAIT in log and Fact.UNPLUG_DONE not in log:
         return Derived(S.WAIT_UNPLUG, (Fact.UNPLUG_WAIT,))
-    if Fact.SETUP_DONE in log or Fact.UNPLUG_DONE in log:
-        return Derived(S.ACTIVE, (Fact.SETUP_DONE,))
+    for evidence in (Fact.SETUP_DONE, Fact.UNPLUG_DONE):
+        if evidence in log:
+            return Derived(S.ACTIVE, (evidence,))
     return Derived(S.SETUP, (Fact.MIGRATE,))
 
 

@@ -1,0 +1,447 @@
+"""What vmferry counts on in a QEMU, as checks that the real programs and the fake both pass.
+
+Theory of operation
+-------------------
+A check gets a `Pair`: a running source and a destination that waits (`-S -incoming defer`), each with a QMP client
+that keeps its events. It drives one migration and compares the sequence of status words, STOP and RESUME with what
+the version is known to do. `CHECKS` has them by name; `check_qemu` runs them all, each with a fresh pair.
+
+Rule 1: what is compared is what vmferry's decisions depend on, not every word of QEMU.
+Rule 2: a check waits for events, never for time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from vmferry.qmp import client as qmp_client
+from vmferry.qmp.client import QmpClient
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpCommandError, QmpDisconnected
+from vmferry.testing.fake_profile import PROFILES
+
+DEADLINE_S = 30.0
+SLOW_BYTES_PER_S = 20_000
+FAST_BYTES_PER_S = 1 << 33
+MACHINE = "pc-q35-7.2"
+"""Known to every version, so that any two can be a pair."""
+
+
+class Side:
+    """One QEMU and the session with it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.seen: list[str] = []
+        """Status words, and STOP, RESUME, SHUTDOWN, in their order."""
+        self._client: QmpClient | None = None
+        self._moved = asyncio.Event()
+
+    @property
+    def client(self) -> QmpClient:
+        """The session."""
+        assert self._client is not None, "attach first"
+        return self._client
+
+    @property
+    def has_proof(self) -> bool:
+        """The newer behaviour: postcopy-device, failing."""
+        return self.client.version >= (10, 2, 0)
+
+    async def attach(self, path: Path) -> None:
+        """Connects as soon as the process listens."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                try:
+                    self._client = await qmp_client.connect_unix(str(path), on_event=self._on_event)
+                except QmpDisconnected:
+                    assert self.process.poll() is None, "QEMU ended at its start"
+                    await asyncio.sleep(0.005)  # a socket file has no event
+                else:
+                    return
+
+    async def execute(self, name: str, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
+        """One command."""
+        return await self.client.execute(name, arguments, **more)
+
+    async def refused(self, name: str, arguments: dict[str, Any] | None = None) -> str:
+        """The words with which QEMU refuses the command. Raises AssertionError if it does not."""
+        try:
+            await self.execute(name, arguments)
+        except QmpCommandError as error:
+            return error.desc
+        raise AssertionError(f"{name} was not refused")
+
+    async def until(self, word: str, *, times: int = 1) -> None:
+        """Waits for an event (a status word, STOP, RESUME)."""
+        async with asyncio.timeout(DEADLINE_S):
+            while self.seen.count(word) < times:
+                self._moved.clear()
+                await self._moved.wait()
+
+    async def until_run_state(self, state: str) -> None:
+        """Waits for a run state, for which there may be no event."""
+        async with asyncio.timeout(DEADLINE_S):
+            while await self.run_state() != state:
+                await asyncio.sleep(0.005)  # no event tells of it
+
+    async def run_state(self) -> str:
+        """QEMU's run state."""
+        return str((await self.execute("query-status"))["status"])
+
+    async def word(self) -> str | None:
+        """The migration's status."""
+        return (await self.execute("query-migrate")).get("status")  # type: ignore[no-any-return]
+
+    async def kill(self) -> None:
+        """A crash."""
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+    def forget(self) -> None:
+        """What was seen so far does not count any more."""
+        self.seen.clear()
+
+    def _on_event(self, event: Event) -> None:
+        if event.name == "MIGRATION":
+            self.seen.append(str(event.data["status"]))
+        elif event.name in ("STOP", "RESUME", "SHUTDOWN"):
+            self.seen.append(event.name)
+        self._moved.set()
+
+
+class Pair:
+    """A running source and a waiting destination."""
+
+    def __init__(self, source: Side, destination: Side) -> None:
+        self.source, self.destination = source, destination
+        self._cut: list[socket.socket] = []
+
+    async def begin(self, *, postcopy: bool = False, slow: bool = False, pause: bool = True) -> None:
+        """Options as vmferry sets them, the channel by descriptor, and `migrate`."""
+        common = {"events": True, "return-path": True, "postcopy-ram": postcopy}
+        await self._set(self.destination, {**common, "late-block-activate": True})
+        await self._set(self.source, {**common, "pause-before-switchover": pause})
+        rate = SLOW_BYTES_PER_S if slow else FAST_BYTES_PER_S
+        await self.source.execute("migrate-set-parameters", {"max-bandwidth": rate})
+        left, right = _connected()
+        await self._give(self.destination, right)
+        arguments: dict[str, Any] = {"uri": "fd:channel"}
+        if self.destination.client.version >= (9, 1, 0):
+            arguments["exit-on-error"] = False
+        await self.destination.execute("migrate-incoming", arguments)
+        await self._give(self.source, left)
+        await self.source.execute("migrate", {"uri": "fd:channel"})
+
+    async def faster(self) -> None:
+        """Ends `slow`."""
+        await self.source.execute("migrate-set-parameters", {"max-bandwidth": FAST_BYTES_PER_S})
+
+    async def go_on(self) -> None:
+        """Past the pause before the switchover."""
+        await self.source.until("pre-switchover")
+        await self.source.execute("migrate-continue", {"state": "pre-switchover"})
+
+    def cut(self) -> None:
+        """Ends the channel for both."""
+        for connection in self._cut:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        """Ends both processes."""
+        for connection in self._cut:
+            connection.close()
+        for side in (self.source, self.destination):
+            await side.client.close()
+            await side.kill()
+
+    async def _set(self, side: Side, wanted: dict[str, bool]) -> None:
+        states = [{"capability": name, "state": state} for name, state in wanted.items()]
+        await side.execute("migrate-set-capabilities", {"capabilities": states})
+
+    async def _give(self, side: Side, connection: socket.socket) -> None:
+        await side.execute("getfd", {"fdname": "channel"}, fds=(connection.fileno(),))
+        self._cut.append(connection)
+
+
+MakePair = Callable[[], AbstractAsyncContextManager[Pair]]
+Check = Callable[[Pair], Awaitable[None]]
+
+
+def _connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname())
+        right, _ = server.accept()
+    return left, right
+
+
+def argv(program: Path, directory: Path, *, incoming: bool) -> list[str]:
+    """A small guest that only its firmware runs."""
+    path = f"{directory}/{'in' if incoming else 'out'}.sock"
+    arguments = [str(program), "-name", "guest=contract", "-nodefaults", "-no-user-config", "-display", "none"]
+    arguments += ["-machine", MACHINE, "-accel", "tcg", "-m", "size=65536K", "-S"]
+    arguments += ["-chardev", f"socket,id=vmferry-qmp,path={path},server=on,wait=off"]
+    arguments += ["-mon", "chardev=vmferry-qmp,mode=control"]
+    return [*arguments, "-incoming", "defer"] if incoming else arguments
+
+
+@contextlib.asynccontextmanager
+async def pair_of(source: Path, destination: Path, directory: Path) -> AsyncIterator[Pair]:
+    """Two programs (real ones, or fakes by their wrappers) as a pair; the source runs."""
+    sides = []
+    for program, incoming in ((source, False), (destination, True)):
+        with (directory / f"{'in' if incoming else 'out'}.log").open("ab") as log:
+            command = argv(program, directory, incoming=incoming)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ))
+        sides.append(Side(process))
+    try:
+        await asyncio.gather(sides[0].attach(directory / "out.sock"), sides[1].attach(directory / "in.sock"))
+        pair = Pair(*sides)
+    except BaseException:
+        for side in sides:
+            await side.kill()
+        raise
+    try:
+        await pair.source.execute("cont")
+        pair.source.forget()
+        yield pair
+    finally:
+        await pair.close()
+
+
+# --- the checks ---
+
+
+async def options_are_known(pair: Pair) -> None:
+    """The fake reports the names and defaults that the real one of its version does."""
+    for side in (pair.source, pair.destination):
+        major, minor, _ = side.client.version
+        profile = PROFILES[f"{major}.{minor}"]
+        capabilities = await side.execute("query-migrate-capabilities")
+        assert {c["capability"]: c["state"] for c in capabilities} == profile.capabilities()
+        assert await side.execute("query-migrate-parameters") == profile.parameters()
+        assert side.client.oob
+
+
+async def run_states(pair: Pair) -> None:
+    """Before anything: the source runs, the destination waits, nobody has a migration."""
+    assert await pair.source.run_state() == "running"
+    assert await pair.destination.run_state() == "inmigrate"
+    assert await pair.source.word() in (None, "none")
+    assert await pair.source.execute("query-yank") == []
+    await pair.source.execute("stop")
+    await pair.source.execute("cont")
+    await pair.source.until("RESUME")
+    assert pair.source.seen == ["STOP", "RESUME"]
+
+
+async def precopy(pair: Pair) -> None:
+    """The ordinary way, and that the destination runs at `cont` only."""
+    await pair.begin()
+    await pair.go_on()
+    await pair.source.until("completed")
+    assert pair.source.seen == ["setup", "active", "STOP", "pre-switchover", "device", "completed"]
+    await pair.destination.until("completed")
+    await pair.destination.until_run_state("paused")
+    assert pair.destination.seen == ["setup", "active", "completed"]
+    assert await pair.source.run_state() == "postmigrate"
+    await pair.destination.execute("cont")
+    await pair.destination.until("RESUME")
+    assert await pair.destination.run_state() == "running"
+
+
+async def postcopy(pair: Pair) -> None:
+    """The destination may run only once the package is loaded; 7.2 as source says so too early."""
+    await pair.begin(postcopy=True, slow=True)
+    await pair.source.until("active")
+    await pair.source.execute("migrate-start-postcopy")
+    await pair.faster()
+    await pair.go_on()
+    await pair.source.until("completed")
+    await pair.destination.until("completed")
+    middle = ["device", "postcopy-device", "postcopy-active"] if pair.source.has_proof else ["postcopy-active"]
+    assert pair.source.seen == ["setup", "active", "STOP", "pre-switchover", *middle, "completed"]
+    loading = ["postcopy-device", "postcopy-active"] if pair.destination.has_proof else ["postcopy-active"]
+    assert pair.destination.seen == ["setup", "active", *loading, "completed"]
+    await pair.destination.until_run_state("paused")
+    assert await pair.source.run_state() == "postmigrate"
+    await pair.destination.execute("cont")
+    await pair.destination.until("RESUME")
+
+
+async def cancel_in_active(pair: Pair) -> None:
+    """Ends in cancelled (7.2: now and then in failed), the guest never stopped, and options are open again."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    assert await pair.source.execute("query-yank") == [{"type": "migration"}]
+    await pair.source.execute("migrate_cancel")
+    async with asyncio.timeout(DEADLINE_S):
+        while await pair.source.word() not in ("cancelled", "failed"):
+            await asyncio.sleep(0.005)  # which of the two it is, is the question
+    end = pair.source.seen[2:]
+    if not pair.source.has_proof and "cancelled" not in end:
+        assert end in (["failed"], ["cancelling", "failed"]), end
+    else:
+        assert end in (["cancelling", "cancelled"], ["failing", "cancelling", "cancelled"]), end
+    assert await pair.source.run_state() == "running"
+    assert "STOP" not in pair.source.seen
+    await pair.source.execute("migrate-set-capabilities", {"capabilities": [{"capability": "xbzrle", "state": False}]})
+
+
+async def cancel_before_switchover(pair: Pair) -> None:
+    """The guest runs again on the source."""
+    await pair.begin()
+    await pair.source.until("pre-switchover")
+    assert await pair.source.run_state() == "finish-migrate"
+    await pair.source.execute("migrate_cancel")
+    await pair.source.until("cancelled")
+    await pair.source.until("RESUME")
+    tail = pair.source.seen[4:]
+    assert sorted(tail) == sorted(["cancelling", "RESUME", "cancelled"]), tail
+    assert await pair.source.run_state() == "running"
+
+
+async def peer_killed_in_active(pair: Pair) -> None:
+    """An error, named; the guest never stopped."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    await pair.destination.kill()
+    await pair.source.until("failed")
+    ending = ["failing", "failed"] if pair.source.has_proof else ["failed"]
+    assert pair.source.seen == ["setup", "active", *ending]
+    assert (await pair.source.execute("query-migrate"))["error-desc"]
+    assert await pair.source.run_state() == "running"
+
+
+async def cut_in_active(pair: Pair) -> None:
+    """As a dead peer; the destination says failed and stays where it may (11.1)."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    await pair.destination.until("active")
+    pair.cut()
+    await pair.source.until("failed")
+    assert await pair.source.run_state() == "running"
+    if pair.destination.has_proof:
+        await pair.destination.until("failed")
+        assert await pair.destination.run_state() == "inmigrate"
+    else:
+        assert await asyncio.to_thread(pair.destination.process.wait, DEADLINE_S) == 1
+
+
+async def yank_ends_it(pair: Pair) -> None:
+    """Out of band, in active."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    await pair.source.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
+    await pair.source.until("failed")
+    assert await pair.source.run_state() == "running"
+
+
+async def options_are_refused_while_running(pair: Pair) -> None:
+    """Capabilities are locked on the source, parameters are not."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    wanted = {"capabilities": [{"capability": "xbzrle", "state": True}]}
+    assert "in progress" in await pair.source.refused("migrate-set-capabilities", wanted)
+    await pair.source.execute("migrate-set-parameters", {"downtime-limit": 200})
+    assert (await pair.source.execute("query-migrate-parameters"))["downtime-limit"] == 200
+    assert await pair.source.refused("migrate-set-parameters", {"no-such": 1})
+
+
+async def second_migrate_is_refused(pair: Pair) -> None:
+    """On both sides, and the first one goes on."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    assert await pair.source.refused("migrate", {"uri": "tcp:127.0.0.1:1"})
+    assert await pair.destination.refused("migrate", {"uri": "tcp:127.0.0.1:1"})
+    await pair.faster()
+    await pair.go_on()
+    await pair.source.until("completed")
+    assert await pair.source.refused("migrate", {"uri": "tcp:127.0.0.1:1"})
+
+
+async def cont_when(pair: Pair) -> None:
+    """On the source refused in the switchover; on the destination good once it is loaded; a completed source that
+    nobody replaced can go on."""
+    await pair.begin()
+    await pair.source.until("pre-switchover")
+    assert await pair.source.refused("cont")
+    assert await pair.destination.run_state() == "inmigrate"
+    await pair.go_on()
+    await pair.source.until("completed")
+    await pair.destination.until_run_state("paused")
+    await pair.destination.kill()
+    await pair.source.execute("cont")
+    await pair.source.until("RESUME")
+    assert await pair.source.run_state() == "running"
+
+
+async def migrate_continue_wants_its_state(pair: Pair) -> None:
+    """Leave is refused where nobody waits for it."""
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    assert await pair.source.refused("migrate-continue", {"state": "pre-switchover"})
+
+
+async def postcopy_needs_its_capability(pair: Pair) -> None:
+    """Asked for without it, or without a migration: refused."""
+    assert await pair.source.refused("migrate-start-postcopy")
+    await pair.begin(slow=True)
+    await pair.source.until("active")
+    assert await pair.source.refused("migrate-start-postcopy")
+
+
+async def descriptors_are_named(pair: Pair) -> None:
+    """`fd:` of an unknown name is refused; closefd takes a name once."""
+    assert await pair.source.refused("migrate", {"uri": "fd:nothing"})
+    assert await pair.source.refused("getfd", {"fdname": "channel"})
+    left, right = _connected()
+    with left, right:
+        await pair.source.execute("getfd", {"fdname": "channel"}, fds=(left.fileno(),))
+    await pair.source.execute("closefd", {"fdname": "channel"})
+    assert await pair.source.refused("closefd", {"fdname": "channel"})
+
+
+async def quit_is_told(pair: Pair) -> None:
+    """SHUTDOWN, then the process ends with 0."""
+    await pair.source.execute("quit")
+    assert await asyncio.to_thread(pair.source.process.wait, DEADLINE_S) == 0
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__: check
+    for check in (
+        options_are_known,
+        run_states,
+        precopy,
+        postcopy,
+        cancel_in_active,
+        cancel_before_switchover,
+        peer_killed_in_active,
+        cut_in_active,
+        yank_ends_it,
+        options_are_refused_while_running,
+        second_migrate_is_refused,
+        cont_when,
+        migrate_continue_wants_its_state,
+        postcopy_needs_its_capability,
+        descriptors_are_named,
+        quit_is_told,
+    )
+}
+
+
+async def check_qemu(make_pair: MakePair) -> None:
+    """Every check, each with a pair of its own."""
+    for check in CHECKS.values():
+        async with make_pair() as pair:
+            await check(pair)

@@ -1,0 +1,73 @@
+"""What two fake QEMUs say to each other over the real connection that the agents made and handed over.
+
+Theory of operation
+-------------------
+Not QEMU's stream, only its turning points: `header`, `ram`, `device` (precopy's last part), `package` (postcopy's),
+`pages` (all of them are over) one way; `proof`, `result`, `resumed` the other way; `resume` after a break. Each is
+a length and a JSON object. A link that ended, by whomever, is `lost` for good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+from typing import Any
+
+_LENGTH = struct.Struct("!I")
+
+
+class LinkLost(Exception):
+    """The other end is gone, or somebody cut the connection."""
+
+
+class Link:
+    """One connection. Lives on one loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.lost = asyncio.Event()
+        self._reader, self._writer = reader, writer
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._task = asyncio.create_task(self._read(), name="fake-link")
+
+    def send(self, kind: str, **more: Any) -> None:
+        """Queues one message; on a lost link it goes nowhere."""
+        text = json.dumps({"kind": kind, **more}).encode()
+        self._writer.write(_LENGTH.pack(len(text)) + text)
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message. Raises LinkLost once the link has ended and all that came before it was taken."""
+        got = asyncio.ensure_future(self._inbox.get())
+        end = asyncio.ensure_future(self.lost.wait())
+        await asyncio.wait({got, end}, return_when=asyncio.FIRST_COMPLETED)
+        end.cancel()
+        if got.done():
+            return got.result()
+        got.cancel()
+        raise LinkLost
+
+    def cut(self) -> None:
+        """Ends the connection for both sides, as a shutdown of the socket does."""
+        with contextlib.suppress(OSError):
+            self._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self.lost.set()
+
+    def close(self) -> None:
+        """Gives this side's descriptor up, after what was sent has left."""
+        self._writer.close()
+        self._task.cancel()
+        self.lost.set()
+
+    async def _read(self) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                self._inbox.put_nowait(json.loads(await self._reader.readexactly(length)))
+        self.lost.set()
+
+
+async def from_descriptor(descriptor: int) -> Link:
+    """A link over a connected socket, owned from now on."""
+    return Link(*await asyncio.open_connection(sock=socket.socket(fileno=descriptor)))
