@@ -45,8 +45,30 @@ def _broken(log: FactLog) -> tuple[Finding, ...]:
     return ((Fact.RECONNECT_FAILED, current, ""), (Fact.LINK_LOST, current + 1, ""))
 
 
+def _healing(log: FactLog, *reached: Fact) -> tuple[Finding, ...]:
+    """The words after `postcopy-paused`: the newest lost round (a new one, if its loss was not heard of) and how
+    far its repair got."""
+    current = _open_round(log) or log.last_round(Fact.LINK_LOST) + 1
+    return tuple((fact, current, "") for fact in (Fact.LINK_LOST, Fact.RESUME_WANTED, *reached))
+
+
+def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
+    """What a word of a postcopy that runs, is broken, or heals, proves of the newest round."""
+    match word:
+        case "postcopy-paused":
+            return _broken(log)
+        case "postcopy-recover-setup":
+            return _healing(log)
+        case "postcopy-recover":
+            return _healing(log, Fact.RECONNECTED)
+        case _:
+            current = _open_round(log)
+            return ((Fact.RESUME_ACK, current, ""),) if current else ()
+
+
 def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
     """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
+    proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
     match word:
         case None | "none" | "setup" | "failing" | "failed":
             return ()  # an error's text is asked for by the effect that records it
@@ -61,21 +83,11 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return _SWITCHED
         case "postcopy-device":
             return (*_SWITCHED, _PACKAGE)
-        case "postcopy-active":
-            current = _open_round(log)
-            resumed = ((Fact.RESUME_ACK, current, ""),) if current else ()
-            proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
-            return (*_SWITCHED, _PACKAGE, *proof, *resumed)
-        case "postcopy-paused":
-            proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
-            return (*_SWITCHED, _PACKAGE, *proof, *_broken(log))
-        case "postcopy-recover-setup":
-            return ((Fact.RESUME_WANTED, max(1, _open_round(log)), ""),)
-        case "postcopy-recover":
-            current = max(1, _open_round(log))
-            return ((Fact.RESUME_WANTED, current, ""), (Fact.RECONNECTED, current, ""))
+        case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
+            return (*_SWITCHED, _PACKAGE, *proof, *_rounds(word, log))
         case "completed":
-            return (*_SWITCHED, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+            loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
+            return (*_SWITCHED, *loaded, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
             return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
@@ -105,14 +117,7 @@ def destination_findings(word: str | None, run_state: str | None, log: FactLog) 
         case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
             findings = [(Fact.HEADER_SEEN, 0, "")]
             if loaded:
-                findings += [_PACKAGE, (Fact.PACKAGE_LOADED, 0, ""), (Fact.LOADED, 0, "")]
-            current = _open_round(log)
-            if word == "postcopy-paused" and loaded:
-                findings += _broken(log)
-            elif word == "postcopy-recover" and current:
-                findings += [(Fact.RECONNECTED, current, "")]
-            elif word == "postcopy-active" and current:
-                findings += [(Fact.RESUME_ACK, current, "")]
+                findings += [_PACKAGE, (Fact.PACKAGE_LOADED, 0, ""), (Fact.LOADED, 0, ""), *_rounds(word, log)]
         case "completed":
             findings = [(Fact.HEADER_SEEN, 0, "")]
             if loaded:

@@ -13,6 +13,7 @@ from typing import Any, assert_never
 
 from vmferry.agent import channel as channels
 from vmferry.agent.machine import Machine
+from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
@@ -30,7 +31,7 @@ log = logging.getLogger("vmferry.agent")
 PREPARE_S = 30.0
 """The destination starts a QEMU; one that preallocates much memory takes seconds."""
 DIAL_S = 5.0
-READY_S = 2.0
+READY_S = 1.5
 GRANT_S = 5.0
 """The destination writes its journal and starts the CPUs; longer than this and it is asked again."""
 RELEASE_S = 2.0
@@ -130,7 +131,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
         attempt.credentials = job_credentials.make(attempt.job, "source", context.job_directory, now=context.utc_now())
         more["ca_pem"] = attempt.credentials.ca_pem_own.decode()
     attempt.note(Fact.PREPARE)
-    looking = asyncio.create_task(hardware.look(attempt.machine.execute), name=f"hardware-{attempt.job}")
+    beside = asyncio.create_task(_look_and_set(attempt, plan), name=f"configure-{attempt.job}")
     try:
         attempt.offer = await _call(
             attempt,
@@ -152,9 +153,9 @@ async def _prepare(attempt: SourceAttempt) -> None:
         attempt.note(Fact.TARGET_GONE, text=str(error), by="destination agent")
         raise
     finally:
-        await asyncio.wait({looking})
+        await asyncio.gather(beside, return_exceptions=True)
     there = hardware.HardwareView(tuple((str(k), str(v)) for k, v in attempt.offer["hardware"]))
-    wrong = hardware.differences(looking.result(), there)
+    wrong = hardware.differences(beside.result(), there)
     if wrong:
         raise PlanRefused(
             f"{wanted.destination} would build another machine than {attempt.vm} is: {'; '.join(wrong)}",
@@ -165,23 +166,24 @@ async def _prepare(attempt: SourceAttempt) -> None:
     attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
 
 
-async def _configure(attempt: SourceAttempt) -> None:
-    """Raises when QEMU refuses an option or reads back another value; nothing has started."""
-    plan, machine, context = attempt.plan, attempt.machine, attempt.context
-    assert plan is not None
+async def _look_and_set(attempt: SourceAttempt, plan: Plan) -> hardware.HardwareView:
+    """This side's part of the set-up, done while the destination starts its QEMU: look at the machine, set every
+    option, read back, compare. Raises when QEMU refuses an option or reads back another value."""
+    machine = attempt.machine
     if attempt.saved_options is None:
         attempt.saved_options = await read_options(machine)
-    if attempt.credentials is not None:
-        await machine.execute(
-            "object-add",
-            job_credentials.tls_creds_object(
-                attempt.job,
-                "source",
-                context.job_directory,
-                priority=job_credentials.tls_priority(attempt.machine.version),
-            ),
-        )
     await set_options(machine, plan.options.commands(Role.SOURCE), plan.options.expected(Role.SOURCE))
+    return await hardware.look(machine.execute)
+
+
+async def _configure(attempt: SourceAttempt) -> None:
+    """Options are set and read back already (`_look_and_set`); what is left needs the destination's certificate.
+    Raises when QEMU refuses it; nothing has started."""
+    context = attempt.context
+    if attempt.credentials is not None:
+        priority = job_credentials.tls_priority(attempt.machine.version)
+        creds = job_credentials.tls_creds_object(attempt.job, "source", context.job_directory, priority=priority)
+        await attempt.machine.execute("object-add", creds)
     attempt.note(Fact.CONFIGURED)
 
 
