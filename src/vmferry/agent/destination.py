@@ -97,7 +97,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         return destination_allows(effect, destination_view(self.facts, self.incoming()))
 
     def interruptible(self, effect: DestinationEffect) -> bool:
-        return effect is DestinationEffect.SPAWN
+        # Only a release ends it half-way: the row changes as soon as the QEMU is there, long before the offer is made.
+        return effect is DestinationEffect.SPAWN and Fact.RELEASE in self.facts
 
     async def act(self, effect: DestinationEffect) -> None:
         await self.context.destination_hands(self, effect)

@@ -149,7 +149,8 @@ async def _prepare(attempt: SourceAttempt) -> None:
     except HostUnreachable:
         raise
     except VmferryError as error:
-        # The destination answered: it refused and left nothing behind.
+        # The destination answered: it refused and left nothing behind. Its own words first: they give the exit code.
+        attempt.fail(error)
         attempt.note(Fact.TARGET_GONE, text=str(error), by="destination agent")
         raise
     finally:
