@@ -261,3 +261,28 @@ def from_wire(wire: Mapping[str, Any]) -> VmferryError:
         hint=wire.get("hint"),
         cause=wire.get("cause"),
     )
+
+
+def docs_markdown() -> str:
+    """The text of docs/exit-codes.md."""
+    lines = [
+        "# Exit codes",
+        "",
+        "<!-- made by tools/gen_docs.py from src/vmferry/errors.py; do not edit -->",
+        "",
+        "A code means one thing and is never reused. `--json` carries the same as `code` and `exit_code`, with the",
+        "answers to five questions: whose fault (`side`), how is the guest (`guest`), may I try again (`retry`),",
+        "what now (`hint`), what was the reason (`cause`, also from the other host). The columns show what a class",
+        "says if it knows no better.",
+        "",
+        "| exit code | code | meaning | guest | try again | hint |",
+        "|---|---|---|---|---|---|",
+        "| 0 | | What was asked for is done. | | | |",
+    ]
+    for cls in ERROR_CLASSES:
+        meaning = " ".join((cls.__doc__ or "").split())
+        lines.append(
+            f"| {cls.exit_code} | `{cls.code}` | {meaning} | {cls.default_guest} | {cls.default_retry} "
+            f"| {cls.default_hint} |"
+        )
+    return "\n".join(lines) + "\n"

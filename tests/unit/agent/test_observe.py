@@ -1,0 +1,215 @@
+"""What QEMU's words prove: every word, early or late, from every QEMU."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmferry.agent.observe import Finding, destination_findings, source_findings
+from vmferry.core.facts import Fact, FactLog
+from vmferry.core.migration_status import MigrationStatus as S
+from vmferry.core.status import derive_destination, destination_status, source_status
+
+F = Fact
+SWITCHED = {F.SETUP_DONE, F.SWITCHOVER, F.CONTINUE}
+
+
+def started() -> FactLog:
+    log = FactLog()
+    for fact in (F.MIGRATE, F.PREPARE, F.PLANNED, F.PAUSE_CAP, F.PREPARED, F.CONFIGURED, F.STARTED):
+        log = log.with_fact(fact)
+    return log
+
+
+def tell(log: FactLog, findings: tuple[Finding, ...]) -> FactLog:
+    for fact, round_no, text in findings:
+        log = log.with_fact(fact, round_no=round_no, text=text)
+        if fact is F.PACKAGE_LOADED:
+            log = log.with_fact(F.POSTCOPY_ANNOUNCED)
+    return log
+
+
+def hear(*words: str | None, log: FactLog | None = None, has_proof: bool = True) -> FactLog:
+    log = started() if log is None else log
+    for word in words:
+        log = tell(log, source_findings(word, log, has_proof=has_proof))
+    return log
+
+
+def new_facts(word: str | None, log: FactLog, *, has_proof: bool = True) -> set[Fact]:
+    return {fact for fact, _, _ in source_findings(word, log, has_proof=has_proof)}
+
+
+@pytest.mark.parametrize("word", [None, "none", "setup", "failing", "failed"])
+def test_words_that_prove_nothing_by_themselves(word: str | None) -> None:
+    assert source_findings(word, started(), has_proof=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("word", "facts"),
+    [
+        ("wait-unplug", {F.UNPLUG_WAIT}),
+        ("active", {F.SETUP_DONE}),
+        ("pre-switchover", {F.SETUP_DONE, F.SWITCHOVER}),
+        ("device", SWITCHED),
+        ("postcopy-device", SWITCHED | {F.PACKAGE_SENT}),
+        ("postcopy-active", SWITCHED | {F.PACKAGE_SENT, F.PACKAGE_LOADED}),
+        ("postcopy-paused", SWITCHED | {F.PACKAGE_SENT, F.PACKAGE_LOADED, F.LINK_LOST}),
+        ("postcopy-recover-setup", SWITCHED | {F.PACKAGE_SENT, F.PACKAGE_LOADED, F.LINK_LOST, F.RESUME_WANTED}),
+        (
+            "postcopy-recover",
+            SWITCHED | {F.PACKAGE_SENT, F.PACKAGE_LOADED, F.LINK_LOST, F.RESUME_WANTED, F.RECONNECTED},
+        ),
+        ("completed", SWITCHED | {F.ALL_SENT, F.PEER_ACK}),
+        ("colo", {F.COLO}),
+        ("multiplying", {F.UNKNOWN_STATUS}),
+    ],
+)
+def test_a_word_proves_everything_that_came_before_it(word: str, facts: set[Fact]) -> None:
+    assert new_facts(word, started()) == facts
+
+
+LATE = ("wait-unplug", "active", "pre-switchover", "device", "postcopy-device", "postcopy-active", "postcopy-paused",
+        "postcopy-recover-setup", "postcopy-recover")  # fmt: skip
+
+
+@pytest.mark.proves("S1", "S20", "S83")
+@pytest.mark.parametrize("word", LATE)
+def test_an_agent_that_comes_late_shows_what_qemu_says(word: str) -> None:
+    """After a restart one word must be enough: our status is QEMU's own."""
+    assert source_status(hear(word)) is S(word)
+
+
+@pytest.mark.proves("S2", "S83")
+def test_the_whole_series_of_words_gives_the_same_statuses() -> None:
+    words = [
+        *("setup", "wait-unplug", "active", "pre-switchover", "device", "postcopy-device", "postcopy-active"),
+        *("postcopy-paused", "postcopy-recover-setup", "postcopy-recover", "postcopy-active"),
+        *("postcopy-paused", "postcopy-recover-setup", "postcopy-paused", "postcopy-recover-setup"),
+        *("postcopy-recover", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover", "postcopy-active"),
+    ]
+    log = started()
+    for word in words:
+        log = hear(word, log=log)
+        assert source_status(log) is S(word)
+    log = hear("completed", log=log.with_fact(F.GRANT_SENT).with_fact(F.RUN_ACKED))
+    assert source_status(log) is S.COMPLETED
+
+
+def test_the_same_word_twice_is_one_round() -> None:
+    assert hear("postcopy-paused", "postcopy-paused").last_round(F.LINK_LOST) == 1
+    assert hear("postcopy-recover", "postcopy-recover").last_round(F.LINK_LOST) == 1
+
+
+def test_a_loss_that_was_not_heard_of_is_a_round_of_its_own() -> None:
+    log = hear("postcopy-paused", "postcopy-recover-setup", "postcopy-recover", "postcopy-active")
+    missed = hear("postcopy-recover", log=log)
+    assert missed.last_round(F.LINK_LOST) == 2
+    assert source_status(missed) is S.POSTCOPY_RECOVER
+
+
+def test_the_guest_gave_its_failover_devices_back_when_memory_moves() -> None:
+    assert F.UNPLUG_DONE not in hear("active")
+    assert F.UNPLUG_DONE in hear("wait-unplug", "active")
+
+
+@pytest.mark.proves("S27", "S28")
+def test_an_old_qemu_says_postcopy_active_before_the_destination_loaded() -> None:
+    log = hear("active", "postcopy-active", has_proof=False)
+    assert F.PACKAGE_LOADED not in log
+    assert source_status(log) is S.POSTCOPY_DEVICE
+    proven = log.with_fact(F.PACKAGE_LOADED)
+    assert source_status(proven) is S.POSTCOPY_ACTIVE
+
+
+@pytest.mark.parametrize("has_proof", [True, False])
+def test_the_result_of_the_destination_proves_the_load_too(has_proof: bool) -> None:
+    lost_event = hear("postcopy-device", "completed", has_proof=has_proof)
+    assert F.PACKAGE_LOADED in lost_event
+    assert source_status(lost_event.with_fact(F.RUN_ACKED)) is S.COMPLETED
+    assert F.PACKAGE_LOADED not in hear("device", "completed")
+
+
+@pytest.mark.parametrize("word", ["cancelling", "cancelled"])
+def test_a_cancel_by_somebody_else_is_heard_and_our_own_is_known(word: str) -> None:
+    foreign = hear(word)
+    entry = foreign.entry(F.CANCEL)
+    assert entry is not None
+    assert "own monitor" in entry.text
+    assert new_facts(word, started().with_fact(F.CANCEL)) == set()
+    assert new_facts(word, started().with_fact(F.ERROR)) == set()
+
+
+@pytest.mark.proves("S5", "S80")
+def test_words_that_nobody_has_heard_of_are_counted() -> None:
+    log = hear("multiplying", "dividing")
+    assert log.last_round(F.UNKNOWN_STATUS) == 2
+    assert [entry.text for entry in log if entry.fact is F.UNKNOWN_STATUS] == ["multiplying", "dividing"]
+    assert source_status(log) is S.SETUP
+
+
+# --- the destination ------------------------------------------------------------------------------------
+
+
+def place() -> FactLog:
+    return FactLog().with_fact(F.PREPARE)
+
+
+def arrive(*pairs: tuple[str | None, str | None], log: FactLog | None = None) -> FactLog:
+    log = place() if log is None else log
+    for word, run_state in pairs:
+        log = tell(log, destination_findings(word, run_state, log))
+    return log
+
+
+@pytest.mark.parametrize("word", [None, "none", "failing", "failed", "cancelling", "cancelled"])
+def test_words_of_the_destination_that_prove_nothing_by_themselves(word: str | None) -> None:
+    assert destination_findings(word, "inmigrate", place()) == ()
+
+
+@pytest.mark.proves("S37", "S38")
+def test_the_destination_has_loaded_only_when_it_left_inmigrate() -> None:
+    early = arrive(("setup", "inmigrate"), ("active", "inmigrate"), ("postcopy-active", "inmigrate"))
+    assert F.LOADED not in early
+    assert destination_status(early) is S.ACTIVE
+    loaded = arrive(("postcopy-active", "paused"), log=early)
+    assert F.LOADED in loaded
+    assert destination_status(loaded) is S.POSTCOPY_ACTIVE
+    assert F.TARGET_RAN not in loaded
+
+
+def test_the_destination_of_a_precopy() -> None:
+    log = arrive(("setup", "inmigrate"), ("active", "inmigrate"), ("completed", "inmigrate"))
+    assert F.ALL_SENT not in log
+    log = arrive(("completed", "paused"), log=log)
+    assert F.LOADED in log
+    assert destination_status(log) is S.COMPLETED
+
+
+@pytest.mark.proves("S37")
+def test_the_destination_of_a_postcopy_that_breaks_and_heals() -> None:
+    log = place()
+    for word in ("setup", "active", "postcopy-device", "postcopy-active", "postcopy-paused",
+                 "postcopy-recover-setup", "postcopy-recover", "postcopy-paused", "postcopy-recover",
+                 "postcopy-active", "completed"):  # fmt: skip
+        state = "inmigrate" if word in ("setup", "active", "postcopy-device") else "running"
+        log = arrive((word, state), log=log)
+        assert destination_status(log) is S(word), word
+    assert log.last_round(F.LINK_LOST) == 2
+
+
+@pytest.mark.parametrize(
+    "word", ["postcopy-active", "postcopy-paused", "postcopy-recover-setup", "postcopy-recover", "completed"]
+)
+def test_an_agent_that_comes_late_shows_what_the_destination_says(word: str) -> None:
+    assert destination_status(arrive((word, "paused"))) is S(word)
+
+
+@pytest.mark.proves("S44")
+def test_a_running_destination_has_run() -> None:
+    log = arrive(("completed", "running"))
+    assert F.TARGET_RAN in log
+    assert derive_destination(log).because == (F.ALL_SENT,)
+
+
+def test_words_of_the_destination_that_nobody_has_heard_of_are_counted() -> None:
+    assert arrive(("multiplying", None), ("dividing", None)).last_round(F.UNKNOWN_STATUS) == 2

@@ -1,0 +1,195 @@
+"""From facts and readings to the questions of the tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vmferry.core.facts import Fact, FactLog
+from vmferry.core.migration_status import MigrationStatus
+from vmferry.core.view import (
+    SOURCE_WORDS,
+    Change,
+    Cpus,
+    DestinationView,
+    Grant,
+    Held,
+    Incoming,
+    Ran,
+    Readings,
+    Source,
+    SourceView,
+    Step,
+    Target,
+    Want,
+    Wish,
+    answers,
+    cpus_from,
+    destination_view,
+    source_view,
+    source_word,
+)
+
+F = Fact
+FactOrRound = Fact | tuple[Fact, int]
+
+
+def log_of(*steps: FactOrRound) -> FactLog:
+    log = FactLog()
+    for step in steps:
+        fact, round_no = step if isinstance(step, tuple) else (step, 0)
+        log = log.with_fact(fact, round_no=round_no)
+    return log
+
+
+@pytest.mark.proves("S29", "S64")
+def test_every_word_of_qemu_is_translated() -> None:
+    assert set(SOURCE_WORDS) == {status.value for status in MigrationStatus}
+
+
+@pytest.mark.proves("S80")
+def test_a_word_that_nobody_has_heard_of_is_unknown_and_no_word_is_idle() -> None:
+    assert source_word("multiplying") is Source.UNKNOWN
+    assert source_word(None) is Source.IDLE
+    assert source_word("postcopy-recover") is Source.BROKEN
+
+
+@pytest.mark.parametrize(
+    ("run_state", "running_before", "source", "expected"),
+    [
+        (None, True, Source.BACK, Cpus.UNKNOWN),
+        ("running", True, Source.BACK, Cpus.AS_BEFORE),
+        ("running", False, Source.BACK, Cpus.AS_BEFORE),
+        ("finish-migrate", True, Source.BACK, Cpus.STUCK),
+        ("finish-migrate", True, Source.SWITCHING, Cpus.STOPPED),
+        ("paused", False, Source.BACK, Cpus.AS_BEFORE),
+        ("prelaunch", False, Source.IDLE, Cpus.AS_BEFORE),
+        ("postmigrate", False, Source.DONE, Cpus.STOPPED),
+        ("paused", True, Source.BACK, Cpus.STOPPED),
+        ("postmigrate", True, Source.DONE, Cpus.STOPPED),
+        ("io-error", True, Source.BACK, Cpus.STOPPED),
+    ],
+)
+def test_the_cpus_against_what_their_owner_wanted(
+    run_state: str | None, running_before: bool, source: Source, expected: Cpus
+) -> None:
+    assert cpus_from(run_state, running_before=running_before, source=source) is expected
+
+
+def test_a_new_attempt_wants_to_go_and_knows_nothing() -> None:
+    assert source_view(FactLog(), Readings()) == SourceView(
+        Want.GO, Step.NEW, Source.IDLE, Cpus.UNKNOWN, Target.ABSENT, Grant.NONE, Change.NONE
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "step"),
+    [
+        ((F.PLANNED,), Step.PLANNED),
+        ((F.PLANNED, F.PREPARED), Step.PREPARED),
+        ((F.PLANNED, F.PREPARED, F.CONFIGURED), Step.CONFIGURED),
+        ((F.STARTED,), Step.STARTED),
+    ],
+)
+def test_how_far_the_set_up_got(facts: tuple[Fact, ...], step: Step) -> None:
+    assert source_view(log_of(*facts), Readings()).step is step
+
+
+@pytest.mark.parametrize("fact", [F.CANCEL, F.ERROR])
+def test_a_cancel_and_an_error_both_lead_back(fact: Fact) -> None:
+    assert source_view(log_of(fact), Readings()).want is Want.BACK
+
+
+@pytest.mark.parametrize(
+    ("facts", "target"),
+    [
+        ((), Target.ABSENT),
+        ((F.PREPARE,), Target.PREPARED),
+        ((F.PREPARE, F.TARGET_READY), Target.READY),
+        ((F.PREPARE, F.TARGET_READY, F.LOADED), Target.LOADED),
+        ((F.PREPARE, F.LOADED, (F.START_REFUSED, 1)), Target.REFUSED),
+        ((F.PREPARE, F.LOADED, F.RUN_ACKED), Target.RAN),
+        ((F.PREPARE, F.TARGET_GONE), Target.GONE),
+        ((F.PREPARE, F.RUN_ACKED, F.TARGET_DIED), Target.DIED),
+        ((F.GRANT_SENT,), Target.PREPARED),
+    ],
+)
+def test_what_is_known_of_the_destination(facts: tuple[FactOrRound, ...], target: Target) -> None:
+    assert source_view(log_of(*facts), Readings()).target is target
+
+
+def test_proofs_outlive_silence_and_nothing_else_does() -> None:
+    silent = Readings(target_answers=False)
+    for proof in (F.RUN_ACKED, F.TARGET_GONE, F.TARGET_DIED):
+        spoken = source_view(log_of(F.PREPARE, proof), Readings())
+        assert source_view(log_of(F.PREPARE, proof), silent) == spoken
+    assert source_view(log_of(F.PREPARE, F.LOADED), silent).target is Target.UNKNOWN
+    assert source_view(log_of(F.GRANT_SENT), silent).target is Target.UNKNOWN
+    assert source_view(FactLog(), silent).target is Target.ABSENT
+
+
+def test_the_grant_is_held_when_durable_and_sent_when_it_may_have_arrived() -> None:
+    assert source_view(log_of(F.COMMITTED), Readings()).grant is Grant.HELD
+    assert source_view(log_of(F.COMMITTED, F.GRANT_SENT), Readings()).grant is Grant.SENT
+
+
+def test_a_postcopy_that_was_asked_for_is_due_until_qemu_took_the_order() -> None:
+    assert source_view(log_of(F.START_POSTCOPY), Readings()).change is Change.POSTCOPY
+    assert source_view(log_of(F.START_POSTCOPY, F.POSTCOPY_TOLD), Readings()).change is Change.NONE
+
+
+def test_a_source_that_is_gone_had_given_everything_away_or_not() -> None:
+    reading = Readings(source=Source.POSTCOPY, cpus=Cpus.STOPPED)
+    gone = source_view(log_of(F.SOURCE_GONE), reading)
+    assert (gone.source, gone.cpus) == (Source.GONE, Cpus.UNKNOWN)
+    retired = source_view(log_of(F.ALL_SENT, F.SOURCE_GONE), reading)
+    assert (retired.source, retired.cpus) == (Source.RETIRED, Cpus.UNKNOWN)
+    assert source_view(FactLog(), reading).source is Source.POSTCOPY
+
+
+@pytest.mark.parametrize(
+    ("facts", "ran"),
+    [
+        ((), Ran.NO),
+        (((F.START_SENT, 1),), Ran.UNKNOWN),
+        (((F.START_SENT, 1), (F.START_REFUSED, 1)), Ran.NO),
+        (((F.START_SENT, 1), (F.START_REFUSED, 1), (F.START_SENT, 2)), Ran.UNKNOWN),
+        (((F.START_SENT, 1), F.TARGET_RAN), Ran.YES),
+        ((F.TARGET_RAN,), Ran.YES),
+    ],
+)
+def test_whether_the_guest_ever_ran_on_the_destination(facts: tuple[FactOrRound, ...], ran: Ran) -> None:
+    assert destination_view(log_of(*facts), Incoming.LOADED).ran is ran
+
+
+@pytest.mark.parametrize(
+    ("facts", "held"),
+    [
+        ((), Held.NO),
+        (((F.GRANTED, 1),), Held.NO),
+        ((F.COMMITTED, (F.GRANTED, 1)), Held.YES),
+        ((F.COMMITTED, (F.GRANTED, 1), (F.START_REFUSED, 1)), Held.NO),
+        ((F.COMMITTED, (F.GRANTED, 1), (F.START_REFUSED, 1), (F.GRANTED, 2)), Held.YES),
+    ],
+)
+def test_an_order_needs_a_durable_commit_and_is_used_up_by_a_refusal(
+    facts: tuple[FactOrRound, ...], held: Held
+) -> None:
+    assert destination_view(log_of(*facts), Incoming.LOADED).held is held
+
+
+def test_what_the_source_wants_of_the_destination() -> None:
+    assert destination_view(FactLog(), Incoming.NONE) == DestinationView(Wish.KEEP, Held.NO, Incoming.NONE, Ran.NO)
+    assert destination_view(log_of(F.RELEASE), Incoming.NONE).wish is Wish.DROP
+
+
+def test_answers_lists_every_answer_and_knows_no_other_question() -> None:
+    assert answers(SourceView, "target") == tuple(Target)
+    assert answers(DestinationView, "wish") == (Wish.KEEP, Wish.DROP)
+    with pytest.raises(AssertionError, match="no question 'weather'|no question weather"):
+        answers(SourceView, "weather")
+
+
+def test_readings_are_replaced_whole() -> None:
+    assert replace(Readings(), source=Source.DONE) == Readings(source=Source.DONE)
