@@ -23,6 +23,9 @@ from vmferry.units import MIB
 KERNEL_MIB = 112
 """What Linux and the guest's program need beside the memory that is checked."""
 CHECKED_MIB = 96
+"""About a second of checking under TCG."""
+DISK_BLOCKS = 40
+DISK_WRITE_MS = 20
 DISK_BYTES = 16 * MIB
 ARRIVAL_S = 60.0
 NEWS_S = 5.0
@@ -58,6 +61,8 @@ class GuestWish:
             check_mib_per_s=self.check_mib_per_s,
             tick_ms=self.tick_ms,
             disk="vda",
+            disk_blocks=DISK_BLOCKS,
+            disk_write_ms=DISK_WRITE_MS,
         )
 
 

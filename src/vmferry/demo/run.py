@@ -46,7 +46,8 @@ class DemoWish:
         if self.dirty_mib_per_s < 0:
             raise UsageError("--dirty: a rate cannot be below 0")
         wish = GuestWish(name=VM, memory_mib=memory_bytes // MIB, dirty_mib_per_s=self.dirty_mib_per_s)
-        return wish if wish.regions_mib else wish
+        assert wish.regions_mib, "it raises where there is no room"
+        return wish
 
 
 def run_demo(wish: DemoWish) -> tuple[dict[str, Any], int]:
@@ -140,9 +141,7 @@ def _wait_checked(console: SerialReader) -> list[str]:
     return complaints
 
 
-def _say_verdict(
-    found: GuestReport, guest: GuestWish, wire: dict[str, Any], complaints: list[str], say: Say
-) -> None:
+def _say_verdict(found: GuestReport, guest: GuestWish, wire: dict[str, Any], complaints: list[str], say: Say) -> None:
     if complaints:
         say("\nIT IS BROKEN: " + "; ".join(complaints) + ".")
         return

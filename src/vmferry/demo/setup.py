@@ -9,20 +9,24 @@ goes through the `vmferry` command as they would run it.
 Rule 1: everything lies in one folder with a name that nobody else has. A process of ours has that folder in
         its command line, and `close` ends exactly those processes: QEMUs outlive their agents on purpose.
 Rule 2: `close` is complete also when the start was interrupted half-way, and may be called again.
+Rule 3: orphans become children of this process while a pair exists (it is their subreaper), so that a QEMU whose
+        agent has ended is reaped here and not left to a container's first process, which may not care.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +44,7 @@ READY_S = 20.0
 END_S = 10.0
 """How long an agent may take to end before it is killed."""
 COMMAND_S = 60.0
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(slots=True)
@@ -143,7 +148,7 @@ class TwoAgents:
         self.qemu, self.clear_text = qemu, clear_text
         self.folder = Path(tempfile.mkdtemp(prefix="vmferry-demo-", dir=_scratch()))
         self._nets: TwoHosts | None = None
-        self._logs: list[SerialReader] = []
+        _adopt_orphans(True)
         try:
             self._nets = TwoHosts.create()
             self.a = AgentHost("host-a", self._nets.a, self.folder / "a")
@@ -214,6 +219,7 @@ class TwoAgents:
             kill_processes_of(self.folder)
             if self._nets is not None:
                 self._nets.close()
+            _adopt_orphans(False)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -228,7 +234,7 @@ class TwoAgents:
 def kill_processes_of(folder: Path) -> None:
     """SIGKILL to every process with the folder in its command line (but this one), and waits for their end."""
     mark = os.fsencode(f"{folder}/")
-    killed = []
+    killed: list[int] = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
@@ -237,21 +243,21 @@ def kill_processes_of(folder: Path) -> None:
             is_ours = identity is not None and mark in (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended
-        if identity is not None and is_ours and vm_spawn.kill(identity):
-            killed.append(identity)
-    for identity in killed:
-        pidfd = vm_spawn.open_process(identity)
+        pidfd = vm_spawn.open_process(identity) if identity is not None and is_ours else None
         if pidfd is not None:
-            _wait_readable(pidfd, END_S)
-            os.close(pidfd)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            killed.append(pidfd)
+    for pidfd in killed:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll(END_S * 1000)
+        vm_spawn.reap(pidfd)
+        os.close(pidfd)
 
 
-def _wait_readable(descriptor: int, timeout_s: float) -> None:
-    import select
-
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    poll.poll(timeout_s * 1000)
+def _adopt_orphans(wanted: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -265,7 +271,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_wait() -> Any:
+def _signals_wait() -> Iterator[None]:
     """SIGINT and SIGTERM stay pending while the block runs, so that nothing is left behind half-way."""
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
