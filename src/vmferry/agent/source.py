@@ -287,15 +287,18 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._polled_s = self.clock.now_s()
         self._stale = False
         self.hear_word(info.get("status"))
-        self._count(info)
+        self.count(info)
 
-    def _count(self, info: dict[str, Any]) -> None:
+    def count(self, info: dict[str, Any]) -> None:
+        """Takes QEMU's counters over: what query-migrate said."""
         ram = info.get("ram") or {}
         measured = self.measured
         if ram:
             measured.transferred_bytes = int(ram.get("transferred", 0))
             measured.total_bytes = int(ram.get("total", 0))
             measured.remaining_bytes = int(ram.get("remaining", 0))
+            measured.normal_pages = int(ram.get("normal", 0))
+            measured.zero_pages = int(ram.get("duplicate", 0))
             measured.mbps = float(ram.get("mbps", 0.0))
             measured.passes = int(ram.get("dirty-sync-count", measured.passes or 0))
         measured.throttle_percent = int(info.get("cpu-throttle-percentage", 0))

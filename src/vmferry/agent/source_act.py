@@ -279,6 +279,10 @@ async def _retire(attempt: SourceAttempt) -> None:
     attempt.kept.is_leaving = True
     await attempt.context.journal.append(Entry.FORGOTTEN, attempt.vm, {"job": attempt.job})
     attempt.measured.ended_s = attempt.clock.wall_s()
+    try:
+        attempt.count(await attempt.machine.migration())  # the last word on bytes and times
+    except QemuError as error:
+        log.info("job=%s vm=%s command=query-migrate result=%s", attempt.job, attempt.vm, error)
     await attempt.machine.quit()
     attempt.note(Fact.SOURCE_RETIRED)
     attempt.note(Fact.SOURCE_GONE, by="kernel")

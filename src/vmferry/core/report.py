@@ -40,6 +40,9 @@ class Measured:
     total_bytes: int | None = None
     remaining_bytes: int | None = None
     passes: int | None = None
+    normal_pages: int | None = None
+    zero_pages: int | None = None
+    """Pages sent whole, and pages sent as 'all zero'."""
     mbps: float | None = None
     throttle_percent: int | None = None
     """How much auto-converge slows the guest's CPUs."""
@@ -165,6 +168,8 @@ def job_wire(
         "transferred_bytes": measured.transferred_bytes,
         "total_bytes": measured.total_bytes,
         "remaining_bytes": measured.remaining_bytes,
+        "normal_pages": measured.normal_pages,
+        "zero_pages": measured.zero_pages,
         "remaining_by_source": measured.remaining_by_source,
         "throttle_percent": measured.throttle_percent,
         "passes": measured.passes,
