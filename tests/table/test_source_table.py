@@ -96,7 +96,6 @@ def test_a_limit_and_what_follows_it_come_together(row: Row[Effect]) -> None:
     assert row.limit_ms is None or row.limit_ms > 0
 
 
-@pytest.mark.proves("S36")
 @by_label
 def test_a_row_that_only_waits_says_for_what_or_what_a_person_can_do(row: Row[Effect]) -> None:
     assert row.why.endswith(".")
@@ -104,14 +103,12 @@ def test_a_row_that_only_waits_says_for_what_or_what_a_person_can_do(row: Row[Ef
         assert row.action or row.outcome in (Outcome.PENDING, Outcome.DESTINATION)
 
 
-@pytest.mark.proves("S36")
 @by_label
 def test_a_guest_that_is_held_or_in_doubt_comes_with_an_action(row: Row[Effect]) -> None:
     if row.outcome in (Outcome.HELD, Outcome.UNCERTAIN, Outcome.DEGRADED):
         assert row.action
 
 
-@pytest.mark.proves("S36")
 def test_nobody_waits_for_ever_with_the_guest_paused_on_both_sides() -> None:
     """Paused here and never run there: the row acts, has a limit, or names an action.
 
@@ -144,7 +141,6 @@ def test_the_commit_comes_before_the_grant_and_after_the_start_of_the_switchover
         assert view.source in (Source.SWITCHING, Source.POSTCOPY, Source.DONE)
 
 
-@pytest.mark.proves("S35")
 def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
     for view in where(Effect.RESUME_SOURCE):
         assert view.want is Want.BACK
@@ -154,7 +150,6 @@ def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
         assert view.cpus is Cpus.STOPPED
 
 
-@pytest.mark.proves("S35")
 def test_a_cancel_before_the_grant_always_ends_with_the_guest_here_or_with_an_action() -> None:
     """With an unsent grant, a living source and a destination that never ran, the table leads back."""
     leads_back = {"P-back-release", "P-back-clean", "B-cancel", "B-ending", "B-resume", "B-release", "B-clean"}

@@ -69,7 +69,6 @@ def test_an_unknown_code_becomes_the_plain_error() -> None:
     assert from_wire({}).message == "no message"
 
 
-@pytest.mark.proves("S115")
 def test_a_cause_is_a_chain_that_crosses_hosts() -> None:
     there = MigrationFailed("the device is missing", side="destination")
     here = Busy("vm1 is busy", cause=there)

@@ -112,7 +112,7 @@ def test_the_guest_gave_its_failover_devices_back_when_memory_moves() -> None:
     assert F.UNPLUG_DONE in hear("wait-unplug", "active")
 
 
-@pytest.mark.proves("S27", "S28")
+@pytest.mark.proves("S27")
 def test_an_old_qemu_says_postcopy_active_before_the_destination_loaded() -> None:
     log = hear("active", "postcopy-active", has_proof=False)
     assert F.PACKAGE_LOADED not in log
@@ -139,7 +139,6 @@ def test_a_cancel_by_somebody_else_is_heard_and_our_own_is_known(word: str) -> N
     assert new_facts(word, started().with_fact(F.ERROR)) == set()
 
 
-@pytest.mark.proves("S5", "S80")
 def test_words_that_nobody_has_heard_of_are_counted() -> None:
     log = hear("multiplying", "dividing")
     assert log.last_round(F.UNKNOWN_STATUS) == 2

@@ -62,7 +62,7 @@ START_REFUSED: tuple[Scene, ...] = (
 )
 
 
-@pytest.mark.proves("S6", "S19", "S43")
+@pytest.mark.proves("S6", "S19")
 @pytest.mark.parametrize("play", [PRECOPY, POSTCOPY, CANCEL, START_REFUSED], ids=["pre", "post", "cancel", "refused"])
 def test_a_play_of_the_source(play: tuple[Scene, ...]) -> None:
     log = FactLog()
@@ -95,7 +95,7 @@ def test_a_restart_with_a_commit_counts_the_grant_as_sent_and_only_the_destinati
     assert decide_source(gone, Readings(source=S.BACK, cpus=Cpus.STOPPED)).do is E.RESUME_SOURCE
 
 
-@pytest.mark.proves("S38", "S39", "S46")
+@pytest.mark.proves("S38", "S39")
 def test_a_play_of_the_destination() -> None:
     log = FactLog().with_fact(F.PREPARE)
     assert decide_destination(log, Incoming.NONE).do is DestinationEffect.SPAWN

@@ -48,7 +48,6 @@ def test_every_word_of_qemu_is_translated() -> None:
     assert set(SOURCE_WORDS) == {status.value for status in MigrationStatus}
 
 
-@pytest.mark.proves("S80")
 def test_a_word_that_nobody_has_heard_of_is_unknown_and_no_word_is_idle() -> None:
     assert source_word("multiplying") is Source.UNKNOWN
     assert source_word(None) is Source.IDLE
@@ -187,7 +186,7 @@ def test_what_the_source_wants_of_the_destination() -> None:
 def test_answers_lists_every_answer_and_knows_no_other_question() -> None:
     assert answers(SourceView, "target") == tuple(Target)
     assert answers(DestinationView, "wish") == (Wish.KEEP, Wish.DROP)
-    with pytest.raises(AssertionError, match="no question 'weather'|no question weather"):
+    with pytest.raises(AssertionError, match="no question weather"):
         answers(SourceView, "weather")
 
 

@@ -1,0 +1,226 @@
+"""The journal: what it says after a restart, what it survives, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmferry.errors import Unfit
+from vmferry.jobs import journal as journal_module
+from vmferry.jobs.journal import Entry, Journal, Written, replay
+
+
+def entries(*rows: tuple[Entry, str, dict[str, Any]]) -> list[Written]:
+    return [Written(number, kind, subject, body) for number, (kind, subject, body) in enumerate(rows, 1)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "journal.sqlite"
+
+
+# --- replay, pure ---------------------------------------------------------------------------------------
+
+
+def test_an_empty_journal_says_nothing() -> None:
+    state = replay([])
+    assert (state.vms, state.jobs) == ({}, {})
+
+
+def test_vms_are_kept_until_they_are_forgotten_and_the_newest_definition_counts() -> None:
+    state = replay(
+        entries(
+            (Entry.KEPT, "web1", {"generation": 1}),
+            (Entry.KEPT, "web1", {"generation": 2}),
+            (Entry.KEPT, "db1", {}),
+            (Entry.FORGOTTEN, "db1", {}),
+            (Entry.FORGOTTEN, "never-here", {}),
+        )
+    )
+    assert state.vms == {"web1": {"generation": 2}}
+
+
+def test_both_roles_of_a_job_are_told_apart() -> None:
+    state = replay(entries((Entry.WANTED, "j1", {"vm": "web1"}), (Entry.PLACE_WANTED, "j2", {"vm": "db1"})))
+    assert [(job.job, job.role, job.body["vm"]) for job in state.jobs.values()] == [
+        ("j1", "source", "web1"),
+        ("j2", "destination", "db1"),
+    ]
+
+
+def test_what_holds_of_a_job_is_a_matter_of_its_entries() -> None:
+    first = replay(entries((Entry.WANTED, "j1", {}))).jobs["j1"]
+    assert (first.cancel_wanted, first.committed_generation, first.renounced, first.ended) == (False, None, False, None)
+    last = replay(
+        entries(
+            (Entry.WANTED, "j1", {}),
+            (Entry.CANCEL_WANTED, "j1", {}),
+            (Entry.COMMITTED, "j1", {"generation": 7}),
+            (Entry.RENOUNCED, "j1", {}),
+            (Entry.ENDED, "j1", {"outcome": "source"}),
+        )
+    ).jobs["j1"]
+    assert (last.cancel_wanted, last.committed_generation, last.renounced) == (True, 7, True)
+    assert last.ended == {"outcome": "source"}
+
+
+def test_a_dismissed_job_is_forgotten_and_late_entries_of_it_say_nothing() -> None:
+    late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
+    state = replay(entries((Entry.WANTED, "j1", {}), (Entry.DISMISSED, "j1", {}), *late))
+    assert state.jobs == {}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(Entry), st.sampled_from(["a", "b"]), st.just({"generation": 1})),
+        max_size=20,
+    )
+)
+def test_any_prefix_of_any_journal_can_be_replayed(rows: list[tuple[Entry, str, dict[str, Any]]]) -> None:
+    """An agent may die between any two entries."""
+    for length in range(len(rows) + 1):
+        state = replay(entries(*rows[:length]))
+        assert all(job.role in ("source", "destination") for job in state.jobs.values())
+
+
+# --- on the disk ----------------------------------------------------------------------------------------
+
+
+async def test_what_was_appended_is_read_back_in_order(path: Path) -> None:
+    journal = Journal(path)
+    await journal.append(Entry.WANTED, "j1", {"vm": "wéb1", "options": {"a": [1, 2]}})
+    await journal.append(Entry.COMMITTED, "j1", {"generation": 2})
+    await journal.append(Entry.DISMISSED, "j9")
+    written = [(entry.kind, entry.subject, entry.body) for entry in journal.read()]
+    journal.close()
+    assert written == [
+        (Entry.WANTED, "j1", {"vm": "wéb1", "options": {"a": [1, 2]}}),
+        (Entry.COMMITTED, "j1", {"generation": 2}),
+        (Entry.DISMISSED, "j9", {}),
+    ]
+
+
+async def test_appends_at_the_same_time_keep_their_order(path: Path) -> None:
+    journal = Journal(path)
+    await asyncio.gather(*(journal.append(Entry.KEPT, f"vm{n}", {"n": n}) for n in range(50)))
+    assert [entry.body["n"] for entry in journal.read()] == list(range(50))
+    journal.close()
+
+
+CHILD = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from vmferry.jobs.journal import Entry, Journal
+
+async def main():
+    journal = Journal(Path(sys.argv[1]))
+    await journal.append(Entry.COMMITTED, "j1", {"generation": 3})
+    print("on the disk", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def test_an_entry_survives_a_kill_right_after_it(path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD, path], capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "on the disk\n"
+    journal = Journal(path)
+    assert [(entry.kind, entry.body) for entry in journal.read()] == [(Entry.COMMITTED, {"generation": 3})]
+    journal.close()
+
+
+def test_a_second_agent_cannot_open_the_journal_of_a_live_one(path: Path) -> None:
+    first = Journal(path)
+    with pytest.raises(Unfit, match="cannot be used") as caught:
+        Journal(path)
+    assert "another agent" in caught.value.hint
+    first.close()
+    Journal(path).close()
+
+
+def test_a_file_that_is_no_journal_is_refused_and_left_as_it_is(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database" * 100)
+    with pytest.raises(Unfit):
+        Journal(path)
+    assert path.read_bytes() == b"not a database" * 100
+
+
+def test_a_damaged_journal_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal(path).close()
+    connect = sqlite3.connect
+
+    class Damaged(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            return super().execute("SELECT 'page 3 is not right'" if "quick_check" in sql else sql, *parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "factory": Damaged}))
+    with pytest.raises(Unfit, match="page 3 is not right"):
+        Journal(path)
+
+
+async def test_a_full_disk_is_told_and_the_entry_is_not_there(path: Path) -> None:
+    journal = Journal(path)
+    await journal.append(Entry.WANTED, "j1")
+    pages = journal._thread.submit(lambda: journal._db.execute("PRAGMA page_count").fetchone()[0]).result()
+    journal._thread.submit(lambda: journal._db.execute(f"PRAGMA max_page_count={pages}").fetchall()).result()
+    with pytest.raises(Unfit, match="cannot be written") as caught:
+        await journal.append(Entry.COMMITTED, "j1", {"generation": 1, "padding": "x" * 100_000})
+    assert caught.value.retry == "yes"
+    assert [entry.kind for entry in journal.read()] == [Entry.WANTED]
+    journal._thread.submit(lambda: journal._db.execute("PRAGMA max_page_count=100000").fetchall()).result()
+    await journal.append(Entry.COMMITTED, "j1", {"generation": 1})
+    assert len(journal.read()) == 2
+    journal.close()
+
+
+async def test_a_waiter_that_is_cancelled_leaves_a_whole_entry(path: Path) -> None:
+    journal = Journal(path)
+    task = asyncio.create_task(journal.append(Entry.KEPT, "web1", {"n": 1}))
+    await asyncio.wait({asyncio.create_task(asyncio.sleep(0))})
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [entry.subject for entry in journal.read()] == ["web1"], "reads queue behind the append"
+    journal.close()
+
+
+async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "KEEP_ENDED_JOBS", 2)
+    journal = Journal(path)
+    for generation in (1, 2):
+        await journal.append(Entry.KEPT, "web1", {"generation": generation})
+    for number in range(4):
+        await journal.append(Entry.WANTED, f"j{number}")
+        await journal.append(Entry.ENDED, f"j{number}", {})
+    await journal.append(Entry.WANTED, "going-on")
+    await journal.append(Entry.DISMISSED, "j3")
+    before = replay(journal.read())
+    journal.close()
+    journal = Journal(path)
+    left = journal.read()
+    journal.close()
+    assert [(entry.kind, entry.subject) for entry in left] == [
+        (Entry.KEPT, "web1"),
+        (Entry.WANTED, "j2"),
+        (Entry.ENDED, "j2"),
+        (Entry.WANTED, "going-on"),
+    ]
+    assert replay(left).vms == before.vms
+
+
+def test_the_folder_is_private(path: Path) -> None:
+    Journal(path).close()
+    assert os.stat(path.parent).st_mode & 0o777 == 0o700
