@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 A check gets a `Pair`: a running source and a destination that waits (`-S -incoming defer`), each with a QMP client
 that keeps its events. It drives one migration and compares the sequence of status words, STOP and RESUME with what
-the version is known to do. `CHECKS` has them by name; `check_qemu` runs them all, each with a fresh pair.
+the version is known to do. `CHECKS` has them by name; each
+wants a fresh pair.
 
 Rule 1: what is compared is what vmferry's decisions depend on, not every word of QEMU.
 Rule 2: a check waits for events, never for time.
@@ -14,11 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,13 @@ SLOW_BYTES_PER_S = 20_000
 FAST_BYTES_PER_S = 1 << 33
 MACHINE = "pc-q35-7.2"
 """Known to every version, so that any two can be a pair."""
+
+
+async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Asks until it is so: for the few things that QEMU has no event for."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not await holds():
+            await asyncio.sleep(0.005)
 
 
 class Side:
@@ -89,9 +95,11 @@ class Side:
 
     async def until_run_state(self, state: str) -> None:
         """Waits for a run state, for which there may be no event."""
-        async with asyncio.timeout(DEADLINE_S):
-            while await self.run_state() != state:
-                await asyncio.sleep(0.005)  # no event tells of it
+
+        async def holds() -> bool:
+            return await self.run_state() == state
+
+        await _until(holds)
 
     async def run_state(self) -> str:
         """QEMU's run state."""
@@ -100,6 +108,10 @@ class Side:
     async def word(self) -> str | None:
         """The migration's status."""
         return (await self.execute("query-migrate")).get("status")  # type: ignore[no-any-return]
+
+    async def can_yank(self) -> bool:
+        """Is there a migration channel that `yank` could cut?"""
+        return {"type": "migration"} in await self.execute("query-yank")
 
     async def kill(self) -> None:
         """A crash."""
@@ -123,7 +135,8 @@ class Pair:
 
     def __init__(self, source: Side, destination: Side) -> None:
         self.source, self.destination = source, destination
-        self._cut: list[socket.socket] = []
+        self._channel: socket.socket | None = None
+        """The source's end. The other end is the destination's alone, so that its death is seen as it is."""
 
     async def begin(self, *, postcopy: bool = False, slow: bool = False, pause: bool = True) -> None:
         """Options as vmferry sets them, the channel by descriptor, and `migrate`."""
@@ -133,7 +146,9 @@ class Pair:
         rate = SLOW_BYTES_PER_S if slow else FAST_BYTES_PER_S
         await self.source.execute("migrate-set-parameters", {"max-bandwidth": rate})
         left, right = _connected()
+        self._channel = left
         await self._give(self.destination, right)
+        right.close()
         arguments: dict[str, Any] = {"uri": "fd:channel"}
         if self.destination.client.version >= (9, 1, 0):
             arguments["exit-on-error"] = False
@@ -150,16 +165,28 @@ class Pair:
         await self.source.until("pre-switchover")
         await self.source.execute("migrate-continue", {"state": "pre-switchover"})
 
+    async def again(self) -> None:
+        """A second channel for a broken postcopy."""
+        left, right = _connected()
+        assert self._channel is not None, "begin first"
+        self._channel.close()
+        self._channel = left
+        await self._give(self.destination, right)
+        right.close()
+        await self.destination.execute("migrate-recover", {"uri": "fd:channel"}, oob=True)
+        await self._give(self.source, left)
+        await self.source.execute("migrate", {"uri": "fd:channel", "resume": True})
+
     def cut(self) -> None:
         """Ends the channel for both."""
-        for connection in self._cut:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        assert self._channel is not None, "begin first"
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Ends both processes."""
-        for connection in self._cut:
-            connection.close()
+        if self._channel is not None:
+            self._channel.close()
         for side in (self.source, self.destination):
             await side.client.close()
             await side.kill()
@@ -170,10 +197,8 @@ class Pair:
 
     async def _give(self, side: Side, connection: socket.socket) -> None:
         await side.execute("getfd", {"fdname": "channel"}, fds=(connection.fileno(),))
-        self._cut.append(connection)
 
 
-MakePair = Callable[[], AbstractAsyncContextManager[Pair]]
 Check = Callable[[Pair], Awaitable[None]]
 
 
@@ -194,15 +219,16 @@ def argv(program: Path, directory: Path, *, incoming: bool) -> list[str]:
     return [*arguments, "-incoming", "defer"] if incoming else arguments
 
 
+def _start(program: Path, directory: Path, *, incoming: bool) -> Side:
+    with (directory / f"{'in' if incoming else 'out'}.log").open("ab") as log:
+        command = argv(program, directory, incoming=incoming)
+        return Side(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+
+
 @contextlib.asynccontextmanager
 async def pair_of(source: Path, destination: Path, directory: Path) -> AsyncIterator[Pair]:
     """Two programs (real ones, or fakes by their wrappers) as a pair; the source runs."""
-    sides = []
-    for program, incoming in ((source, False), (destination, True)):
-        with (directory / f"{'in' if incoming else 'out'}.log").open("ab") as log:
-            command = argv(program, directory, incoming=incoming)
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ))
-        sides.append(Side(process))
+    sides = [_start(source, directory, incoming=False), _start(destination, directory, incoming=True)]
     try:
         await asyncio.gather(sides[0].attach(directory / "out.sock"), sides[1].attach(directory / "in.sock"))
         pair = Pair(*sides)
@@ -212,6 +238,7 @@ async def pair_of(source: Path, destination: Path, directory: Path) -> AsyncIter
         raise
     try:
         await pair.source.execute("cont")
+        await pair.source.until("RESUME")
         pair.source.forget()
         yield pair
     finally:
@@ -228,7 +255,10 @@ async def options_are_known(pair: Pair) -> None:
         profile = PROFILES[f"{major}.{minor}"]
         capabilities = await side.execute("query-migrate-capabilities")
         assert {c["capability"]: c["state"] for c in capabilities} == profile.capabilities()
-        assert await side.execute("query-migrate-parameters") == profile.parameters()
+        values, known = await side.execute("query-migrate-parameters"), profile.parameters()
+        assert values.keys() == known.keys()
+        different = {name for name, value in values.items() if value != known[name]}
+        assert different <= {"zero-page-detection"}, different  # its default follows from the machine type
         assert side.client.oob
 
 
@@ -237,7 +267,7 @@ async def run_states(pair: Pair) -> None:
     assert await pair.source.run_state() == "running"
     assert await pair.destination.run_state() == "inmigrate"
     assert await pair.source.word() in (None, "none")
-    assert await pair.source.execute("query-yank") == []
+    assert not await pair.source.can_yank()
     await pair.source.execute("stop")
     await pair.source.execute("cont")
     await pair.source.until("RESUME")
@@ -253,7 +283,7 @@ async def precopy(pair: Pair) -> None:
     await pair.destination.until("completed")
     await pair.destination.until_run_state("paused")
     assert pair.destination.seen == ["setup", "active", "completed"]
-    assert await pair.source.run_state() == "postmigrate"
+    await pair.source.until_run_state("postmigrate")
     await pair.destination.execute("cont")
     await pair.destination.until("RESUME")
     assert await pair.destination.run_state() == "running"
@@ -273,7 +303,7 @@ async def postcopy(pair: Pair) -> None:
     loading = ["postcopy-device", "postcopy-active"] if pair.destination.has_proof else ["postcopy-active"]
     assert pair.destination.seen == ["setup", "active", *loading, "completed"]
     await pair.destination.until_run_state("paused")
-    assert await pair.source.run_state() == "postmigrate"
+    await pair.source.until_run_state("postmigrate")
     await pair.destination.execute("cont")
     await pair.destination.until("RESUME")
 
@@ -282,11 +312,13 @@ async def cancel_in_active(pair: Pair) -> None:
     """Ends in cancelled (7.2: now and then in failed), the guest never stopped, and options are open again."""
     await pair.begin(slow=True)
     await pair.source.until("active")
-    assert await pair.source.execute("query-yank") == [{"type": "migration"}]
+    assert await pair.source.can_yank()
     await pair.source.execute("migrate_cancel")
-    async with asyncio.timeout(DEADLINE_S):
-        while await pair.source.word() not in ("cancelled", "failed"):
-            await asyncio.sleep(0.005)  # which of the two it is, is the question
+
+    async def is_over() -> bool:
+        return await pair.source.word() in ("cancelled", "failed")
+
+    await _until(is_over)
     end = pair.source.seen[2:]
     if not pair.source.has_proof and "cancelled" not in end:
         assert end in (["failed"], ["cancelling", "failed"]), end
@@ -305,7 +337,7 @@ async def cancel_before_switchover(pair: Pair) -> None:
     await pair.source.execute("migrate_cancel")
     await pair.source.until("cancelled")
     await pair.source.until("RESUME")
-    tail = pair.source.seen[4:]
+    tail = [word for word in pair.source.seen[4:] if word != "device"]  # 7.2 goes on for a moment, now and then
     assert sorted(tail) == sorted(["cancelling", "RESUME", "cancelled"]), tail
     assert await pair.source.run_state() == "running"
 
@@ -366,6 +398,11 @@ async def second_migrate_is_refused(pair: Pair) -> None:
     await pair.faster()
     await pair.go_on()
     await pair.source.until("completed")
+
+    async def is_cleaned_up() -> bool:  # before that 11.1 aborts at the next migrate
+        return not await pair.source.can_yank()
+
+    await _until(is_cleaned_up)
     assert await pair.source.refused("migrate", {"uri": "tcp:127.0.0.1:1"})
 
 
@@ -438,10 +475,3 @@ CHECKS: dict[str, Check] = {
         quit_is_told,
     )
 }
-
-
-async def check_qemu(make_pair: MakePair) -> None:
-    """Every check, each with a pair of its own."""
-    for check in CHECKS.values():
-        async with make_pair() as pair:
-            await check(pair)

@@ -257,7 +257,8 @@ class Commands:
         self.incoming.recover(self._opener(arguments))
 
     async def _do_query_yank(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"type": "migration"}] if self.state.word in _SET_UP else []
+        monitor = {"type": "chardev", "id": "vmferry-qmp"}
+        return [monitor, {"type": "migration"}] if self.state.word in _SET_UP else [monitor]
 
     async def _do_yank(self, arguments: dict[str, Any]) -> None:
         if self.state.word not in _SET_UP | {"cancelling", "failing"}:
