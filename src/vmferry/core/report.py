@@ -112,7 +112,7 @@ def ending_error(log: FactLog, row_outcome: Outcome, *, cause: dict[str, Any] | 
             )
         case Outcome.LOST:
             return GuestLost("no complete current copy of the guest exists", cause=cause)
-        case Outcome.SOURCE | Outcome.PENDING:
+        case Outcome.SOURCE | Outcome.PENDING:  # pragma: no branch - mypy knows that no other is left
             pass
     seen = visible_error(log)
     if Fact.CANCEL in log:
@@ -206,5 +206,5 @@ def sentence(wire: dict[str, Any]) -> str:
             return f"{vm} is whole and paused: {wire['why']} Next: {wire['action']}."
         case Outcome.DEGRADED:
             return f"{vm} runs on {destination} without some of its memory. Next: {wire['action']}."
-        case Outcome.LOST:
+        case Outcome.LOST:  # pragma: no branch - mypy knows that no other is left
             return f"{vm} is lost: {wire['why']} Next: {wire['action'] or 'restart it from its disks'}."
