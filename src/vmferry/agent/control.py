@@ -115,6 +115,9 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
     current = agent.attempts.get(arguments.vm)
     if current is not None and not current.ended.is_set():
         raise Busy(f"{arguments.vm} is on its way to {current.wanted.destination} already (job {current.job})")
+    place = agent.place_of(arguments.vm)
+    if place is not None and not place.ended.is_set():
+        raise Busy(f"{arguments.vm} is still arriving from {place.place.source} (job {place.job})")
     if arguments.destination != agent.config.name and arguments.destination not in agent.config.peers:
         agent.peers.link(arguments.destination)  # raises, naming the known hosts
     if arguments.mode not in ("auto", *Mode):
@@ -228,6 +231,8 @@ class CommandRow:
     arguments: type
     body: Body
     at_vm: bool = False
+    of_job: bool = False
+    """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
 
 
 async def _list(agent: Agent, arguments: ListArguments) -> dict[str, Any]:
@@ -262,10 +267,10 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
     "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
     "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
-    "vm-cancel": CommandRow(VmArgument, cancel, at_vm=True),
-    "vm-set": CommandRow(SetArguments, change, at_vm=True),
-    "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True),
-    "job-status": CommandRow(JobArguments, job_status, at_vm=True),
+    "vm-cancel": CommandRow(VmArgument, cancel, at_vm=True, of_job=True),
+    "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
+    "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),
+    "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
     "doctor": CommandRow(NoArguments, _doctor),
     "agent-status": CommandRow(NoArguments, _agent_status),
     "query-commands": CommandRow(NoArguments, _commands),
@@ -282,11 +287,11 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
     decoded = decode(name, row.arguments, arguments)
     vm = getattr(decoded, "vm", "")
     if row.at_vm and vm and forward:
-        host = await _where(agent, vm)
+        host = await _where(agent, vm, of_job=row.of_job)
         if host is not None:
             link = agent.peers.link(host)
             return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S)
-    if row.at_vm and vm and name not in ("job-status", "vm-cancel") and vm not in agent.vms:
+    if row.at_vm and vm and not row.of_job and vm not in agent.vms:
         raise UnknownVm(f"no known host has a VM named {vm}")
     return await row.body(agent, decoded)
 
@@ -305,12 +310,16 @@ def decode(command: str, kind: type, arguments: dict[str, Any]) -> Any:
         raise UsageError(f"{command}: {error}") from error
 
 
-async def _where(agent: Agent, vm: str) -> str | None:
-    """The other host that keeps the VM, or None if it is this one. Raises UnknownVm.
+async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
+    """The other host that the command belongs to, or None if it is this one. Raises UnknownVm.
 
     A VM that is on its way is where its migration is conducted: at the source, until that has ended."""
-    current = agent.attempts.get(vm)
-    if vm in agent.vms or (current is not None and not current.ended.is_set()):
+    current, place = agent.attempts.get(vm), agent.place_of(vm)
+    if current is not None and not current.ended.is_set():
+        return None
+    if of_job and place is not None and not place.ended.is_set():
+        return place.place.source
+    if vm in agent.vms:
         return None
     answers = await asyncio.gather(
         *(link.call("peer-has", {"vm": vm}, deadline_s=3.0) for link in agent.peers.links.values()),
@@ -326,7 +335,10 @@ async def _where(agent: Agent, vm: str) -> str | None:
         elif answer.get("has"):
             found.append((int(answer["generation"]), host))
     if found:
-        return max(found)[1]
+        generation, host = max(found)
+        # What brought it there was conducted here, and nothing has moved it since.
+        was_ours = current is not None and current.wanted.generation == generation
+        return None if of_job and was_ours else host
     if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
         return None
     hint = f"these hosts did not answer: {'; '.join(silent)}" if silent else None

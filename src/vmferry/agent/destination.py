@@ -219,6 +219,13 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         if self._word == "failed":
             self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
 
+    async def look_for_error(self, *, deadline_s: float) -> None:
+        """Gives an error of this side's QEMU, or its end, the time to be seen."""
+        if Fact.LOADED not in self.facts:
+            self._asked_s = float("-inf")
+            self.wake()
+            await self.until(Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=deadline_s)
+
     def _note_exit(self) -> None:
         if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
             words = self.context.tail_log(self.runtime)

@@ -30,6 +30,8 @@ log = logging.getLogger("vmferry.agent")
 
 GRANT_WAIT_S = 4.0
 RELEASE_WAIT_S = 4.0
+WHY_WAIT_S = 0.3
+"""A QEMU that dies or refuses a stream is seen here within milliseconds; the guest may be paused meanwhile."""
 
 
 async def handle(agent: Agent, session: Session, name: str, arguments: dict[str, Any]) -> Any:
@@ -139,8 +141,11 @@ async def _unknown_place(agent: Agent, arguments: dict[str, Any]) -> dict[str, A
 
 
 async def _target(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the place. With `why` the source's QEMU has just given up: is this side the reason?"""
     place = _place(agent, arguments)
     if place is not None:
+        if arguments.get("why"):
+            await place.look_for_error(deadline_s=WHY_WAIT_S)
         return place.facts_wire()
     known = agent.known_jobs.get(str(arguments["job"]))
     return known if known is not None else await _unknown_place(agent, arguments)

@@ -309,7 +309,7 @@ async def _note_qemu_error(attempt: SourceAttempt) -> None:
         text = str(info.get("error-desc") or f"the source's QEMU ended the migration ({info.get('status')})")
     cause = None
     try:
-        facts = await _call(attempt, "peer-target", deadline_s=READY_S)
+        facts = await _call(attempt, "peer-target", deadline_s=READY_S, why=True)
         if facts.get("text"):
             cause, side = str(facts["text"]), "destination"
     except VmferryError as error:

@@ -305,6 +305,9 @@ async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
     attempt = agent.attempts.get(arguments.vm)
     if attempt is not None and not attempt.ended.is_set():
         raise Busy(f"{arguments.vm} is on its way to {attempt.wanted.destination}; cancel that first")
+    place = agent.place_of(arguments.vm)
+    if place is not None and not place.ended.is_set():
+        raise Busy(f"{arguments.vm} is still arriving from {place.place.source}; wait until that has ended")
     if kept.machine is not None and not kept.machine.is_gone:
         if arguments.force:
             await kept.machine.quit()
