@@ -1,0 +1,46 @@
+"""What `tools/tidy.py` lets stay, each with its reason. An entry that is not needed any more is a finding."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_WANT = "a person's or the policy's want is a fact, and this is where it arrives"
+_CHOOSES_COMMAND = (
+    "chooses the QMP command that fits QEMU's own state at this moment; whether to act was decided before"
+)
+_LAZY = "start-up time: most commands never need it"
+_NO_EVENT = "nothing tells that the other end's kernel has received; the test holds without the pause, less sharply"
+
+AGENT = "src/vmferry/agent"
+CLI = "src/vmferry/cli"
+
+ALLOWED: Final[dict[tuple[str, str, str], str]] = {
+    ("records-fact", f"{AGENT}/control.py", "cancel"): _WANT,
+    ("records-fact", f"{AGENT}/control.py", "change"): _WANT,
+    ("records-fact", f"{AGENT}/control.py", "start_postcopy"): _WANT,
+    ("records-fact", f"{AGENT}/plan.py", "converge"): _WANT,
+    ("records-fact", f"{AGENT}/peer_commands.py", "_release"): "the source's agent asks: its want arrives here",
+    ("matches-effect", f"{AGENT}/source.py", "on_trouble"): "says what an effect that raised proves; does nothing",
+    ("compares-status", f"{AGENT}/source.py", "on_facts"): "compares the status with itself, to publish a change",
+    ("compares-status", f"{AGENT}/destination.py", "on_facts"): "compares the status with itself, to publish a change",
+    ("compares-qemu-word", f"{AGENT}/destination.py", "incoming"): "translates QEMU's word into the table's answer",
+    ("compares-qemu-word", f"{AGENT}/destination.py", "_ask"): "knows which words come before the run state settles",
+    ("compares-qemu-word", f"{AGENT}/destination_act.py", "reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/source_act.py", "_reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/source_act.py", "_restore_source"): "options can be set only after QEMU's cleanup",
+    (
+        "direction",
+        "src/vmferry/vm/probe.py",
+        "vmferry.pki",
+    ): "doctor's list also says whether the certificates are good",
+    ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo.run"): _LAZY,
+    ("late-import", f"{CLI}/demo_cmd.py", "vmferry.bench"): _LAZY,
+    ("late-import", f"{CLI}/host_cmd.py", "vmferry.pki"): f"{_LAZY}; cryptography takes longer than all the rest",
+    ("late-import", f"{CLI}/render.py", "rich.console"): f"{_LAZY}; only a terminal does",
+    ("late-import", f"{CLI}/render.py", "rich.progress"): f"{_LAZY}; only a terminal does",
+    ("sleep", "tests/real/test_tls_real.py", "test_only_a_held_channel_hides_the_death_of_the_peer"): (
+        "the claim is that nothing happens meanwhile; only time can show that"
+    ),
+    ("sleep", "tests/unit/agent/test_channel.py", "test_close_ends_all_that_nobody_has_taken"): _NO_EVENT,
+    ("sleep", "tests/unit/testing/test_relay.py", "test_a_reset_by_one_peer_ends_the_other"): _NO_EVENT,
+}
