@@ -13,12 +13,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from vmferry.core import migration_status, options
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import decision_tables, requirements
+from vmferry import errors
+from vmferry.core import migration_status, options, transitions
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("docs/options.md", options.docs_markdown),
     ("docs/migration-status.md", migration_status.docs_markdown),
+    ("docs/status.md", transitions.docs_markdown),
+    ("docs/decision-table.md", decision_tables.docs_markdown),
+    ("docs/exit-codes.md", errors.docs_markdown),
+    ("docs/requirements.md", requirements.docs_markdown),
 )
 
 
