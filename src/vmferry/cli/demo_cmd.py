@@ -42,17 +42,17 @@ def demo(arguments: Namespace) -> int:
 
 def bench(arguments: Namespace) -> int:
     """Measures against the raw thing. 0: it could be measured, whatever came out."""
-    from vmferry.bench import migrate
+    from vmferry.bench.migrate import report_lines, run_bench
 
     try:
         with _sigterm_interrupts():
-            result = migrate.run_bench(rounds=arguments.rounds)
+            result = run_bench(rounds=arguments.rounds)
     except KeyboardInterrupt:
         return _interrupted(as_json=arguments.json)
     if arguments.json:
         print(json.dumps(result))
         return 0
-    for line in migrate.report_lines(result):
+    for line in report_lines(result):
         print(line)
     return 0
 
