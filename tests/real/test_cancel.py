@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +20,8 @@ from vmferry.testing.hosts import (
     MakePair,
     TwoAgents,
     boot,
+    process_state,
+    stopped,
     wait_true,
 )
 
@@ -30,25 +30,6 @@ pytestmark = pytest.mark.real
 LIMIT_S = 5.0
 SLOW = ("--set", "max-bandwidth=2M")
 NEVER_DONE = ("--set", "max-bandwidth=40M", "--set", "downtime-limit=1ms")
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """While the block runs the process does not."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            pass
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether the kernel has really stopped it."""
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "T"
 
 
 def begin(pair: TwoAgents, *words: str) -> str:
@@ -189,7 +170,7 @@ def hold_in_device(pair: TwoAgents, follow: Follower) -> int:
         pair.a.ok("set", "web1", "max-bandwidth=1G")
         follow.status("pre-switchover")
         os.kill(qemu, signal.SIGSTOP)
-        wait_true(lambda: is_stopped(qemu), why="the destination's QEMU is stopped")
+        wait_true(lambda: process_state(qemu) == "T", why="the destination's QEMU is stopped")
     follow.status("device")
     return qemu
 

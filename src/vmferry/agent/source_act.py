@@ -17,8 +17,8 @@ from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
-from vmferry.core.option_table import Role
-from vmferry.core.options import differences
+from vmferry.core.option_table import OPTIONS, UNSET, Kind, Role
+from vmferry.core.options import Mode, Refused, build, differences
 from vmferry.core.view import Source, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
@@ -330,8 +330,7 @@ async def _clean_up(attempt: SourceAttempt) -> None:
             await _restore_source(attempt)
         except QemuError as error:
             log.warning("job=%s vm=%s effect=clean-up result=%s", attempt.job, attempt.vm, error)
-    if attempt.credentials is not None:
-        attempt.credentials.remove()
+    job_credentials.remove_job(attempt.job, attempt.context.job_directory)
     if attempt.measured.ended_s is None:
         attempt.measured.ended_s = attempt.clock.wall_s()
     attempt.outcome_at_end = outcome
@@ -355,15 +354,32 @@ async def _restore_source(attempt: SourceAttempt) -> None:
         if attempt.clock.now_s() > deadline_s:
             raise QemuError(f"{attempt.vm}: QEMU is still ending its migration", side="source")
         await asyncio.sleep(0.02)
-    if attempt.saved_options is not None and attempt.plan is not None:
-        saved, options = attempt.saved_options, attempt.plan.options
-        states = [{"capability": name, "state": saved[name]} for name in options.source_capabilities]
+    before = await _options_before(attempt)
+    if before:
+        capabilities = [(name, state) for name, state in before.items() if OPTIONS[name].kind is Kind.CAPABILITY]
+        states = [{"capability": name, "state": state} for name, state in capabilities]
         await machine.execute("migrate-set-capabilities", {"capabilities": states})
-        values = {name: saved[name] for name in options.source_parameters if name in saved}
+        values = {name: value for name, value in before.items() if OPTIONS[name].kind is Kind.PARAMETER}
         await machine.execute("migrate-set-parameters", values)
-    if attempt.credentials is not None:
+    if Fact.PREPARE in attempt.facts and not attempt.wanted.clear_text:
         creds = job_credentials.tls_creds_object(attempt.job, "source", attempt.context.job_directory)
         try:
             await machine.execute("object-del", {"id": creds["id"]})
         except QmpCommandError as error:
             log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
+
+
+async def _options_before(attempt: SourceAttempt) -> dict[str, Any]:
+    """What to put back; empty if nothing was set. An agent that restarted on the way does not know it any more and
+    puts QEMU's own defaults back."""
+    plan, saved = attempt.plan, attempt.saved_options
+    if plan is not None:
+        names = [*plan.options.source_capabilities, *plan.options.source_parameters]
+        return {} if saved is None else {name: saved[name] for name in names if name in saved}
+    if Fact.PREPARE not in attempt.facts:
+        return {}
+    known = frozenset(await read_options(attempt.machine))
+    options = build(Mode.PRECOPY, {}, source_known=known, destination_known=known)
+    assert not isinstance(options, Refused), "no wishes, no objections"
+    names = [*options.source_capabilities, *options.source_parameters]
+    return {name: OPTIONS[name].qemu_default for name in names if OPTIONS[name].qemu_default is not UNSET}

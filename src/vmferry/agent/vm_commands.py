@@ -14,7 +14,7 @@ from vmferry.agent import machine as machines
 from vmferry.agent.directories import remove_directory
 from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
-from vmferry.errors import Busy, QemuError, SpecError, VmferryError
+from vmferry.errors import Busy, QemuError, SpecError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.vm import adopt as vm_adopt
@@ -136,7 +136,9 @@ def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
 
 
 async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
-    """Takes a running QEMU over. Raises QemuError or SpecError; the guest is untouched in every case."""
+    """Takes a running QEMU over. Raises UsageError, QemuError or SpecError; the guest is untouched in every case."""
+    if not vm_spec.is_name(arguments.vm):
+        raise UsageError(f"{arguments.vm!r} is no name: 1 to 64 letters, digits, dots, dashes or underscores")
     await _free_name(agent, arguments.vm)
     found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
     for kept in agent.vms.values():

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -163,6 +164,8 @@ class AgentHost:
     folder: Path
     qemu: Path
     flags: list[str] = field(default_factory=list)
+    hidden: Path | None = None
+    """A directory in whose place this host's agent and QEMUs see an empty one."""
     process: subprocess.Popen[bytes] | None = None
     ready_count: int = 0
 
@@ -197,7 +200,10 @@ class AgentHost:
         assert self.process is None or self.process.poll() is not None, "it runs already"
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
-            self.process = self.net.popen(self.agent_argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            argv = self.agent_argv()
+            if self.hidden is not None:  # `ip netns exec` has made a mount namespace for it
+                argv = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self.hidden), *argv]
+            self.process = self.net.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def wait_ready(self) -> None:
         """Until the agent says that it listens. Raises AssertionError with its log if it ends instead."""
@@ -335,9 +341,26 @@ def processes_of(folder: Path) -> dict[int, str]:
     return found
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """While the block runs the process does not."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_true(lambda: process_state(pid) == "T", why=f"process {pid} is stopped")
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def process_state(pid: int) -> str:
+    """The kernel's letter for what the process does. Raises OSError once it is reaped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def is_zombie(pid: int) -> bool:
     """Whether the process has ended and only waits to be reaped. Raises OSError once it is reaped."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return process_state(pid) == "Z"
 
 
 class TwoAgents:

@@ -347,8 +347,13 @@ def _absolute(key: str, path: str | None) -> None:
         raise ValueError(f"{key} {path!r} is not an absolute path")
 
 
+def is_name(text: str) -> bool:
+    """Whether a VM may be called so: it becomes part of file names."""
+    return _NAME.fullmatch(text) is not None and text not in (".", "..")
+
+
 def _check_identity(spec: VmSpec) -> None:
-    if not _NAME.fullmatch(spec.name) or spec.name in (".", ".."):
+    if not is_name(spec.name):
         raise ValueError(f"name is 1 to 64 letters, digits, dots, dashes or underscores, and not {spec.name!r}")
     if spec.uuid is not None:
         try:
