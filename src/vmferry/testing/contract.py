@@ -37,7 +37,7 @@ MACHINE = "pc-q35-7.2"
 async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
     """Asks until it is so: for the few things that QEMU has no event for."""
     async with asyncio.timeout(DEADLINE_S):
-        while not await holds():
+        while not await holds():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -187,11 +187,12 @@ class Commands:
             info["socket-address"] = self._addresses
         if out is not None and state.word != "setup":
             left = max(0, WIRE_BYTES - state.sent_bytes)
+            empty_pages = self._memory_bytes // 4096 * (WIRE_BYTES - left) // WIRE_BYTES
             info["total-time"] = int((time.monotonic() - out.started_s) * 1000)
             info["setup-time"] = 1
             info["ram"] = {
                 "transferred": state.sent_bytes, "total": self._memory_bytes, "remaining": left, "page-size": 4096,
-                "mbps": 1000.0, "dirty-sync-count": state.passes, "dirty-pages-rate": 0, "duplicate": 0,
+                "mbps": 1000.0, "dirty-sync-count": state.passes, "dirty-pages-rate": 0, "duplicate": empty_pages,
                 "normal": state.sent_bytes // 4096, "normal-bytes": state.sent_bytes, "pages-per-second": 0,
             }  # fmt: skip
             if out.downtime_ms is not None:

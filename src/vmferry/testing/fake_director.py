@@ -66,10 +66,10 @@ class Director:
         if self._server is not None:
             self._server.close()
         for puppet in self.puppets:
-            puppet.writer.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            if not puppet.is_gone:
+                puppet.writer.transport.abort()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def wrapper(self, host: str, profile: str) -> Path:
         """A program to be used as the QEMU of `host`."""
@@ -91,6 +91,10 @@ class Director:
         self._scripts[host] = {"steps": steps or {}, **more}
         for puppet in self._living(host):
             self._send(puppet, {"script": self._scripts[host]})
+
+    def steps(self, host: str) -> dict[str, Any]:
+        """The steps that the host's script has now."""
+        return dict(self._scripts.get(host, {}).get("steps", {}))
 
     def go(self, host: str, step: str) -> None:
         """Lets the fakes of the host leave a step at which they hold (or will hold next)."""

@@ -1,0 +1,178 @@
+"""Deaths, cuts, restarts and cancels at every point of a migration between fake QEMUs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
+from vmferry.errors import CancelRefused
+from vmferry.testing.fake_site import MakeSite
+
+BEFORE_RUN = ["in-start", "in-listen", "in-header", "in-load", "in-loaded"]
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.parametrize("step", BEFORE_RUN)
+@pytest.mark.proves("S24", "S30", "S35", "S36")
+async def test_a_destination_that_dies_before_it_runs_costs_nothing(make_site: MakeSite, step: str, mode: str) -> None:
+    site = await make_site()
+    site.director.script("b", {step: "die"})
+    attempt = await site.migrate(mode=mode)
+    await site.settle()
+    assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("failed", "source")
+    site.check("a")
+    site.director.script("b")
+    await site.migrate(mode=mode)
+    await site.settle()
+    site.check("b")
+
+
+@pytest.mark.parametrize("step", ["in-load", "in-loaded"])
+async def test_a_load_that_fails_costs_nothing(make_site: MakeSite, step: str) -> None:
+    site = await make_site()
+    site.director.script("b", {step: "fail"})
+    attempt = await site.migrate()
+    await site.settle()
+    assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("failed", "source")
+    assert "scripted failure" in str(attempt.wire()["error"])
+    site.check("a")
+
+
+async def test_a_destination_that_dies_at_cont_counts_as_having_run(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("b", {"cont": "die"})
+    attempt = await site.migrate()
+    await site.noted_by("a", Fact.TARGET_DIED)
+    assert attempt.outcome() is Outcome.LOST
+    assert site.director.running("g") == []
+    assert not site.director.newest("a").is_gone
+    site.director.never_two_ran()
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.parametrize("step", ["setup", "active", "converge", "pre-switchover", "device"])
+async def test_a_source_that_dies_with_the_only_copy_leaves_nothing(make_site: MakeSite, step: str, mode: str) -> None:
+    site = await make_site()
+    site.director.script("a", {step: "die"})
+    attempt = await site.migrate(mode=mode)
+    await site.settle()
+    assert attempt.outcome() is Outcome.LOST
+    site.check(None)
+
+
+async def test_a_source_that_dies_after_it_gave_everything_keeps_the_destination(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"completed": "die"})
+    attempt = await site.migrate()
+    await site.noted_by("a", Fact.SOURCE_GONE)
+    await site.noted_by("b", Fact.LOADED)
+    await site.until(lambda: attempt.outcome() in (Outcome.HELD, Outcome.DESTINATION))
+    assert not site.director.newest("b").is_gone
+    site.director.never_two_ran()
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.proves("S36", "S42", "S58")
+async def test_a_link_lost_before_the_grant_arrives_is_uncertain_and_heals(make_site: MakeSite, mode: str) -> None:
+    site = await make_site()
+    site.when("a", Fact.GRANT_SENT, site.part)
+    attempt = await site.migrate(mode=mode)
+    await site.noted_by("a", Fact.GRANT_SENT)
+    await site.until_outcome(attempt, Outcome.UNCERTAIN)
+    assert site.director.running("g") == []
+    assert not site.director.newest("a").is_gone
+    assert not site.director.newest("b").is_gone
+    with pytest.raises(CancelRefused):
+        await site.command("a", "vm-cancel", vm="g")
+    site.join()
+    await site.settle()
+    assert attempt.wire()["status"] == "completed"
+    site.check("b")
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+async def test_a_link_lost_before_the_answer_is_uncertain_and_heals(make_site: MakeSite, mode: str) -> None:
+    site = await make_site()
+    site.when("b", Fact.START_SENT, site.part)
+    attempt = await site.migrate(mode=mode)
+    await site.noted_by("b", Fact.TARGET_RAN)
+    await site.until_outcome(attempt, Outcome.UNCERTAIN)
+    assert [p.host for p in site.director.running("g")] == ["b"]
+    assert not site.director.newest("a").is_gone
+    site.join()
+    await site.settle()
+    assert attempt.wire()["status"] == "completed"
+    site.check("b")
+
+
+SOURCE_FACTS = {
+    "precopy": [
+        Fact.MIGRATE, Fact.PLANNED, Fact.PREPARE, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED, Fact.SETUP_DONE,
+        Fact.SWITCHOVER, Fact.TARGET_READY, Fact.CONTINUE, Fact.COMMITTED, Fact.PEER_ACK, Fact.GRANT_SENT,
+        Fact.RUN_ACKED, Fact.SOURCE_RETIRED,
+    ],
+    "postcopy": [
+        Fact.START_POSTCOPY, Fact.PACKAGE_SENT, Fact.PACKAGE_LOADED, Fact.COMMITTED, Fact.GRANT_SENT, Fact.RUN_ACKED,
+    ],
+}  # fmt: skip
+DESTINATION_FACTS = {
+    "precopy": [
+        Fact.PREPARE, Fact.LISTENING, Fact.HEADER_SEEN, Fact.LOADED, Fact.COMMITTED, Fact.GRANTED, Fact.START_SENT,
+        Fact.TARGET_RAN, Fact.RUN_ACKED,
+    ],
+    "postcopy": [Fact.PACKAGE_LOADED, Fact.COMMITTED, Fact.START_SENT, Fact.TARGET_RAN, Fact.RUN_ACKED],
+}  # fmt: skip
+CRASHES: list[tuple[str, str, Fact]] = [("a", mode, fact) for mode, facts in SOURCE_FACTS.items() for fact in facts]
+CRASHES += [("b", mode, fact) for mode, facts in DESTINATION_FACTS.items() for fact in facts]
+
+
+@pytest.mark.parametrize(("host", "mode", "fact"), CRASHES)
+@pytest.mark.proves("S35", "S36", "S55")
+async def test_an_agent_that_restarts_at_a_fact_ends_well(
+    make_site: MakeSite, host: str, mode: str, fact: Fact
+) -> None:
+    site = await make_site()
+    site.crash_at(host, fact)
+    await site.migrate(mode=mode)
+    await site.noted_by(host, fact)
+    await site.restart(host)
+    await site.settle()
+    site.director.never_two_ran()
+    running = [p.host for p in site.director.running("g")]
+    assert len(running) == 1
+    site.check(running[0])
+
+
+CANCELS: list[tuple[str, Fact]] = [
+    ("precopy", fact) for fact in SOURCE_FACTS["precopy"][:13] if fact is not Fact.MIGRATE
+]
+CANCELS += [("postcopy", fact) for fact in SOURCE_FACTS["postcopy"][:5]]
+
+
+@pytest.mark.parametrize(("mode", "fact"), CANCELS)
+@pytest.mark.proves("S10", "S11", "S13", "S17")
+async def test_a_cancel_at_a_fact_ends_in_cancelled_or_is_refused(make_site: MakeSite, mode: str, fact: Fact) -> None:
+    site = await make_site()
+    asked: list[asyncio.Task[object]] = []
+
+    def ask() -> None:
+        asked.append(asyncio.create_task(site.command("a", "vm-cancel", vm="g")))
+
+    site.when("a", fact, ask)
+    attempt = await site.migrate(mode=mode)
+    await site.noted_by("a", fact)
+    await asyncio.wait(asked)
+    await site.settle()
+    refusal = asked[0].exception()
+    if refusal is None:
+        assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("cancelled", "source")
+        site.check("a")
+        await site.migrate()
+        await site.settle()
+    else:
+        assert isinstance(refusal, CancelRefused)
+        assert fact in (Fact.COMMITTED, Fact.PEER_ACK, Fact.PACKAGE_LOADED, Fact.GRANT_SENT)
+    site.check("b")
