@@ -39,12 +39,13 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "clock": frozenset(),
     "limits": frozenset(),
     "core": frozenset({"errors", "units", "limits"}),
+    "wire": frozenset({"errors", "units", "limits"}),
     **{doer: _BASE | {doer} for doer in _DOERS},
-    "agent": _BASE | _DOERS | {"core"},
+    "agent": _BASE | _DOERS | {"core", "wire"},
     "cli": _BASE | {"core", "qmp", "pki"},
-    "testing": _BASE | _DOERS | {"core", "agent"},
-    "demo": _BASE | _DOERS | {"core", "agent", "cli", "testing"},
-    "bench": _BASE | _DOERS | {"core", "agent", "cli", "testing", "demo"},
+    "testing": _BASE | _DOERS | {"core", "wire", "agent"},
+    "demo": _BASE | _DOERS | {"core", "wire", "agent", "cli", "testing"},
+    "bench": _BASE | _DOERS | {"core", "wire", "agent", "cli", "testing", "demo"},
 }
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
@@ -54,7 +55,7 @@ INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
 }
 """The commands that run another room instead of asking an agent."""
 
-PURE: Final = ("src/vmferry/core/", "src/vmferry/qmp/codec.py", "src/vmferry/agent/observe.py",
+PURE: Final = ("src/vmferry/core/", "src/vmferry/wire/", "src/vmferry/qmp/codec.py", "src/vmferry/agent/observe.py",
                "src/vmferry/errors.py", "src/vmferry/units.py", "src/vmferry/limits.py")  # fmt: skip
 IMPURE_MODULES: Final = frozenset({
     "asyncio", "concurrent", "ctypes", "datetime", "fcntl", "getpass", "glob", "io", "locale", "logging", "mmap",
@@ -183,7 +184,7 @@ def late_imports(source: Source) -> Iterator[Finding]:
         for node in ast.walk(function):
             if isinstance(node, ast.Import | ast.ImportFrom) and node not in types_only:
                 for name in imported(node):
-                    yield source.finding(node, "late-import", name)
+                    yield source.finding(node, "late-import", ".".join(name.split(".")[:2]))
 
 
 def sizes(source: Source) -> Iterator[Finding]:

@@ -1,0 +1,39 @@
+# The words that people and CI use. Each step is a Python tool that can be run by itself.
+
+PYTHON := python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv setup check cover test real demo bench docs
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: ## the virtual environment (no work if it is up to date)
+	@$(PYTHON) tools/make_venv.py
+
+setup: ## prepare this machine: packages, the newer QEMU, the test guest (root)
+	@$(PYTHON) tools/setup_machine.py
+
+check: venv ## everything that needs no QEMU: house rules, lint, types, documents, fast tests
+	@$(BIN)/python tools/check.py
+
+cover: venv ## each pure module covered by its own test file alone
+	@$(BIN)/python tools/coverage_by_module.py
+
+real: setup venv ## the tests with real QEMUs of both versions (root)
+	@$(BIN)/python tools/run_real.py
+
+test: setup venv ## all of it: what CI runs
+	@$(BIN)/python tools/check.py
+	@$(BIN)/python tools/coverage_by_module.py
+	@$(BIN)/python tools/run_real.py
+
+demo: setup venv ## two hosts on this machine, and a guest that moves between them
+	@$(BIN)/vmferry demo
+
+bench: setup venv ## how long migrations take and pause
+	@$(BIN)/vmferry bench migrate
+
+docs: venv ## write the documents that are made from the code
+	@$(BIN)/python tools/gen_docs.py

@@ -1,0 +1,71 @@
+"""Everything that needs no QEMU: what a commit must pass.
+
+    python tools/check.py
+
+The steps run side by side as far as the machine has processors; the output of a step that failed is shown
+whole, and the tests' last line always.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+BIN: Final = Path(sys.executable).parent
+FAST_RINGS: Final = ("tests/unit", "tests/table", "tests/property")
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    command: tuple[str, ...]
+    shows_last_line: bool = False
+
+
+def steps() -> list[Step]:
+    """The longest first, so that the others fit beside it."""
+    rings = [ring for ring in FAST_RINGS if any((ROOT / ring).rglob("test_*.py"))]
+    return [
+        Step("tests", ("pytest", "-n", "2", "--dist", "loadfile", *rings), shows_last_line=True),
+        Step("types", ("mypy",)),
+        Step("lint", ("ruff", "check", ".")),
+        Step("format", ("ruff", "format", "--check", ".")),
+        Step("directions", ("lint-imports", "--no-logo")),
+        Step("house rules", ("python", "tools/tidy.py")),
+        Step("documents", ("python", "tools/gen_docs.py", "--check")),
+    ]
+
+
+def run(step: Step) -> tuple[Step, int, str, float]:
+    """The step's exit code, its output and how long it took."""
+    began_s = time.monotonic()
+    command = [str(BIN / step.command[0]), *step.command[1:]]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return step, done.returncode, done.stdout, time.monotonic() - began_s
+
+
+def main() -> int:
+    """0 = all steps passed; 1 = at least one failed, and its output was shown."""
+    failed = []
+    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
+        for step, code, output, took_s in pool.map(run, steps()):
+            print(f"{'failed' if code else 'ok':7} {step.name} ({took_s:.1f} s)", flush=True)
+            if code:
+                failed.append(step.name)
+                print(output, flush=True)
+            elif step.shows_last_line:
+                print(f"        {output.strip().splitlines()[-1]}", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
