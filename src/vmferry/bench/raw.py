@@ -88,9 +88,10 @@ class RawQemu:
 
 @dataclass(frozen=True, slots=True)
 class RawMove:
-    """One move: the whole, and STOP to RESUME by both QEMUs' event times."""
+    """One move: the whole, `migrate` to the source's completion, and STOP to RESUME by both QEMUs' event times."""
 
     wall_ms: float
+    memory_ms: float
     stop_resume_ms: float
 
 
@@ -156,11 +157,13 @@ class RawGuest:
                 there.give(far.fileno())
                 there.monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
                 here.give(near.fileno())
+                started_s = time.monotonic()
                 here.monitor.execute("migrate", {"uri": f"fd:{CHANNEL}"})
             stop = here.wait(lambda event: event.name == "STOP")
             here.wait(_is_status("pre-switchover"))
             here.monitor.execute("migrate-continue", {"state": "pre-switchover"})
             here.wait(_is_status("completed"))
+            memory_ms = (time.monotonic() - started_s) * 1000
             there.wait(_is_status("completed"))
             while there.monitor.execute("query-status")["status"] == "inmigrate":
                 pass  # it is told a moment before it is so, and one question takes a third of a millisecond
@@ -175,7 +178,8 @@ class RawGuest:
         setup["destination"].undo(there.monitor)
         for part in setup.values():
             part.forget()
-        return RawMove(wall_ms, ((resume.timestamp_us or 0) - (stop.timestamp_us or 0)) / 1000), here
+        pause_ms = ((resume.timestamp_us or 0) - (stop.timestamp_us or 0)) / 1000
+        return RawMove(wall_ms, memory_ms, pause_ms), here
 
     def _setup(self, job: str, side: Literal["source", "destination"]) -> _Setup:
         """What vmferry would set on this side, from vmferry's own table."""
