@@ -24,7 +24,7 @@ from vmferry.agent.machine import Machine
 from vmferry.agent.vms import DiskRef, KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core import converge as core_converge
-from vmferry.core import preflight
+from vmferry.core import hazards, preflight
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
 from vmferry.core.facts import Fact
 from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
@@ -53,6 +53,9 @@ class Plan:
     remarks: tuple[Objection, ...]
     multifd: bool
     """Several connections, which `fd:` does not carry: the QEMUs connect by themselves and yank is the cut."""
+
+    stops_first: bool = False
+    """The guest is stopped before its memory moves, and switched over at once (`core.hazards`)."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -340,6 +343,7 @@ def _decide(
         options=options,
         objections=blocking,
         remarks=tuple(o for o in found if o.weight is not Weight.BLOCKER),
+        stops_first=hazards.stops_first(mode, guest.accelerator, here.qemu_version),
         multifd=wanted.multifd_channels > 0 or wanted.options.get("postcopy-preempt") is True,
     )
 
@@ -365,9 +369,12 @@ def _mode(wanted: Wanted, here: HostReport, there: HostReport, guest: GuestRepor
     elif wanted.postcopy.get("after_passes") is not None:
         start = PostcopyStart.HAND
     if wanted.mode == Mode.POSTCOPY:
-        return Mode.POSTCOPY, start, "it was asked for"
+        stopped = hazards.stops_first(Mode.POSTCOPY, guest.accelerator, here.qemu_version)
+        return Mode.POSTCOPY, start, f"it was asked for; {hazards.WHY_STOPPED}" if stopped else "it was asked for"
     if wanted.mode == Mode.PRECOPY:
         return Mode.PRECOPY, PostcopyStart.NEVER, "it was asked for"
+    if hazards.standby_loses_writes(guest.accelerator, here.qemu_version):
+        return Mode.PRECOPY, PostcopyStart.NEVER, hazards.WHY_PRECOPY
     choice = core_converge.pick_mode(
         ModeInputs(
             memory_bytes=guest.memory_bytes or 0,

@@ -87,15 +87,15 @@ async def _source(agent: Agent, job: JobState) -> None:
         log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
     attempt.note(Fact.PREPARE, by="journal")
     attempt.note(Fact.PAUSE_CAP, by="journal")
-    if job.committed_generation is not None or word not in NOT_BEGUN:
-        for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
-            attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
-        if job.committed_generation is not None:
-            attempt.note(Fact.COMMITTED, by="journal")
-            attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
-        attempt.hear_word(word)
-    else:
+    # STARTED in any case: then a guest that was stopped for the move and never left is started again.
+    for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
+        attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
+    if job.committed_generation is not None:
+        attempt.note(Fact.COMMITTED, by="journal")
+        attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
+    elif word in NOT_BEGUN:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
+    attempt.hear_word(word)
     agent.run_attempt(attempt)
 
 

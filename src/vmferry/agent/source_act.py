@@ -220,8 +220,14 @@ async def _start(attempt: SourceAttempt) -> None:
         attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
-    attempt.note(Fact.STARTED)
+    attempt.note(Fact.STARTED)  # from here on a guest that stands still is started again, whatever happens
+    if attempt.plan is not None and attempt.plan.stops_first:
+        await machine.execute("stop", deadline_s=CONT_S)
     await machine.execute("migrate", {"uri": uri})
+    if attempt.plan is not None and attempt.plan.stops_first:
+        attempt.note(Fact.START_POSTCOPY, text="the guest was stopped first", by="policy")
+        await machine.execute("migrate-start-postcopy")
+        attempt.note(Fact.POSTCOPY_TOLD)
     attempt.refresh()
 
 

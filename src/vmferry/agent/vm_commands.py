@@ -64,14 +64,14 @@ async def _free_name(agent: Agent, name: str) -> None:
     place = agent.place_of(name)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
+    for host in await _elsewhere(agent, name):
+        raise Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix")
 
 
 async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
     """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy; nothing is left then."""
     spec = vm_spec.load(arguments.path)
     await _free_name(agent, spec.name)
-    for host in await _elsewhere(agent, spec.name):
-        raise Busy(f"{host} has a VM named {spec.name} already", side="client", retry="after-fix")
     facts = await agent.planner.qemu_facts()
     machine_type = facts.concrete_machine(spec.machine)
     if machine_type is None:

@@ -20,6 +20,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
+from vmferry.core import hazards
 from vmferry.core.options import Mode, Refused, TlsChoice, Value, build
 from vmferry.errors import Side, UsageError
 from vmferry.units import GIB, MIB, format_size
@@ -27,11 +28,6 @@ from vmferry.units import GIB, MIB, format_size
 QEMU_OVERHEAD_BYTES: Final = 128 * MIB
 """What one QEMU needs beside the guest's memory: measured 60 to 100 MiB for small guests, rounded up."""
 CLOCK_SKEW_NOTED_MS: Final = 1000
-TCG_COHERENT_SINCE: Final = (9, 0)
-"""The first QEMU whose migration sees every write of a TCG guest (upstream: "physmem: Fix migration dirty bitmap
-coherency with TCG memory access"). Before it, RAM that is a multiple of TCG_STEP_BYTES loses writes: 1 of 15
-migrations of a Linux guest from 7.2 in trials, none of 660 with 8 KiB more."""
-TCG_STEP_BYTES: Final = 256 * 1024
 MULTIFD_POSTCOPY_SINCE: Final = (10, 1)
 """The first QEMU that switches from multifd to postcopy in one migration."""
 
@@ -260,10 +256,13 @@ def _memory_short(case: _Case) -> _Found:
 
 
 def _tcg_loses_writes(case: _Case) -> _Found:
-    version, memory = case.source.qemu_version, case.guest.memory_bytes
-    old = version is not None and version[:2] < TCG_COHERENT_SINCE
-    stepped = memory is not None and memory % TCG_STEP_BYTES == 0
-    return _when(case.guest.accelerator == "tcg" and old and stepped)
+    guest = case.guest
+    return _when(hazards.precopy_loses_writes(guest.accelerator, case.source.qemu_version, guest.memory_bytes))
+
+
+def _tcg_throttle(case: _Case) -> _Found:
+    throttles = case.wish.settings.get("auto-converge") is True
+    return _when(throttles and hazards.standby_loses_writes(case.guest.accelerator, case.source.qemu_version))
 
 
 def _disks(case: _Case) -> Iterator[tuple[DiskUse, DiskReport | None, DiskReport | None]]:
@@ -432,6 +431,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("tcg-loses-writes", _B, "source", _tcg_loses_writes,
          "{source}'s QEMU {here_version} loses writes of a TCG guest with this size of memory while it migrates",
          "restart {vm} with 8 KiB more memory, or under KVM, or on QEMU 9.0 or newer"),
+    Rule("tcg-auto-converge", _W, "source", _tcg_throttle,
+         "under TCG, {source}'s QEMU {here_version} may lose writes of {vm} while auto-converge slows it",
+         "leave auto-converge out, or run {vm} under KVM"),
     Rule("disk-unreported", _B, "destination", _disk_unreported,
          "{destination} did not say whether it has the image {path}", "check its agent's log and ask again"),
     Rule("disk-missing", _B, "destination", _disk_missing, "{destination} does not have the image {path}",

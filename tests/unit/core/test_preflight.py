@@ -102,6 +102,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("device-unknown", {"guest": {"devices": frozenset({"warp"})}}, "does not have the device warp"),
     ("accelerator-missing", {"destination": {"accelerators": frozenset({"kvm"})}}, "runs under tcg"),
     ("tcg-loses-writes", {"source": {"qemu_version": (7, 2, 22)}}, "loses writes of a TCG guest"),
+    ("tcg-auto-converge", {"wish": replace(WISH, settings={"auto-converge": True})}, "while auto-converge slows it"),
     ("memory-short", {"destination": {"memory_available_bytes": GIB}}, "needs 1.1 GiB"),
     ("disk-unreported", {"destination": {"disks": {}}}, "did not say whether it has the image /d"),
     ("disk-missing", {"destination": disk(exists=False)}, "does not have the image /d"),

@@ -1,0 +1,45 @@
+"""Which guests would lose writes, and what follows from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmferry.core import hazards
+from vmferry.core.options import Mode
+from vmferry.units import MIB
+
+OLD, NEW = (7, 2, 22), (11, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version", "memory_bytes", "loses"),
+    [
+        ("tcg", OLD, 256 * MIB, True),
+        ("tcg", OLD, 256 * MIB + 8192, False),
+        ("tcg", NEW, 256 * MIB, False),
+        ("kvm", OLD, 256 * MIB, False),
+        ("tcg", None, 256 * MIB, False),
+        ("tcg", OLD, None, False),
+        (None, OLD, 256 * MIB, False),
+    ],
+)
+def test_old_qemus_lose_writes_of_tcg_guests_with_memory_in_whole_steps(
+    accelerator: str | None, version: tuple[int, int, int] | None, memory_bytes: int | None, loses: bool
+) -> None:
+    assert hazards.precopy_loses_writes(accelerator, version, memory_bytes) is loses
+
+
+@pytest.mark.parametrize(
+    ("mode", "accelerator", "version", "stops"),
+    [
+        (Mode.POSTCOPY, "tcg", NEW, True),
+        (Mode.POSTCOPY, "tcg", None, True),  # not known: the careful answer
+        (Mode.POSTCOPY, "tcg", OLD, False),
+        (Mode.POSTCOPY, "kvm", NEW, False),
+        (Mode.PRECOPY, "tcg", NEW, False),
+    ],
+)
+def test_newer_ones_lose_them_while_postcopy_stands_by(
+    mode: Mode, accelerator: str, version: tuple[int, int, int] | None, stops: bool
+) -> None:
+    assert hazards.stops_first(mode, accelerator, version) is stops
