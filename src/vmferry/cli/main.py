@@ -22,10 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("vmferry refuses to run with -O: its assertions guard guests\n")
         return UsageError.exit_code
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    as_json = bool(getattr(arguments, "json", False))
-    module_name, _, function_name = arguments.run.partition(":")
+    as_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
+        arguments = parser.parse_args(argv)
+        module_name, _, function_name = arguments.run.partition(":")
         return int(getattr(import_module(module_name), function_name)(arguments))
     except VmferryError as error:
         report_error(error, as_json=as_json)

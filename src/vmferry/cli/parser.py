@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from vmferry import __version__
+from vmferry.errors import UsageError
 
 DEFAULT_SOCKET = "/run/vmferry/agent.sock"
 
@@ -28,9 +29,16 @@ examples
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is malformed as every other error is told, with --json too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}", hint=" ".join(self.format_usage().split()))
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The whole grammar."""
-    parser = argparse.ArgumentParser(
+    """The whole grammar. Its `parse_args` raises UsageError."""
+    parser = _Parser(
         prog="vmferry",
         description="Live-migrates running QEMU/KVM virtual machines between hosts and never loses one.",
         epilog="'vmferry COMMAND --help' explains one command. The agent of this host must run for most of them.",

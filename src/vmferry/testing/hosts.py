@@ -376,6 +376,7 @@ class TwoAgents:
         flags_a: Sequence[str] = (),
         flags_b: Sequence[str] = (),
         pki_of: Mapping[str, Path] | None = None,
+        hidden_b: Path | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vf-", dir="/tmp"))
         self.hosts = TwoHosts.create()
@@ -395,6 +396,7 @@ class TwoAgents:
             self._warm(host)
             made.append(host)
         self.a, self.b = made
+        self.b.hidden = hidden_b
 
     def start(self) -> None:
         """Both agents, side by side."""
@@ -430,8 +432,15 @@ class TwoAgents:
 
     def running_on(self, vm: str) -> list[str]:
         """The hosts on which the VM's CPUs run right now, by QEMU's own word through the agents."""
-        rows = self.a.execute("vm-list")["vms"]
-        return [row["host"] for row in rows if row["vm"] == vm and row["run_state"] == "running"]
+
+        def rows() -> list[dict[str, Any]] | None:
+            listed = self.a.execute("vm-list")
+            found = [row for row in listed["vms"] if row["vm"] == vm]
+            told = all(host["answers"] for host in listed["hosts"])
+            return found if told and found and all(row["run_state"] != "silent" for row in found) else None
+
+        found: list[dict[str, Any]] = wait_true(rows, why=f"every host tells of {vm}")
+        return [row["host"] for row in found if row["run_state"] == "running"]
 
     def left_behind(self) -> list[str]:
         """What is there beside two idle agents and the VMs that they keep, in words; empty is clean."""
