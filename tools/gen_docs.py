@@ -15,7 +15,7 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import decision_tables, requirements
+from tools import commands_doc, decision_tables, requirements
 from vmferry import errors
 from vmferry.core import migration_status, options, transitions
 
@@ -26,6 +26,7 @@ DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("docs/status.md", transitions.docs_markdown),
     ("docs/decision-table.md", decision_tables.docs_markdown),
     ("docs/exit-codes.md", errors.docs_markdown),
+    ("docs/commands.md", commands_doc.docs_markdown),
     ("docs/requirements.md", requirements.docs_markdown),
 )
 
