@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells what is malformed as every other error is told, with --json too."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}", hint=" ".join(self.format_usage().split()))
+        raise UsageError(message, hint=" ".join(self.format_usage().split()))
 
 
 def build_parser() -> argparse.ArgumentParser:
