@@ -92,9 +92,9 @@ class Director:
         for puppet in self._living(host):
             self._send(puppet, {"script": self._scripts[host]})
 
-    def steps(self, host: str) -> dict[str, Any]:
-        """The steps that the host's script has now."""
-        return dict(self._scripts.get(host, {}).get("steps", {}))
+    def change(self, host: str, **more: Any) -> None:
+        """Some keys of the host's script; the others stay."""
+        self.script(host, **{**self._scripts.get(host, {}), **more})
 
     def go(self, host: str, step: str) -> None:
         """Lets the fakes of the host leave a step at which they hold (or will hold next)."""

@@ -50,7 +50,7 @@ class Outgoing:
         self.downtime_ms: int | None = None
         self.postcopy_bytes_left = WIRE_BYTES
         self._connect = connect
-        self._was_running = state.is_running
+        self._run_state_before = state.run_state
         self._resumed: asyncio.Queue[Callable[[], Awaitable[Link]]] = asyncio.Queue()
         state.passes, state.sent_bytes, state.error_desc = 0, 0, None
 
@@ -146,6 +146,7 @@ class Outgoing:
         """The guest stops; with the capability QEMU then waits for leave. It notices no lost link here."""
         state = self.state
         self.stopped_s = time.monotonic()
+        self._run_state_before = state.run_state
         state.set_run_state("finish-migrate")
         if not state.capabilities["pause-before-switchover"]:
             return
@@ -238,8 +239,8 @@ class Outgoing:
         if not self.is_cancelled:
             state.error_desc = text or "Unable to write to socket: Broken pipe"
             state.set_word("failing" if has_failing else "failed")
-        if self.stopped_s is not None and self._was_running:
-            state.set_run_state("running")
+        if self.stopped_s is not None:
+            state.set_run_state(self._run_state_before)
         await state.step("cleanup")
         if self.is_cancelled:
             state.set_word("cancelled")

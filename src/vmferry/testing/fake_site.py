@@ -107,8 +107,8 @@ class Site:
             clock=self._clock,
         )
         self._hook(host, agent)
-        await agent.start()
         self.agents[host] = agent
+        await agent.start()
 
     def _hook(self, host: str, agent: Agent) -> None:
         """Effects pass by here, so that a crashed agent does nothing and the order is seen."""
@@ -145,7 +145,7 @@ class Site:
     def on_note(self, attempt: AttemptLoop[Any], fact: Fact) -> None:
         """A fact was recorded by an attempt of one of our agents."""
         owners = [h for h, agent in self.agents.items() if getattr(attempt, "context", None) is agent]
-        if not owners or attempt.facts.entries[-1].fact is not fact:
+        if not owners:
             return
         host = owners[0]
         self.noted.append((host, fact))
@@ -194,8 +194,7 @@ class Site:
     async def migrate(self, to: str = "b", *, vm: str = "g", mode: str = "precopy", **more: Any) -> SourceAttempt:
         """Begins a migration."""
         source = "a" if to == "b" else "b"
-        if mode == "postcopy":
-            self.director.script(source, self.director.steps(source), dirty=True)
+        self.director.change(source, dirty=mode == "postcopy")
         await self.command(source, "vm-migrate", vm=vm, destination=to, mode=mode, **more)
         return self.agents[source].attempts[vm]
 
@@ -238,14 +237,18 @@ class Site:
 
     # --- what must hold ---
 
-    def check(self, host: str | None, vm: str = "g") -> None:
+    async def check(self, host: str | None, vm: str = "g") -> None:
         """The guest runs on this host, once, and its agent keeps it; None: nowhere any more."""
         self.director.never_two_ran()
         assert [p.host for p in self.director.running(vm)] == ([host] if host else [])
         keepers = [h for h, agent in self.agents.items() if vm in agent.vms]
         assert keepers == ([host] if host else keepers)
-        living = [p.host for p in self.director.puppets if p.vm == vm and not p.is_gone]
-        assert living == ([host] if host else [])
+
+        def only_that_one_lives() -> bool:
+            living = [p.host for p in self.director.puppets if p.vm == vm and not p.is_gone]
+            return living == ([host] if host else [])
+
+        await self.director.until(only_that_one_lives)
 
     def attempt(self, host: str = "a", vm: str = "g") -> SourceAttempt:
         """The newest migration away from the host."""

@@ -30,7 +30,7 @@ async def test_a_guest_moves(make_site: MakeSite, source: str, destination: str,
     await site.settle()
     assert ended(site) == ("completed", "destination")
     assert attempt.wire()["mode"] == mode
-    site.check("b")
+    await site.check("b")
 
 
 async def test_and_back_again(make_site: MakeSite) -> None:
@@ -39,7 +39,7 @@ async def test_and_back_again(make_site: MakeSite) -> None:
     await site.settle()
     await site.migrate("a", mode="postcopy")
     await site.settle()
-    site.check("a")
+    await site.check("a")
 
 
 @pytest.mark.proves("S130")
@@ -52,7 +52,7 @@ async def test_wait_unplug_is_shown_and_survived(make_site: MakeSite) -> None:
     site.director.go("a", "setup")
     await site.settle()
     assert ended(site) == ("completed", "destination")
-    site.check("b")
+    await site.check("b")
 
 
 async def test_a_word_nobody_has_heard_of_is_a_fact_and_no_error(make_site: MakeSite) -> None:
@@ -65,7 +65,7 @@ async def test_a_word_nobody_has_heard_of_is_a_fact_and_no_error(make_site: Make
     await site.settle()
     assert Fact.ERROR not in attempt.facts
     assert ended(site) == ("completed", "destination")
-    site.check("b")
+    await site.check("b")
 
 
 @pytest.mark.proves("S129")
@@ -78,7 +78,7 @@ async def test_the_colo_word_is_a_fact_and_harms_nobody(make_site: MakeSite) -> 
     await site.settle()
     assert Fact.ERROR not in attempt.facts
     assert ended(site) == ("cancelled", "source")
-    site.check("a")
+    await site.check("a")
 
 
 @pytest.mark.parametrize("source", ["7.2", "11.1"])
@@ -91,7 +91,7 @@ async def test_a_cancel_frees_a_qemu_that_is_silent_in_the_switchover(make_site:
     await site.command("a", "vm-cancel", vm="g")
     await site.settle()
     assert ended(site) == ("cancelled", "source")
-    site.check("a")
+    await site.check("a")
 
 
 @pytest.mark.parametrize("source", ["7.2", "11.1"])
@@ -101,7 +101,7 @@ async def test_a_silent_switchover_is_given_up_after_its_time(make_site: MakeSit
     await site.migrate()
     await site.settle()
     assert ended(site) == ("failed", "source")
-    site.check("a")
+    await site.check("a")
 
 
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
@@ -113,7 +113,7 @@ async def test_a_refused_start_brings_the_guest_back_with_the_words(make_site: M
     await site.settle()
     assert ended(site) == ("failed", "source")
     assert LOCK in str(site.attempt().wire()["error"])
-    site.check("a")
+    await site.check("a")
 
 
 @pytest.mark.parametrize("host", ["a", "b"])
@@ -129,10 +129,10 @@ async def test_an_option_that_is_not_taken_stops_everything(make_site: MakeSite,
     assert ended(site) == ("failed", "source")
     assert (name if how == "wrong" else "no such thing") in str(attempt.wire()["error"])
     site.director.script(host)
-    site.check("a")
+    await site.check("a")
     await site.migrate()
     await site.settle()
-    site.check("b")
+    await site.check("b")
 
 
 async def test_a_second_migration_is_refused(make_site: MakeSite) -> None:
@@ -144,7 +144,7 @@ async def test_a_second_migration_is_refused(make_site: MakeSite) -> None:
         await site.migrate()
     site.director.go("a", "active")
     await site.settle()
-    site.check("b")
+    await site.check("b")
 
 
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
@@ -225,4 +225,4 @@ async def test_a_grant_is_counted_once_and_an_old_one_is_refused(make_site: Make
     assert [p.host for p in site.director.running("g")] == ["b"]
     site.director.go("a", "pages")
     await site.settle()
-    site.check("b")
+    await site.check("b")
