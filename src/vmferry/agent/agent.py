@@ -136,6 +136,12 @@ class Agent:
         for place in self.places.values():
             if place.machine is not None and not place.ended.is_set():
                 await place.machine.close()
+            if place.listener is not None:
+                await place.listener.close()
+        holders: list[SourceAttempt | DestinationAttempt] = [*self.attempts.values(), *self.places.values()]
+        for holder in holders:
+            for channel in holder.channels:
+                channel.close()  # QEMU has its own descriptor of what was handed to it
         self.journal.close()
 
     # --- what attempts use (Context) ---
