@@ -17,6 +17,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,6 +279,16 @@ RULES: Final[tuple[Callable[[Source], Iterable[Finding]], ...]] = (
 )  # fmt: skip
 
 
+def dependencies(root: Path) -> Iterator[Finding]:
+    """What is installed with vmferry has a decision that says why."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    decided = " ".join(path.name for path in (root / "docs" / "decisions").glob("*.md"))
+    for requirement in project["dependencies"]:
+        name = re.split(r"[^A-Za-z0-9-]", requirement)[0]
+        if f"-{name}.md" not in decided:
+            yield Finding("pyproject.toml", 1, "undecided-dependency", name)
+
+
 def find(root: Path, paths: Iterable[str]) -> list[Finding]:
     """All findings, before allowances."""
     found: set[Finding] = set()
@@ -306,7 +317,7 @@ def verdict(findings: Iterable[Finding], allowed: Mapping[tuple[str, str, str], 
 
 def main() -> int:
     """0 = tidy; 1 = findings, one per line."""
-    lines = verdict(find(ROOT, tracked(ROOT)), ALLOWED)
+    lines = verdict([*find(ROOT, tracked(ROOT)), *dependencies(ROOT)], ALLOWED)
     print("\n".join(lines) if lines else "tidy")
     return 1 if lines else 0
 

@@ -38,6 +38,12 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{CLI}/host_cmd.py", "vmferry.pki"): f"{_LAZY}; cryptography takes longer than all the rest",
     ("late-import", f"{CLI}/render.py", "rich.console"): f"{_LAZY}; only a terminal does",
     ("late-import", f"{CLI}/render.py", "rich.progress"): f"{_LAZY}; only a terminal does",
+    (
+        "late-import",
+        "src/vmferry/wire/multifd.py",
+        "compression.zstd",
+    ): "only a zstd stream needs it, and it may be absent",
+    ("late-import", "src/vmferry/wire/multifd.py", "backports.zstd"): "the same for older Pythons",
     ("sleep", "tests/real/test_tls_real.py", "test_only_a_held_channel_hides_the_death_of_the_peer"): (
         "the claim is that nothing happens meanwhile; only time can show that"
     ),

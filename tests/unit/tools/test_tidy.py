@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import tidy
-from tools.tidy import RULES, Finding, Source, find, places, verdict
+from tools.tidy import RULES, Finding, Source, dependencies, find, places, verdict
 from tools.tidy_allowed import ALLOWED
 
 AGENT = "src/vmferry/agent/plan.py"
@@ -104,6 +104,13 @@ def test_files_are_read_and_binary_ones_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("import time\ntime.sleep(1)\n")
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
     assert find(tmp_path, ["a.py", "b.bin", "gone.py"]) == [Finding("a.py", 2, "sleep", "module")]
+
+
+def test_a_dependency_without_a_decision_is_found(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "decisions").mkdir(parents=True)
+    (tmp_path / "docs" / "decisions" / "0010-msgspec.md").write_text("")
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["msgspec>=0.20", "left-pad>=1"]\n')
+    assert [finding.what for finding in dependencies(tmp_path)] == ["left-pad"]
 
 
 @pytest.mark.proves("S1", "S6", "S91")
