@@ -231,14 +231,14 @@ class Planner:
         samples = self._samples.setdefault(attempt.job, [])
         samples.append(sample)
         attempt.progress = attempt.progress.advance(sample)
-        plan = attempt.plan
-        if plan is None or Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
+        if Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
             return
+        mode, policy = _policy(attempt)
         after_passes = attempt.wanted.postcopy.get("after_passes")
-        if after_passes is not None and plan.mode is Mode.POSTCOPY and sample.passes > after_passes:
+        if after_passes is not None and mode is Mode.POSTCOPY and sample.passes > after_passes:
             attempt.note(Fact.START_POSTCOPY, text=f"{after_passes} passes are over", by="policy")
             return
-        match core_converge.decide(samples, plan.policy):
+        match core_converge.decide(samples, policy):
             case StartPostcopy(why):
                 attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
             case GiveUp(why):
@@ -343,7 +343,7 @@ def _decide(
         options=options,
         objections=blocking,
         remarks=tuple(o for o in found if o.weight is not Weight.BLOCKER),
-        stops_first=hazards.stops_first(mode, guest.accelerator, here.qemu_version),
+        stops_first=_stops_first(wanted, here, guest),
         multifd=wanted.multifd_channels > 0 or wanted.options.get("postcopy-preempt") is True,
     )
 
@@ -362,14 +362,35 @@ def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...] | 
     }
 
 
-def _mode(wanted: Wanted, here: HostReport, there: HostReport, guest: GuestReport) -> tuple[Mode, PostcopyStart, str]:
-    start = PostcopyStart.FIRST_PASS
+def _policy(attempt: SourceAttempt) -> tuple[Mode, ConvergePolicy]:
+    """The plan's, or after a restart of the agent, which forgets the plan, what was asked for by name."""
+    if attempt.plan is not None:
+        return attempt.plan.mode, attempt.plan.policy
+    wanted = attempt.wanted
+    if wanted.mode != Mode.POSTCOPY:
+        return Mode.PRECOPY, ConvergePolicy(start=PostcopyStart.NEVER)
+    return Mode.POSTCOPY, ConvergePolicy(start=_asked_start(wanted), postcopy_after_ms=wanted.postcopy.get("after_ms"))
+
+
+def _asked_start(wanted: Wanted) -> PostcopyStart:
     if wanted.postcopy.get("after_ms") is not None:
-        start = PostcopyStart.TIME
-    elif wanted.postcopy.get("after_passes") is not None:
-        start = PostcopyStart.HAND
+        return PostcopyStart.TIME
+    if wanted.postcopy.get("after_passes") is not None:
+        return PostcopyStart.HAND
+    return PostcopyStart.FIRST_PASS
+
+
+def _stops_first(wanted: Wanted, here: HostReport, guest: GuestReport) -> bool:
+    """Only a postcopy that was asked for gets so far with such a guest: `auto` takes precopy for it."""
+    if "tcg-loses-writes" in wanted.accept or wanted.mode != Mode.POSTCOPY:
+        return False
+    return hazards.stops_first(Mode.POSTCOPY, guest.accelerator, here.qemu_version)
+
+
+def _mode(wanted: Wanted, here: HostReport, there: HostReport, guest: GuestReport) -> tuple[Mode, PostcopyStart, str]:
+    start = _asked_start(wanted)
     if wanted.mode == Mode.POSTCOPY:
-        stopped = hazards.stops_first(Mode.POSTCOPY, guest.accelerator, here.qemu_version)
+        stopped = _stops_first(wanted, here, guest)
         return Mode.POSTCOPY, start, f"it was asked for; {hazards.WHY_STOPPED}" if stopped else "it was asked for"
     if wanted.mode == Mode.PRECOPY:
         return Mode.PRECOPY, PostcopyStart.NEVER, "it was asked for"

@@ -83,6 +83,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     word = None
     try:
         word = (await kept.machine.migration(deadline_s=2.0)).get("status")
+        if word == "completed" and await kept.machine.run_state(deadline_s=2.0) != "postmigrate":
+            word = None  # that was the guest's way here: a source that has completed its part stands still
     except QemuError as error:
         log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
     attempt.note(Fact.PREPARE, by="journal")
