@@ -104,6 +104,7 @@ class Commands:
     async def _do_stop(self, arguments: dict[str, Any]) -> None:
         if self.state.is_running:
             self.state.set_run_state("paused")
+        await self.state.step("stop", lost=self.over)
 
     async def _do_quit(self, arguments: dict[str, Any]) -> None:
         self._shut_down(guest=False, reason="host-qmp-quit")

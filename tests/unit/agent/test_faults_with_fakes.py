@@ -179,3 +179,31 @@ async def test_a_cancel_at_a_fact_ends_in_cancelled_or_is_refused(make_site: Mak
         assert isinstance(refusal, CancelRefused)
         assert fact in (Fact.COMMITTED, Fact.PEER_ACK, Fact.PACKAGE_LOADED, Fact.GRANT_SENT)
     await site.check("b")
+
+
+async def test_a_guest_that_was_stopped_for_the_move_runs_again_after_a_restart(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"stop": "hold"})
+    await site.migrate(mode="postcopy")
+    await site.director.reached("a", "stop")
+    await site.restart("a")
+    site.director.go("a", "stop")
+    await site.settle()
+    await site.check("a")
+
+
+@pytest.mark.parametrize("fact", [Fact.CONFIGURED, Fact.STARTED])
+async def test_a_restart_does_not_take_the_way_here_for_the_way_on(make_site: MakeSite, fact: Fact) -> None:
+    """The QEMU of a guest that arrived says `completed`, which is no word about its next journey."""
+    site = await make_site()
+    await site.migrate()
+    await site.settle()
+    await site.check("b")
+    site.crash_at("b", fact)
+    site.noted.clear()
+    await site.migrate("a")
+    await site.noted_by("b", fact)
+    await site.restart("b")
+    await site.settle()
+    assert Fact.COMMITTED not in site.attempt("b").facts
+    await site.check("b")
