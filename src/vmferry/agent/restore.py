@@ -41,6 +41,11 @@ log = logging.getLogger("vmferry.agent")
 NOT_BEGUN = frozenset({None, "none", "failed", "cancelled"})
 """QEMU's words that do not show whether they belong to the unfinished job."""
 
+ARRIVED = frozenset({"completed"})
+"""QEMU says it of the guest's way here for ever, and also of a source that has sent everything …"""
+GIVEN_AWAY = frozenset({"postmigrate", "finish-migrate"})
+"""… whose run state is then one of these."""
+
 
 async def restore(agent: Agent) -> None:
     """Makes the agent hold again what it held. Raises Unfit when the journal cannot be read."""
@@ -83,8 +88,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     word = None
     try:
         word = (await kept.machine.migration(deadline_s=2.0)).get("status")
-        if word == "completed" and await kept.machine.run_state(deadline_s=2.0) != "postmigrate":
-            word = None  # that was the guest's way here: a source that has completed its part stands still
+        if word in ARRIVED and await kept.machine.run_state(deadline_s=2.0) not in GIVEN_AWAY:
+            word = None
     except QemuError as error:
         log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
     attempt.note(Fact.PREPARE, by="journal")
