@@ -154,6 +154,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
                 self._word = str(event.data.get("status"))
                 self._run_state = None
                 self._asked_s = float("-inf")
+                # What the word proves by itself, now: it may be another one before anybody looks.
+                self._note_findings(self._word, None)
             case "RESUME":
                 self.resume_s = at_s
                 self._run_state = "running"
@@ -200,10 +202,15 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self._answers = True
         except QmpTimeout:
             self._answers = False
+            self._asked_s = float("-inf")
         except QemuError as error:
+            self._asked_s = float("-inf")
             log.info("job=%s vm=%s look result=%s", self.job, self.vm, error)
 
     async def _ask(self, machine: Machine) -> None:
+        # 1. the question is sent  2. QEMU answers "active"  3. its event "completed" comes before we go on: the
+        # answer is old. So the moment of asking counts, and an event since then makes it due again.
+        self._asked_s = self.clock.now_s()
         info = await machine.migration(deadline_s=2.0)
         self._word = info.get("status")
         self._run_state = await machine.run_state(deadline_s=2.0)
@@ -213,9 +220,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self._run_state = await machine.run_state(deadline_s=2.0)
             info = await machine.migration(deadline_s=2.0)
             self._word = info.get("status")
-        self._asked_s = self.clock.now_s()
-        for fact, round_no, text in destination_findings(self._word, self._run_state, self.facts):
-            self.note(fact, round_no=round_no, text=text, by="destination QEMU")
+        self._note_findings(self._word, self._run_state)
         if self._word == "failed":
             self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
 
@@ -225,6 +230,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self._asked_s = float("-inf")
             self.wake()
             await self.until(Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=deadline_s)
+
+    def _note_findings(self, word: str | None, run_state: str | None) -> None:
+        for fact, round_no, text in destination_findings(word, run_state, self.facts):
+            self.note(fact, round_no=round_no, text=text, by="destination QEMU")
 
     def _note_exit(self) -> None:
         if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:

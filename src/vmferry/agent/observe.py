@@ -66,6 +66,13 @@ def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
             return ((Fact.RESUME_ACK, current, ""),) if current else ()
 
 
+def _unheard_of(word: str, log: FactLog) -> tuple[Finding, ...]:
+    """A word that nobody here knows: a new round, unless it is still the same one."""
+    newest = log.last_round(Fact.UNKNOWN_STATUS)
+    entry = log.entry(Fact.UNKNOWN_STATUS, newest) if newest else None
+    return () if entry is not None and entry.text == word else ((Fact.UNKNOWN_STATUS, newest + 1, word),)
+
+
 def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
     """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
     proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
@@ -94,7 +101,7 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
         case "colo":
             return ((Fact.COLO, 0, ""),)
         case _:
-            return ((Fact.UNKNOWN_STATUS, log.last_round(Fact.UNKNOWN_STATUS) + 1, word),)
+            return _unheard_of(word, log)
 
 
 def destination_findings(word: str | None, run_state: str | None, log: FactLog) -> tuple[Finding, ...]:
@@ -120,10 +127,12 @@ def destination_findings(word: str | None, run_state: str | None, log: FactLog) 
                 findings += [_PACKAGE, (Fact.PACKAGE_LOADED, 0, ""), (Fact.LOADED, 0, ""), *_rounds(word, log)]
         case "completed":
             findings = [(Fact.HEADER_SEEN, 0, "")]
+            if loaded and Fact.PACKAGE_SENT in log:
+                findings += [(Fact.PACKAGE_LOADED, 0, "")]  # it may be over before anybody looked
             if loaded:
                 findings += [(Fact.LOADED, 0, ""), (Fact.ALL_SENT, 0, "")]
         case _:
-            return ((Fact.UNKNOWN_STATUS, log.last_round(Fact.UNKNOWN_STATUS) + 1, word),)
+            return _unheard_of(word, log)
     if run_state == "running":
         findings.append((Fact.TARGET_RAN, 0, "the run state is running"))
     return tuple(findings)
