@@ -94,16 +94,37 @@ class Tail:
         self._footers = footers
         self._early = early
         self._scanned = 0
-        self._tried = 0
+        self._found = 0
         self._candidates: list[tuple[int, int]] = []
 
     def feed(self, data: bytes | memoryview) -> bool:
         """Whether the stream is whole now; then `sections` and `description` are there. Raises `WireError`."""
         self.data += data
-        self._find_candidates()
+        while True:
+            match = _DESCRIPTION_HEAD.search(self.data, self._scanned)
+            # What ended before the next candidate begins is tried first: behind the end there may be anything.
+            if self._try_ended(len(self.data) if match is None else match.start()):
+                return True
+            if match is None:
+                break
+            self._scanned = match.end()
+            (length,) = _ID.unpack(match[1])
+            begin = match.start()
+            del match  # it pins the bytearray
+            if length <= limits.DESCRIPTION_BYTES_MAX:
+                self._found += 1
+                if self._found > limits.DESCRIPTION_CANDIDATES_MAX:
+                    self._refuse("devices-candidates", "too much looks like a vmdescription")
+                self._candidates.append((begin, begin + 6 + length))
+        self._scanned = max(self._scanned, len(self.data) - 7)
+        if len(self.data) > limits.DEVICES_BYTES_MAX:
+            self._refuse("devices-size", "the device sections do not end")
+        return False
+
+    def _try_ended(self, up_to: int) -> bool:
         for candidate in sorted(self._candidates, key=lambda each: each[1]):
             begin, end = candidate
-            if end > len(self.data):
+            if end > up_to:
                 break
             self._candidates.remove(candidate)
             sections = self._try(begin, end)
@@ -111,22 +132,11 @@ class Tail:
                 self.sections = sections
                 self.description = (begin + 6, end)
                 return True
-        if len(self.data) > limits.DEVICES_BYTES_MAX:
-            self._refuse("devices-size", "the device sections do not end")
         return False
 
-    def _find_candidates(self) -> None:
-        for match in _DESCRIPTION_HEAD.finditer(self.data, self._scanned):
-            (length,) = _ID.unpack(match[1])
-            if length <= limits.DESCRIPTION_BYTES_MAX:
-                self._tried += 1
-                if self._tried > limits.DESCRIPTION_CANDIDATES_MAX:
-                    self._refuse("devices-candidates", "too much looks like a vmdescription")
-                self._candidates.append((match.start(), match.start() + 6 + length))
-            self._scanned = match.end()
-        self._scanned = max(self._scanned, len(self.data) - 7)
-
     def _try(self, begin: int, end: int) -> list[DeviceSection] | None:
+        if self.data[end - 1] != ord("}"):
+            return None
         described = parse(bytes(self.data[begin + 6 : end]))
         if described is None:
             return None

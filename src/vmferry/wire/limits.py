@@ -65,7 +65,7 @@ DESCRIPTION_BYTES_MAX = 16 << 20
 
 # Places that look like the beginning of a vmdescription (00 06 <length> {") inside device state. In real
 # streams there is one. Each one costs one attempt to read JSON, so a hostile stream must not have many.
-DESCRIPTION_CANDIDATES_MAX = 256
+DESCRIPTION_CANDIDATES_MAX = 64
 
 # Places that look like a footer, over a whole search with its steps back. Real streams have one or two per
 # section. Each costs a look at what follows it.
