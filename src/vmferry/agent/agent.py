@@ -199,8 +199,8 @@ class Agent:
             directory=attempt.place.directory,
             machine=machine,
         )
+        self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
-        self.vms[attempt.vm] = kept
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()

@@ -217,7 +217,7 @@ async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
         await attempt.listener.close()
     for channel in attempt.channels:
         channel.close()
-    if attempt.credentials is not None:
+    if not attempt.place.clear_text:
         await _drop_credentials(attempt)
     await attempt.context.journal.append(
         Entry.ENDED, attempt.job, {**attempt.brief(), "outcome": outcome.value, "over": True}
@@ -228,8 +228,7 @@ async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
 
 
 async def _drop_credentials(attempt: DestinationAttempt) -> None:
-    assert attempt.credentials is not None
-    attempt.credentials.remove()
+    job_credentials.remove_job(attempt.job, attempt.context.job_directory)
     if attempt.machine is None or attempt.machine.is_gone:
         return
     creds = job_credentials.tls_creds_object(attempt.job, "destination", attempt.context.job_directory)

@@ -85,6 +85,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The channel's descriptor is in QEMU's hands under its name."""
         self._qemu_word: str | None = None
         self._run_state: str | None = None
+        self._events_heard = 0
         self._stale = True
         self._silent_since_s: float | None = None
         self._polled_s = float("-inf")
@@ -161,6 +162,7 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def on_qemu_event(self, event: Event) -> None:
         """An event of the source's QEMU."""
+        self._events_heard += 1
         at_s = event.timestamp_us / 1e6 if event.timestamp_us is not None else self.clock.wall_s()
         match event.name:
             case "MIGRATION":
@@ -201,7 +203,8 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def hear_target(self, facts: dict[str, Any]) -> None:
         """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
-        self.set_readings(target_answers=True)
+        # In doubt: the order to start was written to its QEMU and not answered, so it does not know itself.
+        self.set_readings(target_answers=not facts.get("in_doubt"))
         self.trouble = ""
         if facts.get("loaded"):
             self.note(Fact.LOADED, by="destination agent")
@@ -262,8 +265,11 @@ class SourceAttempt(AttemptLoop[Effect]):
             if self._stale or (due and self._may_ask(view.source)):
                 await self._ask_word()
             if self._cpus_matter() and self._run_state is None:
-                self._run_state = await self.machine.run_state(deadline_s=SILENT_S)
-                self._set_cpus()
+                heard = self._events_heard
+                state = await self.machine.run_state(deadline_s=SILENT_S)
+                if heard == self._events_heard:  # else it is asked again: the event woke the loop
+                    self._run_state = state
+                    self._set_cpus()
         except QmpTimeout:
             self._stale = True
             self.set_readings(source=Source.SILENT)
@@ -283,10 +289,13 @@ class SourceAttempt(AttemptLoop[Effect]):
         return Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
 
     async def _ask_word(self) -> None:
-        info = await self.machine.migration(deadline_s=SILENT_S)
+        # Before the question: what an event or somebody else makes due meanwhile stays due.
         self._polled_s = self.clock.now_s()
         self._stale = False
-        self.hear_word(info.get("status"))
+        heard = self._events_heard
+        info = await self.machine.migration(deadline_s=SILENT_S)
+        if heard == self._events_heard:  # else an event has said something newer than this answer
+            self.hear_word(info.get("status"))
         self.count(info)
 
     def count(self, info: dict[str, Any]) -> None:

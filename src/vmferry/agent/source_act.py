@@ -70,6 +70,7 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             attempt.note(Fact.COMMITTED)
         case Effect.SEND_GRANT:
             attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
+            attempt.set_readings(target_answers=False)  # and until it is answered nobody knows what is so there
             attempt.hear_target(await _call(attempt, "peer-grant", deadline_s=GRANT_S))
         case Effect.ASK_TARGET:
             attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))

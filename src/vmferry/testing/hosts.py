@@ -437,7 +437,11 @@ class TwoAgents:
             listed = self.a.execute("vm-list")
             found = [row for row in listed["vms"] if row["vm"] == vm]
             told = all(host["answers"] for host in listed["hosts"])
-            return found if told and found and all(row["run_state"] != "silent" for row in found) else None
+            return (
+                found
+                if told and found and not any(row["run_state"] in ("silent", "incoming") for row in found)
+                else None
+            )
 
         found: list[dict[str, Any]] = wait_true(rows, why=f"every host tells of {vm}")
         return [row["host"] for row in found if row["run_state"] == "running"]
