@@ -96,7 +96,7 @@ class AttemptLoop(ABC, Generic[E]):
             if fact not in ROUNDED:
                 self._not_before_s = 0.0  # the world moved: what failed before may work now
             self.on_facts(before, self.facts)
-        self.wake()
+            self.wake()  # only for news: `look` repeats what it sees, and must not wake itself for ever
 
     def wake(self) -> None:
         """Makes the loop look again."""
