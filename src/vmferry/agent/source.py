@@ -203,7 +203,8 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def hear_target(self, facts: dict[str, Any]) -> None:
         """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
-        self.set_readings(target_answers=True)
+        # In doubt: the order to start was written to its QEMU and not answered, so it does not know itself.
+        self.set_readings(target_answers=not facts.get("in_doubt"))
         self.trouble = ""
         if facts.get("loaded"):
             self.note(Fact.LOADED, by="destination agent")
