@@ -140,7 +140,7 @@ def devices_of_a_pc() -> list[Event]:
     return [
         *device(0, "timer", b"\x7e\x00\x00\x00\x00\x00" + bytes(18)),
         *device(7, "apic", b"\x00\x06\x00\x00\x00\x04{\"x\"" + bytes(30)),
-        *device(8, "dma", b"\x01" * 75, instance=1),
+        *device(8, "dma", b"\x09" * 75, instance=1),
         *device(9, "empty", b""),
     ]  # fmt: skip
 

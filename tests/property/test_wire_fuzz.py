@@ -1,6 +1,7 @@
 """Hostile peers: any bytes give events, NEED_DATA, DONE or one `WireError`, however they are cut.
 
-What was ever found stays as an example. `tools/fuzz_wire.py` has the invariants, and runs them with atheris.
+What was ever found stays as an example. The invariants are in `tests/wire_invariants.py`;
+`tools/fuzz_wire.py` runs them with atheris.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tools.fuzz_wire import DECODERS, LENIENT, MAIN, SLABS, one_input, run, seeds
+from tests.wire_invariants import DECODERS, LENIENT, MAIN, SLABS, one_input, run, seeds
 
 SEEDS = [(kind, seed) for kind, found in seeds().items() for seed in found]
 FAST = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])

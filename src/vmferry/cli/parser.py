@@ -149,6 +149,12 @@ def _add_host_commands(commands: Any) -> None:
     _command(commands, "doctor", "host_cmd:doctor", "say whether this host is fit for migrations")
     _command(commands, "options", "host_cmd:options", "list the migration options", client=False)
     _command(commands, "exit-codes", "host_cmd:exit_codes", "list what exit codes mean", client=False)
+    inspect = _command(commands, "inspect-stream", "inspect_cmd:inspect_stream",
+                       "say what a recorded migration stream holds, or how two of them differ",
+                       client=False)  # fmt: skip
+    inspect.add_argument("file", metavar="FILE", help="the bytes of a main channel, or a mapped-ram file")
+    inspect.add_argument("other", metavar="OTHER", nargs="?", help="show what differs between FILE and this one")
+    inspect.add_argument("--fields", action="store_true", help="every field of every device")
     pki = _command(commands, "pki", "host_cmd:pki", "make certificates for a set-up of hosts", client=False,
                    epilog="example\n  vmferry pki /etc/vmferry/pki host-a=10.0.0.1 host-b=10.0.0.2\n\n"
                    "Copy DIR/HOST to its host and start the agent there with --pki. Keep DIR/ca safe.")  # fmt: skip

@@ -7,6 +7,7 @@ Rule 2: sizes come from a peer; they are only ever compared with bytes that are 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +89,17 @@ def _number(value: Any) -> int:
 
 
 def _fields(raw: dict[str, Any], body: bytes, at: int, path: str) -> Iterator[Field]:
+    repeated = Counter(str(field.get("name")) for field in raw["fields"])
+    seen: Counter[str] = Counter()
     for field in raw["fields"]:
         if field["size"] == 0:
             continue  # however many there are of them
-        for index in range(field.get("array_len", 1)):
-            name = f"{path}{field.get('name', '?')}"
-            if "array_len" in field or "index" in field:
-                name += f"[{field.get('index', index)}]"
+        plain = str(field.get("name"))
+        for _ in range(field.get("array_len", 1)):
+            name = path + plain
+            if "array_len" in field or repeated[plain] > 1:
+                name += f"[{field.get('index', seen[plain])}]"
+            seen[plain] += 1
             data = body[at : at + field["size"]]
             at += len(data)
             inner = field.get("struct")
