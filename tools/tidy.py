@@ -51,7 +51,6 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
     "src/vmferry/cli/agent_cmd.py": frozenset({"agent"}),
-    "src/vmferry/cli/inspect_cmd.py": frozenset({"wire"}),
     "src/vmferry/cli/demo_cmd.py": frozenset({"agent", "demo", "bench"}),
     "src/vmferry/cli/inspect_cmd.py": frozenset({"wire"}),
     "src/vmferry/cli/bench_cmd.py": frozenset({"agent", "demo", "bench"}),
