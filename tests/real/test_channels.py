@@ -39,12 +39,19 @@ def test_a_destination_that_reads_nothing_holds_the_source_back_and_no_agent(
         try:
             # What the sockets hold still goes; then the source's QEMU stands still with it.
             sent: list[int] = []
-            wait_true(lambda: sent.append(job(pair.a)["transferred_bytes"]) or (len(sent) > 8 and sent[-1] == sent[-6]))
+
+            def stands_still() -> bool:
+                sent.append(job(pair.a)["transferred_bytes"])
+                return len(sent) > 8 and sent[-1] == sent[-6]
+
+            wait_true(stands_still)
             took_ms = []
-            for host, command in [(pair.b, "agent-status"), (pair.b, "vm-list"), (pair.a, "job-status")] * 5:
-                arguments = (
-                    {"vm": "web1"} if command == "job-status" else {"local": True} if command == "vm-list" else {}
-                )
+            asked: list[tuple[AgentHost, str, dict[str, Any]]] = [
+                (pair.b, "agent-status", {}),
+                (pair.b, "vm-list", {"local": True}),
+                (pair.a, "job-status", {"vm": "web1"}),
+            ]
+            for host, command, arguments in asked * 5:
                 begun_s = time.monotonic()
                 host.execute(command, **arguments)
                 took_ms.append((time.monotonic() - begun_s) * 1000)

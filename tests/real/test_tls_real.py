@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -23,6 +25,7 @@ from vmferry.agent.channel import Channel, ChannelListener, Ticket, dial
 from vmferry.errors import HostUnreachable, QemuError
 from vmferry.pki import job_credentials
 from vmferry.qmp.blocking import BlockingClient
+from vmferry.qmp.codec import encode_command
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.testing.relay import Relay
 
@@ -76,7 +79,10 @@ class Qemu:
         self.execute("migrate-set-parameters", parameters)
 
     def give(self, channel: Channel) -> None:
-        self.qmp.execute("getfd", {"fdname": "channel"}, fds=[channel.fileno()])
+        # The blocking client sends no descriptors: its reply to this line counts as one that nobody asked for.
+        line = encode_command("getfd", {"fdname": "channel"}, id="fd")
+        with socket.socket(fileno=os.dup(self.qmp.fileno())) as link:
+            socket.send_fds(link, [line], [channel.fileno()])
 
     def status(self) -> str:
         return str(self.execute("query-migrate").get("status"))

@@ -273,8 +273,9 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "generation": self.place.generation,
             "loaded": Fact.LOADED in self.facts,
             "committed": Fact.COMMITTED in self.facts,
-            "ran": view.ran is Ran.YES,
-            "in_doubt": view.ran is Ran.UNKNOWN,
+            # Told only once this host keeps the guest durably: who hears it may ask for the guest here at once.
+            "ran": Fact.RUN_ACKED in self.facts,
+            "in_doubt": view.ran is Ran.UNKNOWN or (view.ran is Ran.YES and Fact.RUN_ACKED not in self.facts),
             "refused": refused,
             "refused_text": refused_entry.text if refused_entry else "",
             "gone": gone_entry is not None,

@@ -171,7 +171,7 @@ async def _grant(agent: Agent, who: str | None, arguments: dict[str, Any]) -> di
     await place.grant(int(arguments["generation"]))
     deadline_s = agent.clock.now_s() + GRANT_WAIT_S
     while agent.clock.now_s() < deadline_s and not place.ended.is_set():
-        if Fact.TARGET_RAN in place.facts or place.facts.last_round(Fact.START_REFUSED) > refused:
+        if Fact.RUN_ACKED in place.facts or place.facts.last_round(Fact.START_REFUSED) > refused:
             break
         await place.until_change(deadline_s=deadline_s - agent.clock.now_s())
     return place.facts_wire()
@@ -184,7 +184,7 @@ async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
         return await _target(agent, who, arguments)
     if Fact.TARGET_RAN not in place.facts:
         place.note(Fact.RELEASE, by=who or "source agent")
-        await place.until(Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=RELEASE_WAIT_S)
+        await place.until(Fact.TARGET_GONE, Fact.RUN_ACKED, deadline_s=RELEASE_WAIT_S)
     return place.facts_wire()
 
 

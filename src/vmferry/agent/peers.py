@@ -137,7 +137,16 @@ class PeerLink:
         except QmpDisconnected as error:
             # In TLS 1.3 a client learns only at its first read that the server refused its certificate.
             cause = reader.exception()
-            raise (cause if isinstance(cause, OSError) else error) from error
+            if isinstance(cause, OSError):
+                raise cause from error
+            if self._context is not None and self.round_trip_s is None:
+                raise NotTrusted(
+                    f"the agent of {self.peer.name} closed the link before it said a word; most likely it does not"
+                    " accept this host's certificate",
+                    side="client",
+                    cause=error,
+                ) from error
+            raise
         except BaseException:
             writer.close()
             raise

@@ -357,7 +357,8 @@ async def doctor(agent: Agent) -> dict[str, Any]:
         checks.append(probe.offset_check(offset))
     return {
         "host": config.name,
-        "fit": all(check.ok is not False for check in checks),
+        # Without KVM guests run under TCG: slow, and still fit to be moved.
+        "fit": all(check.ok is not False for check in checks if check.name != "kvm"),
         "checks": [{"name": c.name, "ok": c.ok, "detail": c.detail, "fix": c.fix} for c in checks],
     }
 
