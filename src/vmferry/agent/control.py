@@ -220,6 +220,9 @@ async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
         if arguments.vm and wire["vm"] == arguments.vm:
             return dict(wire)
     if arguments.vm in agent.vms:
+        arrived = await vm_commands.arrival(agent, arguments.vm)
+        if arrived is not None:
+            return arrived
         return {"vm": arguments.vm, "job": None, "status": "none", "outcome": None, "sentence": "no migration"}
     raise UnknownVm(f"no migration of {arguments.vm or arguments.job} is known here")
 

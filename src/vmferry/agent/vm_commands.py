@@ -237,8 +237,21 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
         "serial": f"{kept.directory}/serial.log" if kept.directory else None,
         "qemu": kept.machine.version_text if kept.machine else "unknown",
         "blocked": blocked,
-        "migration": attempt.wire() if attempt is not None else None,
+        "migration": attempt.wire() if attempt is not None else await arrival(agent, name),
     }
+
+
+async def arrival(agent: Agent, vm: str) -> dict[str, Any] | None:
+    """The migration with which the VM came here, as its source tells it; None if it did not, or nobody answers."""
+    place = agent.place_of(vm)
+    if place is None:
+        return None
+    question = {"command": "job-status", "arguments": {"job": place.job}}
+    try:
+        return dict(await agent.peers.link(place.place.source).call("peer-forward", question, deadline_s=LIST_S))
+    except VmferryError as error:
+        log.info("job=%s vm=%s command=job-status result=%s", place.job, vm, error)
+        return None
 
 
 async def _state(kept: KeptVm) -> tuple[str, list[str]]:
