@@ -241,7 +241,7 @@ POSTCOPY_WAYS: dict[str, tuple[list[str], Any, str]] = {
 }
 
 
-@pytest.mark.proves("S24", "S27", "S28", "S31", "S37", "S38", "S46", "S63")
+@pytest.mark.proves("S24", "S25", "S27", "S28", "S31", "S37", "S38", "S46", "S63")
 @pytest.mark.parametrize(
     ("source", "destination", "way"),
     [(*pair, "after the first pass") for pair in PAIRS]
@@ -268,6 +268,7 @@ def test_postcopy(way: str, source: str, destination: str, make_pair: MakePair, 
     assert len(asked) == 1
     assert why in str(asked[0])
     order = [row["what"] for row in wire["timeline"]]
+    assert order.count("package-sent") == 1
     assert order.index("package-sent") < order.index("package-loaded") < order.index("grant-sent")
     assert order.index("grant-sent") < order.index("RESUME on the destination")
     passes_on(pair.b, "web1")

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent.machine import Machine
+from vmferry.agent.vms import VmDefinition
 from vmferry.core.facts import Fact, FactLog
 from vmferry.core.status import source_status
 from vmferry.errors import Busy, CancelRefused
@@ -226,3 +228,32 @@ async def test_a_grant_is_counted_once_and_an_old_one_is_refused(make_site: Make
     site.director.go("a", "pages")
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.proves("S71", "S81")
+async def test_options_come_before_the_listener_and_none_after_it(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The destination starts without an address; what it is set to before it listens is what it loads with."""
+    said: list[tuple[int, str]] = []
+    execute = Machine.execute
+
+    async def noted(machine: Machine, command: str, *arguments: Any, **more: Any) -> Any:
+        said.append((machine.pid, command))
+        return await execute(machine, command, *arguments, **more)
+
+    monkeypatch.setattr(Machine, "execute", noted)
+    site = await make_site("11.1", "11.1")
+    await site.migrate(mode=mode)
+    await site.settle()
+    place = site.place()
+    assert place.machine is not None
+    commands = [command for pid, command in said if pid == place.machine.pid]
+    listening, started = commands.index("migrate-incoming"), commands.index("cont")
+    setters = {"migrate-set-capabilities", "migrate-set-parameters"}
+    assert setters <= set(commands[:listening])
+    assert not setters & set(commands[listening:started])
+    argv = VmDefinition.from_wire(place.place.definition).incoming_argv(place.runtime, "qemu")
+    assert argv[argv.index("-incoming") + 1] == "defer"
+    assert "-S" in argv

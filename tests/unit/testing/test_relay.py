@@ -103,6 +103,7 @@ def test_bytes_pass_both_ways_and_the_end_too(peers: Peers) -> None:
         peers.relay.wait_connections(2, 0.01)
 
 
+@pytest.mark.proves("S86")
 def test_hold_and_release(peers: Peers) -> None:
     peers.relay.to_target.hold()
     peers.client.sendall(b"one")
@@ -136,6 +137,7 @@ def test_cut_and_connect_again(peers: Peers, reset: bool) -> None:
     target.close()
 
 
+@pytest.mark.proves("S86")
 def test_half_close(peers: Peers) -> None:
     peers.relay.half_close(peers.relay.to_target)
     assert is_over(peers.target)

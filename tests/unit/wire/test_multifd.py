@@ -1,0 +1,172 @@
+"""Multifd channels."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Literal
+
+import numpy as np
+import pytest
+from backports.zstd import ZstdCompressor
+
+from tests.wire_streams import BLOCK, BLOCKS, drain, join, multifd, multifd_compressed, pages
+from vmferry.wire.errors import WireError
+from vmferry.wire.events import (
+    NEED_DATA,
+    Event,
+    MultifdInit,
+    MultifdPacket,
+    MultifdPages,
+    MultifdPayload,
+)
+from vmferry.wire.multifd import SYNC, ZLIB, ZSTD, MultifdDecoder, PageInflater, make_packet, make_sync
+
+NONE = np.zeros(0, np.uint64)
+INIT = join([MultifdInit(0)])
+OFFSETS = pages([1, 2]).offsets
+
+
+def decode(data: bytes, slab: int = 1 << 20) -> list[Event]:
+    decoder = MultifdDecoder(BLOCKS)
+    found: list[Event] = []
+    for at in range(0, len(data), slab):
+        decoder.feed(data[at : at + slab])
+        found += drain(decoder)
+    assert decoder.is_between
+    assert decoder.next() is NEED_DATA
+    return found
+
+
+def refused(data: bytes) -> str:
+    decoder = MultifdDecoder(BLOCKS)
+    decoder.feed(data)
+    for _ in range(2):
+        with pytest.raises(WireError) as caught:
+            drain(decoder)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("slab", [1, 1000, 4097, 9000, 1 << 20])
+def test_there_and_back_however_it_is_cut(slab: int) -> None:
+    data = join(multifd())
+    found = decode(data, slab)
+    assert join(found) == data
+    packet, sync = (each for each in found if isinstance(each, MultifdPacket))
+    assert packet.normal_offsets.tolist() == [0, 4096, 8192, 12288, 16384]
+    assert packet.zero_offsets.tolist() == [9 * 4096, 10 * 4096]
+    assert (sync.flags, sync.pages_alloc, sync.block) == (SYNC, 0, None)
+    content = np.concatenate([each.pages for each in found if isinstance(each, MultifdPages)])
+    assert content[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert len(decode(INIT)) == 1
+
+
+def test_leftovers_of_an_old_qemu_are_kept() -> None:
+    """A claimed payload without pages, and offsets of the packet before."""
+    packet = make_packet(BLOCK, NONE, NONE, number=3, payload_bytes=8192)
+    packet.offsets[5] = 0xDEADBEEF
+    data = INIT + join([packet, make_sync(number=4)])
+    assert join(decode(data)) == data
+
+
+@pytest.mark.parametrize("kind", [ZLIB, ZSTD])
+@pytest.mark.parametrize("slab", [1, 50, 1 << 20])
+def test_compressed_pages_of_an_endless_stream(kind: int, slab: int) -> None:
+    data = join(multifd_compressed(kind))
+    inflater = PageInflater()
+    found: list[list[int]] = []
+    for event in decode(data, slab):
+        if isinstance(event, MultifdPacket):
+            inflater.begin(event)
+        elif isinstance(event, MultifdPayload):
+            done = inflater.feed(event)
+            if done is not None:
+                found.append(done[:, 17].tolist())
+    assert found == [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6]]
+
+
+def head(**fields: int) -> bytes:
+    values = {"magic": 0x11223344, "version": 1, "flags": 0, "alloc": 128, "normal": 1, "size": 4096, "zero": 0}
+    values |= fields
+    raw = struct.pack(
+        ">IIIIIIQI28s256s", values["magic"], values["version"], values["flags"], values["alloc"], values["normal"],
+        values["size"], 1, values["zero"], bytes(28), b"pc.ram",
+    )  # fmt: skip
+    return INIT + raw + struct.pack(">Q", fields.get("offset", 0)) + bytes(127 * 8)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"QEVM" + bytes(60), "multifd-init"),
+        (INIT[:7] + b"\x02" + INIT[8:], "multifd-init"),
+        (INIT[:-1] + b"x", "multifd-init"),
+        (head(magic=0x51455648), "multifd-magic"),
+        (head(version=2), "multifd-magic"),
+        (head(flags=0x40), "multifd-flags"),
+        (head(flags=0x08), "multifd-flags"),
+        (head(flags=0x06), "multifd-flags"),
+        (head(alloc=127), "multifd-pages"),
+        (head(normal=128, zero=1), "multifd-pages"),
+        (head(offset=100), "multifd-range"),
+        (head(offset=1 << 40), "multifd-range"),
+        (head(size=4095), "multifd-payload"),
+        (head(size=0, flags=ZLIB), "multifd-payload"),
+        (head(size=1 << 21, flags=ZSTD), "multifd-payload"),
+        (head().replace(b"pc.ram", b"pc.rum"), "multifd-block"),
+        (head().replace(b"pc.ram\0", b"pc.ram\0x"), "multifd-head"),
+    ],
+)
+def test_what_is_refused(data: bytes, reason: str) -> None:
+    assert refused(data) == reason
+
+
+def test_reserved_bytes_are_refused() -> None:
+    data = bytearray(head())
+    data[64 + 40] = 1
+    assert refused(bytes(data)) == "multifd-head"
+
+
+def test_a_cut_packet_is_not_between() -> None:
+    decoder = MultifdDecoder(BLOCKS)
+    decoder.feed(join(multifd())[:3000])
+    drain(decoder)
+    assert not decoder.is_between
+
+
+def inflated(kind: int, payload: bytes, *, normal: int = 2) -> str:
+    inflater = PageInflater()
+    inflater.begin(make_packet(BLOCK, OFFSETS[:normal], NONE, number=1, flags=kind, payload_bytes=len(payload)))
+    with pytest.raises(WireError) as caught:
+        inflater.feed(MultifdPayload(memoryview(payload), last=True))
+    return caught.value.message
+
+
+def deflated(plain: bytes) -> bytes:
+    stream = zlib.compressobj()
+    return stream.compress(plain) + stream.flush(zlib.Z_SYNC_FLUSH)
+
+
+def zstded(plain: bytes, mode: Literal[0, 1, 2] = ZstdCompressor.FLUSH_BLOCK) -> bytes:
+    return ZstdCompressor().compress(plain, mode)
+
+
+@pytest.mark.parametrize("kind", [ZLIB, ZSTD])
+def test_payloads_that_do_not_inflate_to_their_pages(kind: int) -> None:
+    make = deflated if kind == ZLIB else zstded
+    assert "fewer pages" in inflated(kind, make(bytes(8191)))
+    assert "more pages" in inflated(kind, make(bytes(8193)))
+    assert "more pages" in inflated(kind, make(bytes(50 << 20)))  # without inflating all of it
+    assert inflated(kind, b"\xff" * 50)
+
+
+def test_an_endless_stream_has_no_end() -> None:
+    assert "has an end" in inflated(ZLIB, zlib.compress(bytes(8192)))
+    assert "has an end" in inflated(ZSTD, zstded(bytes(8192), ZstdCompressor.FLUSH_FRAME))
+
+
+def test_the_compression_of_a_channel_stays() -> None:
+    inflater = PageInflater()
+    inflater.begin(make_packet(BLOCK, OFFSETS, NONE, number=1, flags=ZLIB, payload_bytes=9))
+    with pytest.raises(WireError, match="changed"):
+        inflater.begin(make_packet(BLOCK, OFFSETS, NONE, number=2, flags=ZSTD, payload_bytes=9))
