@@ -7,7 +7,7 @@ Rule 2: ENABLE_COLO is refused: vmferry never switches COLO on and cannot follow
 from __future__ import annotations
 
 import struct
-from typing import Final, NoReturn
+from typing import Final, NoReturn, assert_never
 
 from vmferry.wire import limits
 from vmferry.wire.errors import refuse
@@ -159,3 +159,5 @@ def _parts(event: Command) -> tuple[int, bytes]:
             return RECV_BITMAP, bytes([len(name)]) + name
         case SwitchoverStart():
             return SWITCHOVER_START, b""
+        case _ as never:  # pragma: no cover
+            assert_never(never)

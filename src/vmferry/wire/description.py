@@ -105,7 +105,7 @@ def _fields(raw: dict[str, Any], body: bytes, at: int, path: str) -> Iterator[Fi
             inner = field.get("struct")
             if isinstance(inner, dict) and "fields" in inner and _fits(inner, len(data)):
                 yield from _fields(inner, data, 0, name + ".")
-            elif data:
+            else:
                 yield Field(name, str(field.get("type", "?")), data)
     for subsection in raw.get("subsections", ()):
         at += _subsection_head(subsection)

@@ -8,6 +8,7 @@ Rule 2: the caller keeps the order of events; an encoder has no state to go wron
 from __future__ import annotations
 
 import struct
+from typing import assert_never
 
 from vmferry.wire import commands, configuration, devices, iterable, multifd, ram, return_path, stream
 from vmferry.wire.events import (
@@ -80,6 +81,8 @@ def encode(event: Event) -> list[Encoded]:
             | SwitchoverAck()
         ):  # fmt: skip
             return return_path.encode(event)
+        case _ as never:  # pragma: no cover
+            assert_never(never)
 
 
 def encode_package(events: list[Event]) -> list[Encoded]:

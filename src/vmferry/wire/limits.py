@@ -93,6 +93,9 @@ MULTIFD_PACKET_PAGES_BYTES = 512 << 10
 # Compressed, the worst cases of zlib and zstd are 0.4 % more; twice the plain size cannot be exceeded.
 MULTIFD_PAYLOAD_BYTES_MAX = 2 * MULTIFD_PACKET_PAGES_BYTES
 
+# The window that a zstd stream may ask memory for: 32 MiB, what level 20 takes, QEMU's highest (default: level 1).
+ZSTD_WINDOW_BITS_MAX = 25
+
 # --- this codec -----------------------------------------------------------------------------------------------
 
 # What is handed out in one piece of bytes that are not looked at (bitmaps, gaps of a mapped-ram file): large

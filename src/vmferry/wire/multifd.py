@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -183,6 +183,7 @@ class PageInflater:
         self._page_size = page_size
         self._kind = 0
         self._stream: Any = None
+        self._errors: type[Exception] = zlib.error
         self._out = bytearray()
         self._wanted = 0
 
@@ -192,7 +193,7 @@ class PageInflater:
         assert kind
         if self._stream is None:
             self._kind = kind
-            self._stream = zlib.decompressobj() if kind == ZLIB else _zstd_decompressor()
+            self._stream, self._errors = _decompressor(kind)
         if kind != self._kind:
             _refuse_inflate("the compression changed within the channel")
         self._out = bytearray()
@@ -218,28 +219,30 @@ class PageInflater:
         """Adds at most `room` bytes to what came out; returns the input that is left."""
         try:
             out = self._stream.decompress(data, room)
-        except Exception as error:
-            if not isinstance(error, zlib.error | EOFError) and type(error).__name__ != "ZstdError":
-                raise
+        except self._errors as error:
             _refuse_inflate(str(error))
         self._out += out
         if self._stream.eof:
             _refuse_inflate("the compressed stream has an end")
-        if self._kind == ZLIB:
-            rest: bytes = self._stream.unconsumed_tail
-            return rest
-        while len(out) and not self._stream.needs_input and len(self._out) <= self._wanted:
-            out = self._stream.decompress(b"", self._wanted + 1 - len(self._out))
-            self._out += out
-        return b""
+        # zstd keeps what it has not taken in; but then the output was full, which is one byte too much already.
+        rest: bytes = self._stream.unconsumed_tail if self._kind == ZLIB else b""
+        return rest
 
 
-def _zstd_decompressor() -> Any:
+def _decompressor(kind: int) -> tuple[Any, type[Exception]]:
+    """One that has an endless stream before it, and the error that it raises."""
+    if kind == ZLIB:
+        return zlib.decompressobj(), zlib.error
     try:
-        from compression.zstd import ZstdDecompressor  # type: ignore[import-not-found,unused-ignore]
+        from compression.zstd import (  # type: ignore[import-not-found,unused-ignore]
+            DecompressionParameter,
+            ZstdDecompressor,
+            ZstdError,
+        )
     except ImportError:
-        from backports.zstd import ZstdDecompressor
-    return ZstdDecompressor()
+        from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
+    options = {DecompressionParameter.window_log_max: limits.ZSTD_WINDOW_BITS_MAX}
+    return ZstdDecompressor(options=options), ZstdError
 
 
 def _refuse_inflate(message: str) -> NoReturn:
@@ -264,6 +267,8 @@ def encode(event: MultifdEvent) -> list[Encoded]:
             return [event.pages.reshape(-1)]
         case MultifdPayload(data, _):
             return [data]
+        case _ as never:  # pragma: no cover
+            assert_never(never)
 
 
 def make_packet(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from vmferry.wire.events import (
     CompressedPage,
     Encoded,
     EndOfRam,
+    MappedData,
     MemorySize,
     MultifdFlush,
     PageRun,
@@ -295,8 +296,6 @@ class RamReader:
                 page_size = candidate
                 at += 8
         if self.ignore_shared:
-            if len(entry) < at + 8:  # pragma: no cover: postcopy's page sizes and this exclude each other
-                return NEED_DATA
             (address,) = _WORD.unpack_from(entry, at)
             at += 8
         if self.mapped:
@@ -347,8 +346,10 @@ def encode(event: RamEvent) -> list[Encoded]:
             return [_WORD.pack(total | MEM_SIZE)]
         case RamBlock():
             return [_encode_block(event)]
-        case _:
+        case MappedData():
             return [event.data]
+        case _ as never:  # pragma: no cover
+            assert_never(never)
 
 
 def encode_pages(run: PageRun) -> list[Encoded]:

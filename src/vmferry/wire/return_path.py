@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Final, NoReturn
+from typing import Final, NoReturn, assert_never
 
 from vmferry.wire import limits
 from vmferry.wire.buffer import Buffer, Bytes
@@ -226,3 +226,5 @@ def encode(event: ReturnPathEvent) -> list[Encoded]:
             return [data]
         case BitmapEnd():
             return [BITMAP_END]
+        case _ as never:  # pragma: no cover
+            assert_never(never)

@@ -34,7 +34,7 @@ def test_things_without_payload() -> None:
 
 
 def test_the_examples_of_the_protocol() -> None:
-    (first, second) = (precopy()[each] for each in (12, 13))
+    (first, second) = (precopy()[each] for each in (11, 12))
     assert join([first]) == bytes.fromhex("0200000002")  # a PART of section 2
     assert join([second])[:15].hex() == "0000000000000008" + "0670632e72616d"
     assert join(device(3, "timer", b"x"))[:19].hex() == "0400000003" + "0574696d6572" + "00000000" + "00000001"

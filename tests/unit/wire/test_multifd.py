@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from backports.zstd import ZstdCompressor
+from backports.zstd import CompressionParameter, ZstdCompressor
 
 from tests.wire_streams import BLOCK, BLOCKS, drain, join, multifd, multifd_compressed, pages
 from vmferry.wire.errors import WireError
@@ -59,6 +59,14 @@ def test_there_and_back_however_it_is_cut(slab: int) -> None:
     content = np.concatenate([each.pages for each in found if isinstance(each, MultifdPages)])
     assert content[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert len(decode(INIT)) == 1
+
+
+def test_a_packet_of_zero_pages_only() -> None:
+    packet = make_packet(BLOCK, NONE, OFFSETS, number=1)
+    data = INIT + join([packet])
+    (_, found) = decode(data)
+    assert isinstance(found, MultifdPacket)
+    assert (found.normal, found.zero_offsets.tolist()) == (0, [4096, 8192])
 
 
 def test_leftovers_of_an_old_qemu_are_kept() -> None:
@@ -158,6 +166,14 @@ def test_payloads_that_do_not_inflate_to_their_pages(kind: int) -> None:
     assert "more pages" in inflated(kind, make(bytes(8193)))
     assert "more pages" in inflated(kind, make(bytes(50 << 20)))  # without inflating all of it
     assert inflated(kind, b"\xff" * 50)
+
+
+def test_a_window_of_much_memory_is_refused() -> None:
+    """A frame that asks for 128 MiB, before it has sent anything."""
+    options: dict[int, int] = {CompressionParameter.window_log: 27}
+    stream = ZstdCompressor(options=options)
+    payload = stream.compress(bytes(8192), ZstdCompressor.FLUSH_BLOCK)
+    assert "memory" in inflated(ZSTD, payload)
 
 
 def test_an_endless_stream_has_no_end() -> None:

@@ -18,6 +18,7 @@ from vmferry.wire.events import (
     CompressedPage,
     EndOfRam,
     Event,
+    MappedData,
     MemorySize,
     MultifdFlush,
     PageRun,
@@ -225,6 +226,7 @@ def test_block_lists_of_mapped_files() -> None:
     block = RamBlock("pc.ram", SIZE, mapped=mapped_ram.place(SIZE, file_offset=at, page_size=SIZE))
     found = read(target, join([MemorySize(SIZE), block, EndOfRam()]))
     assert found == [MemorySize(SIZE), block, EndOfRam()]
+    assert join([MappedData(0, memoryview(b"abc"))]) == b"abc"
     for word in (0x008, 0x028, 0x022, 0x200):
         assert refused(struct.pack(">Q", word) + b"\x06pc.ram" + bytes(SIZE), target) == "ram-flags"
 

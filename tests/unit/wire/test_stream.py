@@ -129,6 +129,10 @@ def test_streams_of_old_machines() -> None:
     assert isinstance(found[-1], OpaqueDevices)
     assert join(found) == data
     assert refused(data, finish=True) == "truncated"
+    described = [*events, describe(events)]
+    decoder, found = decode(join(described))
+    assert join(found) == join(described)
+    assert decoder.next() is DONE
 
 
 @pytest.mark.parametrize("more", [b"", b"\x06\x00\x00\x00\x02{}"])

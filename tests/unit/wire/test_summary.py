@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 
 from tests.wire_streams import BLOCK, bitmaps, describe, device, precopy
@@ -11,6 +12,7 @@ from vmferry.wire.events import (
     AskBitmap,
     CompressedPage,
     Configuration,
+    Description,
     Discard,
     Event,
     MappedData,
@@ -78,8 +80,17 @@ def test_differences_of_fields() -> None:
     ]
     assert list(summary.compare(first, first)) == []
     longer = of([BLOCK, *device(1, "c", b"")])
-    assert [each["what"] for each in summary.compare(first, longer)] == [
-        "block pc.ram, bytes",
-        "device a/0",
-        "device c/0",
-    ]
+    what = [each["what"] for each in summary.compare(first, longer)]
+    assert what == ["block pc.ram, bytes", "device a/0", "device c/0"]
+
+
+def test_states_that_nothing_describes() -> None:
+    first, second = (of(device(1, "a", body)) for body in (b"abc", b"abd"))
+    assert [each["what"] for each in summary.compare(first, second)] == ["device a/0, state"]
+
+
+def test_fields_that_are_alike_are_not_shown() -> None:
+    fields = [{"name": "x", "size": 1}, {"name": "y", "size": 2}]
+    described = Description(json.dumps({"devices": [{"name": "a", "instance_id": 0, "fields": fields}]}).encode())
+    first, second = (of([*device(1, "a", body), described]) for body in (b"abc", b"abd"))
+    assert [each["what"] for each in summary.compare(first, second)] == ["device a/0, y"]
