@@ -83,6 +83,7 @@ class Qemu:
         line = encode_command("getfd", {"fdname": "channel"}, id="fd")
         with socket.socket(fileno=os.dup(self.qmp.fileno())) as link:
             socket.send_fds(link, [line], [channel.fileno()])
+        self.execute("query-status")  # in band behind it: an out-of-band command must not overtake the descriptor
 
     def status(self) -> str:
         return str(self.execute("query-migrate").get("status"))
