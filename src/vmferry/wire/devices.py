@@ -187,7 +187,7 @@ def split_chain(data: bytes, *, is_package: bool, offset: int) -> tuple[list[Pie
     # For every section of the chain so far: where its piece is in `pieces`, and where the last footer was found.
     choices: list[tuple[int, int]] = []
     failed: set[int] = set()
-    at = looked = 0
+    at = looked = passed = 0
     while True:
         if at not in failed and _is_chain_end(data, at, is_package=is_package):
             return pieces, at
@@ -210,6 +210,7 @@ def split_chain(data: bytes, *, is_package: bool, offset: int) -> tuple[list[Pie
                 assert isinstance(section, Head)
                 del pieces[index:]
                 found = data.find(_footer(section.section_id), search_from)
+                passed += (len(data) if found < 0 else found) - search_from
                 if found >= 0:
                     looked += 1
                     choices.append((index, found + 1))
@@ -219,7 +220,8 @@ def split_chain(data: bytes, *, is_package: bool, offset: int) -> tuple[list[Pie
             else:
                 return None
         looked += 1
-        if looked > limits.FOOTER_CANDIDATES_MAX or len(pieces) > limits.SECTIONS_MAX:
+        too_much = looked > limits.FOOTER_CANDIDATES_MAX or passed > limits.FOOTER_SEARCH_BYTES_MAX
+        if too_much or len(pieces) > limits.SECTIONS_MAX:
             refuse("devices-search", "the sections cannot be told apart", offset=offset, section="device sections")
 
 

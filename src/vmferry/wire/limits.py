@@ -60,8 +60,9 @@ DEVICES_BYTES_MAX = 64 << 20
 # One early section (virtio-mem: 44 bytes, plus a bitmap of the plugged blocks).
 EARLY_SECTION_BYTES_MAX = 16 << 20
 
-# The vmdescription: about 100 kB for a PC, some megabytes for hundreds of devices.
-DESCRIPTION_BYTES_MAX = 16 << 20
+# The vmdescription: about 100 kB for a PC with 31 devices; this is forty times as much. As Python's objects JSON can
+# take twenty times its size, which has to stay below what an agent may use.
+DESCRIPTION_BYTES_MAX = 4 << 20
 
 # Places that look like the beginning of a vmdescription (00 06 <length> {") inside device state. In real
 # streams there is one. Each one costs one attempt to read JSON, so a hostile stream must not have many.
@@ -70,6 +71,10 @@ DESCRIPTION_CANDIDATES_MAX = 64
 # Places that look like a footer, over a whole search with its steps back. Real streams have one or two per
 # section. Each costs a look at what follows it.
 FOOTER_CANDIDATES_MAX = 1 << 18
+
+# Bytes that a search for footers may pass over, with its steps back: a second of work. A real search passes over
+# its bytes about once; a hostile one could have the rest of a package searched for each of thousands of sections.
+FOOTER_SEARCH_BYTES_MAX = 512 << 20
 
 # --- other iterable sections ----------------------------------------------------------------------------------
 

@@ -173,6 +173,16 @@ def test_plausible_heads(head: devices.Head, plausible: bool) -> None:
     assert head.is_plausible == plausible
 
 
+def test_a_search_over_too_many_bytes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section after section begins and none has an end: each would search all that follows."""
+    monkeypatch.setattr(limits, "FOOTER_SEARCH_BYTES_MAX", 10_000)
+    lies = b"".join(join([SectionFooter(1)]) + b"\x04\x00\x00\x09%c\x01x" % each + bytes(8) for each in range(50))
+    data = b"\x04\x00\x00\x00\x01\x01a" + bytes(8) + lies + bytes(2000)
+    with pytest.raises(WireError) as caught:
+        bodies(data, is_package=True)
+    assert caught.value.reason == "devices-search"
+
+
 # --- early sections -----------------------------------------------------------------------------------------
 
 EARLY = DeviceSection(1, "mem-early", 0, 1, b"\x7e\x00\x00\x00\x01\x05" + bytes(6), early=True)
