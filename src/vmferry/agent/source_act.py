@@ -222,11 +222,15 @@ async def _start(attempt: SourceAttempt) -> None:
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
     attempt.note(Fact.STARTED)  # from here on a guest that stands still is started again, whatever happens
-    if attempt.plan is not None and attempt.plan.stops_first:
+    plan = attempt.plan
+    assert plan is not None, "a plan comes before the start"
+    if plan.stops_first:
         await machine.execute("stop", deadline_s=CONT_S)
     await machine.execute("migrate", {"uri": uri})
-    if attempt.plan is not None and attempt.plan.stops_first:
-        attempt.note(Fact.START_POSTCOPY, text="the guest was stopped first", by="policy")
+    if plan.stops_first or (plan.mode is Mode.POSTCOPY and attempt.wanted.postcopy.get("after_passes") == 0):
+        # At once: a poll later a small guest would have arrived without it.
+        why = "the guest was stopped first" if plan.stops_first else "at once, as it was asked for"
+        attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
         await machine.execute("migrate-start-postcopy")
         attempt.note(Fact.POSTCOPY_TOLD)
     attempt.refresh()
