@@ -69,6 +69,8 @@ class Agent:
         """By VM; the newest, also after it ended, until the VM's next one."""
         self.places: dict[str, DestinationAttempt] = {}
         """By job."""
+        self.being_wanted: set[str] = set()
+        """VMs whose migration is being checked and journalled: a second want at the same moment is refused."""
         self.known_jobs: dict[str, dict[str, Any]] = {}
         """Destination jobs that the journal knows to be over: the last `facts_wire`."""
         self.results: dict[str, dict[str, Any]] = {}
@@ -179,7 +181,8 @@ class Agent:
         self.planner.forget(attempt.job)
         kept = attempt.kept
         if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
-            self.vms.pop(attempt.vm, None)
+            if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since
+                del self.vms[attempt.vm]
             if kept.machine is not None:
                 self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
             if kept.directory:

@@ -100,11 +100,18 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
         return existing.brief()
     if job in agent.results:
         return agent.results[job]
-    wanted = await wanted_from(agent, arguments, job)
-    kept = agent.vms[arguments.vm]
-    await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
-    attempt = SourceAttempt(agent, wanted, kept)
-    agent.run_attempt(attempt)
+    # 1. one want finds the VM free and waits for the disk  2. a second one finds it free too  3. both would run
+    if arguments.vm in agent.being_wanted:
+        raise Busy(f"{arguments.vm} is being sent somewhere at this very moment")
+    agent.being_wanted.add(arguments.vm)
+    try:
+        wanted = await wanted_from(agent, arguments, job)
+        kept = agent.vms[arguments.vm]
+        await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
+        attempt = SourceAttempt(agent, wanted, kept)
+        agent.run_attempt(attempt)
+    finally:
+        agent.being_wanted.discard(arguments.vm)
     return attempt.brief()
 
 

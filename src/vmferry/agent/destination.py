@@ -78,6 +78,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
     def incoming(self) -> Incoming:
         """What this side's QEMU says, as one of the table's answers."""
         if self.machine is None:
+            if self.facts.last_round(Fact.START_SENT):
+                return Incoming.GONE  # an earlier agent may have started it, and it is not there any more
             # After a spawn that failed there is no machine, and there never will be one in this attempt.
             return Incoming.FAILED if Fact.ERROR in self.facts else Incoming.NONE
         if self.machine.is_gone:

@@ -18,7 +18,7 @@ from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
-from vmferry.errors import Busy, NotTrusted, QemuError, UsageError
+from vmferry.errors import Busy, HostUnreachable, NotTrusted, QemuError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import tls
 from vmferry.qmp.server import CommandNotFound, Session
@@ -117,7 +117,12 @@ async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
         place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
         await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
         agent.run_place(place)
-    return await place.offer
+    try:
+        return await place.offer
+    except VmferryError:
+        # The refusal is told when nothing is left of the place: who hears it may ask for another one at once.
+        await place.until(Fact.CLEANUP, deadline_s=RELEASE_WAIT_S)
+        raise
 
 
 def _place(agent: Agent, arguments: dict[str, Any]) -> DestinationAttempt | None:
@@ -133,6 +138,15 @@ async def _unknown_place(agent: Agent, arguments: dict[str, Any]) -> dict[str, A
     job = str(arguments["job"])
     if job in agent.known_jobs:
         raise UsageError(f"job {job} ended on {agent.config.name}", side="destination")
+    if arguments.get("granted"):
+        # A journal may be lost or shortened: that nothing is known proves nothing once an order to start was sent.
+        raise HostUnreachable(
+            f"{agent.config.name} knows nothing of job {job} any more; whether the guest ran there is not known",
+            side="destination",
+            guest="unknown",
+            retry="no",
+            hint=f"look on {agent.config.name} whether the guest runs there before anything is started",
+        )
     place = Place(job=job, vm="", source="", generation=int(arguments["generation"]), definition={})
     await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(place))
     await agent.journal.append(Entry.RENOUNCED, job, {"text": "no place was ever made"})

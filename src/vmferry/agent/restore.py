@@ -154,9 +154,23 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANTED, round_no=1, by="journal")
+        if kept is None and await _may_have_run(attempt):
+            attempt.note(Fact.START_SENT, round_no=1, text="it may have been written before the restart", by="journal")
     if attempt.machine is None:
         attempt.fail(MigrationFailed("the destination's agent restarted and its QEMU is gone", side="destination"))
     agent.run_place(attempt)
+
+
+async def _may_have_run(attempt: DestinationAttempt) -> bool:
+    """Whether `cont` may have taken effect before the restart: it stands in no journal, so only a QEMU that lives,
+    answers, and has not begun to run says no. (What the earlier agent wrote was read before this question.)"""
+    if attempt.machine is None or attempt.machine.is_gone:
+        return True
+    try:
+        return await attempt.machine.run_state(deadline_s=2.0) not in ("inmigrate", "paused", "prelaunch")
+    except QemuError as error:
+        log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
+        return True
 
 
 def find_qemu(directory: str) -> ProcessIdentity | None:

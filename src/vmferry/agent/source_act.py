@@ -105,7 +105,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
 
 async def _call(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
     link = attempt.context.peers.link(attempt.wanted.destination)
-    arguments = {"job": attempt.job, "generation": attempt.wanted.generation, **more}
+    granted = Fact.GRANT_SENT in attempt.facts
+    arguments = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": granted, **more}
     return dict(await link.call(command, arguments, deadline_s=deadline_s))
 
 

@@ -58,6 +58,9 @@ class StopArguments:
 
 
 async def _free_name(agent: Agent, name: str) -> None:
+    current = agent.attempts.get(name)
+    if current is not None and not current.ended.is_set():
+        raise Busy(f"{name} has a migration to {current.wanted.destination} that is not settled", side="client")
     kept = agent.vms.get(name)
     if kept is not None and (kept.machine is None or kept.machine.is_gone):
         await forget(agent, kept)  # it powered off or died; its name is free again
