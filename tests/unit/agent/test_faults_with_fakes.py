@@ -8,7 +8,7 @@ import pytest
 
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
-from vmferry.errors import CancelRefused
+from vmferry.errors import Busy, CancelRefused
 from vmferry.testing.fake_site import MakeSite
 
 BEFORE_RUN = ["in-start", "in-listen", "in-header", "in-load", "in-loaded"]
@@ -206,4 +206,28 @@ async def test_a_restart_does_not_take_the_way_here_for_the_way_on(make_site: Ma
     await site.restart("b")
     await site.settle()
     assert Fact.COMMITTED not in site.attempt("b").facts
+    await site.check("b")
+
+
+async def test_a_destination_that_vanishes_after_it_ran_is_not_taken_for_one_that_never_did(
+    make_site: MakeSite,
+) -> None:
+    """1. the guest runs on b  2. before that is in b's journal, b loses agent and QEMU  3. b's agent comes back."""
+    site = await make_site()
+    site.crash_at("b", Fact.TARGET_RAN)
+    attempt = await site.migrate()
+    await site.noted_by("b", Fact.TARGET_RAN)
+    await site.director.kill(site.director.newest("b", incoming=True))
+    await site.restart("b")
+    await site.until_outcome(attempt, Outcome.LOST)
+    assert site.director.running("g") == []
+    assert Fact.SOURCE_RESUMED not in attempt.facts
+
+
+async def test_two_wants_at_the_same_moment_are_one(make_site: MakeSite) -> None:
+    site = await make_site()
+    orders = [site.migrate(), site.migrate()]
+    answers = await asyncio.gather(*orders, return_exceptions=True)
+    assert [type(answer) for answer in answers].count(Busy) == 1
+    await site.settle()
     await site.check("b")
