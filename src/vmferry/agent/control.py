@@ -179,6 +179,8 @@ async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
 
 async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
     """Changes options of the running migration, where their windows allow it. Raises OptionLocked."""
+    for text in arguments.settings:
+        parse_setting(text)  # a value that can never be set is said to be so, whatever is going on
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise OptionLocked(

@@ -9,7 +9,8 @@ For every job that has no end, an attempt is made with the facts that the journa
 * QEMU's own status word tells how far the rest got, through the same funnel as its events (`observe`);
 * a job that QEMU never began ends as failed ("the agent restarted"), and its place is released.
 
-Rule 1: nothing is started, stopped or killed here; the first tick of the loop decides.
+Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest the journal gave away for good (exactly
+        that process, by its identity); everything else is the first tick's to decide.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ GIVEN_AWAY = frozenset({"postmigrate", "finish-migrate"})
 async def restore(agent: Agent) -> None:
     """Makes the agent hold again what it held. Raises Unfit when the journal cannot be read."""
     state = replay(agent.journal.read())
+    for identity in state.retired:
+        # Journalled after the destination ran the guest and had every page; the agent died before it ended this one.
+        if vm_spawn.kill(ProcessIdentity(**identity)):
+            log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
     for body in state.vms.values():
         await _attach(agent, KeptVm.from_journal(body))
     for job in state.jobs.values():

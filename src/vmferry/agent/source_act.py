@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, assert_never
 
 from vmferry.agent import channel as channels
@@ -289,7 +290,9 @@ async def cut(attempt: SourceAttempt) -> None:
 async def _retire(attempt: SourceAttempt) -> None:
     """Ends the source's QEMU: the destination runs the guest. Journalled first, so that a restart agrees."""
     attempt.kept.is_leaving = True
-    await attempt.context.journal.append(Entry.FORGOTTEN, attempt.vm, {"job": attempt.job})
+    await attempt.context.journal.append(
+        Entry.FORGOTTEN, attempt.vm, {"job": attempt.job, "identity": asdict(attempt.machine.identity)}
+    )
     attempt.measured.ended_s = attempt.clock.wall_s()
     try:
         attempt.count(await attempt.machine.migration())  # the last word on bytes and times

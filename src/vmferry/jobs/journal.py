@@ -82,6 +82,8 @@ class Replayed:
 
     vms: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, JobState] = field(default_factory=dict)
+    retired: list[dict[str, Any]] = field(default_factory=list)
+    """Identities of QEMUs whose guests were given away for good: such a process is of no use any more."""
 
 
 def replay(entries: Iterable[Written]) -> Replayed:
@@ -94,6 +96,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.vms[entry.subject] = entry.body
             case Entry.FORGOTTEN:
                 state.vms.pop(entry.subject, None)
+                if "identity" in entry.body:
+                    state.retired.append(entry.body["identity"])
             case Entry.WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
