@@ -87,7 +87,6 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._run_state: str | None = None
         self._events_heard = 0
         self._stale = True
-        self._silent_since_s: float | None = None
         self._polled_s = float("-inf")
         self.note(Fact.MIGRATE, by="person")
         self.machine.on_event = self.on_qemu_event
@@ -166,7 +165,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         at_s = event.timestamp_us / 1e6 if event.timestamp_us is not None else self.clock.wall_s()
         match event.name:
             case "MIGRATION":
-                self.hear_word(str(event.data.get("status")), at_s=at_s)
+                self.hear_word(str(event.data.get("status")))
             case "STOP":
                 self._run_state = None
                 if Fact.STARTED in self.facts:
@@ -186,11 +185,10 @@ class SourceAttempt(AttemptLoop[Effect]):
             channel.cut()
         self.note(Fact.SOURCE_GONE, by="kernel")
 
-    def hear_word(self, word: str | None, *, at_s: float | None = None) -> None:
+    def hear_word(self, word: str | None) -> None:
         """QEMU said its status word: facts follow."""
         if Fact.STARTED not in self.facts:
             return  # it speaks of an earlier attempt
-        self._silent_since_s = None
         if word == self._qemu_word:
             self.set_readings(source=source_word(word))
             return
@@ -374,10 +372,6 @@ class SourceAttempt(AttemptLoop[Effect]):
             notes=self.plan.notes if self.plan else (),
             trouble=self.trouble,
         )
-
-    async def settle(self) -> None:
-        """Waits until the attempt has ended."""
-        await self.ended.wait()
 
 
 async def run_attempt(attempt: SourceAttempt) -> None:
