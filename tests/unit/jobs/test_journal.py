@@ -50,6 +50,19 @@ def test_vms_are_kept_until_they_are_forgotten_and_the_newest_definition_counts(
     assert state.vms == {"web1": {"generation": 2}}
 
 
+def test_a_qemu_whose_guest_was_given_away_is_remembered_by_its_identity() -> None:
+    identity = {"pid": 7, "started": 70}
+    state = replay(
+        entries(
+            (Entry.KEPT, "web1", {}),
+            (Entry.KEPT, "db1", {}),
+            (Entry.FORGOTTEN, "web1", {"identity": identity}),
+            (Entry.FORGOTTEN, "db1", {}),
+        )
+    )
+    assert (state.vms, state.retired) == ({}, [identity])
+
+
 def test_both_roles_of_a_job_are_told_apart() -> None:
     state = replay(entries((Entry.WANTED, "j1", {"vm": "web1"}), (Entry.PLACE_WANTED, "j2", {"vm": "db1"})))
     assert [(job.job, job.role, job.body["vm"]) for job in state.jobs.values()] == [
