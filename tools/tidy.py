@@ -42,11 +42,12 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "core": frozenset({"errors", "units", "limits"}),
     "wire": frozenset({"errors", "units", "limits"}),
     **{doer: _BASE | {doer} for doer in _DOERS},
-    "agent": _BASE | _DOERS | {"core", "wire"},
+    "engine": _BASE | {"core", "wire"},
+    "agent": _BASE | _DOERS | {"core", "wire", "engine"},
     "cli": _BASE | {"core", "qmp", "pki"},
-    "testing": _BASE | _DOERS | {"core", "wire", "agent"},
-    "demo": _BASE | _DOERS | {"core", "wire", "agent", "cli", "testing"},
-    "bench": _BASE | _DOERS | {"core", "wire", "agent", "cli", "testing", "demo"},
+    "testing": _BASE | _DOERS | {"core", "wire", "engine", "agent"},
+    "demo": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing"},
+    "bench": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo"},
 }
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
@@ -68,6 +69,7 @@ EFFECT_HANDS: Final = ("src/vmferry/agent/source_act.py", "src/vmferry/agent/des
 EFFECT_TYPES: Final = frozenset({"Effect", "DestinationEffect"})
 FACT_WRITERS: Final = (
     "src/vmferry/agent/loop.py",  # note(): the one way in
+    "src/vmferry/engine/ledger.py",  # post(): the one way in of an endpoint
     "src/vmferry/agent/source.py",
     "src/vmferry/agent/destination.py",
     "src/vmferry/agent/restore.py",  # what the journal proves after a restart

@@ -96,3 +96,25 @@ VM_ADOPT_CONNECT_S = 2.0
 
 # Beyond this, times in the reports of two hosts contradict each other visibly.
 CLOCK_OFFSET_MS_MAX = 1000.0
+
+# --- endpoints of the migration stream --------------------------------------------------------------------
+
+# What is read from a migration connection at a time. Unix sockets hand out about 200 KiB at once; runs of pages inside
+# one slab cost nothing per page, and what a slab cuts in two is copied once.
+ENGINE_SLAB_BYTES = 1 << 20
+
+# The first read of a connection, which tells what it is: a header is 8 bytes, a multifd introduction 64.
+ENGINE_FIRST_BYTES = 4096
+
+# Connections of one endpoint: main, preempt, 16 multifd channels (QEMU allows 255, nobody gains beyond 8), and a few
+# strangers, who keep their place until they go away.
+ENGINE_CONNECTIONS_MAX = 24
+
+# TLS with a peer on the same network takes 5 ms.
+ENGINE_HANDSHAKE_S = 10.0
+
+# No thread of an endpoint does anything long between two looks at its orders: a slab takes a millisecond.
+ENGINE_STOP_S = 5.0
+
+# Chunks of dirty bitmaps that are kept: each describes at least 10 KiB of bitmap, 5 GiB of disk.
+ENGINE_BITMAP_CHUNKS_MAX = 65536

@@ -1,0 +1,1 @@
+"""MOVES bytes: vmferry's own ends of QEMU's migration stream. Threads, sockets, bounded everything."""

@@ -1,0 +1,182 @@
+"""The other channels of an incoming migration: multifd and preempt, each read by a thread of its own.
+
+Rule 1: no channel touches a page before the block list has come on the main channel.
+Rule 2: after a SYNC a channel reads nothing until the main channel has passed the barrier.
+Rule 3: whatever happens, `run` returns; what went wrong before the end of the main channel is in `error`, and the
+        main channel is woken or its barrier broken, so that nobody waits for a channel that is no more.
+"""
+
+from __future__ import annotations
+
+from vmferry import limits
+from vmferry.engine.image import ImageBlock, Pages
+from vmferry.engine.shared import Shared
+from vmferry.engine.wires import Gone, Wire
+from vmferry.errors import VmferryError
+from vmferry.wire.errors import WireError, refuse
+from vmferry.wire.events import (
+    DONE,
+    MultifdEvent,
+    MultifdInit,
+    MultifdPacket,
+    MultifdPages,
+    MultifdPayload,
+    Offsets,
+    PageRun,
+    Pause,
+    RamBlock,
+    ZeroRun,
+)
+from vmferry.wire.multifd import COMPRESSION, SYNC, MultifdDecoder, PageInflater
+from vmferry.wire.preempt import PreemptDecoder
+
+
+class SideIntake:
+    """What both kinds of channels share: the loop."""
+
+    def __init__(self, shared: Shared, wire: Wire, first: bytes) -> None:
+        self.shared, self.wire, self._first = shared, wire, first
+        self.error: VmferryError | None = None
+        self._counters = shared.new_counters()
+        self._block: ImageBlock | None = None
+
+    def run(self) -> None:
+        """Reads until the connection ends. Never raises."""
+        try:
+            self.shared.blocks_ready.wait()
+            if not self.shared.stopping.is_set():
+                self._loop()
+        except Gone:
+            pass  # the main channel notices by itself what is missing
+        except WireError as error:
+            self.error = error
+            self.shared.barrier.break_up()
+        finally:
+            self._on_end()
+            self.wire.close()
+            self.shared.waker.wake()
+
+    def _loop(self) -> None:
+        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
+        is_over = self._digest(memoryview(self._first))
+        while not is_over and not self.shared.stopping.is_set():
+            count = self.wire.read_into(slab)
+            if count is None:
+                self.wire.wait(readable=True)
+            elif count == 0:
+                return
+            else:
+                is_over = self._digest(slab[:count])
+
+    def _digest(self, data: memoryview) -> bool:
+        raise NotImplementedError
+
+    def _on_end(self) -> None:
+        raise NotImplementedError
+
+    def _block_of(self, wire: RamBlock) -> ImageBlock:
+        if self._block is None or self._block.wire is not wire:
+            self._block = self.shared.image.blocks[wire.name]
+        return self._block
+
+
+class MultifdIntake(SideIntake):
+    """A multifd channel."""
+
+    def __init__(self, shared: Shared, wire: Wire, first: bytes) -> None:
+        super().__init__(shared, wire, first)
+        self._blocks: dict[str, RamBlock] = {}
+        self._decoder = MultifdDecoder(self._blocks)
+        self._inflater = PageInflater()
+        self._packet: MultifdPacket | None = None
+        self._left = 0  # normal pages of the packet that are still to come
+
+    def _loop(self) -> None:
+        self._blocks.update({block.name: block.wire for block in self.shared.image})
+        super()._loop()
+
+    def _digest(self, data: memoryview) -> bool:
+        self._counters.bytes += len(data)
+        self._decoder.feed(data)
+        while True:
+            event = self._decoder.next()
+            if isinstance(event, MultifdPages):
+                self._store(event.block, event.offsets, event.pages)
+            elif isinstance(event, Pause):
+                self.shared.image.announce_pages()
+                return False
+            else:
+                self._on_event(event)
+
+    def _on_event(self, event: MultifdEvent) -> None:
+        match event:
+            case MultifdPacket():
+                self._on_packet(event)
+            case MultifdPayload(_, last):
+                pages = self._inflater.feed(event)
+                if last:
+                    assert pages is not None
+                    assert self._packet is not None
+                    assert self._packet.block is not None
+                    self._store(self._packet.block, self._packet.normal_offsets, pages)
+            case MultifdInit(channel, _):
+                if channel >= self.shared.options.channels:
+                    refuse("multifd-channel", f"channel number {channel}", offset=0, section="multifd")
+            case MultifdPages():
+                raise AssertionError
+
+    def _on_packet(self, packet: MultifdPacket) -> None:
+        self._packet, self._left = packet, packet.normal
+        if packet.zero:
+            assert packet.block is not None
+            self._block_of(packet.block).write_zeros(packet.zero_offsets)
+            self._counters.zero_pages += packet.zero
+        if packet.normal and packet.flags & COMPRESSION:
+            self._inflater.begin(packet)
+        self._sync_if_due()
+
+    def _store(self, wire: RamBlock, offsets: Offsets, pages: Pages) -> None:
+        self._block_of(wire).write(offsets, pages)
+        self._counters.pages += len(offsets)
+        self._left -= len(offsets)
+        self._sync_if_due()
+
+    def _sync_if_due(self) -> None:
+        """QEMU 7.2 puts a SYNC on packets with pages too: these pages belong before the barrier."""
+        assert self._packet is not None
+        if self._packet.flags & SYNC and not self._left:
+            self.shared.barrier.arrive()
+
+    def _on_end(self) -> None:
+        self.shared.barrier.end_channel()
+
+
+class PreemptIntake(SideIntake):
+    """The channel of requested pages."""
+
+    def __init__(self, shared: Shared, wire: Wire, first: bytes) -> None:
+        super().__init__(shared, wire, first)
+        shared.has_preempt.set()
+        self._decoder: PreemptDecoder | None = None
+
+    def _digest(self, data: memoryview) -> bool:
+        self._counters.bytes += len(data)
+        if self._decoder is None:
+            self._decoder = PreemptDecoder({block.name: block.wire for block in self.shared.image})
+        self._decoder.feed(data)
+        while True:
+            event = self._decoder.next()
+            if isinstance(event, PageRun):
+                self._block_of(event.block).write(event.offsets, event.pages)
+                self._counters.pages += len(event.offsets)
+            elif isinstance(event, ZeroRun):
+                self._block_of(event.block).write_zeros(event.offsets)
+                self._counters.zero_pages += len(event.offsets)
+            elif event is DONE:
+                return True
+            else:
+                self.shared.image.announce_pages()
+                return False
+
+    def _on_end(self) -> None:
+        self.shared.has_preempt.clear()
