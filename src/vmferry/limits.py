@@ -118,3 +118,16 @@ ENGINE_STOP_S = 5.0
 
 # Chunks of dirty bitmaps that are kept: each describes at least 10 KiB of bitmap, 5 GiB of disk.
 ENGINE_BITMAP_CHUNKS_MAX = 65536
+
+# What a source reads of its return path at a time: page requests of 12 bytes, and bitmaps in a recovery.
+ENGINE_RETURN_PATH_BYTES = 64 << 10
+
+# What lies unsent in the kernel while pages are served on demand: 64 pages, which a requested page waits behind
+# (Linux doubles the number for its own bookkeeping, so half of it is asked for).
+ENGINE_SERVICE_SOCKET_BYTES = 128 << 10
+
+# Service times that are kept for a report.
+ENGINE_SERVICE_TIMES_MAX = 100_000
+
+# A precopy ends when fewer pages than this are left and the image is not being filled any more: 4 ms of work.
+ENGINE_LAST_ROUND_PAGES = 4096

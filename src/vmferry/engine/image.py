@@ -204,6 +204,8 @@ class Image:
         self.description: bytes | None = None
         """The vmdescription; None after a postcopy, which has none."""
         self.bitmaps: KeptBitmaps | None = None
+        self.is_device_state_whole = False
+        """All of `early` and `devices` are here: a guest can be started from this image, or soon."""
         self._wakers: list[Callable[[], None]] = []
 
     @property
@@ -236,6 +238,10 @@ class Image:
     def on_pages(self, wake: Callable[[], None]) -> None:
         """`wake` is called (from the threads of an incoming endpoint) after pages have come. It must not block."""
         self._wakers.append(wake)
+
+    def forget(self, wake: Callable[[], None]) -> None:
+        """`wake` is not called any more."""
+        self._wakers = [each for each in self._wakers if each != wake]
 
     def announce_pages(self) -> None:
         """Pages have come."""

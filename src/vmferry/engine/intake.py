@@ -367,6 +367,7 @@ class MainIntake:
     def _on_package_end(self) -> None:
         """The device state is here. Whoever sends no ping 0x42 has let go of its guest with the package."""
         self._in_package = False
+        self.shared.image.is_device_state_whole = True
         self.shared.ledger.post(Fact.LOADED)
         if self._asks_proof:
             self._proof.is_due = True
@@ -391,6 +392,7 @@ class MainIntake:
         if not self._decoder.is_postcopy:
             for block in self.shared.image:
                 block.assume_zeros()
+            self.shared.image.is_device_state_whole = True
             self.shared.ledger.post(Fact.LOADED)
 
     def _finish_when_whole(self) -> None:

@@ -93,10 +93,9 @@ class Wire:
         """Whether the connection is encrypted."""
         return self._tls is not None
 
-    @property
-    def socket(self) -> socket.socket:
-        """The socket, for options only."""
-        return self._sock
+    def limit_unsent(self, count_bytes: int) -> None:
+        """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
+        self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
 
     def handshake(self, *, timeout_s: float, waker: Waker | None = None) -> None:
         """TLS's handshake; nothing without TLS. Raises Gone, with what went wrong."""

@@ -1,0 +1,150 @@
+"""Writes events and pages to one connection, and keeps what did not fit.
+
+Theory of operation
+-------------------
+A channel of RAM records remembers the block of its last record; `Outlet` does that, weaves heads and pages into one
+buffer, and writes. What the socket does not take stays in `pending`; nothing else is written before it. `drain`
+waits for room; `offer` does not.
+
+Rule 1: one owner. Rule 2: a buffer of `pending` is not touched before it is written: `weave` uses its room again only
+when nothing is pending.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.engine.image import PAGE_BYTES, ImageBlock, MemoryFile, Pages
+from vmferry.engine.wires import Waker, Wire, view_of
+from vmferry.wire import encode
+from vmferry.wire.events import Encoded, Event, RamBlock
+from vmferry.wire.ram import CONTINUE, PAGE, ZERO
+
+RUN_PAGES: Final = 64
+"""Pages woven into one buffer: 256 KiB, what a unix socket takes at once and a cache holds."""
+_STRIDE: Final = 8 + PAGE_BYTES
+
+
+class Outlet:
+    """See the module's text. `while_waiting` is called whenever `drain` cannot go on at once."""
+
+    def __init__(
+        self, wire: Wire, *, waker: Waker | None = None, while_waiting: Callable[[], None] | None = None
+    ) -> None:
+        self.wire, self._waker, self._while_waiting = wire, waker, while_waiting
+        self.bytes = 0
+        self._pending: deque[memoryview] = deque()
+        self._block: RamBlock | None = None
+        self._woven = np.empty((RUN_PAGES, _STRIDE), np.uint8)
+
+    @property
+    def is_full(self) -> bool:
+        """Something waits for room in the socket."""
+        return bool(self._pending)
+
+    # --- what to write -----------------------------------------------------------------------------------
+
+    def put(self, event: Event) -> None:
+        """Any event but pages."""
+        for part in encode.encode(event):
+            self.put_raw(part)
+
+    def put_raw(self, part: Encoded) -> None:
+        """Bytes as they are; they must not change before they are written."""
+        view = view_of(part)
+        if len(view):
+            self._pending.append(view)
+
+    def put_pages(self, block: ImageBlock, first: int, count: int) -> None:
+        """Pages side by side; zero pages as such. Only when nothing is pending."""
+        if not isinstance(block.store, MemoryFile):
+            pages = block.store.read(first, count)
+            self._put_mixed(block, first, pages, np.asarray(pages.any(axis=1)))
+            return
+        touched = block.touched[first : first + count]
+        if touched.all():
+            self.put_run(block, np.arange(first, first + count), block.store.read(first, count))
+        elif not touched.any():
+            self.put_zeros(block, np.arange(first, first + count))
+        else:
+            self._put_mixed(block, first, block.store.read(first, count), touched)
+
+    def put_run(self, block: ImageBlock, numbers: npt.NDArray[np.intp], pages: Pages) -> None:
+        """Row i of `pages` is page `numbers[i]`. Only when nothing is pending."""
+        assert not self._pending
+        self._put_pages_in(self._woven if len(numbers) <= RUN_PAGES else None, block, numbers, pages)
+
+    def put_zeros(self, block: ImageBlock, numbers: npt.NDArray[np.intp]) -> None:
+        """Zero pages, any number of them."""
+        start = 0
+        if self._block is not block.wire:
+            self._name(block, int(numbers[0]) * PAGE_BYTES | ZERO)
+            self._pending.append(memoryview(b"\0"))
+            start = 1
+        if len(numbers) > start:
+            out = np.zeros((len(numbers) - start, 9), np.uint8)
+            out[:, :8] = _heads(numbers[start:], ZERO | CONTINUE)
+            self._pending.append(out.reshape(-1).data)
+
+    def _put_mixed(self, block: ImageBlock, first: int, pages: Pages, filled: npt.NDArray[np.bool_]) -> None:
+        """In page order: the records of a host page may not be taken apart."""
+        edges = np.flatnonzero(filled[1:] != filled[:-1]) + 1
+        for start, stop in zip([0, *edges], [*edges, len(filled)], strict=True):
+            numbers = np.arange(first + start, first + stop)
+            if filled[start]:
+                self._put_pages_in(None, block, numbers, pages[start:stop])
+            else:
+                self.put_zeros(block, numbers)
+
+    def _put_pages_in(self, room: Pages | None, block: ImageBlock, numbers: npt.NDArray[np.intp], pages: Pages) -> None:
+        start = 0
+        if self._block is not block.wire:
+            self._name(block, int(numbers[0]) * PAGE_BYTES | PAGE)
+            self._pending.append(memoryview(pages[0].tobytes()))
+            start = 1
+        count = len(numbers) - start
+        if count:
+            out = np.empty((count, _STRIDE), np.uint8) if room is None else room[:count]
+            out[:, :8] = _heads(numbers[start:], PAGE | CONTINUE)
+            out[:, 8:] = pages[start:]
+            self._pending.append(out.reshape(-1).data)
+
+    def _name(self, block: ImageBlock, word: int) -> None:
+        name = block.name.encode("utf-8", "surrogateescape")
+        self._pending.append(memoryview(word.to_bytes(8, "big") + bytes([len(name)]) + name))
+        self._block = block.wire
+
+    # --- writing -----------------------------------------------------------------------------------------
+
+    def offer(self) -> bool:
+        """Writes what there is room for; True when nothing is pending any more. Raises Gone."""
+        pending = self._pending
+        while pending:
+            count = self.wire.write_some(tuple(pending) if len(pending) > 1 else (pending[0],))
+            if count == 0:
+                return False
+            self.bytes += count
+            while count:
+                head = pending.popleft()
+                if count < len(head):
+                    pending.appendleft(head[count:])
+                    break
+                count -= len(head)
+        return True
+
+    def drain(self) -> None:
+        """Writes everything. Raises Gone."""
+        while not self.offer():
+            self.wire.wait(readable=self._while_waiting is not None, writable=True, waker=self._waker)
+            if self._while_waiting is not None:
+                self._while_waiting()
+
+
+def _heads(numbers: npt.NDArray[np.intp], flags: int) -> npt.NDArray[np.uint8]:
+    words = (numbers.astype(np.uint64) * np.uint64(PAGE_BYTES)) | np.uint64(flags)
+    return words.astype(">u8").view(np.uint8).reshape(len(numbers), 8)
