@@ -32,8 +32,9 @@ test: setup venv ## all of it: what CI runs
 demo: setup venv ## two hosts on this machine, and a guest that moves between them
 	@$(BIN)/vmferry demo
 
-bench: setup venv ## how long migrations take and pause
+bench: setup venv ## how long migrations take and pause; our own ends of the stream against QEMU's
 	@$(BIN)/vmferry bench migrate
+	@$(BIN)/vmferry bench stream
 
 docs: venv ## write the documents that are made from the code
 	@$(BIN)/python tools/gen_docs.py

@@ -8,6 +8,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from importlib import import_module
 from types import FrameType
 
 from vmferry.cli.main import report_error
@@ -42,17 +43,16 @@ def demo(arguments: Namespace) -> int:
 
 def bench(arguments: Namespace) -> int:
     """Measures against the raw thing. 0: it could be measured, whatever came out."""
-    from vmferry.bench.migrate import report_lines, run_bench
-
+    measure = import_module(f"vmferry.bench.{arguments.what}")
     try:
         with _sigterm_interrupts():
-            result = run_bench(rounds=arguments.rounds)
+            result = measure.run_bench(rounds=arguments.rounds)
     except KeyboardInterrupt:
         return _interrupted(as_json=arguments.json)
     if arguments.json:
         print(json.dumps(result))
         return 0
-    for line in report_lines(result):
+    for line in measure.report_lines(result):
         print(line)
     return 0
 
