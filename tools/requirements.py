@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -30,34 +30,36 @@ class UnknownRequirement(Exception):
     """A test claims to prove something that is not in the list."""
 
 
-def _marked(decorators: list[ast.expr]) -> Iterator[str]:
+def _marked(decorators: list[ast.expr], mark: str) -> Iterator[str]:
     for decorator in decorators:
-        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("mark.proves"):
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith(f"mark.{mark}"):
             for argument in decorator.args:
                 yield str(ast.literal_eval(argument))
 
 
-def _marks_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def _marks_of(tree: ast.Module, mark: str) -> Iterator[tuple[str, str]]:
     """(requirement, test) of one file: marks of functions, of classes, and of the whole module."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
             calls = [call for call in ast.walk(node.value) if isinstance(call, ast.Call)]
-            yield from ((number, "*") for number in _marked(list(calls)))
+            yield from ((number, "*") for number in _marked(list(calls), mark))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from ((number, node.name) for number in _marked(node.decorator_list))
+            yield from ((number, node.name) for number in _marked(node.decorator_list, mark))
         if isinstance(node, ast.ClassDef):
-            yield from ((number, node.name) for number in _marked(node.decorator_list))
+            yield from ((number, node.name) for number in _marked(node.decorator_list, mark))
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
-                    yield from ((number, f"{node.name}::{inner.name}") for number in _marked(inner.decorator_list))
+                    yield from (
+                        (number, f"{node.name}::{inner.name}") for number in _marked(inner.decorator_list, mark)
+                    )
 
 
-def proofs(tests: Path) -> dict[str, list[str]]:
-    """Requirement -> the tests that prove it, as file::test. Raises UnknownRequirement."""
-    found: dict[str, list[str]] = {number: [] for number in REQUIREMENTS}
+def proofs(tests: Path, *, mark: str = "proves", known: Mapping[str, str] = REQUIREMENTS) -> dict[str, list[str]]:
+    """Requirement -> the tests that carry its number in this mark, as file::test. Raises UnknownRequirement."""
+    found: dict[str, list[str]] = {number: [] for number in known}
     for path in sorted(tests.rglob("test_*.py")):
         name = path.relative_to(tests.parent).as_posix()
-        for number, test in _marks_of(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        for number, test in _marks_of(ast.parse(path.read_text(encoding="utf-8"), str(path)), mark):
             if number not in found:
                 raise UnknownRequirement(f"{name}::{test} claims to prove {number}")
             found[number].append(f"{name}::{test}")
