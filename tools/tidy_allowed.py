@@ -34,7 +34,6 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
         "vmferry.pki",
     ): "doctor's list also says whether the certificates are good",
     ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo"): _LAZY,
-    ("late-import", f"{CLI}/demo_cmd.py", "vmferry.bench"): _LAZY,
     ("late-import", f"{CLI}/inspect_cmd.py", "vmferry.wire"): f"{_LAZY}; numpy takes longer than all the rest",
     ("late-import", f"{CLI}/host_cmd.py", "vmferry.pki"): f"{_LAZY}; cryptography takes longer than all the rest",
     ("late-import", f"{CLI}/render.py", "rich.console"): f"{_LAZY}; only a terminal does",
