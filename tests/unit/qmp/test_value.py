@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -50,10 +48,3 @@ def test_nothing_changes_afterwards() -> None:
     with pytest.raises(AttributeError, match="frozen"):
         del point.x
     assert point == Point(1)
-
-
-def test_a_command_starts_without_what_is_slow_to_import() -> None:
-    heavy = {"dataclasses", "inspect", "asyncio", "msgspec", "rich", "numpy", "cryptography", "subprocess"}
-    program = f"import sys, vmferry.cli.main, vmferry.cli.migrate_cmd; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
