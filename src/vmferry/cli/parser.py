@@ -193,4 +193,4 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
     bench.add_argument("what", choices=("migrate",))
-    bench.add_argument("--rounds", type=int, default=7, metavar="N")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
