@@ -26,7 +26,7 @@ from vmferry.core import converge as core_converge
 from vmferry.core import hazards, preflight
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
 from vmferry.core.facts import Fact
-from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
+from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build, with_switchover_ack
 from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
 from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
 from vmferry.pki import job_credentials
@@ -317,20 +317,22 @@ def _decide(
     mode, start, why = _mode(wanted, here, there, guest)
     creds = f"vmferry-tls-{job_credentials.tag(wanted.job)}"
     tls = None if wanted.clear_text else TlsChoice(creds, creds, job_credentials.tls_hostname(wanted.job))
+    names = [report.option_names() or frozenset() for report in (here, there)]
+    settings = with_switchover_ack(wanted.options, has_vfio=guest.has_vfio, known=names)
     wish = Wish(
         mode=mode,
         multifd_channels=wanted.multifd_channels,
         tls=tls,
-        settings=wanted.options,
+        settings=settings,
         ports=tuple(there.ports_free),
     )
     found = preflight.accept(preflight.check(here, there, guest, wish), frozenset(wanted.accept))
     blocking = preflight.blockers(found)
     options = build(
         mode,
-        wanted.options,
-        source_known=here.option_names() or frozenset(),
-        destination_known=there.option_names() or frozenset(),
+        settings,
+        source_known=names[0],
+        destination_known=names[1],
         tls=tls,
         multifd_channels=wanted.multifd_channels,
     )

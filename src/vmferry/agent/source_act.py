@@ -123,6 +123,8 @@ async def _check_plan(attempt: SourceAttempt) -> None:
     attempt.plan = plan
     attempt.note(Fact.PLANNED, text=plan.why)
     attempt.note(Fact.PAUSE_CAP)
+    if plan.options.source_capabilities.get("switchover-ack"):
+        attempt.note(Fact.SWITCHOVER_ACK)
 
 
 async def _prepare(attempt: SourceAttempt) -> None:

@@ -185,10 +185,10 @@ class Site:
         """A command as a person gives it to the host's agent."""
         return await control.handle(self.agents[host], name, arguments)
 
-    async def run_vm(self, name: str = "g", host: str = "a", machine: str = "pc-q35-7.2") -> None:
-        """A guest of 32 MiB that runs on the host."""
+    async def run_vm(self, name: str = "g", host: str = "a", machine: str = "pc-q35-7.2", *, more: str = "") -> None:
+        """A guest of 32 MiB that runs on the host. `more`: lines of its spec."""
         path = self.directory / f"{name}.toml"
-        path.write_text(f'name = "{name}"\nmemory = "32M"\nmachine = "{machine}"\naccel = "tcg"\n')
+        path.write_text(f'name = "{name}"\nmemory = "32M"\nmachine = "{machine}"\naccel = "tcg"\n{more}\n')
         await self.command(host, "vm-run", path=str(path))
 
     async def migrate(self, to: str = "b", *, vm: str = "g", mode: str = "precopy", **more: Any) -> SourceAttempt:
