@@ -37,11 +37,18 @@ MakeSite = Callable[..., Awaitable["Site"]]
 _numbers = itertools.count(1)
 
 
-class FastClock(SystemClock):
-    """Deadlines come ten times as soon; the date is the real one."""
+class JumpClock(SystemClock):
+    """Goes as the real one and leaps when it is told to; the date is the real one."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
 
     def now_s(self) -> float:
-        return super().now_s() * 10
+        return super().now_s() + self._ahead_s
+
+    def leap(self, seconds: float) -> None:
+        """So many seconds have passed."""
+        self._ahead_s += seconds
 
 
 class Site:
@@ -213,6 +220,12 @@ class Site:
         """Waits until the attempt's row says so; a reading may change it without a fact, so its events are heard."""
         async with asyncio.timeout(SETTLE_S):
             while attempt.outcome() is not outcome:
+                await self._changes[attempt.context.config.name].wait()
+
+    async def until_row(self, attempt: SourceAttempt, label: str) -> None:
+        """Waits until this row holds for the attempt and its loop has entered it."""
+        async with asyncio.timeout(SETTLE_S):
+            while attempt.entered != label:
                 await self._changes[attempt.context.config.name].wait()
 
     async def settle(self) -> None:

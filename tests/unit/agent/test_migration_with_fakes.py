@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent import source as source_attempt
 from vmferry.agent.machine import Machine
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.facts import Fact, FactLog
+from vmferry.core.source_rows import SILENT_MS
 from vmferry.core.status import source_status
 from vmferry.errors import Busy, CancelRefused, PlanRefused
 from vmferry.jobs.journal import Entry
-from vmferry.testing.fake_site import FastClock, MakeSite, Site
+from vmferry.testing.fake_site import JumpClock, MakeSite, Site
 
 PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1"), ("11.1", "7.2")]
 LOCK = 'Failed to get "write" lock'
@@ -150,10 +152,20 @@ async def test_a_cancel_frees_a_qemu_that_is_silent_in_the_switchover(make_site:
 
 
 @pytest.mark.parametrize("source", ["7.2", "11.1"])
-async def test_a_silent_switchover_is_given_up_after_its_time(make_site: MakeSite, source: str) -> None:
-    site = await make_site(source, clock=FastClock())
+async def test_a_silent_switchover_is_given_up_after_its_time(
+    make_site: MakeSite, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_attempt, "SILENT_S", 0.2)
+    clock = JumpClock()
+    site = await make_site(source, clock=clock)
     site.director.script("a", {"device": "silent"})
-    await site.migrate()
+    attempt = await site.migrate()
+    await site.until_row(attempt, "C-wait-load")
+    clock.leap(2.0)  # the next look is due, and finds that QEMU does not answer
+    attempt.wake()
+    await site.until_row(attempt, "M-silent")
+    clock.leap(SILENT_MS / 1000)
+    attempt.wake()
     await site.settle()
     assert ended(site) == ("failed", "source")
     await site.check("a")
