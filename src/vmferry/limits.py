@@ -46,6 +46,10 @@ QMP_READ_BYTES = 64 << 10
 # Events that a blocking client keeps while it waits for a reply: a migration makes about twenty.
 QMP_EVENTS_KEPT_MAX = 1000
 
+# How long an event that nobody waits for may wait for others, to leave with them: nobody sees so little, and a
+# switchover, which makes about a dozen within a few milliseconds, is over before they are sent.
+QMP_EVENT_GATHER_S = 0.02
+
 # Sessions of one QMP server at a time: people, scripts and one per peer. A leak in a client shows up here.
 QMP_SESSIONS_MAX = 64
 

@@ -11,6 +11,10 @@ from vmferry.testing.hosts import NEWEST, OLDEST, AgentHost, Guests, MakePair, b
 pytestmark = pytest.mark.real
 
 
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
 def job(host: AgentHost) -> dict[str, Any]:
     return dict(host.execute("job-status", vm="web1"))
 
@@ -34,3 +38,26 @@ def test_auto_converge_is_visible_and_off_after_a_cancel(qemu: str, make_pair: M
         console.wait_bytes(written + 20, timeout_s=20)
     again = pair.a.ok("migrate", "web1", "host-b", "--mode", "precopy")
     assert again["throttle_percent"] in (0, None)
+
+
+@pytest.mark.proves("S90")
+@pytest.mark.parametrize("machine", ["pc-q35-7.2", "q35"])
+@pytest.mark.skipif(version_of(NEWEST) < (8, 1), reason="needs QEMU 8.1")
+def test_devices_are_asked_before_the_switchover(machine: str, make_pair: MakePair, guests: Guests) -> None:
+    """An old machine type has the destination agree in any case, a new one only for devices that have a say."""
+    pair = make_pair(NEWEST, NEWEST)
+    boot(pair.a, guests.boot(more=f'machine = "{machine}"'))
+    wire = pair.a.ok("migrate", "web1", "host-b", "--mode", "precopy", "--set", "switchover-ack=on")
+    told = [row["what"] for row in wire["timeline"]]
+    assert told.index("switchover-ack") < told.index("devices-ready") < told.index("continue")
+    assert (wire["outcome"], wire["waits_for_devices"]) == ("destination", False)
+
+
+@pytest.mark.proves("S90")
+@pytest.mark.skipif(version_of(OLDEST) >= (8, 1), reason="needs a QEMU before 8.1")
+def test_a_qemu_that_cannot_ask_its_devices_is_named_before_the_start(make_pair: MakePair, guests: Guests) -> None:
+    pair = make_pair(OLDEST, OLDEST)
+    boot(pair.a, guests.boot())
+    error = pair.a.refused("migrate", "web1", "host-b", "--set", "switchover-ack=on", code=8)
+    assert "does not know switchover-ack" in error["message"]
+    assert pair.b.qemus() == {}

@@ -49,6 +49,9 @@ log = logging.getLogger("vmferry.agent")
 VERSION = {"vmferry": __version__, "qemu": {"major": 0, "minor": 0, "micro": 0}, "package": f"vmferry {__version__}"}
 """The greeting's version member. QMP clients read `qemu`; an agent is no QEMU, so its numbers are 0."""
 
+PROMPT_FOR_PEOPLE = frozenset({"MIGRATION", "JOB_ENDED"})
+PROMPT_FOR_AGENTS = frozenset({"TARGET", "JOB_ENDED"})
+"""Events that somebody waits for; all others are news, which may leave a moment later and together."""
 RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED"})
 """Events of other agents that people here may want to see."""
 
@@ -77,8 +80,12 @@ class Agent:
         """Ended source jobs, by id: what `status` shows."""
         context = None if self._is_clear else tls.client_context(self._pki)
         self.peers = Peers(config.peers, context, clock=self.clock, on_event=self.on_peer_event)
-        self.control_server = QmpServer(self._on_control, version=VERSION, clock=self.clock, name="control")
-        self.peer_server = QmpServer(self._on_peer, version=VERSION, clock=self.clock, name="peer")
+        self.control_server = QmpServer(
+            self._on_control, version=VERSION, clock=self.clock, name="control", prompt=PROMPT_FOR_PEOPLE
+        )
+        self.peer_server = QmpServer(
+            self._on_peer, version=VERSION, clock=self.clock, name="peer", prompt=PROMPT_FOR_AGENTS
+        )
         self.planner = Planner(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act

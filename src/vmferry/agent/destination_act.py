@@ -52,23 +52,26 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     definition = VmDefinition.from_wire(place.definition)
     argv = definition.incoming_argv(attempt.runtime, context.config.qemu)
     make_directory(attempt.runtime.directory)
-    machine = await machines.launch(attempt.vm, argv, attempt.runtime, clock=context.clock)
+    launching = asyncio.create_task(machines.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
+    try:
+        await asyncio.sleep(0)  # the process is there; what does not need it is made while it starts
+        credentials = _make_credentials(attempt)
+    except BaseException:
+        launching.cancel()
+        await asyncio.gather(launching, return_exceptions=True)
+        raise
+    machine = await launching
     attempt.use(machine)
     offer: dict[str, object] = {"qemu": machine.version_text, "pid": machine.pid, "token": "", "uri": ""}
-    if attempt.peer_ca is not None:
-        credentials = job_credentials.make(attempt.job, "destination", context.job_directory, now=context.utc_now())
-        attempt.credentials = credentials
-        credentials.accept_peer(attempt.peer_ca)
-        creds = job_credentials.tls_creds_object(
-            attempt.job,
-            "destination",
-            context.job_directory,
-            priority=job_credentials.tls_priority(machine.version),
-        )
-        await machine.execute("object-add", creds)
+    commands = list(place.commands)
+    if credentials is not None:
+        priority = job_credentials.tls_priority(machine.version)
+        creds = job_credentials.tls_creds_object(attempt.job, "destination", context.job_directory, priority=priority)
+        commands.insert(0, ("object-add", creds))
         offer["ca_pem"] = credentials.ca_pem_own.decode()
-    await set_options(machine, place.commands, place.expected)
-    offer["hardware"] = [list(part) for part in (await hardware.look(machine.execute)).parts]
+    # Side by side: QEMU answers one after another, and the agent need not wait between two questions.
+    seen, _ = await asyncio.gather(hardware.look(machine.execute), set_options(machine, commands, place.expected))
+    offer["hardware"] = [list(part) for part in seen.parts]
     if place.multifd:
         offer["addresses"] = []
         offer["uri"] = await _listen_inside(attempt)
@@ -85,6 +88,17 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     attempt.note(Fact.LISTENING)
     if not attempt.offer.done():
         attempt.offer.set_result(offer)
+
+
+def _make_credentials(attempt: DestinationAttempt) -> job_credentials.JobCredentials | None:
+    """This side's half of the job's certificates, on disk for QEMU; None in clear text. Raises NotTrusted, Unfit."""
+    if attempt.peer_ca is None:
+        return None
+    context = attempt.context
+    credentials = job_credentials.make(attempt.job, "destination", context.job_directory, now=context.utc_now())
+    attempt.credentials = credentials
+    credentials.accept_peer(attempt.peer_ca)
+    return credentials
 
 
 async def _listen_inside(attempt: DestinationAttempt) -> str:

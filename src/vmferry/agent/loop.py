@@ -54,6 +54,11 @@ class AttemptLoop(ABC, Generic[E]):
         self._tries = 0
         self._not_before_s = 0.0
 
+    @property
+    def entered(self) -> str | None:
+        """The label of the row that the loop has entered last."""
+        return self._row.label if self._row is not None else None
+
     # What a side must say.
 
     @abstractmethod

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vmferry.clock import Clock
@@ -104,6 +104,15 @@ class Machine:
         """One command of this QEMU. Raises QmpCommandError (no effect), QmpTimeout or QmpDisconnected."""
         client = await self.attach()
         return await client.execute(command, arguments, oob=oob, deadline_s=deadline_s, fds=fds)
+
+    async def execute_all(self, commands: Iterable[tuple[str, Mapping[str, Any] | None]]) -> list[Any]:
+        """Commands that QEMU shall carry out in this order, sent without waiting for the answer to the one before:
+        their answers. Raises the first error once all are answered; those after a refused one were carried out."""
+        answers = await asyncio.gather(*(self.execute(*command) for command in commands), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
     async def run_state(self, *, deadline_s: float = COMMAND_S) -> str:
         """QEMU's run state word ('running', 'paused', 'inmigrate' …)."""

@@ -21,11 +21,6 @@ Finding = tuple[Fact, int, str]
 PROOF_VERSION = (10, 2)
 """The first QEMU whose source waits for the destination's proof before it says postcopy-active."""
 
-_SWITCHED: tuple[Finding, ...] = (
-    (Fact.SETUP_DONE, 0, ""),
-    (Fact.SWITCHOVER, 0, ""),
-    (Fact.CONTINUE, 0, ""),
-)
 _PACKAGE: Finding = (Fact.PACKAGE_SENT, 0, "")
 
 
@@ -73,9 +68,16 @@ def _unheard_of(word: str, log: FactLog) -> tuple[Finding, ...]:
     return () if entry is not None and entry.text == word else ((Fact.UNKNOWN_STATUS, newest + 1, word),)
 
 
+def _stopped(log: FactLog) -> tuple[Finding, ...]:
+    """The guest stopped for the switchover, which it does not before devices that have a say are ready."""
+    ready = ((Fact.DEVICES_READY, 0, "the source switched over"),) if Fact.SWITCHOVER_ACK in log else ()
+    return ((Fact.SETUP_DONE, 0, ""), *ready, (Fact.SWITCHOVER, 0, ""))
+
+
 def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
     """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
     proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
+    switched = (*_stopped(log), (Fact.CONTINUE, 0, ""))
     match word:
         case None | "none" | "setup" | "failing" | "failed":
             return ()  # an error's text is asked for by the effect that records it
@@ -85,16 +87,16 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             unplugged = ((Fact.UNPLUG_DONE, 0, ""),) if Fact.UNPLUG_WAIT in log else ()
             return (*unplugged, (Fact.SETUP_DONE, 0, ""))
         case "pre-switchover":
-            return _SWITCHED[:2]
+            return _stopped(log)
         case "device":
-            return _SWITCHED
+            return switched
         case "postcopy-device":
-            return (*_SWITCHED, _PACKAGE)
+            return (*switched, _PACKAGE)
         case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
-            return (*_SWITCHED, _PACKAGE, *proof, *_rounds(word, log))
+            return (*switched, _PACKAGE, *proof, *_rounds(word, log))
         case "completed":
             loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
-            return (*_SWITCHED, *loaded, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+            return (*switched, *loaded, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
             return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)

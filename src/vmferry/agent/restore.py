@@ -25,6 +25,7 @@ from vmferry.agent import machine as machines
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import prune_logs
 from vmferry.agent.source import SourceAttempt
+from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Place, Wanted
 from vmferry.core.facts import Fact
@@ -95,6 +96,8 @@ async def _source(agent: Agent, job: JobState) -> None:
         word = (await kept.machine.migration(deadline_s=2.0)).get("status")
         if word in ARRIVED and await kept.machine.run_state(deadline_s=2.0) not in GIVEN_AWAY:
             word = None
+        if (await read_options(kept.machine)).get("switchover-ack"):
+            attempt.note(Fact.SWITCHOVER_ACK, by="source QEMU")
     except QemuError as error:
         log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
     attempt.note(Fact.PREPARE, by="journal")

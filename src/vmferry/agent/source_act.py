@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 from vmferry.agent import channel as channels
 from vmferry.agent.machine import Machine
@@ -41,6 +41,7 @@ CANCEL_S = 0.5
 CONT_S = 10.0
 CHANNEL_NAME = "vmferry-main"
 SETTLE_S = 2.0
+READ_OPTIONS: Final = (("query-migrate-capabilities", None), ("query-migrate-parameters", None))
 
 
 async def act(attempt: SourceAttempt, effect: Effect) -> None:
@@ -122,6 +123,8 @@ async def _check_plan(attempt: SourceAttempt) -> None:
     attempt.plan = plan
     attempt.note(Fact.PLANNED, text=plan.why)
     attempt.note(Fact.PAUSE_CAP)
+    if plan.options.source_capabilities.get("switchover-ack"):
+        attempt.note(Fact.SWITCHOVER_ACK)
 
 
 async def _prepare(attempt: SourceAttempt) -> None:
@@ -193,8 +196,11 @@ async def _configure(attempt: SourceAttempt) -> None:
 
 async def read_options(machine: Machine) -> dict[str, Any]:
     """Every capability and parameter that QEMU has now, in one mapping."""
-    known = await machine.execute("query-migrate-capabilities")
-    parameters = await machine.execute("query-migrate-parameters")
+    return _options_of(await machine.execute_all(READ_OPTIONS))
+
+
+def _options_of(answers: list[Any]) -> dict[str, Any]:
+    known, parameters = answers
     return {**{c["capability"]: c["state"] for c in known}, **parameters}
 
 
@@ -202,9 +208,8 @@ async def set_options(
     machine: Machine, commands: Iterable[tuple[str, dict[str, Any]]], expected: Mapping[str, Any]
 ) -> None:
     """Applies all, reads back, compares. Raises QemuError naming every difference; nothing has started."""
-    for command, arguments in commands:
-        await machine.execute(command, arguments)
-    wrong = differences(expected, await read_options(machine))
+    answers = await machine.execute_all([*commands, *READ_OPTIONS])
+    wrong = differences(expected, _options_of(answers[-len(READ_OPTIONS) :]))
     if wrong:
         raise QemuError(f"{machine.vm}: QEMU did not take the options: {'; '.join(wrong)}")
 

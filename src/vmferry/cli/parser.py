@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from typing import Any, NoReturn
 
@@ -29,6 +30,23 @@ examples
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Knows the terminal's width by itself: argparse asks shutil, which brings every compressor along, and makes a
+    formatter for each argument of each command, also when nobody asked for help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_help_width())
+
+
+@functools.cache
+def _help_width() -> int:
+    try:
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    except (ValueError, OSError):
+        columns = 80
+    return max(columns, 40) - 2
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells what is malformed as every other error is told, with --json too."""
 
@@ -40,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole grammar. Its `parse_args` raises UsageError."""
     parser = _Parser(
         prog="vmferry",
+        formatter_class=_Help,
         description="Live-migrates running QEMU/KVM virtual machines between hosts and never loses one.",
         epilog="'vmferry COMMAND --help' explains one command. The agent of this host must run for most of them.",
     )
@@ -58,7 +77,7 @@ def _command(commands: Any, name: str, run: str, text: str, *, client: bool = Tr
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         **more,
     )
     parser.set_defaults(run=f"vmferry.cli.{run}")
@@ -174,4 +193,4 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
     bench.add_argument("what", choices=("migrate", "stream"))
-    bench.add_argument("--rounds", type=int, default=7, metavar="N")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")

@@ -53,9 +53,13 @@ class Fact(StrEnum):
     # What the QEMUs did.
     PAUSE_CAP = "pause-before-switchover"
     """The source stops before the switchover and waits for us."""
+    SWITCHOVER_ACK = "switchover-ack"
+    """Devices have a say: the source does not switch over before those on the destination are ready."""
     SETUP_DONE = "setup-done"
     UNPLUG_WAIT = "unplug-wait"
     UNPLUG_DONE = "unplug-done"
+    DEVICES_READY = "devices-ready"
+    """The source left that wait: they said that they are ready (a guest that stands still waits for nobody)."""
     SWITCHOVER = "switchover"
     """The source's CPUs stopped for the switchover."""
     PACKAGE_SENT = "package-sent"

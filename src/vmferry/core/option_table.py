@@ -221,7 +221,7 @@ CAPABILITIES: Final[tuple[Option, ...]] = (
     _cap("dirty-limit", SOURCE, (8, 1), "the first pass over memory began",
          "slows down only the vCPUs that write a lot; needs KVM with a dirty ring"),
     _cap("switchover-ack", BOTH, (8, 1), _SETUP,
-         "waits until devices on the destination say they are ready"),
+         "waits until devices on the destination say they are ready; on by itself for a VM with VFIO devices"),
     _cap("dirty-bitmaps", BOTH, (2, 12), _SETUP, "takes the dirty bitmaps of block devices along"),
     _cap("validate-uuid", BOTH, (4, 2), "the configuration section was sent",
          "the destination refuses a VM with another UUID"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -327,6 +327,19 @@ _CLASHES: Final = (
     _Clash(frozenset({"multifd", "xbzrle"}), "", "multifd cannot send differences (xbzrle)"),
     _Clash(frozenset({"dirty-limit", "auto-converge"}), "", "dirty-limit and auto-converge exclude each other"),
 )
+
+
+def with_switchover_ack(
+    settings: Mapping[str, Value], *, has_vfio: bool | None, known: Iterable[frozenset[str]]
+) -> dict[str, Value]:
+    """The settings, and that a passed-through device (VFIO) is asked before the switchover: how long its state takes
+    is known to it alone. Not where a QEMU (before 8.1) cannot ask, nor where the person chose.
+
+    Args:
+        known: the names of options of each QEMU.
+    """
+    asks = has_vfio is True and all("switchover-ack" in names for names in known)
+    return {"switchover-ack": True, **settings} if asks else dict(settings)
 
 
 def build(

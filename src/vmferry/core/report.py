@@ -173,6 +173,7 @@ def job_wire(
         "remaining_by_source": measured.remaining_by_source,
         "throttle_percent": measured.throttle_percent,
         "passes": measured.passes,
+        "waits_for_devices": waits_for_devices(log) and not over,
         "progress": progress,
         "notes": list(notes),
         "error": error.to_wire() if error else None,
@@ -182,6 +183,11 @@ def job_wire(
         wire["trouble"] = trouble
     wire["sentence"] = sentence(wire)
     return wire
+
+
+def waits_for_devices(log: FactLog) -> bool:
+    """Memory is on its way, and the switchover has to wait for the destination's devices to be ready."""
+    return Fact.SWITCHOVER_ACK in log and Fact.SETUP_DONE in log and Fact.DEVICES_READY not in log
 
 
 def sentence(wire: dict[str, Any]) -> str:
@@ -196,7 +202,10 @@ def sentence(wire: dict[str, Any]) -> str:
             error = wire["error"]
             return f"{vm} runs on {source} as before" + (f": {error['message']}." if error else ".")
         case Outcome.PENDING:
-            return f"{vm} moves from {source} to {destination}: {wire['status']}."
+            devices = (
+                f"; it waits until its devices on {destination} are ready" if wire.get("waits_for_devices") else ""
+            )
+            return f"{vm} moves from {source} to {destination}: {wire['status']}{devices}."
         case Outcome.UNCERTAIN:
             return (
                 f"UNCERTAIN: {destination} may run {vm}; both QEMUs are kept and {source} stays paused. "

@@ -42,6 +42,8 @@ class GuestWish:
     check_mib_per_s: int = 96
     tick_ms: int = 10
     accel: str = "auto"
+    fixed_layout: bool = False
+    """Two such guests use the same pages."""
 
     @property
     def regions_mib(self) -> tuple[int, int]:
@@ -63,6 +65,7 @@ class GuestWish:
             disk="vda",
             disk_blocks=DISK_BLOCKS,
             disk_write_ms=DISK_WRITE_MS,
+            fixed_layout=self.fixed_layout,
         )
 
 

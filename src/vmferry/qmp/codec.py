@@ -36,10 +36,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from vmferry import limits
+from vmferry.qmp.value import Value
 
 
 class NeedData(enum.Enum):
@@ -58,24 +58,21 @@ NEED_DATA: Final = NeedData.NEED_DATA
 MISSING: Final = Missing.MISSING
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(Value):
     """The server's first message: its version as it says it, and the capabilities it offers."""
 
     version: dict[str, Any]
     capabilities: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Value):
     """A command succeeded."""
 
     value: Any
     id: Any = MISSING
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorReply:
+class ErrorReply(Value):
     """A command failed. `data` is vmferry's own member: a `VmferryError.to_wire()`."""
 
     qmp_class: str
@@ -84,8 +81,7 @@ class ErrorReply:
     data: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Value):
     """Something happened. `timestamp_us` is the sender's wall clock, or None if it has none."""
 
     name: str
@@ -93,8 +89,7 @@ class Event:
     timestamp_us: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Value):
     """A request; `oob` says that it came as `exec-oob`."""
 
     name: str
@@ -103,16 +98,14 @@ class Command:
     oob: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
+class Malformed(Value):
     """Well-formed JSON that is no QMP message; `desc` is worded as QEMU words it."""
 
     desc: str
     id: Any = MISSING
 
 
-@dataclass(frozen=True, slots=True)
-class BadSyntax:
+class BadSyntax(Value):
     """Bytes that are no JSON, or too many of them; the decoder has resynchronised already."""
 
     desc: str

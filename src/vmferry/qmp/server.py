@@ -36,12 +36,21 @@ _log = logging.getLogger(__name__)
 class QmpServer:
     """Serves one handler to any number of clients (at most `limits.QMP_SESSIONS_MAX`)."""
 
-    def __init__(self, handle: Handler, *, version: Mapping[str, Any], clock: Clock, name: str) -> None:
-        """`version` goes into the greeting as it is; `name` is for logs and task names."""
+    def __init__(
+        self,
+        handle: Handler,
+        *,
+        version: Mapping[str, Any],
+        clock: Clock,
+        name: str,
+        prompt: frozenset[str] | None = None,
+    ) -> None:
+        """`version` goes into the greeting as it is; `name` is for logs and task names; `prompt`: see `Session`."""
         self.name = name
         self._handle = handle
         self._version = version
         self._clock = clock
+        self._prompt = prompt
         self._sessions: dict[Session, asyncio.Event] = {}  # with what is set when the session is over
         self._tasks: set[asyncio.Task[None]] = set()
         self._listeners: list[tuple[asyncio.Server, str, int]] = []  # with path and inode
@@ -85,6 +94,7 @@ class QmpServer:
             handle=self._handle,
             version=self._version,
             clock=self._clock,
+            prompt=self._prompt,
         )
         self._sessions[session] = asyncio.Event()
         try:

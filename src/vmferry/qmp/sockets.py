@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from dataclasses import dataclass
 
 from vmferry.qmp.errors import QmpDisconnected
+from vmferry.qmp.value import Value
 
 _UCRED = struct.Struct("3i")
 UNIX_PATH_BYTES_MAX = 107  # sun_path has 108 bytes, the last one is NUL
 
 
-@dataclass(frozen=True, slots=True)
-class PeerCredentials:
+class PeerCredentials(Value):
     """Who is at the other end of a unix socket, as the kernel says."""
 
     pid: int

@@ -30,6 +30,8 @@ from vmferry.testing.fake_profile import PROFILES
 DEADLINE_S = 30.0
 SLOW_BYTES_PER_S = 20_000
 FAST_BYTES_PER_S = 1 << 33
+ROUNDS_WAITED = 10
+"""The guest changes next to nothing, so without a reason to wait the switchover comes after two or three."""
 MACHINE = "pc-q35-7.2"
 """Known to every version, so that any two can be a pair."""
 
@@ -137,16 +139,31 @@ class Pair:
         self.source, self.destination = source, destination
         self._channel: socket.socket | None = None
         """The source's end. The other end is the destination's alone, so that its death is seen as it is."""
+        self.may_answer = asyncio.Event()
+        """With `holds_answers`: from now on the source hears what the destination says."""
+        self._pumps: list[asyncio.Task[None]] = []
+        self._relay: tuple[socket.socket, ...] = ()
 
-    async def begin(self, *, postcopy: bool = False, slow: bool = False, pause: bool = True) -> None:
+    async def begin(
+        self,
+        *,
+        postcopy: bool = False,
+        slow: bool = False,
+        pause: bool = True,
+        switchover_ack: bool = False,
+        holds_answers: bool = False,
+    ) -> None:
         """Options as vmferry sets them, the channel by descriptor, and `migrate`."""
         common = {"events": True, "return-path": True, "postcopy-ram": postcopy}
+        common |= {"switchover-ack": True} if switchover_ack else {}
         await self._set(self.destination, {**common, "late-block-activate": True})
         await self._set(self.source, {**common, "pause-before-switchover": pause})
         rate = SLOW_BYTES_PER_S if slow else FAST_BYTES_PER_S
         await self.source.execute("migrate-set-parameters", {"max-bandwidth": rate})
         left, right = _connected()
         self._channel = left
+        if holds_answers:
+            right = self._relayed(right)
         await self._give(self.destination, right)
         right.close()
         arguments: dict[str, Any] = {"uri": "fd:channel"}
@@ -155,6 +172,15 @@ class Pair:
         await self.destination.execute("migrate-incoming", arguments)
         await self._give(self.source, left)
         await self.source.execute("migrate", {"uri": "fd:channel"})
+
+    def _relayed(self, far: socket.socket) -> socket.socket:
+        """The destination's end of a channel that goes through this process, which keeps the answers for a while."""
+        near, right = _connected()
+        self._relay = (far, near)
+        for end in self._relay:
+            end.setblocking(False)
+        self._pumps = [asyncio.create_task(_pump(far, near)), asyncio.create_task(_pump(near, far, self.may_answer))]
+        return right
 
     async def faster(self) -> None:
         """Ends `slow`."""
@@ -185,6 +211,11 @@ class Pair:
 
     async def close(self) -> None:
         """Ends both processes."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for end in self._relay:
+            end.close()
         if self._channel is not None:
             self._channel.close()
         for side in (self.source, self.destination):
@@ -207,6 +238,17 @@ def _connected() -> tuple[socket.socket, socket.socket]:
         left = socket.create_connection(server.getsockname())
         right, _ = server.accept()
     return left, right
+
+
+async def _pump(source: socket.socket, sink: socket.socket, gate: asyncio.Event | None = None) -> None:
+    """Bytes of one direction, from the moment the gate opens to their end."""
+    loop = asyncio.get_running_loop()
+    if gate is not None:
+        await gate.wait()
+    with contextlib.suppress(OSError):
+        while data := await loop.sock_recv(source, 1 << 16):
+            await loop.sock_sendall(sink, data)
+        sink.shutdown(socket.SHUT_WR)
 
 
 def argv(program: Path, directory: Path, *, incoming: bool) -> list[str]:
@@ -306,6 +348,30 @@ async def postcopy(pair: Pair) -> None:
     await pair.source.until_run_state("postmigrate")
     await pair.destination.execute("cont")
     await pair.destination.until("RESUME")
+
+
+async def switchover_ack(pair: Pair) -> None:
+    """With the capability (from 8.1) rounds over memory go on until the destination's devices have agreed: there is no
+    such thing in what QEMU tells, so the switchover is the proof."""
+    if any(side.client.version < (8, 1, 0) for side in (pair.source, pair.destination)):
+        wanted = {"capabilities": [{"capability": "switchover-ack", "state": True}]}
+        older = min(pair.source, pair.destination, key=lambda side: side.client.version)
+        assert "switchover-ack" in await older.refused("migrate-set-capabilities", wanted)
+        return
+    await pair.begin(switchover_ack=True, holds_answers=True)
+    await pair.source.until("active")
+
+    async def has_gone_round_and_round() -> bool:
+        info = await pair.source.execute("query-migrate")
+        assert info["status"] == "active", "it did not wait"
+        return int((info.get("ram") or {}).get("dirty-sync-count", 0)) >= ROUNDS_WAITED
+
+    await _until(has_gone_round_and_round)
+    assert "STOP" not in pair.source.seen
+    pair.may_answer.set()
+    await pair.go_on()
+    await pair.source.until("completed")
+    await pair.destination.until_run_state("paused")
 
 
 async def cancel_in_active(pair: Pair) -> None:
@@ -461,6 +527,7 @@ CHECKS: dict[str, Check] = {
         run_states,
         precopy,
         postcopy,
+        switchover_ack,
         cancel_in_active,
         cancel_before_switchover,
         peer_killed_in_active,

@@ -1,5 +1,5 @@
-"""The destination's side of a migration in a fake QEMU. Steps: `in-listen`, `in-header`, `in-load`, `in-loaded`,
-`in-pages`.
+"""The destination's side of a migration in a fake QEMU. Steps: `in-listen`, `in-header`, `in-ack`, `in-load`,
+`in-loaded`, `in-pages`.
 
 7.2 says postcopy-active as soon as it listens for pages, 11.1 only when the package is loaded. A load that fails
 ends the process unless it was told to stay. Autostart is not modelled: a fake is always started with -S.
@@ -75,6 +75,9 @@ class Incoming:
             case "header":
                 state.set_word("active")
                 await state.step("in-header", lost=link.lost)
+                if state.capabilities.get("switchover-ack"):
+                    await state.step("in-ack", lost=link.lost)
+                    link.send("ack")
             case "ram":
                 state.sent_bytes += int(message["bytes"])
             case "device":

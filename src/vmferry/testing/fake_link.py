@@ -3,8 +3,8 @@
 Theory of operation
 -------------------
 Not QEMU's stream, only its turning points: `header`, `ram`, `device` (precopy's last part), `package` (postcopy's),
-`pages` (all of them are over) one way; `proof`, `result`, `resumed` the other way; `resume` after a break. Each is
-a length and a JSON object. A link that ended, by whomever, is `lost` for good.
+`pages` (all of them are over) one way; `ack`, `proof`, `result`, `resumed` the other way; `resume` after a break.
+Each is a length and a JSON object. A link that ended, by whomever, is `lost` for good.
 """
 
 from __future__ import annotations

@@ -127,8 +127,21 @@ class Outgoing:
                     await asyncio.wait_for(self.postcopy_wanted.wait(), PASS_S)
             else:
                 state.count_pass()
+                await self._devices_agree()
                 return False
         return True
+
+    async def _devices_agree(self) -> None:
+        """With the capability, rounds go on until the destination's devices have said that they are ready."""
+        if not self.state.capabilities.get("switchover-ack"):
+            return
+        answer = asyncio.ensure_future(self._the_link().receive())
+        try:
+            while not (await asyncio.wait({answer}, timeout=PASS_S))[0]:
+                self.state.count_pass()
+            assert answer.result()["kind"] == "ack", answer
+        finally:
+            answer.cancel()
 
     async def _send_some(self, left: int, bytes_per_s: int) -> None:
         """As much as the limit lets through in a tenth of a second, or until a parameter changes."""

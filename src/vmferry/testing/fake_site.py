@@ -37,11 +37,18 @@ MakeSite = Callable[..., Awaitable["Site"]]
 _numbers = itertools.count(1)
 
 
-class FastClock(SystemClock):
-    """Deadlines come ten times as soon; the date is the real one."""
+class JumpClock(SystemClock):
+    """Goes as the real one and leaps when it is told to; the date is the real one."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
 
     def now_s(self) -> float:
-        return super().now_s() * 10
+        return super().now_s() + self._ahead_s
+
+    def leap(self, seconds: float) -> None:
+        """So many seconds have passed."""
+        self._ahead_s += seconds
 
 
 class Site:
@@ -185,10 +192,10 @@ class Site:
         """A command as a person gives it to the host's agent."""
         return await control.handle(self.agents[host], name, arguments)
 
-    async def run_vm(self, name: str = "g", host: str = "a", machine: str = "pc-q35-7.2") -> None:
-        """A guest of 32 MiB that runs on the host."""
+    async def run_vm(self, name: str = "g", host: str = "a", machine: str = "pc-q35-7.2", *, more: str = "") -> None:
+        """A guest of 32 MiB that runs on the host. `more`: lines of its spec."""
         path = self.directory / f"{name}.toml"
-        path.write_text(f'name = "{name}"\nmemory = "32M"\nmachine = "{machine}"\naccel = "tcg"\n')
+        path.write_text(f'name = "{name}"\nmemory = "32M"\nmachine = "{machine}"\naccel = "tcg"\n{more}\n')
         await self.command(host, "vm-run", path=str(path))
 
     async def migrate(self, to: str = "b", *, vm: str = "g", mode: str = "precopy", **more: Any) -> SourceAttempt:
@@ -213,6 +220,12 @@ class Site:
         """Waits until the attempt's row says so; a reading may change it without a fact, so its events are heard."""
         async with asyncio.timeout(SETTLE_S):
             while attempt.outcome() is not outcome:
+                await self._changes[attempt.context.config.name].wait()
+
+    async def until_row(self, attempt: SourceAttempt, label: str) -> None:
+        """Waits until this row holds for the attempt and its loop has entered it."""
+        async with asyncio.timeout(SETTLE_S):
+            while attempt.entered != label:
                 await self._changes[attempt.context.config.name].wait()
 
     async def settle(self) -> None:

@@ -529,12 +529,24 @@ class Guests:
         return self.write(name, f'memory = "{memory_mib}M"\naccel = "tcg"\n{more}\n{disk}')
 
     def linux(
-        self, name: str = "web1", *, memory_mib: int = 128, dirty_mib_per_s: int = 5, disk: bool = True, more: str = ""
+        self,
+        name: str = "web1",
+        *,
+        memory_mib: int = 128,
+        dirty_mib_per_s: int = 5,
+        disk: bool = True,
+        more: str = "",
+        fixed_layout: bool = False,
     ) -> str:
         """The Linux guest, which checks its memory and (with a disk) what it wrote there."""
         guest = linux_guest.build(default_cache())
         cmdline = linux_guest.cmdline(
-            disk="vda" if disk else None, dirty_mib_per_s=dirty_mib_per_s, ram_mib=8, const_mib=4, disk_blocks=16
+            disk="vda" if disk else None,
+            dirty_mib_per_s=dirty_mib_per_s,
+            ram_mib=8,
+            const_mib=4,
+            disk_blocks=16,
+            fixed_layout=fixed_layout,
         )
         text = f'memory = "{memory_mib}M"\naccel = "tcg"\n{more}\n'
         text += f'[kernel]\nimage = "{guest.kernel}"\ninitrd = "{guest.initrd}"\ncmdline = "{cmdline}"\n'

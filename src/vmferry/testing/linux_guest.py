@@ -53,6 +53,7 @@ def cmdline(
     disk_blocks: int = 128,
     fault_after_s: int = 0,
     verbose_boot: bool = False,
+    fixed_layout: bool = False,
 ) -> str:
     """The kernel command line (`-append`).
 
@@ -60,10 +61,13 @@ def cmdline(
     is only checked; give the machine at least 96 MiB more than both together (`qemus.ram_size`). A full
     check of both takes (ram_mib + const_mib) / check_mib_per_s seconds. `disk` is a device name such as
     "vda"; everything between 1 MiB and 1 MiB + `disk_blocks` * 4 KiB on it is overwritten. `fault_after_s`
-    makes the guest damage one page of its own, for tests of the tests.
+    makes the guest damage one page of its own, for tests of the tests. `fixed_layout`: each boot has the same
+    pages in use (99.9 % of them; without it 80 to 90 %, as Linux puts itself and all else at a random address).
     """
     kernel = "console=ttyS0 panic=0 tsc=reliable no_timer_check random.trust_cpu=on"
     words = [kernel if verbose_boot else f"{kernel} quiet loglevel=2"]
+    if fixed_layout:
+        words.append("nokaslr")
     numbers = {
         "dirty_mib_per_s": dirty_mib_per_s,
         "ram_mib": ram_mib,

@@ -24,12 +24,13 @@ from vmferry.vm.runtime import RuntimePaths
 from vmferry.vm.spec import Disk, Network, VmSpec
 
 # PCI slots on the root bus. Slots 0 to 2 belong to the chipset and a display card, 0x1f to q35's own
-# devices; 0x18 to 0x1e stay free for extra_args.
+# devices; 0x1a to 0x1e stay free for extra_args.
 SLOT_RNG = 0x03
 SLOT_SCSI = 0x04
 SLOT_NETWORK = 0x05
 SLOT_DISK = SLOT_NETWORK + limits.VM_NETWORKS_MAX
-assert SLOT_DISK + limits.VM_DISKS_MAX <= 0x1A, "the slot table left no room on the bus"
+SLOT_BALLOON = SLOT_DISK + limits.VM_DISKS_MAX
+assert SLOT_BALLOON < 0x1A, "the slot table left no room on the bus"
 
 _CACHE: dict[str, tuple[bool, bool, bool]] = {
     # mode: (direct I/O, no flush, write cache of the guest's disk), as QEMU defines its cache modes
@@ -72,7 +73,7 @@ def build_argv(
         args += ["-uuid", spec.uuid]
     args += _boot(spec)
     args += _control(spec, runtime)
-    args += _rng(spec) + _scsi_controller(spec) + _networks(spec) + _disks(spec)
+    args += _rng(spec) + _scsi_controller(spec) + _networks(spec) + _disks(spec) + _balloon(spec)
     args += spec.extra_args
     if incoming:
         args += ["-incoming", "defer"]
@@ -162,6 +163,17 @@ def _rng(spec: VmSpec) -> list[str]:
         return []
     device = _pci(spec, "virtio-rng-pci", "rng0-dev", SLOT_RNG, ("rng", "rng0"))
     return ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", device]
+
+
+def _balloon(spec: VmSpec) -> list[str]:
+    if spec.balloon is None:
+        return []
+    if not spec.balloon.free_page_hint:
+        return ["-device", _pci(spec, "virtio-balloon-pci", "balloon0", SLOT_BALLOON)]
+    # QEMU wants a thread of its own for the hints, so that they do not hold its main loop.
+    pairs = (("free-page-hint", "on"), ("iothread", "balloon0-io"))
+    device = _pci(spec, "virtio-balloon-pci", "balloon0", SLOT_BALLOON, *pairs)
+    return ["-object", "iothread,id=balloon0-io", "-device", device]
 
 
 def _scsi_controller(spec: VmSpec) -> list[str]:

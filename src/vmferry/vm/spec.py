@@ -137,6 +137,13 @@ class MemoryBackend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("kind = 'file' without shared = true would lose every write; set shared = true")
 
 
+class Balloon(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A memory balloon. With `free_page_hint` the guest tells QEMU during a precopy which of its pages are free, and
+    those are not sent (QEMU leaves them alone by itself where postcopy stands by). The guest needs its driver."""
+
+    free_page_hint: bool = True
+
+
 class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A whole VM. Sizes are text as written ('512M'); `memory_bytes` is the number.
 
@@ -163,6 +170,7 @@ class VmSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     serial: Serial = Serial()
     memory_backend: MemoryBackend = MemoryBackend()
     rng: bool = True
+    balloon: Balloon | None = None
     display: Literal["none"] = "none"
     on_io_error: Literal["stop", "report", "enospc"] = "stop"
     extra_args: tuple[str, ...] = ()

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent import source as source_attempt
 from vmferry.agent.machine import Machine
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.facts import Fact, FactLog
+from vmferry.core.source_rows import SILENT_MS
 from vmferry.core.status import source_status
-from vmferry.errors import Busy, CancelRefused
+from vmferry.errors import Busy, CancelRefused, PlanRefused
 from vmferry.jobs.journal import Entry
-from vmferry.testing.fake_site import FastClock, MakeSite, Site
+from vmferry.testing.fake_site import JumpClock, MakeSite, Site
 
 PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1"), ("11.1", "7.2")]
 LOCK = 'Failed to get "write" lock'
@@ -57,6 +59,59 @@ async def test_wait_unplug_is_shown_and_survived(make_site: MakeSite) -> None:
     await site.check("b")
 
 
+@pytest.mark.proves("S90")
+async def test_the_wait_for_devices_is_a_fact_and_shown(make_site: MakeSite) -> None:
+    site = await make_site("11.1")
+    site.director.script("b", {"in-ack": "hold"})
+    attempt = await site.migrate(settings=["switchover-ack=on"])
+    await site.director.reached("b", "in-ack")
+    await site.noted_by("a", Fact.SETUP_DONE)
+    waiting = attempt.wire()
+    assert (waiting["status"], waiting["waits_for_devices"]) == ("active", True)
+    assert waiting["sentence"] == "g moves from a to b: active; it waits until its devices on b are ready."
+    assert Fact.DEVICES_READY not in attempt.facts
+    site.director.go("b", "in-ack")
+    await site.settle()
+    facts = [entry.fact for entry in attempt.facts]
+    assert facts.index(Fact.SWITCHOVER_ACK) < facts.index(Fact.DEVICES_READY) < facts.index(Fact.SWITCHOVER)
+    assert (ended(site), attempt.wire()["waits_for_devices"]) == (("completed", "destination"), False)
+    await site.check("b")
+
+
+@pytest.mark.proves("S90")
+async def test_a_restarted_agent_knows_that_devices_are_waited_for(make_site: MakeSite) -> None:
+    site = await make_site("11.1")
+    site.director.script("b", {"in-ack": "hold"})
+    await site.migrate(settings=["switchover-ack=on"])
+    await site.director.reached("b", "in-ack")
+    await site.noted_by("a", Fact.SETUP_DONE)
+    await site.restart("a")
+    assert site.attempt().wire()["waits_for_devices"] is True
+    site.director.go("b", "in-ack")
+    await site.settle()
+    assert ended(site) == ("completed", "destination")
+    await site.check("b")
+
+
+VFIO = 'extra_args = ["-device", "vfio-pci,id=hostdev0,host=0000:01:00.0"]'
+
+
+@pytest.mark.proves("S90")
+async def test_a_passed_through_device_is_waited_for_unasked_and_refused_for_postcopy(make_site: MakeSite) -> None:
+    site = await make_site("11.1")
+    await site.run_vm("v", more=VFIO)
+    refused = await site.migrate(vm="v", mode="postcopy")
+    await site.settle()
+    assert refused.wire()["error"]["code"] == PlanRefused("").to_wire()["code"]
+    assert "passed-through" in refused.wire()["error"]["message"]
+    assert not site.agents["b"].places, "nothing was begun"
+    attempt = await site.migrate(vm="v")
+    await site.settle()
+    assert {Fact.SWITCHOVER_ACK, Fact.DEVICES_READY} <= {entry.fact for entry in attempt.facts}
+    assert attempt.wire()["outcome"] == "destination"
+    await site.check("b", "v")
+
+
 async def test_a_word_nobody_has_heard_of_is_a_fact_and_no_error(make_site: MakeSite) -> None:
     site = await make_site()
     site.director.script("a", {"setup": {"show": "reticulating"}})
@@ -97,10 +152,20 @@ async def test_a_cancel_frees_a_qemu_that_is_silent_in_the_switchover(make_site:
 
 
 @pytest.mark.parametrize("source", ["7.2", "11.1"])
-async def test_a_silent_switchover_is_given_up_after_its_time(make_site: MakeSite, source: str) -> None:
-    site = await make_site(source, clock=FastClock())
+async def test_a_silent_switchover_is_given_up_after_its_time(
+    make_site: MakeSite, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_attempt, "SILENT_S", 0.2)
+    clock = JumpClock()
+    site = await make_site(source, clock=clock)
     site.director.script("a", {"device": "silent"})
-    await site.migrate()
+    attempt = await site.migrate()
+    await site.until_row(attempt, "C-wait-load")
+    clock.leap(2.0)  # the next look is due, and finds that QEMU does not answer
+    attempt.wake()
+    await site.until_row(attempt, "M-silent")
+    clock.leap(SILENT_MS / 1000)
+    attempt.wake()
     await site.settle()
     assert ended(site) == ("failed", "source")
     await site.check("a")

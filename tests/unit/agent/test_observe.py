@@ -39,6 +39,16 @@ def new_facts(word: str | None, log: FactLog, *, has_proof: bool = True) -> set[
     return {fact for fact, _, _ in source_findings(word, log, has_proof=has_proof)}
 
 
+@pytest.mark.parametrize("word", ["pre-switchover", "device", "postcopy-device", "postcopy-active", "completed"])
+@pytest.mark.proves("S90")
+def test_a_switchover_proves_that_devices_with_a_say_were_ready(word: str) -> None:
+    asked = started().with_fact(F.SWITCHOVER_ACK)
+    facts = [entry.fact for entry in hear(word, log=asked)]
+    assert facts.index(F.DEVICES_READY) < facts.index(F.SWITCHOVER)
+    assert F.DEVICES_READY not in new_facts(word, started())
+    assert F.DEVICES_READY not in new_facts("active", asked)
+
+
 @pytest.mark.parametrize("word", [None, "none", "setup", "failing", "failed"])
 def test_words_that_prove_nothing_by_themselves(word: str | None) -> None:
     assert source_findings(word, started(), has_proof=True) == ()

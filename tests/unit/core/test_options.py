@@ -39,6 +39,7 @@ from vmferry.core.options import (
     parse_setting,
     policy_objection,
     refusal,
+    with_switchover_ack,
 )
 from vmferry.errors import UsageError
 
@@ -408,6 +409,17 @@ def test_all_objections_come_at_once() -> None:
     ):
         assert words in text
     assert "destination's QEMU does not know avail-switchover-bandwidth" not in text
+
+
+@pytest.mark.proves("S90")
+def test_a_passed_through_device_is_asked_before_the_switchover_where_both_qemus_can() -> None:
+    able, unable = frozenset({"switchover-ack"}), frozenset({"multifd"})
+    on = {"xbzrle": True, "switchover-ack": True}
+    assert with_switchover_ack({"xbzrle": True}, has_vfio=True, known=[able, able]) == on
+    for vfio, known in ((False, [able, able]), (None, [able, able]), (True, [able, unable])):
+        assert with_switchover_ack({"xbzrle": True}, has_vfio=vfio, known=known) == {"xbzrle": True}
+    chosen = {"switchover-ack": False}
+    assert with_switchover_ack(chosen, has_vfio=True, known=[able, able]) == chosen
 
 
 def test_a_name_outside_the_table_is_refused() -> None:

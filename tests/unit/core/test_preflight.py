@@ -155,6 +155,7 @@ def test_run_states_weigh_as_the_table_says(state: str) -> None:
     assert weights == (set() if expected is None else {expected})
 
 
+@pytest.mark.proves("S90")
 def test_vfio_and_postcopy_are_refused_before_the_start() -> None:
     assert [o.code for o in blockers(ask(guest={"has_vfio": True}, wish=POST))] == ["postcopy-vfio"]
     assert ask(guest={"has_vfio": True}) == ()

@@ -123,6 +123,18 @@ def test_the_wire_form_has_the_fine_status_the_coarse_one_and_why() -> None:
     assert json.loads(json.dumps(shown)) == shown
 
 
+@pytest.mark.proves("S90")
+def test_a_wait_for_devices_is_shown_from_the_first_page_to_the_switchover() -> None:
+    told = {}
+    for facts in ((), (F.SETUP_DONE,), (F.SETUP_DONE, F.DEVICES_READY)):
+        shown = wire(Outcome.PENDING, log_of(F.MIGRATE, F.SWITCHOVER_ACK, *facts), over=False)
+        told[len(facts)] = (shown["waits_for_devices"], "devices on host-b are ready" in shown["sentence"])
+    assert told == {0: (False, False), 1: (True, True), 2: (False, False)}
+    asked = log_of(F.MIGRATE, F.SWITCHOVER_ACK, F.SETUP_DONE, F.ERROR)
+    assert wire(Outcome.SOURCE, asked, over=True)["waits_for_devices"] is False
+    assert wire(Outcome.PENDING, log_of(F.MIGRATE, F.SETUP_DONE), over=False)["waits_for_devices"] is False
+
+
 def test_a_trouble_that_is_tried_again_is_shown() -> None:
     assert wire(Outcome.PENDING, over=False, trouble="the disk is full")["trouble"] == "the disk is full"
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,14 @@ async def test_a_full_disk_is_told_and_the_entry_is_not_there(path: Path) -> Non
 
 async def test_a_waiter_that_is_cancelled_leaves_a_whole_entry(path: Path) -> None:
     journal = Journal(path)
+    is_cancelled = threading.Event()
+    journal._thread.submit(is_cancelled.wait)  # the append is begun and cannot end before its waiter has gone
     task = asyncio.create_task(journal.append(Entry.KEPT, "web1", {"n": 1}))
     await asyncio.wait({asyncio.create_task(asyncio.sleep(0))})
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    is_cancelled.set()
     assert [entry.subject for entry in journal.read()] == ["web1"], "reads queue behind the append"
     journal.close()
 

@@ -85,8 +85,8 @@ class Serving:
     handler: Handler
 
 
-def new_server(name: str = "test", handler: Handler | None = None) -> QmpServer:
-    return QmpServer(handler or Handler(), version=VERSION, clock=FixedClock(), name=name)
+def new_server(name: str = "test", handler: Handler | None = None, prompt: frozenset[str] | None = None) -> QmpServer:
+    return QmpServer(handler or Handler(), version=VERSION, clock=FixedClock(), name=name, prompt=prompt)
 
 
 @pytest.fixture

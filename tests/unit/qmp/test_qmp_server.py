@@ -500,3 +500,24 @@ async def test_qemus_legacy_client_drives_our_server(serving: Serving) -> None:
     echo, event = await asyncio.to_thread(drive)
     assert echo == {"a": 1}
     assert event["event"] == "TICK"
+
+
+async def test_news_wait_for_what_is_prompt_and_leave_with_it(
+    tmp_path: Path, make_server: Callable[..., QmpServer]
+) -> None:
+    """Three events, one read: the client is woken up once, and nothing overtakes anything."""
+    server = make_server(prompt=frozenset({"END"}))
+    path = os.fspath(tmp_path / "qmp")
+    await server.listen_unix(path)
+    reader, writer = await asyncio.open_unix_connection(path)
+    await reader.readuntil(b"\n")
+    writer.write(b'{"execute": "qmp_capabilities"}')
+    await reader.readuntil(b"\n")
+    for name in ("ONE", "TWO", "END"):
+        server.broadcast(name)
+    seen = (await reader.read(1 << 16)).decode().splitlines()
+    assert [json.loads(line)["event"] for line in seen] == ["ONE", "TWO", "END"]
+    server.broadcast("LAST")  # nothing prompt follows: it leaves by itself
+    assert json.loads(await reader.readuntil(b"\n"))["event"] == "LAST"
+    writer.close()
+    await server.close()

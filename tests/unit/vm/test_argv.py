@@ -124,6 +124,18 @@ def test_kernel_serial_and_extra_args() -> None:
     assert "file,id=serial0,path=/run/vmferry/a/serial.log,append=on" in build()
 
 
+@pytest.mark.proves("S111")
+def test_a_balloon_hints_from_a_thread_of_its_own_unless_it_shall_not() -> None:
+    place = "bus=pcie.0,addr=0x19"
+    hinting = build(balloon={})
+    assert f"virtio-balloon-pci,id=balloon0,{place},free-page-hint=on,iothread=balloon0-io" in hinting
+    assert "iothread,id=balloon0-io" in values(hinting, "-object")
+    plain = build(balloon={"free_page_hint": False})
+    assert f"virtio-balloon-pci,id=balloon0,{place}" in plain
+    assert "iothread,id=balloon0-io" not in plain
+    assert "balloon" not in " ".join(build())
+
+
 def test_an_alias_or_another_chipset_is_refused() -> None:
     plain = spec.from_wire({"name": "w", "memory": "8M"})
     for machine, words in (("q35", "is an alias"), ("pc-i440fx-7.2", "which is not")):
