@@ -100,18 +100,12 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
         return existing.brief()
     if job in agent.results:
         return agent.results[job]
-    # 1. one want finds the VM free and waits for the disk  2. a second one finds it free too  3. both would run
-    if arguments.vm in agent.being_wanted:
-        raise Busy(f"{arguments.vm} is being sent somewhere at this very moment")
-    agent.being_wanted.add(arguments.vm)
-    try:
+    with agent.claims.hold(arguments.vm, "sent somewhere"):
         wanted = await wanted_from(agent, arguments, job)
         kept = agent.vms[arguments.vm]
         await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
         attempt = SourceAttempt(agent, wanted, kept)
         agent.run_attempt(attempt)
-    finally:
-        agent.being_wanted.discard(arguments.vm)
     return attempt.brief()
 
 

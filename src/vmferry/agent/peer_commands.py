@@ -66,8 +66,10 @@ async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> di
 
 
 async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    kept = agent.vms.get(str(arguments["vm"]))
-    return {"has": kept is not None, "generation": kept.generation if kept else 0}
+    """Whether a VM of this name is here, or a command that is not over is about to bring one here."""
+    vm = str(arguments["vm"])
+    kept = agent.vms.get(vm)
+    return {"has": kept is not None, "generation": kept.generation if kept else 0, "doing": agent.claims.doing(vm)}
 
 
 async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
@@ -84,45 +86,52 @@ async def _report(agent: Agent, who: str | None, arguments: dict[str, Any]) -> A
 
 async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Makes a place. Idempotent by job; the answer is the offer. Raises what makes it impossible."""
-    vm, job = str(arguments["vm"]), str(arguments["job"])
-    place = agent.places.get(job)
+    vm, place = str(arguments["vm"]), agent.places.get(str(arguments["job"]))
     if place is None:
-        if job in agent.known_jobs:
-            raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
-        if vm in agent.vms:
-            raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
-        other = agent.place_of(vm)
-        if other is not None and not other.ended.is_set():
-            raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
-        ca_pem = arguments.get("ca_pem")
-        if ca_pem is None and not agent.config.clear_text:
-            raise NotTrusted(
-                f"{agent.config.name} takes guests' memory in clear text only when it was started with --clear-text",
-                side="destination",
-            )
-        wanted = Place(
-            job=job,
-            vm=vm,
-            source=who or str(arguments["source"]),
-            generation=int(arguments["generation"]),
-            definition=dict(arguments["definition"]),
-            run_after=bool(arguments.get("run_after", True)),
-            commands=tuple((str(name), dict(args)) for name, args in arguments["commands"]),
-            expected=dict(arguments["expected"]),
-            multifd=bool(arguments.get("multifd")),
-            clear_text=ca_pem is None,
-            directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
-        )
-        place = DestinationAttempt(agent, wanted)
-        place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
-        await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
-        agent.run_place(place)
+        with agent.claims.hold(vm, "awaited", side="destination"):
+            place = await _new_place(agent, who, arguments)
     try:
         return await place.offer
     except VmferryError:
         # The refusal is told when nothing is left of the place: who hears it may ask for another one at once.
         await place.until(Fact.CLEANUP, deadline_s=RELEASE_WAIT_S)
         raise
+
+
+async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -> DestinationAttempt:
+    """Checks, journals, registers. Raises Busy or NotTrusted; nothing was done then."""
+    vm, job = str(arguments["vm"]), str(arguments["job"])
+    if job in agent.known_jobs:
+        raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
+    if vm in agent.vms:
+        raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
+    other = agent.place_of(vm)
+    if other is not None and not other.ended.is_set():
+        raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
+    ca_pem = arguments.get("ca_pem")
+    if ca_pem is None and not agent.config.clear_text:
+        raise NotTrusted(
+            f"{agent.config.name} takes guests' memory in clear text only when it was started with --clear-text",
+            side="destination",
+        )
+    wanted = Place(
+        job=job,
+        vm=vm,
+        source=who or str(arguments["source"]),
+        generation=int(arguments["generation"]),
+        definition=dict(arguments["definition"]),
+        run_after=bool(arguments.get("run_after", True)),
+        commands=tuple((str(name), dict(args)) for name, args in arguments["commands"]),
+        expected=dict(arguments["expected"]),
+        multifd=bool(arguments.get("multifd")),
+        clear_text=ca_pem is None,
+        directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
+    )
+    place = DestinationAttempt(agent, wanted)
+    place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
+    await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
+    agent.run_place(place)
+    return place
 
 
 def _place(agent: Agent, arguments: dict[str, Any]) -> DestinationAttempt | None:
