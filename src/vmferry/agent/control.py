@@ -239,6 +239,8 @@ class CommandRow:
     at_vm: bool = False
     of_job: bool = False
     """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
+    of_place: bool = False
+    """Can be said of a VM that is only awaited here, too."""
 
 
 async def _list(agent: Agent, arguments: ListArguments) -> dict[str, Any]:
@@ -269,7 +271,7 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-run": CommandRow(vm_commands.RunArguments, vm_commands.run_vm),
     "vm-adopt": CommandRow(vm_commands.AdoptArguments, vm_commands.adopt_vm),
     "vm-list": CommandRow(ListArguments, _list),
-    "vm-status": CommandRow(VmArgument, _vm_status, at_vm=True),
+    "vm-status": CommandRow(VmArgument, _vm_status, at_vm=True, of_place=True),
     "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
     "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
     "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
@@ -298,7 +300,15 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
             link = agent.peers.link(host)
             return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S)
     if row.at_vm and vm and not row.of_job and vm not in agent.vms:
-        raise UnknownVm(f"no known host has a VM named {vm}")
+        place = agent.place_of(vm)
+        if place is None or place.ended.is_set():
+            raise UnknownVm(f"no known host has a VM named {vm}")
+        if not row.of_place:
+            raise Busy(
+                f"{vm} is awaited here from {place.place.source}, which keeps it until it has arrived",
+                hint=f"'vmferry status {vm}' shows how it stands; what is to be done to it needs the agent of "
+                f"{place.place.source}",
+            )
     return await row.body(agent, decoded)
 
 
@@ -319,7 +329,8 @@ def decode(command: str, kind: type, arguments: dict[str, Any]) -> Any:
 async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
     """The other host that the command belongs to, or None if it is this one. Raises UnknownVm.
 
-    A VM that is on its way is where its migration is conducted: at the source, until that has ended."""
+    A VM that is on its way is where its migration is conducted: at the source, until that has ended. Only while
+    nobody is heard who has it, it is where it is awaited."""
     current, place = agent.attempts.get(vm), agent.place_of(vm)
     if current is not None and not current.ended.is_set():
         return None
@@ -333,6 +344,7 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
     )
     found: list[tuple[int, str]] = []
     silent: list[str] = []
+    awaiting = []
     for host, answer in zip(agent.peers.links, answers, strict=True):
         if isinstance(answer, VmferryError):
             silent.append(f"{host} ({answer})")
@@ -340,6 +352,8 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
             raise answer
         elif answer.get("has"):
             found.append((int(answer["generation"]), host))
+        elif answer.get("awaits"):
+            awaiting.append(host)
     if found:
         generation, host = max(found)
         # What brought it there was conducted here, and nothing has moved it since.
@@ -347,5 +361,9 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         return None if of_job and was_ours else host
     if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
         return None
+    if place is not None and not place.ended.is_set():
+        return None
+    if awaiting and not of_job:
+        return awaiting[0]
     hint = f"these hosts did not answer: {'; '.join(silent)}" if silent else None
     raise UnknownVm(f"no known host has a VM named {vm}", hint=hint)

@@ -28,6 +28,7 @@ from vmferry.agent.wants import Place
 from vmferry.core.decide import decide_destination, destination_allows
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog
+from vmferry.core.report import place_wire
 from vmferry.core.status import derive_destination
 from vmferry.core.table import Outcome, Row
 from vmferry.core.view import Incoming, Ran, destination_view
@@ -302,6 +303,20 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "over": self.ended.is_set(),
             "action": row.action,
         }
+
+    def wire(self) -> dict[str, Any]:
+        """What this side alone knows of the migration, for when the source's agent does not answer. Same names as in
+        the source's own words; what only the source measures is None."""
+        return place_wire(
+            job=self.job,
+            vm=self.vm,
+            source=self.place.source,
+            destination=self.context.config.name,
+            log=self.facts,
+            row=self.row(),
+            error=self.error.to_wire() if self.error is not None else None,
+            over=self.ended.is_set(),
+        )
 
     async def until(self, *facts: Fact, deadline_s: float) -> None:
         """Waits until one of the facts is recorded or the deadline has passed; says nothing about which."""

@@ -66,10 +66,15 @@ async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> di
 
 
 async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Whether a VM of this name is here, or a command that is not over is about to bring one here."""
+    """Whether a VM of this name is here, is awaited here, or is being brought here by a command at this moment."""
     vm = str(arguments["vm"])
-    kept = agent.vms.get(vm)
-    return {"has": kept is not None, "generation": kept.generation if kept else 0, "doing": agent.claims.doing(vm)}
+    kept, place = agent.vms.get(vm), agent.place_of(vm)
+    return {
+        "has": kept is not None,
+        "generation": kept.generation if kept else 0,
+        "awaits": place is not None and not place.ended.is_set(),
+        "doing": agent.claims.doing(vm),
+    }
 
 
 async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:

@@ -70,7 +70,7 @@ async def _free_name(agent: Agent, name: str) -> None:
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
     for host, answer in await _elsewhere(agent, name):
-        if answer.get("has"):
+        if answer.get("has") or answer.get("awaits"):
             raise Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix")
         if answer.get("doing"):
             raise Busy(f"on {host}, {name} is being {answer['doing']} at this very moment", side="client", hint=HINT)
@@ -237,8 +237,11 @@ async def _elsewhere(agent: Agent, name: str) -> list[tuple[str, dict[str, Any]]
 
 
 async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
-    """One VM of this host: where, what it is doing, its migration if it has one, its blockers."""
-    kept = agent.vms[name]
+    """One VM of this host: where, what it is doing, its migration if it has one, its blockers. Of one that is only
+    awaited here: what this side knows."""
+    kept = agent.vms.get(name)
+    if kept is None:
+        return _awaited(agent, name)
     attempt = agent.attempts.get(name)
     state, blocked = await _state(kept)
     return {
@@ -260,8 +263,34 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
     }
 
 
+def _awaited(agent: Agent, name: str) -> dict[str, Any]:
+    """The same of a VM for which this host has a place that is not settled. Its QEMU is not asked: it may load."""
+    place = agent.place_of(name)
+    assert place is not None, "whoever asks has looked"
+    definition = VmDefinition.from_wire(place.place.definition)
+    machine = place.machine
+    return {
+        "vm": name,
+        "host": agent.config.name,
+        "run_state": "incoming",
+        "generation": place.place.generation,
+        "machine": definition.machine,
+        "accel": definition.accel,
+        "memory_bytes": definition.memory_bytes,
+        "origin": "spec" if definition.spec is not None else "adopted",
+        "pid": None if machine is None or machine.is_gone else machine.pid,
+        "qmp": place.runtime.qmp_path,
+        "directory": place.place.directory,
+        "serial": f"{place.place.directory}/serial.log",
+        "qemu": machine.version_text if machine else "unknown",
+        "blocked": [],
+        "migration": place.wire(),
+    }
+
+
 async def arrival(agent: Agent, vm: str) -> dict[str, Any] | None:
-    """The migration with which the VM came here, as its source tells it; None if it did not, or nobody answers."""
+    """The migration with which the VM came here, as its source tells it, or as this side knows it while the source's
+    agent does not answer and it is not settled; else None."""
     place = agent.place_of(vm)
     if place is None:
         return None
@@ -270,7 +299,7 @@ async def arrival(agent: Agent, vm: str) -> dict[str, Any] | None:
         return dict(await agent.peers.link(place.place.source).call("peer-forward", question, deadline_s=LIST_S))
     except VmferryError as error:
         log.info("job=%s vm=%s command=job-status result=%s", place.job, vm, error)
-        return None
+        return None if place.ended.is_set() else place.wire()
 
 
 async def _state(kept: KeptVm) -> tuple[str, list[str]]:

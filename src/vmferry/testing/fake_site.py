@@ -3,8 +3,9 @@
 Theory of operation
 -------------------
 Host `a` reaches host `b` through `relay`. Agents are the product's own, with journals on disk; `restart` closes one
-and makes a new one on the same directories, while its QEMUs go on. `crash_at` stops an agent dead at a fact: from
-the moment the fact is recorded that agent carries out nothing more, until it is restarted.
+and makes a new one on the same directories, while its QEMUs go on; `stop` leaves a time in between. `crash_at` stops
+an agent dead at a fact: from the moment the fact is recorded that agent carries out nothing more, until it is
+restarted.
 
 Rule 1: `check` holds at the end of every test: one process runs the guest, never two did, and the host whose QEMU
 runs it is the one that keeps it.
@@ -82,11 +83,16 @@ class Site:
         if self.relay is not None:
             await asyncio.to_thread(self.relay.stop)
 
+    async def stop(self, host: str) -> None:
+        """The host has no agent, until `restart`. Its QEMUs do not notice."""
+        await self.agents.pop(host).close()
+        self._crashed.discard(host)
+
     async def restart(self, host: str) -> None:
         """A new agent on the old one's directories. Its QEMUs do not notice."""
         self._crash = None
-        await self.agents[host].close()
-        self._crashed.discard(host)
+        if host in self.agents:
+            await self.stop(host)
         await self._start(host)
 
     async def _start(self, host: str) -> None:
