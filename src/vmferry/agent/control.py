@@ -26,7 +26,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
 from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
 from vmferry.core.status import is_over, source_status
-from vmferry.errors import Busy, OptionLocked, UnknownVm, UsageError, VmferryError
+from vmferry.errors import Busy, CancelRefused, OptionLocked, UnknownVm, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.server import CommandNotFound
 
@@ -159,14 +159,27 @@ async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
 
 async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
     """Cancels the VM's migration. Raises CancelRefused with the reason after the grant; a second cancel, and
-    one after the end, change nothing."""
+    one after the end, change nothing.
+
+    A want is durable before anything follows from it, and the grant may go out while the disk is written:
+
+    1. a cancel is asked for, and nothing speaks against it  2. CANCEL_WANTED is being written  3. the grant is sent
+    4. it is too late: CANCEL_REFUSED is written  5. the person hears that  6. the agent restarts
+
+    An agent that dies before 4 has told nobody anything and reads a cancel, which after 3 only asks the destination
+    whether it ran the guest. After 4 it reads none: what a person was told holds."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None:
         raise UsageError(f"{arguments.vm} has no migration to cancel")
     if not attempt.ended.is_set() and attempt.want_cancel():
         await agent.journal.append(Entry.CANCEL_WANTED, attempt.job)
-        # 1. cancel asked, not refused  2. journal written meanwhile the grant went out  3. too late: ask again
-        if attempt.want_cancel():
+        try:
+            is_new = attempt.want_cancel()
+        except CancelRefused:
+            if Fact.CANCEL not in attempt.facts:  # what was accepted is not taken back by another one's refusal
+                await agent.journal.append(Entry.CANCEL_REFUSED, attempt.job)
+            raise
+        if is_new:
             attempt.note(Fact.CANCEL, by="person")
     return attempt.brief()
 

@@ -39,7 +39,9 @@ class Entry(StrEnum):
     WANTED = "wanted"
     """Source: a migration was asked for."""
     CANCEL_WANTED = "cancel-wanted"
-    """Source: its cancel was accepted."""
+    """Source: its cancel was asked for, and could be accepted when this was written."""
+    CANCEL_REFUSED = "cancel-refused"
+    """Source: it was too late when that had been written. The person hears so; the cancel never acts."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
@@ -106,6 +108,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs.pop(entry.subject, None)
             case Entry.CANCEL_WANTED if job:
                 job.cancel_wanted = True
+            case Entry.CANCEL_REFUSED if job:
+                job.cancel_wanted = False
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
             case Entry.RENOUNCED if job:

@@ -87,6 +87,11 @@ def test_what_holds_of_a_job_is_a_matter_of_its_entries() -> None:
     assert last.ended == {"outcome": "source"}
 
 
+def test_a_cancel_that_was_refused_after_all_is_none() -> None:
+    rows = entries((Entry.WANTED, "j1", {}), (Entry.CANCEL_WANTED, "j1", {}), (Entry.CANCEL_REFUSED, "j1", {}))
+    assert [replay(rows[:length]).jobs["j1"].cancel_wanted for length in (1, 2, 3)] == [False, True, False]
+
+
 def test_a_dismissed_job_is_forgotten_and_late_entries_of_it_say_nothing() -> None:
     late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
     state = replay(entries((Entry.WANTED, "j1", {}), (Entry.DISMISSED, "j1", {}), *late))
