@@ -215,13 +215,16 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
 
 
 async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Asks for the switch to postcopy now."""
+    """Asks for the switch to postcopy now. Raises OptionLocked for a precopy, and UsageError without a migration."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise UsageError(f"{arguments.vm} has no migration on its way")
-    if attempt.plan is not None and attempt.plan.mode != Mode.POSTCOPY:
-        raise OptionLocked(f"{arguments.vm}: this migration was started as {attempt.plan.mode}")
-    attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
+    mode = attempt.wanted.mode if attempt.plan is None else attempt.plan.mode
+    if mode == Mode.PRECOPY:
+        raise OptionLocked(f"{arguments.vm}: this migration was started as {mode}")
+    if Fact.START_POSTCOPY not in attempt.facts:
+        await agent.journal.append(Entry.POSTCOPY_WANTED, attempt.job)
+        attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
     return attempt.brief()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
-from vmferry.errors import CancelRefused
+from vmferry.errors import CancelRefused, OptionLocked
 from vmferry.jobs.journal import Entry
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -70,3 +70,34 @@ async def test_a_cancel_that_was_accepted_outlives_a_restart(make_site: MakeSite
     await site.settle()
     assert (site.attempt().wire()["status"], site.attempt().wire()["outcome"]) == ("cancelled", "source")
     await site.check("a")
+
+
+@pytest.mark.proves("S21")
+async def test_a_switch_to_postcopy_by_hand_outlives_a_restart(make_site: MakeSite) -> None:
+    site = await make_site("7.2")  # a newer one stops a TCG guest first and switches at once
+    site.crash_at("a", Fact.START_POSTCOPY)
+    attempt = await site.migrate(mode="postcopy", postcopy_after_passes=1_000_000)
+    await site.noted_by("a", Fact.SETUP_DONE)
+    await site.command("a", "vm-start-postcopy", vm="g")
+    await site.command("a", "vm-start-postcopy", vm="g")
+    assert written(site).count(Entry.POSTCOPY_WANTED) == 1
+    assert Fact.POSTCOPY_TOLD not in attempt.facts
+    await site.restart("a")
+    await site.settle()
+    assert Fact.PACKAGE_SENT in site.attempt().facts
+    assert site.attempt().wire()["status"] == "completed"
+    await site.check("b")
+
+
+async def test_a_precopy_is_not_switched_by_hand_before_a_restart_nor_after_it(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"active": "hold"})
+    await site.migrate()
+    await site.director.reached("a", "active")
+    for _ in range(2):
+        with pytest.raises(OptionLocked, match="was started as precopy"):
+            await site.command("a", "vm-start-postcopy", vm="g")
+        await site.restart("a")
+    site.director.go("a", "active")
+    await site.settle()
+    await site.check("b")
