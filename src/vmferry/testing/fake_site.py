@@ -14,7 +14,6 @@ runs it is the one that keeps it.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -35,7 +34,6 @@ from vmferry.testing.relay import Relay
 
 SETTLE_S = 10.0
 MakeSite = Callable[..., Awaitable["Site"]]
-_numbers = itertools.count(1)
 
 
 class FastClock(SystemClock):
@@ -65,8 +63,9 @@ class Site:
         self._changes: dict[str, asyncio.Event] = {}
         self._hooks: dict[tuple[str, Fact], Callable[[], object]] = {}
         self._moved = asyncio.Event()
-        number = next(_numbers)
-        self._address = f"127.{os.getpid() % 250 + 1}.{number // 250 + 1}.{number % 250 + 1}"
+        # By chance, as several runs of the tests may share a machine and no process knows of the others.
+        first, second, third = os.urandom(3)
+        self._address = f"127.{first % 250 + 1}.{second}.{third % 250 + 1}"
 
     async def start(self) -> None:
         """Agents that know each other."""
