@@ -88,6 +88,7 @@ async def _source(agent: Agent, job: JobState) -> None:
         await _source_without_qemu(agent, job, wanted, gone=kept is not None)
         return
     attempt = SourceAttempt(agent, wanted, kept)
+    attempt.saved_options = job.options_before
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
     word = None
