@@ -114,11 +114,8 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     if other is not None and not other.ended.is_set():
         raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
     ca_pem = arguments.get("ca_pem")
-    if ca_pem is None and not agent.config.clear_text:
-        raise NotTrusted(
-            f"{agent.config.name} takes guests' memory in clear text only when it was started with --clear-text",
-            side="destination",
-        )
+    if ca_pem is None:
+        _agree_to_clear_text(agent, arguments)
     wanted = Place(
         job=job,
         vm=vm,
@@ -137,6 +134,23 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
     agent.run_place(place)
     return place
+
+
+def _agree_to_clear_text(agent: Agent, arguments: dict[str, Any]) -> None:
+    """A person who names it on the command line has asked by name; the source's agent says so over its own link. Raises
+    NotTrusted where nobody did, or where this agent was told to have no part in it."""
+    if agent.config.tls_only:
+        raise NotTrusted(
+            f"{agent.config.name} takes no guest's memory in clear text (tls_only)",
+            side="destination",
+            hint="leave out --clear-text, or take tls_only out of that agent's settings",
+        )
+    if not (arguments.get("clear_text") or agent.config.clear_text):
+        raise NotTrusted(
+            f"job {arguments['job']} came to {agent.config.name} without credentials, and nobody asked for clear text",
+            side="source",
+            hint="upgrade the source's agent; for clear text say --clear-text",
+        )
 
 
 def _place(agent: Agent, arguments: dict[str, Any]) -> DestinationAttempt | None:

@@ -147,6 +147,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             expected=plan.options.expected(Role.DESTINATION),
             multifd=plan.multifd,
             run_after=wanted.running_before,
+            clear_text=wanted.clear_text,
             **more,
         )
     except HostUnreachable:
@@ -232,7 +233,8 @@ async def _start(attempt: SourceAttempt) -> None:
         attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
-    attempt.note(Fact.STARTED)  # from here on a guest that stands still is started again, whatever happens
+    clear = "in clear text, as it was asked for by name" if attempt.wanted.clear_text else ""
+    attempt.note(Fact.STARTED, text=clear)  # from here on a guest that stands still is started again, whatever happens
     plan = attempt.plan
     assert plan is not None, "a plan comes before the start"
     if plan.stops_first:

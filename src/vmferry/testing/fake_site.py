@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
+from vmferry.pki import authority
 from vmferry.testing.fake_director import Director
 from vmferry.testing.relay import Relay
 
@@ -46,7 +48,17 @@ class FastClock(SystemClock):
 class Site:
     """Hosts `a` and `b`. Lives on the test's loop; `close` ends agents and fakes."""
 
-    def __init__(self, directory: Path, profiles: dict[str, str], *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        profiles: dict[str, str],
+        *,
+        clock: Clock | None = None,
+        tls: bool = False,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`tls`: the agents have certificates; else they speak in clear text. `settings`: by host, fields of its
+        agent's configuration."""
         self.directory = directory
         self.director = Director(directory)
         self.agents: dict[str, Agent] = {}
@@ -57,7 +69,7 @@ class Site:
         """(host, effect) in the order in which they began."""
         self.marks: list[tuple[str, str]] = []
         """Both of them in one order: (host, name)."""
-        self._profiles, self._clock = profiles, clock
+        self._profiles, self._clock, self._tls, self._settings = profiles, clock, tls, settings or {}
         self._crash: tuple[str, Fact] | None = None
         self._crashed: set[str] = set()
         self._changes: dict[str, asyncio.Event] = {}
@@ -70,6 +82,9 @@ class Site:
     async def start(self) -> None:
         """Agents that know each other."""
         await self.director.start()
+        if self._tls:
+            addresses = dict.fromkeys(("a", "b"), (self._address,))
+            authority.init(self.directory / "pki", addresses, now=datetime.now(UTC))
         self.relay = Relay((self._address, 7602), listen=(self._address, 7603))
         for host in ("a", "b"):
             await self._start(host)
@@ -105,9 +120,11 @@ class Site:
                 runtime_dir=self.directory / host,
                 listen=Address(self._address, ports[host]),
                 migration_ports=(0, 0),
-                clear_text=True,
+                clear_text=not self._tls,
+                pki_dir=self.directory / "pki" / host if self._tls else None,
                 peers={other: PeerConfig(other, (Address(self._address, seen_at[other]),))},
                 qemu=str(self.director.wrapper(host, self._profiles[host])),
+                **self._settings.get(host, {}),
             ),
             clock=self._clock,
         )
