@@ -228,11 +228,12 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
 
     async def look_for_error(self, *, deadline_s: float) -> None:
-        """Gives an error of this side's QEMU, or its end, the time to be seen."""
+        """Gives an error of this side's QEMU, its end, or that it has loaded, the time to be seen."""
         if Fact.LOADED not in self.facts:
             self._asked_s = float("-inf")
             self.wake()
-            await self.until(Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=deadline_s)
+            seen = (Fact.LOADED, Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN)
+            await self.until(*seen, deadline_s=deadline_s)
 
     def _note_findings(self, word: str | None, run_state: str | None) -> None:
         for fact, round_no, text in destination_findings(word, run_state, self.facts):

@@ -18,6 +18,7 @@ from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
 from vmferry.errors import Busy, HostUnreachable, NotTrusted, QemuError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import tls
@@ -224,6 +225,12 @@ async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
     place = _place(agent, arguments)
     if place is None:
         return await _target(agent, who, arguments)
+    if arguments.get("source_gone"):
+        # 1. the source's QEMU sends the last byte and dies  2. its agent wants the place released, and has not heard
+        # 3. that this side has loaded: what would be given up is the only copy.
+        await place.look_for_error(deadline_s=WHY_WAIT_S)
+        if Fact.LOADED in place.facts:
+            return place.facts_wire()
     if Fact.TARGET_RAN not in place.facts:
         place.note(Fact.RELEASE, by=who or "source agent")
         await place.until(Fact.TARGET_GONE, Fact.RUN_ACKED, deadline_s=RELEASE_WAIT_S)
@@ -239,12 +246,11 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
 
 
 async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A destination asks whether its place is still wanted."""
+    """A destination asks whether its place is still wanted. The answer is no only where the job ended with the guest
+    here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy."""
     job = str(arguments["job"])
-    for attempt in agent.attempts.values():
-        if attempt.job == job:
-            return {"wanted": not attempt.ended.is_set()}
-    return {"wanted": False}
+    result = agent.results.get(job)
+    return {"wanted": result is None or Outcome(result["outcome"]) is not Outcome.SOURCE}
 
 
 COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]]] = {

@@ -76,7 +76,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
         case Effect.ASK_TARGET:
             attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
-            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S))
+            gone = attempt.machine.is_gone
+            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
             await _reconnect(attempt)
         case Effect.CANCEL_SOURCE:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent import peer_commands, source_act
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
@@ -160,3 +161,74 @@ async def test_a_qemu_that_was_left_behind_after_its_guest_was_given_away_is_end
     assert site.result(attempt.job)["outcome"] == "destination"
     await site.settle()
     await site.check("b")
+
+
+async def loaded_and_never_told(site: Site) -> SourceAttempt:
+    """The destination has every page; before it is told to run, the source loses agent and QEMU."""
+    site.crash_at("a", Fact.GRANT_SENT)
+    attempt = await site.migrate()
+    await site.noted_by("a", Fact.GRANT_SENT)
+    await site.noted_by("b", Fact.LOADED)
+    await site.director.kill(site.director.newest("a"))
+    await site.until(lambda: attempt.machine.is_gone)
+    return attempt
+
+
+@pytest.mark.proves("S53")
+async def test_a_place_that_has_loaded_is_not_released_for_a_source_that_is_gone(make_site: MakeSite) -> None:
+    site = await make_site()
+    attempt = await loaded_and_never_told(site)
+    await source_act.act(attempt, Effect.RELEASE_TARGET)
+    assert Fact.TARGET_GONE not in attempt.facts
+    assert Fact.LOADED in attempt.facts
+    assert Fact.RELEASE not in site.place().facts
+    assert not site.director.newest("b").is_gone
+
+
+async def asks_whether_it_is_wanted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place of `b` has heard nothing for too long, asks, and has its answer."""
+    asked = asyncio.Event()
+    answer = peer_commands.COMMANDS["peer-wanted"]
+
+    async def hearing(*question: Any) -> Any:
+        asked.set()
+        return await answer(*question)
+
+    monkeypatch.setitem(peer_commands.COMMANDS, "peer-wanted", hearing)
+    place = site.place()
+    place.heard_source_s = float("-inf")
+    place.wake()
+    async with asyncio.timeout(10):
+        await asked.wait()
+    await site.agents["b"].peers.link("a").call("peer-has", {"vm": "g"})  # the answer before it has been read, too
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.proves("S53")
+async def test_a_place_stays_wanted_when_the_source_cannot_say_that_the_guest_is_there(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, forgets: bool
+) -> None:
+    site = await make_site()
+    await loaded_and_never_told(site)
+    await (forgets_everything(site, "a") if forgets else site.restart("a"))
+    await asks_whether_it_is_wanted(site, monkeypatch)
+    assert Fact.RELEASE not in site.place().facts
+    assert site.place().row().label == "D-wait-grant"
+    assert not site.director.newest("b").is_gone
+
+
+async def test_a_place_that_was_left_behind_is_released_when_the_guest_runs_at_the_source(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. the place is made  2. the source's agent restarts, and the link breaks  3. the job ends as never begun."""
+    site = await make_site()
+    site.crash_at("a", Fact.PREPARED)
+    await site.migrate()
+    await site.noted_by("a", Fact.PREPARED)
+    site.part()
+    await site.restart("a")
+    await site.until(lambda: site.attempt().job in site.agents["a"].results)
+    assert not site.place().ended.is_set()
+    await asks_whether_it_is_wanted(site, monkeypatch)
+    await site.settle()
+    await site.check("a")
