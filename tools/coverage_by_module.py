@@ -23,8 +23,8 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 SOURCE: Final = ROOT / "src" / "vmferry"
 CORE_TABLES: Final = {
-    "core/source_rows.py": "tests/table/test_source_table.py",
-    "core/destination_rows.py": "tests/table/test_destination_table.py",
+    "core/source_rows.py": "tests/table/test_both_tables.py",
+    "core/destination_rows.py": "tests/table/test_both_tables.py",
     "core/option_table.py": "tests/unit/core/test_options.py",
     "core/transitions.py": "tests/unit/core/test_status.py",
 }

@@ -71,7 +71,9 @@ def test_an_adopted_qemu_moves_and_comes_back(
     assert count_passes(letters) > 6
 
 
-def test_an_adopted_qemu_is_as_it_was_after_a_cancel(pair: TwoAgents, tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_adopted_qemu_is_as_it_was_after_a_cancel(restarts: bool, pair: TwoAgents, tmp_path: Path) -> None:
+    """Also when the agent that changed its options is not the one that ends the migration."""
     guest = ByHand(pair.a, tmp_path)
     guest.ask("migrate-set-capabilities", capabilities=[{"capability": "xbzrle", "state": True}])
     guest.ask("migrate-set-parameters", **{"downtime-limit": 123})
@@ -84,7 +86,10 @@ def test_an_adopted_qemu_is_as_it_was_after_a_cancel(pair: TwoAgents, tmp_path: 
         during = guest.ask("query-migrate-parameters")
         assert isinstance(during, dict)
         assert during["tls-creds"].startswith("vmferry-tls-")
-        pair.a.ok("cancel", "legacy")
+    if restarts:
+        pair.a.kill()
+        pair.a.restart()
+    pair.a.ok("cancel", "legacy")
     assert (guest.ask("query-migrate-capabilities"), guest.ask("query-migrate-parameters")) == before
     assert guest.ask("qom-list", path="/objects") == objects
     guest.runs_on()

@@ -151,28 +151,32 @@ def test_what_people_read(make_pair: MakePair, guests: Guests) -> None:
 
 
 @pytest.mark.proves("S85")
-@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize(("agents", "named"), [(False, False), (False, True), (True, False)])
 def test_the_stream_is_unreadable_unless_clear_text_was_asked_for_by_name(
-    clear: bool, make_pair: MakePair, guests: Guests, tmp_path: Path
+    agents: bool, named: bool, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
-    pair = make_pair(NEWEST, clear_text=clear)
+    """By name: when the agents were started, or, between agents that use TLS, for this one migration."""
+    clear = agents or named
+    pair = make_pair(NEWEST, clear_text=agents)
     boot(pair.a, guests.boot())
     captured = tmp_path / "wire"
     with sniffed(pair, captured):
-        wire = pair.a.ok("migrate", "web1", "host-b", *(["--clear-text"] if clear else []))
+        wire = pair.a.ok("migrate", "web1", "host-b", *(["--clear-text"] if named else []))
         wait_true(lambda: captured.stat().st_size >= wire["transferred_bytes"] * 0.9, why="bytes on the cable")
     stream = captured.read_bytes()
     assert (b"QEVM" in stream, b"pc.ram" in stream) == (clear, clear)
+    assert any("in clear text" in note for note in wire["notes"]) is clear
     passes_on(pair.b, "web1")
 
 
-def test_clear_text_is_refused_by_a_host_that_was_not_told_to_take_it(make_pair: MakePair, guests: Guests) -> None:
-    pair = make_pair()
+def test_clear_text_is_refused_where_an_agent_forbids_it(make_pair: MakePair, guests: Guests) -> None:
+    pair = make_pair(flags_b=["--tls-only"])
     boot(pair.a, guests.boot())
-    error = pair.a.refused("migrate", "web1", "host-b", "--clear-text", code=7)
-    assert "host-b takes guests' memory in clear text only" in error["message"]
-    assert (error["side"], error["guest"]) == ("destination", "unharmed")
+    error = pair.a.refused("migrate", "web1", "host-b", "--clear-text", code=8)
+    assert "the agent of host-b takes no part in a migration in clear text" in error["message"]
+    assert error["guest"] == "unharmed"
     assert pair.running_on("web1") == ["host-a"]
+    assert pair.a.ok("migrate", "web1", "host-b")["outcome"] == "destination"
 
 
 @pytest.mark.proves("S87")

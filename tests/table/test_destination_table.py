@@ -1,20 +1,17 @@
-"""The destination's table over every combination of answers: total, exact, and safe in every single view."""
+"""The destination's table: safe in every combination of answers. That it is total and exact: test_both_tables."""
 
 from __future__ import annotations
 
 from functools import cache
-from math import prod
 
 import pytest
 
 from vmferry.core.destination_rows import DESTINATION_ROWS
-from vmferry.core.effects import DESTINATION_GUARDS, DestinationEffect
+from vmferry.core.effects import DestinationEffect
 from vmferry.core.table import Outcome, Row
 from vmferry.core.view import DestinationView, Held, Incoming, Ran, Wish
-from vmferry.testing.tables import Views, check, effects_of, narrowed, views_with, widened
+from vmferry.testing.tables import Views, effects_of, views_with
 
-ROWS = {row.label: row for row in DESTINATION_ROWS}
-PATTERNS = [row.when for row in DESTINATION_ROWS]
 by_label = pytest.mark.parametrize("row", DESTINATION_ROWS, ids=lambda row: row.label)
 
 
@@ -27,70 +24,6 @@ def where(effect: DestinationEffect) -> list[DestinationView]:
     found = views_with(walk(), DESTINATION_ROWS, effect)
     assert found, f"no row asks for {effect}"
     return found
-
-
-def test_the_walk_has_every_combination_of_four_answers() -> None:
-    sizes = [len(kind) for kind in (Wish, Held, Incoming, Ran)]
-    assert len(set(walk().views)) == len(walk().views) == prod(sizes) >= 84
-
-
-@pytest.mark.proves("S1", "S29", "S37")
-def test_every_combination_has_exactly_one_row() -> None:
-    found = check(walk(), PATTERNS)
-    assert walk().pick(found.gaps) == []
-    assert walk().pick(found.overlaps) == []
-
-
-@pytest.mark.parametrize("view", walk().views, ids=str)
-def test_the_sets_of_views_are_those_that_a_row_itself_matches(view: DestinationView) -> None:
-    number = walk().views.index(view)
-    by_bits = [row.label for row in DESTINATION_ROWS if walk().where(row.when) >> number & 1]
-    assert by_bits == [row.label for row in DESTINATION_ROWS if row.matches(view)]
-
-
-@by_label
-def test_no_row_is_dead(row: Row[DestinationEffect]) -> None:
-    assert walk().where(row.when)
-
-
-def test_labels_are_unique_and_every_effect_is_used() -> None:
-    assert len(ROWS) == len(DESTINATION_ROWS)
-    assert {effect for row in DESTINATION_ROWS for effect in effects_of(row)} == set(DestinationEffect)
-
-
-@by_label
-def test_every_effect_is_allowed_by_its_guard_in_every_view_of_its_row(row: Row[DestinationEffect]) -> None:
-    for effect in effects_of(row):
-        refused = walk().where(row.when) & ~walk().allowed(DESTINATION_GUARDS[effect])
-        assert walk().pick(refused) == [], effect
-
-
-@by_label
-def test_a_row_that_is_dropped_or_doubled_is_caught(row: Row[DestinationEffect]) -> None:
-    others = [other.when for other in DESTINATION_ROWS if other is not row]
-    assert check(walk(), others).gaps
-    assert check(walk(), [*PATTERNS, row.when]).overlaps
-
-
-@by_label
-def test_a_pattern_one_answer_wider_or_narrower_is_caught(row: Row[DestinationEffect]) -> None:
-    others = [other.when for other in DESTINATION_ROWS if other is not row]
-    tried = 0
-    for name, answer, pattern in widened(walk(), row.when):
-        assert check(walk(), [*others, pattern]).overlaps, (name, answer)
-        tried += 1
-    for name, answer, pattern in narrowed(row.when):
-        assert check(walk(), [*others, pattern]).gaps, (name, answer)
-        tried += 1
-    assert tried
-
-
-@by_label
-def test_a_row_that_only_waits_says_for_what_or_what_a_person_can_do(row: Row[DestinationEffect]) -> None:
-    assert row.why.endswith(".")
-    assert (row.limit_ms is None) == (row.then is None)
-    if row.do is None and row.limit_ms is None:
-        assert row.action or row.outcome in (Outcome.PENDING, Outcome.DESTINATION)
 
 
 # --- safety ---------------------------------------------------------------------------------------------

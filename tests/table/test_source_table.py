@@ -1,22 +1,19 @@
-"""The source's table over every combination of answers: total, exact, and safe in every single view."""
+"""The source's table: safe in every combination of answers. That it is total and exact: test_both_tables."""
 
 from __future__ import annotations
 
 from functools import cache
-from math import prod
 
 import pytest
 
-from vmferry.core.effects import SOURCE_GUARDS, Effect
+from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Outcome, Row
 from vmferry.core.view import Change, Cpus, Grant, Source, SourceView, Step, Target, Want
-from vmferry.testing.tables import Views, check, effects_of, narrowed, views_with, widened
+from vmferry.testing.tables import Views, effects_of, views_with
 
 RAN = {Target.RAN, Target.DIED}
 ENDS_OR_STARTS = {Effect.RETIRE_SOURCE, Effect.RESUME_SOURCE, Effect.CANCEL_SOURCE, Effect.CLEAN_UP}
-ROWS = {row.label: row for row in SOURCE_ROWS}
-PATTERNS = [row.when for row in SOURCE_ROWS]
 by_label = pytest.mark.parametrize("row", SOURCE_ROWS, ids=lambda row: row.label)
 
 
@@ -31,76 +28,7 @@ def where(effect: Effect) -> list[SourceView]:
     return found
 
 
-def test_the_walk_has_every_combination_of_seven_answers() -> None:
-    sizes = [len(kind) for kind in (Want, Step, Source, Cpus, Target, Grant, Change)]
-    assert len(set(walk().views)) == len(walk().views) == prod(sizes) > 28_000
-
-
-@pytest.mark.proves("S1", "S19", "S29")
-def test_every_combination_has_exactly_one_row() -> None:
-    found = check(walk(), PATTERNS)
-    assert walk().pick(found.gaps) == []
-    assert walk().pick(found.overlaps) == []
-
-
-def test_the_sets_of_views_are_those_that_a_row_itself_matches() -> None:
-    for number, view in enumerate(walk().views):
-        if number % 97 == 0:  # a sample: 97 shares no factor with the numbers of answers, so all of them occur
-            by_bits = [row.label for row in SOURCE_ROWS if walk().where(row.when) >> number & 1]
-            assert by_bits == [row.label for row in SOURCE_ROWS if row.matches(view)]
-
-
-@by_label
-def test_no_row_is_dead(row: Row[Effect]) -> None:
-    assert walk().where(row.when)
-
-
-def test_labels_are_unique_and_every_effect_is_used() -> None:
-    assert len(ROWS) == len(SOURCE_ROWS)
-    assert {effect for row in SOURCE_ROWS for effect in effects_of(row)} == set(Effect)
-
-
-@by_label
-def test_every_effect_is_allowed_by_its_guard_in_every_view_of_its_row(row: Row[Effect]) -> None:
-    for effect in effects_of(row):
-        refused = walk().where(row.when) & ~walk().allowed(SOURCE_GUARDS[effect])
-        assert walk().pick(refused) == [], effect
-
-
-@by_label
-def test_a_row_that_is_dropped_or_doubled_is_caught(row: Row[Effect]) -> None:
-    others = [other.when for other in SOURCE_ROWS if other is not row]
-    assert check(walk(), others).gaps
-    assert check(walk(), [*PATTERNS, row.when]).overlaps
-
-
-@by_label
-def test_a_pattern_one_answer_wider_or_narrower_is_caught(row: Row[Effect]) -> None:
-    others = [other.when for other in SOURCE_ROWS if other is not row]
-    tried = 0
-    for name, answer, pattern in widened(walk(), row.when):
-        assert check(walk(), [*others, pattern]).overlaps, (name, answer)
-        tried += 1
-    for name, answer, pattern in narrowed(row.when):
-        assert check(walk(), [*others, pattern]).gaps, (name, answer)
-        tried += 1
-    assert tried
-
-
 # --- shape: what a row tells people ---------------------------------------------------------------------
-
-
-@by_label
-def test_a_limit_and_what_follows_it_come_together(row: Row[Effect]) -> None:
-    assert (row.limit_ms is None) == (row.then is None)
-    assert row.limit_ms is None or row.limit_ms > 0
-
-
-@by_label
-def test_a_row_that_only_waits_says_for_what_or_what_a_person_can_do(row: Row[Effect]) -> None:
-    assert row.why.endswith(".")
-    if row.do is None and row.limit_ms is None:
-        assert row.action or row.outcome in (Outcome.PENDING, Outcome.DESTINATION)
 
 
 @by_label

@@ -25,6 +25,7 @@ from typing import Any
 from vmferry import __version__
 from vmferry.agent import control, destination_act, peer_commands, source_act
 from vmferry.agent import machine as machines
+from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
@@ -72,8 +73,8 @@ class Agent:
         """By VM; the newest, also after it ended, until the VM's next one."""
         self.places: dict[str, DestinationAttempt] = {}
         """By job."""
-        self.being_wanted: set[str] = set()
-        """VMs whose migration is being checked and journalled: a second want at the same moment is refused."""
+        self.claims = Claims()
+        """Names that a command is about to use."""
         self.known_jobs: dict[str, dict[str, Any]] = {}
         """Destination jobs that the journal knows to be over: the last `facts_wire`."""
         self.results: dict[str, dict[str, Any]] = {}

@@ -76,6 +76,8 @@ class AgentConfig:
     pki_dir: Path | None = None
     clear_text: bool = False
     """Agents and guests' memory in clear text, asked for by name."""
+    tls_only: bool = False
+    """No part in a migration in clear text, whoever asks for it by name, as a destination or a source."""
     peers: dict[str, PeerConfig] = field(default_factory=dict)
     qemu: str = DEFAULT_QEMU
 
@@ -97,6 +99,7 @@ class AgentConfig:
 
 
 _PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir")
+_SWITCHES = ("clear_text", "tls_only")
 _TEXTS = ("name", "migration_address", "qemu")
 
 
@@ -112,7 +115,7 @@ def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: st
                 fields[name] = str(value)
             elif name == "listen":
                 fields[name] = parse_address(str(value))
-            elif name == "clear_text":
+            elif name in _SWITCHES:
                 fields[name] = bool(value)
             elif name == "migration_ports":
                 first, _, last = str(value).partition("-")
@@ -125,11 +128,12 @@ def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: st
                 raise UsageError(f"{origin}: {key!r} is not a setting of the agent")
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{origin}: {key} = {value!r} cannot be read: {error}") from error
-    if base is not None:
-        return replace(base, **fields)
-    if not fields.get("name"):
+    if base is None and not fields.get("name"):
         raise UsageError(f"{origin}: an agent needs a name; say --name NAME")
-    return AgentConfig(**fields)
+    config = AgentConfig(**fields) if base is None else replace(base, **fields)
+    if config.clear_text and config.tls_only:
+        raise UsageError(f"{origin}: clear_text and tls_only together leave nothing that this agent could do")
+    return config
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> AgentConfig:

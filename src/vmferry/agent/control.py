@@ -26,7 +26,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
 from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
 from vmferry.core.status import is_over, source_status
-from vmferry.errors import Busy, OptionLocked, UnknownVm, UsageError, VmferryError
+from vmferry.errors import Busy, CancelRefused, OptionLocked, UnknownVm, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.server import CommandNotFound
 
@@ -100,18 +100,12 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
         return existing.brief()
     if job in agent.results:
         return agent.results[job]
-    # 1. one want finds the VM free and waits for the disk  2. a second one finds it free too  3. both would run
-    if arguments.vm in agent.being_wanted:
-        raise Busy(f"{arguments.vm} is being sent somewhere at this very moment")
-    agent.being_wanted.add(arguments.vm)
-    try:
+    with agent.claims.hold(arguments.vm, "sent somewhere"):
         wanted = await wanted_from(agent, arguments, job)
         kept = agent.vms[arguments.vm]
         await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
         attempt = SourceAttempt(agent, wanted, kept)
         agent.run_attempt(attempt)
-    finally:
-        agent.being_wanted.discard(arguments.vm)
     return attempt.brief()
 
 
@@ -165,14 +159,27 @@ async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
 
 async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
     """Cancels the VM's migration. Raises CancelRefused with the reason after the grant; a second cancel, and
-    one after the end, change nothing."""
+    one after the end, change nothing.
+
+    A want is durable before anything follows from it, and the grant may go out while the disk is written:
+
+    1. a cancel is asked for, and nothing speaks against it  2. CANCEL_WANTED is being written  3. the grant is sent
+    4. it is too late: CANCEL_REFUSED is written  5. the person hears that  6. the agent restarts
+
+    An agent that dies before 4 has told nobody anything and reads a cancel, which after 3 only asks the destination
+    whether it ran the guest. After 4 it reads none: what a person was told holds."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None:
         raise UsageError(f"{arguments.vm} has no migration to cancel")
     if not attempt.ended.is_set() and attempt.want_cancel():
         await agent.journal.append(Entry.CANCEL_WANTED, attempt.job)
-        # 1. cancel asked, not refused  2. journal written meanwhile the grant went out  3. too late: ask again
-        if attempt.want_cancel():
+        try:
+            is_new = attempt.want_cancel()
+        except CancelRefused:
+            if Fact.CANCEL not in attempt.facts:  # what was accepted is not taken back by another one's refusal
+                await agent.journal.append(Entry.CANCEL_REFUSED, attempt.job)
+            raise
+        if is_new:
             attempt.note(Fact.CANCEL, by="person")
     return attempt.brief()
 
@@ -208,13 +215,16 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
 
 
 async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Asks for the switch to postcopy now."""
+    """Asks for the switch to postcopy now. Raises OptionLocked for a precopy, and UsageError without a migration."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise UsageError(f"{arguments.vm} has no migration on its way")
-    if attempt.plan is not None and attempt.plan.mode != Mode.POSTCOPY:
-        raise OptionLocked(f"{arguments.vm}: this migration was started as {attempt.plan.mode}")
-    attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
+    mode = attempt.wanted.mode if attempt.plan is None else attempt.plan.mode
+    if mode == Mode.PRECOPY:
+        raise OptionLocked(f"{arguments.vm}: this migration was started as {mode}")
+    if Fact.START_POSTCOPY not in attempt.facts:
+        await agent.journal.append(Entry.POSTCOPY_WANTED, attempt.job)
+        attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
     return attempt.brief()
 
 
@@ -245,6 +255,8 @@ class CommandRow:
     at_vm: bool = False
     of_job: bool = False
     """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
+    of_place: bool = False
+    """Can be said of a VM that is only awaited here, too."""
 
 
 async def _list(agent: Agent, arguments: ListArguments) -> dict[str, Any]:
@@ -275,7 +287,7 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-run": CommandRow(vm_commands.RunArguments, vm_commands.run_vm),
     "vm-adopt": CommandRow(vm_commands.AdoptArguments, vm_commands.adopt_vm),
     "vm-list": CommandRow(ListArguments, _list),
-    "vm-status": CommandRow(VmArgument, _vm_status, at_vm=True),
+    "vm-status": CommandRow(VmArgument, _vm_status, at_vm=True, of_place=True),
     "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
     "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
     "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
@@ -304,7 +316,15 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
             link = agent.peers.link(host)
             return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S)
     if row.at_vm and vm and not row.of_job and vm not in agent.vms:
-        raise UnknownVm(f"no known host has a VM named {vm}")
+        place = agent.place_of(vm)
+        if place is None or place.ended.is_set():
+            raise UnknownVm(f"no known host has a VM named {vm}")
+        if not row.of_place:
+            raise Busy(
+                f"{vm} is awaited here from {place.place.source}, which keeps it until it has arrived",
+                hint=f"'vmferry status {vm}' shows how it stands; what is to be done to it needs the agent of "
+                f"{place.place.source}",
+            )
     return await row.body(agent, decoded)
 
 
@@ -325,7 +345,8 @@ def decode(command: str, kind: type, arguments: dict[str, Any]) -> Any:
 async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
     """The other host that the command belongs to, or None if it is this one. Raises UnknownVm.
 
-    A VM that is on its way is where its migration is conducted: at the source, until that has ended."""
+    A VM that is on its way is where its migration is conducted: at the source, until that has ended. Only while
+    nobody is heard who has it, it is where it is awaited."""
     current, place = agent.attempts.get(vm), agent.place_of(vm)
     if current is not None and not current.ended.is_set():
         return None
@@ -339,6 +360,7 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
     )
     found: list[tuple[int, str]] = []
     silent: list[str] = []
+    awaiting = []
     for host, answer in zip(agent.peers.links, answers, strict=True):
         if isinstance(answer, VmferryError):
             silent.append(f"{host} ({answer})")
@@ -346,6 +368,8 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
             raise answer
         elif answer.get("has"):
             found.append((int(answer["generation"]), host))
+        elif answer.get("awaits"):
+            awaiting.append(host)
     if found:
         generation, host = max(found)
         # What brought it there was conducted here, and nothing has moved it since.
@@ -353,5 +377,9 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         return None if of_job and was_ours else host
     if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
         return None
+    if place is not None and not place.ended.is_set():
+        return None
+    if awaiting and not of_job:
+        return awaiting[0]
     hint = f"these hosts did not answer: {'; '.join(silent)}" if silent else None
     raise UnknownVm(f"no known host has a VM named {vm}", hint=hint)

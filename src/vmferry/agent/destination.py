@@ -28,6 +28,7 @@ from vmferry.agent.wants import Place
 from vmferry.core.decide import decide_destination, destination_allows
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog
+from vmferry.core.report import place_wire
 from vmferry.core.status import derive_destination
 from vmferry.core.table import Outcome, Row
 from vmferry.core.view import Incoming, Ran, destination_view
@@ -227,11 +228,12 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
 
     async def look_for_error(self, *, deadline_s: float) -> None:
-        """Gives an error of this side's QEMU, or its end, the time to be seen."""
+        """Gives an error of this side's QEMU, its end, or that it has loaded, the time to be seen."""
         if Fact.LOADED not in self.facts:
             self._asked_s = float("-inf")
             self.wake()
-            await self.until(Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN, deadline_s=deadline_s)
+            seen = (Fact.LOADED, Fact.ERROR, Fact.TARGET_GONE, Fact.TARGET_RAN)
+            await self.until(*seen, deadline_s=deadline_s)
 
     def _note_findings(self, word: str | None, run_state: str | None) -> None:
         for fact, round_no, text in destination_findings(word, run_state, self.facts):
@@ -302,6 +304,20 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "over": self.ended.is_set(),
             "action": row.action,
         }
+
+    def wire(self) -> dict[str, Any]:
+        """What this side alone knows of the migration, for when the source's agent does not answer. Same names as in
+        the source's own words; what only the source measures is None."""
+        return place_wire(
+            job=self.job,
+            vm=self.vm,
+            source=self.place.source,
+            destination=self.context.config.name,
+            log=self.facts,
+            row=self.row(),
+            error=self.error.to_wire() if self.error is not None else None,
+            over=self.ended.is_set(),
+        )
 
     async def until(self, *facts: Fact, deadline_s: float) -> None:
         """Waits until one of the facts is recorded or the deadline has passed; says nothing about which."""

@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 An attempt owns a fact log. Anything that happens (an event of QEMU, a message of the other agent, a command
 of a person, an effect's result) is recorded as a fact or a reading and wakes the loop. The loop finds the row,
-asks whether its effect is due, re-checks the guard on a fresh view, and carries it out. Nothing else acts.
+asks whether its effect is due, and carries it out in a task of its own, whose first step re-checks the guard on a
+fresh view. Nothing else acts.
 
 Rule 1: at most one effect is under way. One that may be interrupted (`interruptible`) is cancelled as soon as
         the table asks for something else; all others end by their own deadline first.
@@ -150,11 +151,16 @@ class AttemptLoop(ABC, Generic[E]):
         except TimeoutError:
             pass
 
+    async def _guarded(self, effect: E) -> None:
+        # 1. the loop finds the grant due and allowed, and makes its task  2. a cancel is accepted  3. the task begins
+        if self.allows(effect):
+            await self.act(effect)
+
     async def _perform(self, effect: E) -> None:
         if effect is not self._last:
             self._last, self._tries = effect, 0
         self._tries += 1
-        task = asyncio.create_task(self.act(effect), name=f"{self.job}-{effect.value}")
+        task = asyncio.create_task(self._guarded(effect), name=f"{self.job}-{effect.value}")
         try:
             while not task.done():
                 self._wake.clear()

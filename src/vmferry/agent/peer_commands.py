@@ -18,6 +18,7 @@ from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
 from vmferry.errors import Busy, HostUnreachable, NotTrusted, QemuError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import tls
@@ -66,8 +67,15 @@ async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> di
 
 
 async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    kept = agent.vms.get(str(arguments["vm"]))
-    return {"has": kept is not None, "generation": kept.generation if kept else 0}
+    """Whether a VM of this name is here, is awaited here, or is being brought here by a command at this moment."""
+    vm = str(arguments["vm"])
+    kept, place = agent.vms.get(vm), agent.place_of(vm)
+    return {
+        "has": kept is not None,
+        "generation": kept.generation if kept else 0,
+        "awaits": place is not None and not place.ended.is_set(),
+        "doing": agent.claims.doing(vm),
+    }
 
 
 async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
@@ -84,45 +92,66 @@ async def _report(agent: Agent, who: str | None, arguments: dict[str, Any]) -> A
 
 async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Makes a place. Idempotent by job; the answer is the offer. Raises what makes it impossible."""
-    vm, job = str(arguments["vm"]), str(arguments["job"])
-    place = agent.places.get(job)
+    vm, place = str(arguments["vm"]), agent.places.get(str(arguments["job"]))
     if place is None:
-        if job in agent.known_jobs:
-            raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
-        if vm in agent.vms:
-            raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
-        other = agent.place_of(vm)
-        if other is not None and not other.ended.is_set():
-            raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
-        ca_pem = arguments.get("ca_pem")
-        if ca_pem is None and not agent.config.clear_text:
-            raise NotTrusted(
-                f"{agent.config.name} takes guests' memory in clear text only when it was started with --clear-text",
-                side="destination",
-            )
-        wanted = Place(
-            job=job,
-            vm=vm,
-            source=who or str(arguments["source"]),
-            generation=int(arguments["generation"]),
-            definition=dict(arguments["definition"]),
-            run_after=bool(arguments.get("run_after", True)),
-            commands=tuple((str(name), dict(args)) for name, args in arguments["commands"]),
-            expected=dict(arguments["expected"]),
-            multifd=bool(arguments.get("multifd")),
-            clear_text=ca_pem is None,
-            directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
-        )
-        place = DestinationAttempt(agent, wanted)
-        place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
-        await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
-        agent.run_place(place)
+        with agent.claims.hold(vm, "awaited", side="destination"):
+            place = await _new_place(agent, who, arguments)
     try:
         return await place.offer
     except VmferryError:
         # The refusal is told when nothing is left of the place: who hears it may ask for another one at once.
         await place.until(Fact.CLEANUP, deadline_s=RELEASE_WAIT_S)
         raise
+
+
+async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -> DestinationAttempt:
+    """Checks, journals, registers. Raises Busy or NotTrusted; nothing was done then."""
+    vm, job = str(arguments["vm"]), str(arguments["job"])
+    if job in agent.known_jobs:
+        raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
+    if vm in agent.vms:
+        raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
+    other = agent.place_of(vm)
+    if other is not None and not other.ended.is_set():
+        raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
+    ca_pem = arguments.get("ca_pem")
+    if ca_pem is None:
+        _agree_to_clear_text(agent, arguments)
+    wanted = Place(
+        job=job,
+        vm=vm,
+        source=who or str(arguments["source"]),
+        generation=int(arguments["generation"]),
+        definition=dict(arguments["definition"]),
+        run_after=bool(arguments.get("run_after", True)),
+        commands=tuple((str(name), dict(args)) for name, args in arguments["commands"]),
+        expected=dict(arguments["expected"]),
+        multifd=bool(arguments.get("multifd")),
+        clear_text=ca_pem is None,
+        directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
+    )
+    place = DestinationAttempt(agent, wanted)
+    place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
+    await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
+    agent.run_place(place)
+    return place
+
+
+def _agree_to_clear_text(agent: Agent, arguments: dict[str, Any]) -> None:
+    """A person who names it on the command line has asked by name; the source's agent says so over its own link. Raises
+    NotTrusted where nobody did, or where this agent was told to have no part in it."""
+    if agent.config.tls_only:
+        raise NotTrusted(
+            f"{agent.config.name} takes no guest's memory in clear text (tls_only)",
+            side="destination",
+            hint="leave out --clear-text, or take tls_only out of that agent's settings",
+        )
+    if not (arguments.get("clear_text") or agent.config.clear_text):
+        raise NotTrusted(
+            f"job {arguments['job']} came to {agent.config.name} without credentials, and nobody asked for clear text",
+            side="source",
+            hint="upgrade the source's agent; for clear text say --clear-text",
+        )
 
 
 def _place(agent: Agent, arguments: dict[str, Any]) -> DestinationAttempt | None:
@@ -196,6 +225,12 @@ async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
     place = _place(agent, arguments)
     if place is None:
         return await _target(agent, who, arguments)
+    if arguments.get("source_gone"):
+        # 1. the source's QEMU sends the last byte and dies  2. its agent wants the place released, and has not heard
+        # 3. that this side has loaded: what would be given up is the only copy.
+        await place.look_for_error(deadline_s=WHY_WAIT_S)
+        if Fact.LOADED in place.facts:
+            return place.facts_wire()
     if Fact.TARGET_RAN not in place.facts:
         place.note(Fact.RELEASE, by=who or "source agent")
         await place.until(Fact.TARGET_GONE, Fact.RUN_ACKED, deadline_s=RELEASE_WAIT_S)
@@ -211,12 +246,11 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
 
 
 async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A destination asks whether its place is still wanted."""
+    """A destination asks whether its place is still wanted. The answer is no only where the job ended with the guest
+    here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy."""
     job = str(arguments["job"])
-    for attempt in agent.attempts.values():
-        if attempt.job == job:
-            return {"wanted": not attempt.ended.is_set()}
-    return {"wanted": False}
+    result = agent.results.get(job)
+    return {"wanted": result is None or Outcome(result["outcome"]) is not Outcome.SOURCE}
 
 
 COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]]] = {

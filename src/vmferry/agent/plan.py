@@ -139,6 +139,7 @@ class Planner:
             disks={disk.path: _disk_report(disk, config.name) for disk in disks},
             vms=frozenset(agent.vms) | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
             clock_offset_ms=0.0,
+            tls_only=config.tls_only,
             ports_free={},  # the default is a read-only view, which does not go on the wire
         )
         first, last = config.migration_ports

@@ -89,6 +89,7 @@ async def _source(agent: Agent, job: JobState) -> None:
         await _source_without_qemu(agent, job, wanted, gone=kept is not None)
         return
     attempt = SourceAttempt(agent, wanted, kept)
+    attempt.saved_options = job.options_before
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
     word = None
@@ -105,6 +106,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     # STARTED in any case: then a guest that was stopped for the move and never left is started again.
     for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
         attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
+    if job.postcopy_wanted:
+        attempt.note(Fact.START_POSTCOPY, text="by hand, before the restart", by="journal")
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")

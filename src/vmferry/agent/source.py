@@ -78,7 +78,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.credentials: JobCredentials | None = None
         self.offer: dict[str, Any] = {}
         self.channels: list[Channel] = []
-        self.saved_options: dict[str, Any] | None = None
+        self.saved_options: dict[str, Any] = {}
+        """What QEMU had before under every name of an option that was changed; journalled."""
         self.progress = Progress()
         self.cancel_tries = 0
         self.fd_given = False

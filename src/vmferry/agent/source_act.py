@@ -18,8 +18,8 @@ from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
-from vmferry.core.option_table import OPTIONS, UNSET, Kind, Role
-from vmferry.core.options import Mode, Refused, build, differences
+from vmferry.core.option_table import OPTIONS, Kind, Role
+from vmferry.core.options import Mode, differences
 from vmferry.core.view import Source, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
@@ -77,7 +77,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
         case Effect.ASK_TARGET:
             attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
-            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S))
+            gone = attempt.machine.is_gone
+            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
             await _reconnect(attempt)
         case Effect.CANCEL_SOURCE:
@@ -150,6 +151,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             expected=plan.options.expected(Role.DESTINATION),
             multifd=plan.multifd,
             run_after=wanted.running_before,
+            clear_text=wanted.clear_text,
             **more,
         )
     except HostUnreachable:
@@ -177,8 +179,7 @@ async def _look_and_set(attempt: SourceAttempt, plan: Plan) -> hardware.Hardware
     """This side's part of the set-up, done while the destination starts its QEMU: look at the machine, set every
     option, read back, compare. Raises when QEMU refuses an option or reads back another value."""
     machine = attempt.machine
-    if attempt.saved_options is None:
-        attempt.saved_options = await read_options(machine)
+    await remember_options(attempt, (*plan.options.source_capabilities, *plan.options.source_parameters))
     await set_options(machine, plan.options.commands(Role.SOURCE), plan.options.expected(Role.SOURCE))
     return await hardware.look(machine.execute)
 
@@ -202,6 +203,16 @@ async def read_options(machine: Machine) -> dict[str, Any]:
 def _options_of(answers: list[Any]) -> dict[str, Any]:
     known, parameters = answers
     return {**{c["capability"]: c["state"] for c in known}, **parameters}
+
+
+async def remember_options(attempt: SourceAttempt, names: Iterable[str]) -> None:
+    """Makes durable what QEMU has under these names, before they are set: whoever cleans up, also an agent that was
+    started since, puts it back. What may change later, on the way, is among them: a plan sets everything that it can.
+    Raises QemuError or Unfit; nothing may be set then."""
+    had = await read_options(attempt.machine)
+    before = {name: had[name] for name in names if name in had}
+    await attempt.context.journal.append(Entry.OPTIONS_BEFORE, attempt.job, before)
+    attempt.saved_options = before
 
 
 async def set_options(
@@ -228,7 +239,8 @@ async def _start(attempt: SourceAttempt) -> None:
         attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
-    attempt.note(Fact.STARTED)  # from here on a guest that stands still is started again, whatever happens
+    clear = "in clear text, as it was asked for by name" if attempt.wanted.clear_text else ""
+    attempt.note(Fact.STARTED, text=clear)  # from here on a guest that stands still is started again, whatever happens
     plan = attempt.plan
     assert plan is not None, "a plan comes before the start"
     if plan.stops_first:
@@ -374,7 +386,7 @@ async def _restore_source(attempt: SourceAttempt) -> None:
         if attempt.clock.now_s() > deadline_s:
             raise QemuError(f"{attempt.vm}: QEMU is still ending its migration", side="source")
         await asyncio.sleep(0.02)
-    before = await _options_before(attempt)
+    before = attempt.saved_options
     if before:
         capabilities = [(name, state) for name, state in before.items() if OPTIONS[name].kind is Kind.CAPABILITY]
         states = [{"capability": name, "state": state} for name, state in capabilities]
@@ -387,19 +399,3 @@ async def _restore_source(attempt: SourceAttempt) -> None:
             await machine.execute("object-del", {"id": creds["id"]})
         except QmpCommandError as error:
             log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
-
-
-async def _options_before(attempt: SourceAttempt) -> dict[str, Any]:
-    """What to put back; empty if nothing was set. An agent that restarted on the way does not know it any more and
-    puts QEMU's own defaults back."""
-    plan, saved = attempt.plan, attempt.saved_options
-    if plan is not None:
-        names = [*plan.options.source_capabilities, *plan.options.source_parameters]
-        return {} if saved is None else {name: saved[name] for name in names if name in saved}
-    if Fact.PREPARE not in attempt.facts:
-        return {}
-    known = frozenset(await read_options(attempt.machine))
-    options = build(Mode.PRECOPY, {}, source_known=known, destination_known=known)
-    assert not isinstance(options, Refused), "no wishes, no objections"
-    names = [*options.source_capabilities, *options.source_parameters]
-    return {name: OPTIONS[name].qemu_default for name in names if OPTIONS[name].qemu_default is not UNSET}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vmferry import __version__
 from vmferry.agent import machine as machines
+from vmferry.agent.claims import HINT
 from vmferry.agent.directories import remove_directory
 from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
@@ -58,6 +59,7 @@ class StopArguments:
 
 
 async def _free_name(agent: Agent, name: str) -> None:
+    """Raises Busy unless nobody has or awaits a VM of this name. Whoever asks holds the name's claim."""
     current = agent.attempts.get(name)
     if current is not None and not current.ended.is_set():
         raise Busy(f"{name} has a migration to {current.wanted.destination} that is not settled", side="client")
@@ -67,13 +69,22 @@ async def _free_name(agent: Agent, name: str) -> None:
     place = agent.place_of(name)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
-    for host in await _elsewhere(agent, name):
-        raise Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix")
+    for host, answer in await _elsewhere(agent, name):
+        if answer.get("has") or answer.get("awaits"):
+            raise Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix")
+        if answer.get("doing"):
+            raise Busy(f"on {host}, {name} is being {answer['doing']} at this very moment", side="client", hint=HINT)
 
 
 async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
     """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy; nothing is left then."""
     spec = vm_spec.load(arguments.path)
+    with agent.claims.hold(spec.name, "started"):
+        await _run(agent, spec)
+    return await vm_status(agent, spec.name)
+
+
+async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
     await _free_name(agent, spec.name)
     facts = await agent.planner.qemu_facts()
     machine_type = facts.concrete_machine(spec.machine)
@@ -101,12 +112,13 @@ async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
         # It never ran an instruction: nothing is lost with it.
         await machine.kill()
         await agent.journal.append(Entry.FORGOTTEN, spec.name)
+        await machine.close()
+        remove_directory(Path(runtime.directory), keep_logs=False)
         if isinstance(error, QmpCommandError):
             raise SpecError(f"{spec.name}: QEMU cannot start it: {error.desc}", cause=error) from error
         raise
     agent.vms[spec.name] = kept
     agent.hold(kept)
-    return await vm_status(agent, spec.name)
 
 
 async def _accel(
@@ -142,8 +154,16 @@ async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
     """Takes a running QEMU over. Raises UsageError, QemuError or SpecError; the guest is untouched in every case."""
     if not vm_spec.is_name(arguments.vm):
         raise UsageError(f"{arguments.vm!r} is no name: 1 to 64 letters, digits, dots, dashes or underscores")
-    await _free_name(agent, arguments.vm)
-    found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
+    with agent.claims.hold(arguments.vm, "taken over"):
+        await _free_name(agent, arguments.vm)
+        found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
+        # A QEMU may have two monitors, and two people two names for it.
+        with agent.claims.hold(f"process {found.identity.pid}", "taken over"):
+            await _adopt(agent, arguments, found)
+    return await vm_status(agent, arguments.vm)
+
+
+async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.AdoptedVm) -> None:
     for kept in agent.vms.values():
         if kept.identity == found.identity:
             raise Busy(f"that QEMU is kept already, as {kept.name}", side="client", retry="no")
@@ -169,7 +189,6 @@ async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
         raise
     agent.vms[arguments.vm] = kept
     agent.hold(kept)
-    return await vm_status(agent, arguments.vm)
 
 
 async def _definition_of_adopted(
@@ -207,22 +226,22 @@ async def _definition_of_adopted(
     )
 
 
-async def _elsewhere(agent: Agent, name: str) -> list[str]:
-    """Other hosts that keep a VM of this name; silent hosts are passed over."""
+async def _elsewhere(agent: Agent, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """What other hosts say to `peer-has`, by host; silent hosts are passed over."""
     answers = await asyncio.gather(
         *(link.call("peer-has", {"vm": name}, deadline_s=1.0) for link in agent.peers.links.values()),
         return_exceptions=True,
     )
-    found = []
-    for host, answer in zip(agent.peers.links, answers, strict=True):
-        if isinstance(answer, dict) and answer.get("has"):
-            found.append(host)
-    return found
+    both = zip(agent.peers.links, answers, strict=True)
+    return [(host, answer) for host, answer in both if isinstance(answer, dict)]
 
 
 async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
-    """One VM of this host: where, what it is doing, its migration if it has one, its blockers."""
-    kept = agent.vms[name]
+    """One VM of this host: where, what it is doing, its migration if it has one, its blockers. Of one that is only
+    awaited here: what this side knows."""
+    kept = agent.vms.get(name)
+    if kept is None:
+        return _awaited(agent, name)
     attempt = agent.attempts.get(name)
     state, blocked = await _state(kept)
     return {
@@ -244,8 +263,34 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
     }
 
 
+def _awaited(agent: Agent, name: str) -> dict[str, Any]:
+    """The same of a VM for which this host has a place that is not settled. Its QEMU is not asked: it may load."""
+    place = agent.place_of(name)
+    assert place is not None, "whoever asks has looked"
+    definition = VmDefinition.from_wire(place.place.definition)
+    machine = place.machine
+    return {
+        "vm": name,
+        "host": agent.config.name,
+        "run_state": "incoming",
+        "generation": place.place.generation,
+        "machine": definition.machine,
+        "accel": definition.accel,
+        "memory_bytes": definition.memory_bytes,
+        "origin": "spec" if definition.spec is not None else "adopted",
+        "pid": None if machine is None or machine.is_gone else machine.pid,
+        "qmp": place.runtime.qmp_path,
+        "directory": place.place.directory,
+        "serial": f"{place.place.directory}/serial.log",
+        "qemu": machine.version_text if machine else "unknown",
+        "blocked": [],
+        "migration": place.wire(),
+    }
+
+
 async def arrival(agent: Agent, vm: str) -> dict[str, Any] | None:
-    """The migration with which the VM came here, as its source tells it; None if it did not, or nobody answers."""
+    """The migration with which the VM came here, as its source tells it, or as this side knows it while the source's
+    agent does not answer and it is not settled; else None."""
     place = agent.place_of(vm)
     if place is None:
         return None
@@ -254,7 +299,7 @@ async def arrival(agent: Agent, vm: str) -> dict[str, Any] | None:
         return dict(await agent.peers.link(place.place.source).call("peer-forward", question, deadline_s=LIST_S))
     except VmferryError as error:
         log.info("job=%s vm=%s command=job-status result=%s", place.job, vm, error)
-        return None
+        return None if place.ended.is_set() else place.wire()
 
 
 async def _state(kept: KeptVm) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from vmferry.agent import config as agent_config
 from vmferry.agent.agent import Agent
 
 FLAGS = (
-    "name", "listen", "peers", "pki_dir", "clear_text", "state_dir", "runtime_dir", "socket",
+    "name", "listen", "peers", "pki_dir", "clear_text", "tls_only", "state_dir", "runtime_dir", "socket",
     "migration_address", "migration_ports", "qemu",
 )  # fmt: skip
 

@@ -102,6 +102,8 @@ def _add_agent(commands: Any) -> None:
     agent.add_argument("--pki", dest="pki_dir", metavar="DIR", help="this host's certificates ('vmferry pki')")
     agent.add_argument("--clear-text", action="store_true", default=None,
                        help="agents and guests' memory without encryption; only on a network you trust")  # fmt: skip
+    agent.add_argument("--tls-only", action="store_true", default=None,
+                       help="refuse migrations for which someone says --clear-text")  # fmt: skip
     agent.add_argument("--state-dir", metavar="DIR", help="the journal (default: /var/lib/vmferry)")
     agent.add_argument("--runtime-dir", metavar="DIR", help="sockets and logs (default: /run/vmferry)")
     agent.add_argument("--control-socket", dest="socket", metavar="PATH", help="the control socket")
@@ -134,7 +136,8 @@ def _add_wish(parser: Any) -> None:
     parser.add_argument("--set", action="append", dest="settings", default=[], metavar="NAME=VALUE",
                         help="a migration option; 'vmferry options' lists them")  # fmt: skip
     parser.add_argument("--multifd", type=int, default=0, metavar="N", help="send memory over N channels")
-    parser.add_argument("--clear-text", action="store_true", help="guest memory without encryption")
+    parser.add_argument("--clear-text", action="store_true",
+                        help="this guest's memory without encryption; only on a network you trust")  # fmt: skip
     parser.add_argument("--accept", action="append", default=[], metavar="CODE",
                         help="take a blocker upon yourself: the guest may be damaged")  # fmt: skip
     parser.add_argument("--postcopy-after-passes", type=int, metavar="N",

@@ -33,7 +33,7 @@ def adopt(arguments: Namespace) -> int:
 def _sentence(wire: dict[str, Any]) -> str:
     return (
         f"{wire['vm']} on {wire['host']}: {wire['run_state']}, {wire['machine']}, {wire['accel']}, "
-        f"{format_size(wire['memory_bytes'])}, QEMU {wire['qemu']} (process {wire['pid']})"
+        f"{format_size(wire['memory_bytes'])}, QEMU {wire['qemu']} (process {wire['pid'] or 'unknown'})"
     )
 
 

@@ -85,6 +85,7 @@ class HostReport:
     disks: Mapping[str, DiskReport] = field(default_factory=lambda: MappingProxyType({}))
     vms: frozenset[str] | None = None
     clock_offset_ms: float | None = None
+    tls_only: bool = False  # its agent was told to have no part in a stream in clear text
 
     def option_names(self) -> frozenset[str] | None:
         """Capabilities and parameters of this QEMU together; None if either is not known."""
@@ -284,26 +285,15 @@ def _present(case: _Case) -> Iterator[tuple[DiskUse, DiskReport | None, DiskRepo
             yield disk, here, there
 
 
-def _disk_read_only(case: _Case) -> _Found:
-    return ({"path": d.path} for d, _, there in _present(case) if there.writable is False and not d.read_only)
+def _disk_writable(case: _Case, answer: bool | None) -> _Found:
+    return ({"path": d.path} for d, _, there in _present(case) if there.writable is answer and not d.read_only)
 
 
-def _disk_writable_unknown(case: _Case) -> _Found:
-    return ({"path": d.path} for d, _, there in _present(case) if there.writable is None and not d.read_only)
-
-
-def _disk_size(case: _Case) -> _Found:
+def _disk_differs(case: _Case, what: str) -> _Found:
     for disk, here, there in _present(case):
-        sizes = {here.size_bytes if here is not None else None, there.size_bytes}
-        if None not in sizes and len(sizes) == 2:
-            yield {"path": disk.path, "here": here and here.size_bytes, "there": there.size_bytes}
-
-
-def _disk_format(case: _Case) -> _Found:
-    for disk, here, there in _present(case):
-        formats = {here.format if here is not None else None, there.format}
-        if None not in formats and len(formats) == 2:
-            yield {"path": disk.path, "here": here and here.format, "there": there.format}
+        values = {getattr(here, what, None), getattr(there, what)}
+        if None not in values and len(values) == 2:
+            yield {"path": disk.path, "here": getattr(here, what), "there": getattr(there, what)}
 
 
 def _disk_identity(case: _Case, *, unknown: bool) -> _Found:
@@ -316,6 +306,10 @@ def _disk_identity(case: _Case, *, unknown: bool) -> _Found:
 
 def _ports(case: _Case, answer: bool | None) -> _Found:
     return ({"port": p} for p in case.wish.ports if case.destination.ports_free.get(p) is answer)
+
+
+def _clear_text_forbidden(case: _Case) -> _Found:
+    return ({"host": h.name} for h in (case.source, case.destination) if case.wish.tls is None and h.tls_only)
 
 
 def _multifd_postcopy(case: _Case) -> _Found:
@@ -438,12 +432,12 @@ RULES: Final[tuple[Rule, ...]] = (
          "{destination} did not say whether it has the image {path}", "check its agent's log and ask again"),
     Rule("disk-missing", _B, "destination", _disk_missing, "{destination} does not have the image {path}",
          "make the image reachable there under the same path"),
-    Rule("disk-read-only", _B, "destination", _disk_read_only,
+    Rule("disk-read-only", _B, "destination", lambda c: _disk_writable(c, False),
          "{destination} cannot write the image {path}", "mend its permissions or its mount there"),
-    Rule("disk-size", _B, "both", _disk_size,
+    Rule("disk-size", _B, "both", lambda c: _disk_differs(c, "size_bytes"),
          "the image {path} has {here} bytes on {source} and {there} on {destination}, so it is not the same",
          "make both hosts see one image"),
-    Rule("disk-format", _B, "both", _disk_format,
+    Rule("disk-format", _B, "both", lambda c: _disk_differs(c, "format"),
          "the image {path} is {here} on {source} and {there} on {destination}",
          "make both hosts see one image"),
     Rule("disk-not-shared", _B, "both", lambda c: _disk_identity(c, unknown=False),
@@ -466,6 +460,9 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("multifd-postcopy", _B, "both", _multifd_postcopy,
          "multifd together with postcopy needs QEMU 10.1 on both hosts",
          "leave out --multifd or use --mode precopy"),
+    Rule("clear-text-forbidden", _B, "both", _clear_text_forbidden,
+         "the agent of {host} takes no part in a migration in clear text (tls_only)",
+         "leave out --clear-text, or take tls_only out of that agent's settings"),
     Rule("rdma", _B, "both", lambda c: _when(c.wish.rdma and not c.wish.rdma_configured),
          "RDMA is refused: vmferry could not cut such a channel",
          "use TCP, or allow RDMA in both agents' settings and accept that"),
@@ -482,7 +479,7 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule("cpu-host-unknown", _W, "both", lambda c: _cpu_host(c, unknown=True),
          "{vm} has the CPU model {cpu}, and whether the hosts' CPUs are equal is not known",
          "make sure that they are equal, or use a named CPU model"),
-    Rule("disk-writable-unknown", _W, "destination", _disk_writable_unknown,
+    Rule("disk-writable-unknown", _W, "destination", lambda c: _disk_writable(c, None),
          "whether {destination} may write the image {path} is not known", "check its permissions there"),
     Rule("disk-identity-unknown", _W, "both", lambda c: _disk_identity(c, unknown=True),
          "whether {path} is the same image on both hosts is not known",
@@ -496,6 +493,9 @@ RULES: Final[tuple[Rule, ...]] = (
          "{vm} has pages of {size}, so each miss in postcopy waits for a whole one", "expect short stalls"),
     Rule("run-state-kept", _N, "source", lambda c: _run_state(c, _N), "{vm} is in state {state}: {why}",
          "nothing to do"),
+    Rule("clear-text", _N, "both", lambda c: _when(c.wish.tls is None),
+         "{vm}'s memory goes over the network in clear text, as it was asked for by name",
+         "leave out --clear-text; agents that speak in clear text themselves need certificates first"),
     Rule("clock-skew", _N, "both", _clock, "the clocks of {source} and {destination} are {skew} apart",
          "synchronise them, so that times in reports can be compared"),
 )  # fmt: skip

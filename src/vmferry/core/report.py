@@ -6,12 +6,13 @@ where the guest runs (`core.table.Outcome`). An error is the wire form of `vmfer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vmferry.core.facts import Fact, FactLog, visible_error
 from vmferry.core.migration_status import MigrationStatus, coarse
-from vmferry.core.status import Derived, derive_source
+from vmferry.core.status import Derived, derive_destination, derive_source
 from vmferry.core.table import Outcome, Row
 from vmferry.errors import (
     GuestHeld,
@@ -66,15 +67,17 @@ class Measured:
         return None if self.ended_s is None else round((self.ended_s - self.started_s) * 1000, 3)
 
 
-def timeline(log: FactLog, measured: Measured) -> list[dict[str, Any]]:
+def timeline(
+    log: FactLog, measured: Measured, derive: Callable[[FactLog], Derived] = derive_source
+) -> list[dict[str, Any]]:
     """Facts and marks in the order of time: `at_ms` since the want, `what`, `text`, and `status` where the
-    public status changed with that fact."""
+    public status of the side that `derive` is for changed with that fact."""
     rows: list[dict[str, Any]] = []
     status: MigrationStatus | None = None
     part = FactLog()
     for entry in log:
         part = part.with_fact(entry.fact, round_no=entry.round, at_s=entry.at_s)
-        now = derive_source(part).status
+        now = derive(part).status
         row: dict[str, Any] = {"at_ms": _since(entry.at_s, measured), "what": entry.fact.value}
         if entry.text:
             row["text"] = entry.text
@@ -188,6 +191,52 @@ def job_wire(
 def waits_for_devices(log: FactLog) -> bool:
     """Memory is on its way, and the switchover has to wait for the destination's devices to be ready."""
     return Fact.SWITCHOVER_ACK in log and Fact.SETUP_DONE in log and Fact.DEVICES_READY not in log
+
+
+_ONLY_THE_SOURCE_MEASURES = (
+    "mode", "downtime_ms", "total_ms", "setup_ms", "transferred_bytes", "total_bytes", "remaining_bytes",
+    "normal_pages", "zero_pages", "throttle_percent", "passes", "waits_for_devices", "progress",
+)  # fmt: skip
+
+
+def place_wire(
+    *,
+    job: str,
+    vm: str,
+    source: str,
+    destination: str,
+    log: FactLog,
+    row: Row[Any],
+    error: dict[str, Any] | None,
+    over: bool,
+) -> dict[str, Any]:
+    """What the destination alone knows of an attempt, in the names of `job_wire`: for as long as the source's agent,
+    which conducts it, does not answer. Times count from the moment at which the place was asked for."""
+    derived = derive_destination(log)
+    began_s = log.entries[0].at_s if log.entries else 0.0
+    action = row.action or f"bring the agent of {source} back: it conducts the migration"
+    lead = f"{vm} runs on {destination}" if row.outcome is Outcome.DESTINATION else f"{destination} awaits {vm}"
+    silence = f"the agent of {source} does not answer"
+    return {
+        "job": job,
+        "vm": vm,
+        "source": source,
+        "destination": destination,
+        "status": derived.status.value,
+        "coarse": coarse(derived.status),
+        "because": [fact.value for fact in derived.because],
+        "outcome": row.outcome.value,
+        "row": row.label,
+        "why": row.why,
+        "action": action,
+        "over": over,
+        **dict.fromkeys(_ONLY_THE_SOURCE_MEASURES),
+        "remaining_by_source": {},
+        "notes": [f"told by {destination}: {silence}"],
+        "error": error,
+        "timeline": timeline(log, Measured(started_s=began_s), derive_destination),
+        "sentence": f"{lead}; {silence} ({derived.status.value}). {row.why} Next: {action}.",
+    }
 
 
 def sentence(wire: dict[str, Any]) -> str:

@@ -39,7 +39,13 @@ class Entry(StrEnum):
     WANTED = "wanted"
     """Source: a migration was asked for."""
     CANCEL_WANTED = "cancel-wanted"
-    """Source: its cancel was accepted."""
+    """Source: its cancel was asked for, and could be accepted when this was written."""
+    CANCEL_REFUSED = "cancel-refused"
+    """Source: it was too late when that had been written. The person hears so; the cancel never acts."""
+    POSTCOPY_WANTED = "postcopy-wanted"
+    """Source: the switch to postcopy was asked for by hand."""
+    OPTIONS_BEFORE = "options-before"
+    """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
@@ -71,6 +77,8 @@ class JobState:
     role: str
     body: dict[str, Any]
     cancel_wanted: bool = False
+    postcopy_wanted: bool = False
+    options_before: dict[str, Any] = field(default_factory=dict)
     committed_generation: int | None = None
     renounced: bool = False
     ended: dict[str, Any] | None = None
@@ -106,6 +114,12 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs.pop(entry.subject, None)
             case Entry.CANCEL_WANTED if job:
                 job.cancel_wanted = True
+            case Entry.CANCEL_REFUSED if job:
+                job.cancel_wanted = False
+            case Entry.POSTCOPY_WANTED if job:
+                job.postcopy_wanted = True
+            case Entry.OPTIONS_BEFORE if job:
+                job.options_before = {**entry.body, **job.options_before}
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
             case Entry.RENOUNCED if job:

@@ -3,8 +3,9 @@
 Theory of operation
 -------------------
 Host `a` reaches host `b` through `relay`. Agents are the product's own, with journals on disk; `restart` closes one
-and makes a new one on the same directories, while its QEMUs go on. `crash_at` stops an agent dead at a fact: from
-the moment the fact is recorded that agent carries out nothing more, until it is restarted.
+and makes a new one on the same directories, while its QEMUs go on; `stop` leaves a time in between. `crash_at` stops
+an agent dead at a fact: from the moment the fact is recorded that agent carries out nothing more, until it is
+restarted.
 
 Rule 1: `check` holds at the end of every test: one process runs the guest, never two did, and the host whose QEMU
 runs it is the one that keeps it.
@@ -13,9 +14,9 @@ runs it is the one that keeps it.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
+from vmferry.pki import authority
 from vmferry.testing.fake_director import Director
 from vmferry.testing.relay import Relay
 
 SETTLE_S = 10.0
 MakeSite = Callable[..., Awaitable["Site"]]
-_numbers = itertools.count(1)
 
 
 class JumpClock(SystemClock):
@@ -54,7 +55,17 @@ class JumpClock(SystemClock):
 class Site:
     """Hosts `a` and `b`. Lives on the test's loop; `close` ends agents and fakes."""
 
-    def __init__(self, directory: Path, profiles: dict[str, str], *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        profiles: dict[str, str],
+        *,
+        clock: Clock | None = None,
+        tls: bool = False,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """`tls`: the agents have certificates; else they speak in clear text. `settings`: by host, fields of its
+        agent's configuration."""
         self.directory = directory
         self.director = Director(directory)
         self.agents: dict[str, Agent] = {}
@@ -65,18 +76,22 @@ class Site:
         """(host, effect) in the order in which they began."""
         self.marks: list[tuple[str, str]] = []
         """Both of them in one order: (host, name)."""
-        self._profiles, self._clock = profiles, clock
+        self._profiles, self._clock, self._tls, self._settings = profiles, clock, tls, settings or {}
         self._crash: tuple[str, Fact] | None = None
         self._crashed: set[str] = set()
         self._changes: dict[str, asyncio.Event] = {}
         self._hooks: dict[tuple[str, Fact], Callable[[], object]] = {}
         self._moved = asyncio.Event()
-        number = next(_numbers)
-        self._address = f"127.{os.getpid() % 250 + 1}.{number // 250 + 1}.{number % 250 + 1}"
+        # By chance, as several runs of the tests may share a machine and no process knows of the others.
+        first, second, third = os.urandom(3)
+        self._address = f"127.{first % 250 + 1}.{second}.{third % 250 + 1}"
 
     async def start(self) -> None:
         """Agents that know each other."""
         await self.director.start()
+        if self._tls:
+            addresses = dict.fromkeys(("a", "b"), (self._address,))
+            authority.init(self.directory / "pki", addresses, now=datetime.now(UTC))
         self.relay = Relay((self._address, 7602), listen=(self._address, 7603))
         for host in ("a", "b"):
             await self._start(host)
@@ -89,11 +104,16 @@ class Site:
         if self.relay is not None:
             await asyncio.to_thread(self.relay.stop)
 
+    async def stop(self, host: str) -> None:
+        """The host has no agent, until `restart`. Its QEMUs do not notice."""
+        await self.agents.pop(host).close()
+        self._crashed.discard(host)
+
     async def restart(self, host: str) -> None:
         """A new agent on the old one's directories. Its QEMUs do not notice."""
         self._crash = None
-        await self.agents[host].close()
-        self._crashed.discard(host)
+        if host in self.agents:
+            await self.stop(host)
         await self._start(host)
 
     async def _start(self, host: str) -> None:
@@ -107,9 +127,11 @@ class Site:
                 runtime_dir=self.directory / host,
                 listen=Address(self._address, ports[host]),
                 migration_ports=(0, 0),
-                clear_text=True,
+                clear_text=not self._tls,
+                pki_dir=self.directory / "pki" / host if self._tls else None,
                 peers={other: PeerConfig(other, (Address(self._address, seen_at[other]),))},
                 qemu=str(self.director.wrapper(host, self._profiles[host])),
+                **self._settings.get(host, {}),
             ),
             clock=self._clock,
         )

@@ -43,8 +43,10 @@ async def make_site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MakeSite]:
     monkeypatch.setattr(probe_qemu, "qemu_facts", asking)
     with tempfile.TemporaryDirectory(prefix="vf") as directory:
 
-        async def make(source: str = "11.1", destination: str = "11.1", *, clock: Clock | None = None) -> Site:
-            site = Site(Path(directory), {"a": source, "b": destination}, clock=clock)
+        async def make(
+            source: str = "11.1", destination: str = "11.1", *, clock: Clock | None = None, **more: Any
+        ) -> Site:
+            site = Site(Path(directory), {"a": source, "b": destination}, clock=clock, **more)
             sites.append(site)
             await site.start()
             await site.run_vm()

@@ -97,6 +97,13 @@ def test_every_setting_can_be_given_by_name() -> None:
     )
 
 
+def test_an_agent_may_forbid_clear_text_and_then_cannot_speak_it_itself() -> None:
+    base = from_mapping(None, {"name": "host-a", "tls-only": True}, origin="file")
+    assert base == AgentConfig("host-a", tls_only=True)
+    with pytest.raises(UsageError, match="flags: clear_text and tls_only together"):
+        from_mapping(base, {"clear_text": True}, origin="flags")
+
+
 def test_flags_win_over_the_file_and_peers_are_added() -> None:
     base = from_mapping(None, {"name": "host-a", "peers": {"host-b": "10.0.0.2"}}, origin="file")
     config = from_mapping(base, {"peers": ["host-c=10.0.0.3"], "migration_ports": "0"}, origin="flags")

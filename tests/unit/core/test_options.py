@@ -194,6 +194,15 @@ def test_windows_are_explicit_sets_of_todays_statuses() -> None:
     assert {window: set(statuses) for window, statuses in OPEN.items()} == EXPECTED_OPEN
 
 
+@pytest.mark.parametrize("known", [OLD, NEW], ids=["old", "new"])
+def test_what_may_change_on_the_way_is_among_what_an_attempt_sets(known: frozenset[str]) -> None:
+    """So what was remembered before an attempt covers every change that a person makes while it runs."""
+    changing = {o.name for o in OPTIONS.values() if ask(o, S.ACTIVE, Role.SOURCE) is None}
+    options_set = made(source_known=known, destination_known=known)
+    assert changing
+    assert changing & known <= {*options_set.source_capabilities, *options_set.source_parameters}
+
+
 @pytest.mark.parametrize(
     ("name", "status", "role", "words"),
     [

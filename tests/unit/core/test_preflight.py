@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmferry.core import options, preflight
-from vmferry.core.options import Mode
+from vmferry.core.options import Mode, TlsChoice
 from vmferry.core.preflight import (
     QEMU_OVERHEAD_BYTES,
     RULES,
@@ -46,7 +46,7 @@ GUEST = GuestReport(
     disks=(DiskUse("/d"),), devices=frozenset({"virtio-net"}), has_vfio=False, blocked_reasons=(),
     run_state="running",
 )  # fmt: skip
-WISH = Wish(ports=(4000,))
+WISH = Wish(ports=(4000,), tls=TlsChoice("vmferry-tls-1", "vmferry-tls-1", "vmferry-1"))
 POST = replace(WISH, mode=Mode.POSTCOPY)
 OLD = {"qemu_version": (7, 2, 22)}
 OLD_MACHINES = {"machines": {"pc-q35-7.2": "pc-q35-7.2"}}
@@ -120,6 +120,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("postcopy-giant-pages", {"guest": {"page_bytes": GIB}, "wish": POST}, "pages of 1.0 GiB"),
     ("postcopy-huge-pages", {"guest": {"page_bytes": 2 << 20}, "wish": POST}, "pages of 2.0 MiB"),
     ("multifd-postcopy", {"source": {"qemu_version": (10, 0, 9)}, "wish": replace(POST, multifd_channels=2)}, "10.1"),
+    ("clear-text", {"wish": replace(WISH, tls=None)}, "web1's memory goes over the network in clear text"),
+    ("clear-text-forbidden", {"wish": replace(WISH, tls=None), "source": {"tls_only": True}}, "the agent of host-a"),
+    ("clear-text-forbidden", {"wish": replace(WISH, tls=None), "destination": {"tls_only": True}}, "agent of host-b"),
     ("rdma", {"wish": replace(WISH, rdma=True)}, "RDMA is refused"),
     ("option", {"wish": replace(WISH, settings={"x-colo": True})}, "x-colo is refused"),
     ("option", {"wish": replace(WISH, settings={"background-snapshot": True})}, "it makes a snapshot"),
@@ -134,6 +137,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 def test_each_rule_finds_its_case_and_nothing_else(code: str, how: dict[str, Any], words: str) -> None:
     found = [o for o in ask(**how) if not o.code.startswith("unknown-")]
     together = {"older-qemu", "disk-size"} if code in {"machine-newer", "cpu-max-emulated"} else set()
+    if code == "clear-text-forbidden":
+        together = {"clear-text"}
     assert {o.code for o in found} - together == {code}
     objection = next(o for o in found if o.code == code)
     assert words in f"{objection.message}; {objection.fix}"
@@ -159,6 +164,14 @@ def test_run_states_weigh_as_the_table_says(state: str) -> None:
 def test_vfio_and_postcopy_are_refused_before_the_start() -> None:
     assert [o.code for o in blockers(ask(guest={"has_vfio": True}, wish=POST))] == ["postcopy-vfio"]
     assert ask(guest={"has_vfio": True}) == ()
+
+
+def test_clear_text_that_was_asked_for_by_name_is_told_and_is_no_blocker_unless_an_agent_forbids_it() -> None:
+    clear = replace(WISH, tls=None)
+    assert [(o.code, o.weight) for o in ask(wish=clear)] == [("clear-text", Weight.NOTE)]
+    assert ask(source={"tls_only": True}, destination={"tls_only": True}) == ()
+    both = ask(wish=clear, source={"tls_only": True}, destination={"tls_only": True})
+    assert [o.code for o in blockers(both)] == ["clear-text-forbidden"] * 2
 
 
 def test_rdma_is_refused_unless_configured() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from vmferry.core.destination_rows import DESTINATION_ROWS
 from vmferry.core.facts import Fact, FactLog
-from vmferry.core.report import Measured, ending_error, job_wire, sentence, timeline
+from vmferry.core.report import Measured, ending_error, job_wire, place_wire, sentence, timeline
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Outcome, Row
 from vmferry.errors import (
@@ -190,3 +191,39 @@ def test_the_sentence_names_the_error_and_leaves_out_what_was_not_measured() -> 
     assert "disk is full" in failed["sentence"]
     assert "()" not in wire(Outcome.DESTINATION)["sentence"]
     assert "paused for" not in wire(Outcome.DESTINATION)["sentence"]
+
+
+# --- what the destination alone can say ------------------------------------------------------------------
+
+
+def told_there(label: str, *facts: Fact) -> dict[str, Any]:
+    row = next(row for row in DESTINATION_ROWS if row.label == label)
+    return place_wire(
+        job="j1", vm="web1", source="host-a", destination="host-b", log=log_of(*facts), row=row, error=None, over=False
+    )  # fmt: skip
+
+
+def test_the_destination_says_the_same_names_as_the_source() -> None:
+    there = told_there("D-load", F.PREPARE, F.LISTENING, F.HEADER_SEEN)
+    assert set(there) == set(wire(Outcome.PENDING, over=False))
+    json.dumps(there)
+    assert (there["status"], there["coarse"], there["row"], there["outcome"]) == (
+        "active", "moving", "D-load", "pending",
+    )  # fmt: skip
+    assert [(row["at_ms"], row["what"], row.get("status")) for row in there["timeline"]] == [
+        (0.0, "prepare", "none"), (1000.0, "listening", "setup"), (2000.0, "header-seen", "active"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("label", "begins", "ends"),
+    [
+        ("D-load", "host-b awaits web1; the agent of host-a does not answer", "bring the agent of host-a back"),
+        ("D-wait-grant", "host-b awaits web1; the agent of host-a", "the source decides, and this side waits for it."),
+        ("D-ran", "web1 runs on host-b; the agent of host-a does not answer", "it conducts the migration."),
+    ],
+)
+def test_the_destinations_sentence_says_where_the_guest_is_and_what_is_next(label: str, begins: str, ends: str) -> None:
+    text = told_there(label)["sentence"]
+    assert text.startswith(begins)
+    assert ends in text

@@ -88,6 +88,26 @@ def test_what_holds_of_a_job_is_a_matter_of_its_entries() -> None:
     assert last.ended == {"outcome": "source"}
 
 
+def test_a_cancel_that_was_refused_after_all_is_none() -> None:
+    rows = entries((Entry.WANTED, "j1", {}), (Entry.CANCEL_WANTED, "j1", {}), (Entry.CANCEL_REFUSED, "j1", {}))
+    assert [replay(rows[:length]).jobs["j1"].cancel_wanted for length in (1, 2, 3)] == [False, True, False]
+
+
+def test_a_switch_by_hand_and_the_first_value_of_each_option_are_remembered() -> None:
+    state = replay(
+        entries(
+            (Entry.WANTED, "j1", {}),
+            (Entry.POSTCOPY_WANTED, "j1", {}),
+            (Entry.OPTIONS_BEFORE, "j1", {"downtime-limit": 123}),
+            (Entry.OPTIONS_BEFORE, "j1", {"downtime-limit": 300, "max-bandwidth": 0}),
+            (Entry.WANTED, "j2", {}),
+        )
+    )
+    assert state.jobs["j1"].postcopy_wanted
+    assert state.jobs["j1"].options_before == {"downtime-limit": 123, "max-bandwidth": 0}
+    assert (state.jobs["j2"].postcopy_wanted, state.jobs["j2"].options_before) == (False, {})
+
+
 def test_a_dismissed_job_is_forgotten_and_late_entries_of_it_say_nothing() -> None:
     late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
     state = replay(entries((Entry.WANTED, "j1", {}), (Entry.DISMISSED, "j1", {}), *late))

@@ -1,0 +1,51 @@
+"""The loop of an attempt by itself, with a table of one row."""
+
+from __future__ import annotations
+
+from vmferry.agent.loop import AttemptLoop
+from vmferry.clock import SystemClock
+from vmferry.core.effects import Effect
+from vmferry.core.source_rows import SOURCE_ROWS
+from vmferry.core.table import Row
+
+GRANT = next(row for row in SOURCE_ROWS if row.do is Effect.SEND_GRANT)
+
+
+class OneRow(AttemptLoop[Effect]):
+    """Wants the grant to be sent for ever; ends once its guard was asked so often as there are answers."""
+
+    def __init__(self, *answers: bool) -> None:
+        super().__init__(job="j1", vm="web1", clock=SystemClock())
+        self.answers = list(answers)
+        self.acted: list[Effect] = []
+
+    def row(self) -> Row[Effect]:
+        return GRANT
+
+    def allows(self, effect: Effect) -> bool:
+        answer = self.answers.pop(0)
+        if not self.answers:
+            self.ended.set()
+        return answer
+
+    async def act(self, effect: Effect) -> None:
+        self.acted.append(effect)
+
+    def interruptible(self, effect: Effect) -> bool:
+        return False
+
+    def on_trouble(self, effect: Effect, error: Exception) -> None:
+        raise AssertionError(error)
+
+
+async def test_an_effect_is_carried_out_under_its_guard() -> None:
+    loop = OneRow(True, True)
+    await loop.run()
+    assert loop.acted == [Effect.SEND_GRANT]
+
+
+async def test_what_was_allowed_when_it_was_decided_is_asked_again_when_it_is_done() -> None:
+    """1. the loop finds the grant allowed and makes its task  2. a cancel is accepted  3. the task begins."""
+    loop = OneRow(True, False)
+    await loop.run()
+    assert loop.acted == []

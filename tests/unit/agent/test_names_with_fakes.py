@@ -1,0 +1,197 @@
+"""One name, one use: whoever comes second, at whatever moment and by whatever command, leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmferry.agent import peer_commands
+from vmferry.agent.claims import Claims
+from vmferry.core.facts import Fact
+from vmferry.errors import Busy, VmferryError
+from vmferry.jobs.journal import Entry
+from vmferry.testing.fake_site import MakeSite, Site
+from vmferry.vm import adopt as vm_adopt
+from vmferry.vm.adopt import AdoptedVm
+from vmferry.vm.spawn import identify
+
+
+async def asked_twice(first: Any, second: Any) -> list[Any]:
+    """Both at the same moment; what each came to."""
+    return list(await asyncio.gather(first, second, return_exceptions=True))
+
+
+def refusals(answers: list[Any]) -> list[Busy]:
+    for answer in answers:
+        assert isinstance(answer, dict | Busy), answer
+    return [answer for answer in answers if isinstance(answer, Busy)]
+
+
+def kept(site: Site, host: str) -> list[str]:
+    return [entry.subject for entry in site.agents[host].journal.read() if entry.kind is Entry.KEPT]
+
+
+def folders(site: Site, host: str, vm: str) -> list[Path]:
+    return list(site.agents[host].vm_directory.glob(f"{vm}-*"))
+
+
+def spec(site: Site, name: str) -> str:
+    path = site.directory / f"{name}.toml"
+    path.write_text(f'name = "{name}"\nmemory = "32M"\nmachine = "pc-q35-7.2"\naccel = "tcg"\n')
+    return str(path)
+
+
+@contextmanager
+def by_hand(site: Site, name: str) -> Iterator[str]:
+    """A QEMU that somebody else started on `a`; gives the path of its monitor."""
+    path = site.directory / f"{name}.qmp"
+    words = ["-name", name, "-machine", "pc-q35-7.2", "-m", "32M", "-nodefaults"]
+    words += ["-chardev", f"socket,id=vmferry-qmp,path={path},server=on,wait=off", "-mon", "chardev=vmferry-qmp"]
+    process = subprocess.Popen([str(site.director.wrapper("a", "11.1")), *words])
+    try:
+        yield str(path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def adopted(path: str) -> AdoptedVm:
+    """What `vm.adopt` finds, for a program that is no QEMU."""
+    pid = vm_adopt.listener_pid(path)
+    words = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    words = words[words.index("vmferry.testing.fake_qemu") :]
+    identity = identify(pid)
+    assert identity is not None
+    return vm_adopt.from_cmdline(words, program="qemu-system-x86_64", cwd="/", identity=identity)
+
+
+def test_a_claim_is_held_for_the_time_of_its_block_and_names_what_is_being_done() -> None:
+    claims = Claims()
+    with claims.hold("web1", "started"):
+        assert claims.doing("web1") == "started"
+        with pytest.raises(Busy, match="web1 is being started at this very moment"), claims.hold("web1", "awaited"):
+            pass
+        assert claims.doing("web1") == "started", "who was refused leaves the claim alone"
+        with claims.hold("db1", "taken over"):
+            assert claims.doing("db1") == "taken over"
+    with pytest.raises(RuntimeError), claims.hold("web1", "started"):
+        raise RuntimeError
+    assert (claims.doing("web1"), claims.doing("db1")) == ("", "")
+
+
+async def test_of_two_runs_of_one_spec_at_the_same_moment_one_wins(make_site: MakeSite) -> None:
+    site = await make_site()
+    path = spec(site, "web1")
+    answers = await asked_twice(site.command("a", "vm-run", path=path), site.command("a", "vm-run", path=path))
+    assert [str(error) for error in refusals(answers)] == ["web1 is being started at this very moment"]
+    assert len(site.director.running("web1")) == len([p for p in site.director.puppets if p.vm == "web1"]) == 1
+    assert kept(site, "a").count("web1") == len(folders(site, "a", "web1")) == 1
+    with pytest.raises(Busy, match="has a VM named web1 already"):
+        await site.command("a", "vm-run", path=path)
+
+
+async def test_of_two_runs_on_two_hosts_at_the_same_moment_at_most_one_wins(make_site: MakeSite) -> None:
+    """1. each host claims the name  2. each asks the other  3. a host that hears of a claim does not go on."""
+    site = await make_site()
+    path = spec(site, "web1")
+    answers = await asked_twice(site.command("a", "vm-run", path=path), site.command("b", "vm-run", path=path))
+    refused = refusals(answers)
+    assert refused
+    assert all("web1" in str(error) for error in refused)
+    running = [p.host for p in site.director.running("web1")]
+    assert len(running) == 2 - len(refused)
+    for host in ("a", "b"):
+        assert len(folders(site, host, "web1")) == kept(site, host).count("web1") == running.count(host)
+
+
+async def test_a_run_that_qemu_refuses_leaves_nothing_and_frees_the_name(make_site: MakeSite) -> None:
+    site = await make_site()
+    path = spec(site, "web1")
+    site.director.script("a", cont="a disk is locked")
+    with pytest.raises(VmferryError, match="a disk is locked"):
+        await site.command("a", "vm-run", path=path)
+    assert folders(site, "a", "web1") == []
+    site.director.script("a")
+    await site.command("a", "vm-run", path=path)
+    assert len(site.director.running("web1")) == 1
+
+
+async def test_of_two_adopts_of_one_name_at_the_same_moment_one_wins(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm_adopt, "adopt", adopted)
+    site = await make_site()
+    with by_hand(site, "one") as one, by_hand(site, "two") as two:
+        await site.director.reached("a", "start", times=3)
+        answers = await asked_twice(
+            site.command("a", "vm-adopt", vm="old", qmp=one), site.command("a", "vm-adopt", vm="old", qmp=two)
+        )
+        assert [str(error) for error in refusals(answers)] == ["old is being taken over at this very moment"]
+        assert kept(site, "a").count("old") == 1
+        assert len(site.director.running("one")) == len(site.director.running("two")) == 1
+
+
+async def test_of_two_names_for_one_qemu_at_the_same_moment_one_wins(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    with by_hand(site, "one") as path:
+        await site.director.reached("a", "start", times=2)
+        found = adopted(path)
+        monkeypatch.setattr(vm_adopt, "adopt", lambda _: found)
+        answers = await asked_twice(
+            site.command("a", "vm-adopt", vm="old", qmp=path), site.command("a", "vm-adopt", vm="new", qmp=path)
+        )
+        assert [str(error) for error in refusals(answers)] == [
+            f"process {found.identity.pid} is being taken over at this very moment"
+        ]
+        assert len(kept(site, "a")) == 2, "the guest of the site, and this one"
+
+
+def place(site: Site, job: str) -> dict[str, Any]:
+    definition = site.agents["a"].vms["g"].definition.to_wire()
+    return {"vm": "g", "job": job, "source": "a", "generation": 2, "definition": definition,
+            "commands": [], "expected": {}}  # fmt: skip
+
+
+async def test_of_two_places_for_one_name_at_the_same_moment_one_is_made(make_site: MakeSite) -> None:
+    site = await make_site()
+    prepare = peer_commands.COMMANDS["peer-prepare"]  # by itself: two agents ask over two links
+    answers = await asked_twice(
+        prepare(site.agents["b"], "a", place(site, "j1")), prepare(site.agents["b"], "c", place(site, "j2"))
+    )
+    assert [error.side for error in refusals(answers)] == ["destination"]
+    made = [entry.subject for entry in site.agents["b"].journal.read() if entry.kind is Entry.PLACE_WANTED]
+    assert made == list(site.agents["b"].places)
+    assert len(made) == len(folders(site, "b", "g")) == 1
+    order = {"job": made[0], "generation": 2}
+    assert (await site.agents["a"].peers.link("b").call("peer-release", order))["gone"]
+
+
+async def test_a_guest_is_not_awaited_where_its_name_is_being_used(make_site: MakeSite) -> None:
+    site = await make_site()
+    with site.agents["b"].claims.hold("g", "started"):
+        attempt = await site.migrate()
+        await site.settle()
+    assert "g is being started at this very moment" in str(attempt.wire()["error"])
+    assert site.agents["b"].places == {}
+    await site.check("a")
+    await site.migrate()
+    await site.settle()
+    await site.check("b")
+
+
+async def test_a_name_is_not_used_where_a_guest_is_awaited(make_site: MakeSite) -> None:
+    site = await make_site()
+    with site.agents["b"].claims.hold("web1", "awaited"):
+        for host, where in (("b", ""), ("a", "on b, ")):
+            with pytest.raises(Busy, match=f"^{where}web1 is being awaited at this very moment"):
+                await site.command(host, "vm-run", path=spec(site, "web1"))
+    assert [p.vm for p in site.director.puppets] == ["g"]
+    assert Fact.MIGRATE not in [fact for _, fact in site.noted]

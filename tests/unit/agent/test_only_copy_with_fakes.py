@@ -1,0 +1,234 @@
+"""What may be the only copy of a guest is given up by nobody: not for silence, not for an error, not for a name."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from vmferry.agent import peer_commands, source_act
+from vmferry.agent.source import SourceAttempt
+from vmferry.core.effects import Effect
+from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
+from vmferry.errors import Busy
+from vmferry.jobs.journal import Entry
+from vmferry.testing.fake_site import MakeSite, Site
+
+LOCK = 'Failed to get "write" lock'
+
+
+def answered(attempt: SourceAttempt, words: str) -> asyncio.Event:
+    """Set once an effect of the attempt has failed with these words."""
+    heard = asyncio.Event()
+    on_trouble = attempt.on_trouble
+
+    def hearing(effect: Effect, error: Exception) -> None:
+        on_trouble(effect, error)
+        if words in str(error):
+            heard.set()
+
+    attempt.on_trouble = hearing  # type: ignore[method-assign]
+    return heard
+
+
+async def forgets_everything(site: Site, host: str) -> None:
+    """Its agent starts anew with an empty journal; its QEMUs live on."""
+    await site.stop(host)
+    for path in (site.directory / f"s{host}").glob("journal*"):
+        path.unlink()
+    await site.restart(host)
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.proves("S36", "S42", "S58")
+async def test_a_destination_that_forgot_the_job_after_the_grant_proves_nothing(make_site: MakeSite, mode: str) -> None:
+    """1. the grant may have arrived  2. the destination's agent loses its journal  3. it is asked what it knows."""
+    site = await make_site()
+    site.director.script("a", {"pages": "hold"})
+    site.when("a", Fact.GRANT_SENT, site.part)
+    attempt = await site.migrate(mode=mode)
+    heard = answered(attempt, "knows nothing of job")
+    await site.until_outcome(attempt, Outcome.UNCERTAIN)
+    await forgets_everything(site, "b")
+    site.join()
+    async with asyncio.timeout(10):
+        await heard.wait()
+    assert attempt.outcome() is Outcome.UNCERTAIN
+    assert "knows nothing of job" in attempt.wire()["trouble"]
+    assert not {Fact.TARGET_GONE, Fact.SOURCE_RESUMED} & {entry.fact for entry in attempt.facts}
+    assert site.agents["b"].known_jobs == {}, "and it has promised nothing"
+    assert site.director.running("g") == []
+    assert [p.is_gone for p in site.director.puppets] == [False, False]
+
+
+async def test_a_destination_that_forgot_the_job_before_the_grant_renounces_it(make_site: MakeSite) -> None:
+    """Nobody was ever told to run: that it never will is then true, and written down."""
+    site = await make_site()
+    site.director.script("a", {"active": "hold"})
+    attempt = await site.migrate()
+    await site.director.reached("a", "active")
+    await forgets_everything(site, "b")
+    await site.command("a", "vm-cancel", vm="g")
+    await site.noted_by("a", Fact.TARGET_GONE)
+    await site.settle()
+    assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("cancelled", "source")
+    kinds = [entry.kind for entry in site.agents["b"].journal.read() if entry.subject == attempt.job]
+    assert Entry.RENOUNCED in kinds
+    assert [p.host for p in site.director.running("g")] == ["a"]
+
+
+async def refused_without_a_source(site: Site) -> SourceAttempt:
+    """The destination has every page and is refused its disk; the source's process is gone by then."""
+    site.director.script("b", {"cont": "hold"}, cont=LOCK)
+    attempt = await site.migrate()
+    await site.director.reached("b", "cont")
+    await site.director.kill(site.director.newest("a"))
+    await site.noted_by("a", Fact.SOURCE_GONE)
+    site.director.script("b", cont=LOCK)  # later tries need not wait
+    site.director.go("b", "cont")
+    await site.noted_by("a", Fact.START_REFUSED)
+    return attempt
+
+
+@pytest.mark.proves("S40", "S42", "S53", "S58")
+async def test_a_refused_start_does_not_cost_the_only_copy(make_site: MakeSite) -> None:
+    site = await make_site()
+    attempt = await refused_without_a_source(site)
+    await site.until(lambda: attempt.facts.last_round(Fact.START_REFUSED) > 1)  # so it is tried again
+    assert attempt.outcome() is Outcome.HELD
+    assert Fact.ERROR not in attempt.facts
+    assert Fact.RELEASE not in site.place().facts
+    assert not site.director.newest("b", incoming=True).is_gone
+    site.director.script("b")
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    await site.check("b")
+
+
+@pytest.mark.proves("S42", "S53", "S58")
+async def test_an_error_after_the_grant_does_not_cost_the_only_copy(make_site: MakeSite) -> None:
+    site = await make_site()
+    attempt = await refused_without_a_source(site)
+    attempt.fail(OSError("whatever it is"))
+    await site.until_outcome(attempt, Outcome.HELD)
+    assert attempt.row().label == "F-back-granted"
+    assert attempt.row().do is None
+    assert "keep the destination's QEMU" in attempt.wire()["action"]
+    assert Fact.RELEASE not in site.place().facts
+    assert not site.director.newest("b", incoming=True).is_gone
+
+
+async def test_a_name_is_not_free_while_the_job_of_its_vm_is_not_settled(make_site: MakeSite) -> None:
+    """The QEMU here is gone, so nothing but the job keeps the name from being taken for free."""
+    site = await make_site()
+    await refused_without_a_source(site)
+    with pytest.raises(Busy, match="g has a migration to b that is not settled"):
+        await site.run_vm()
+    assert [p.host for p in site.director.puppets] == ["a", "b"]
+    site.director.script("b")
+    await site.settle()
+    await site.check("b")
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+async def test_a_qemu_that_was_left_behind_after_its_guest_was_given_away_is_ended(
+    make_site: MakeSite, mode: str
+) -> None:
+    """1. the guest runs on b with every page  2. a writes that it keeps it no more  3. before it ends its QEMU, a's
+    agent dies."""
+    site = await make_site()
+    journal = site.agents["a"].journal
+    append = journal.append
+    given_away = asyncio.Event()
+
+    async def dying(kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        await append(kind, subject, body)
+        if kind is Entry.FORGOTTEN:
+            given_away.set()
+            await asyncio.Event().wait()
+
+    journal.append = dying  # type: ignore[method-assign]
+    attempt = await site.migrate(mode=mode)
+    async with asyncio.timeout(10):
+        await given_away.wait()
+    left = site.director.newest("a")
+    await site.stop("a")
+    assert not left.is_gone
+    await site.restart("a")
+    await site.director.until(lambda: left.is_gone)
+    assert site.result(attempt.job)["outcome"] == "destination"
+    await site.settle()
+    await site.check("b")
+
+
+async def loaded_and_never_told(site: Site) -> SourceAttempt:
+    """The destination has every page; before it is told to run, the source loses agent and QEMU."""
+    site.crash_at("a", Fact.GRANT_SENT)
+    attempt = await site.migrate()
+    await site.noted_by("a", Fact.GRANT_SENT)
+    await site.noted_by("b", Fact.LOADED)
+    await site.director.kill(site.director.newest("a"))
+    await site.until(lambda: attempt.machine.is_gone)
+    return attempt
+
+
+@pytest.mark.proves("S53")
+async def test_a_place_that_has_loaded_is_not_released_for_a_source_that_is_gone(make_site: MakeSite) -> None:
+    site = await make_site()
+    attempt = await loaded_and_never_told(site)
+    await source_act.act(attempt, Effect.RELEASE_TARGET)
+    assert Fact.TARGET_GONE not in attempt.facts
+    assert Fact.LOADED in attempt.facts
+    assert Fact.RELEASE not in site.place().facts
+    assert not site.director.newest("b").is_gone
+
+
+async def asks_whether_it_is_wanted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place of `b` has heard nothing for too long, asks, and has its answer."""
+    asked = asyncio.Event()
+    answer = peer_commands.COMMANDS["peer-wanted"]
+
+    async def hearing(*question: Any) -> Any:
+        asked.set()
+        return await answer(*question)
+
+    monkeypatch.setitem(peer_commands.COMMANDS, "peer-wanted", hearing)
+    place = site.place()
+    place.heard_source_s = float("-inf")
+    place.wake()
+    async with asyncio.timeout(10):
+        await asked.wait()
+    await site.agents["b"].peers.link("a").call("peer-has", {"vm": "g"})  # the answer before it has been read, too
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+@pytest.mark.proves("S53")
+async def test_a_place_stays_wanted_when_the_source_cannot_say_that_the_guest_is_there(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, forgets: bool
+) -> None:
+    site = await make_site()
+    await loaded_and_never_told(site)
+    await (forgets_everything(site, "a") if forgets else site.restart("a"))
+    await asks_whether_it_is_wanted(site, monkeypatch)
+    assert Fact.RELEASE not in site.place().facts
+    assert site.place().row().label == "D-wait-grant"
+    assert not site.director.newest("b").is_gone
+
+
+async def test_a_place_that_was_left_behind_is_released_when_the_guest_runs_at_the_source(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. the place is made  2. the source's agent restarts, and the link breaks  3. the job ends as never begun."""
+    site = await make_site()
+    site.crash_at("a", Fact.PREPARED)
+    await site.migrate()
+    await site.noted_by("a", Fact.PREPARED)
+    site.part()
+    await site.restart("a")
+    await site.until(lambda: site.attempt().job in site.agents["a"].results)
+    assert not site.place().ended.is_set()
+    await asks_whether_it_is_wanted(site, monkeypatch)
+    await site.settle()
+    await site.check("a")

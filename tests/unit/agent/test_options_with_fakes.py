@@ -1,0 +1,86 @@
+"""A QEMU that stays has the options that it had before somebody wanted to move its guest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vmferry.agent.source_act import read_options
+from vmferry.core.facts import Fact
+from vmferry.jobs.journal import Entry
+from vmferry.testing.fake_site import MakeSite, Site
+
+OWN = {"downtime-limit": 123, "max-bandwidth": 7_000_000, "announce-rounds": 3}
+
+
+async def options(site: Site) -> dict[str, Any]:
+    return await read_options(site.agents["a"].vms["g"].require_machine())
+
+
+async def as_its_owner_had_it(site: Site) -> dict[str, Any]:
+    """Options that are not QEMU's defaults, as somebody who started it by hand may have set them."""
+    machine = site.agents["a"].vms["g"].require_machine()
+    await machine.execute("migrate-set-capabilities", {"capabilities": [{"capability": "xbzrle", "state": True}]})
+    await machine.execute("migrate-set-parameters", OWN)
+    return await options(site)
+
+
+@pytest.mark.parametrize("ends", ["cancel", "error"])
+@pytest.mark.parametrize("fact", [Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED, Fact.SETUP_DONE, Fact.SWITCHOVER])
+async def test_options_are_put_back_by_an_agent_that_was_started_since(
+    make_site: MakeSite, fact: Fact, ends: str
+) -> None:
+    site = await make_site()
+    before = await as_its_owner_had_it(site)
+    if ends == "error":
+        site.director.script("b", {"in-loaded": "fail"})
+    site.crash_at("a", fact)
+    await site.migrate(settings=["downtime-limit=250ms"])
+    await site.noted_by("a", fact)
+    assert await options(site) != before
+    if ends == "cancel":
+        await site.command("a", "vm-cancel", vm="g")
+    await site.restart("a")
+    await site.settle()
+    assert site.attempt().wire()["status"] == ("cancelled" if ends == "cancel" else "failed")
+    assert await options(site) == before
+    await site.check("a")
+
+
+async def test_what_they_were_is_durable_before_the_first_one_changes(make_site: MakeSite) -> None:
+    site = await make_site()
+    before = await as_its_owner_had_it(site)
+    journal = site.agents["a"].journal
+    append = journal.append
+    seen: list[dict[str, Any]] = []
+
+    async def looking(kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        await append(kind, subject, body)
+        if kind is Entry.OPTIONS_BEFORE:
+            seen.append(await options(site))
+
+    journal.append = looking  # type: ignore[method-assign]
+    await site.migrate(settings=["downtime-limit=250ms"])
+    await site.settle()
+    assert seen == [before]
+    written = [entry.body for entry in journal.read() if entry.kind is Entry.OPTIONS_BEFORE]
+    assert len(written) == 1
+    assert written[0].items() <= before.items()
+    assert {"xbzrle", *OWN} <= set(written[0])
+
+
+async def test_an_option_that_is_changed_on_the_way_is_put_back_too(make_site: MakeSite) -> None:
+    """Also when the agent that knew the plan is gone."""
+    site = await make_site()
+    before = await as_its_owner_had_it(site)
+    site.director.script("a", {"active": "hold"})
+    await site.migrate()
+    await site.director.reached("a", "active")
+    await site.restart("a")
+    await site.command("a", "vm-set", vm="g", settings=["max-bandwidth=2M"])
+    assert (await options(site))["max-bandwidth"] != before["max-bandwidth"]
+    await site.command("a", "vm-cancel", vm="g")
+    await site.settle()
+    assert await options(site) == before
+    await site.check("a")

@@ -1,0 +1,103 @@
+"""What people ask for while a migration runs, against the disk, the grant, and a restart of the source's agent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
+from vmferry.errors import CancelRefused, OptionLocked
+from vmferry.jobs.journal import Entry
+from vmferry.testing.fake_site import MakeSite, Site
+
+
+def hold_after(site: Site, held: Entry, fact: Fact) -> asyncio.Event:
+    """The disk of `a` takes an entry of this kind, and whoever wrote it hears so only after the fact. The event is set
+    once the entry is there."""
+    journal = site.agents["a"].journal
+    append = journal.append
+    written = asyncio.Event()
+
+    async def slow(kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        await append(kind, subject, body)
+        if kind is held:
+            written.set()
+            await site.noted_by("a", fact)
+
+    journal.append = slow  # type: ignore[method-assign]
+    return written
+
+
+def written(site: Site) -> list[Entry]:
+    return [entry.kind for entry in site.agents["a"].journal.read()]
+
+
+@pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.proves("S13", "S34")
+async def test_a_cancel_that_the_grant_overtook_is_refused_for_good(make_site: MakeSite, mode: str) -> None:
+    """1. the cancel is written  2. the grant goes out, and the link breaks  3. the cancel is refused  4. the source's
+    agent restarts  5. the link is back."""
+    site = await make_site()
+    asked: list[asyncio.Task[object]] = []
+    hold_after(site, Entry.CANCEL_WANTED, Fact.GRANT_SENT)
+    site.when("a", Fact.COMMITTED, lambda: asked.append(asyncio.create_task(site.command("a", "vm-cancel", vm="g"))))
+    site.when("a", Fact.GRANT_SENT, site.part)
+    attempt = await site.migrate(mode=mode)
+    await site.until_outcome(attempt, Outcome.UNCERTAIN)
+    with pytest.raises(CancelRefused, match="the migration goes forward"):
+        await asked[0]
+    assert Entry.CANCEL_WANTED in written(site)
+    await site.restart("a")
+    assert Fact.CANCEL not in site.attempt().facts
+    site.join()
+    await site.settle()
+    assert site.attempt().wire()["status"] == "completed"
+    await site.check("b")
+
+
+@pytest.mark.proves("S13")
+async def test_a_cancel_that_was_accepted_outlives_a_restart(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"active": "hold"})
+    await site.migrate()
+    await site.director.reached("a", "active")
+    site.crash_at("a", Fact.CANCEL)
+    await site.command("a", "vm-cancel", vm="g")
+    await site.restart("a")
+    await site.settle()
+    assert (site.attempt().wire()["status"], site.attempt().wire()["outcome"]) == ("cancelled", "source")
+    await site.check("a")
+
+
+@pytest.mark.proves("S21")
+async def test_a_switch_to_postcopy_by_hand_outlives_a_restart(make_site: MakeSite) -> None:
+    site = await make_site("7.2")  # a newer one stops a TCG guest first and switches at once
+    site.crash_at("a", Fact.START_POSTCOPY)
+    attempt = await site.migrate(mode="postcopy", postcopy_after_passes=1_000_000)
+    await site.noted_by("a", Fact.SETUP_DONE)
+    await site.command("a", "vm-start-postcopy", vm="g")
+    await site.command("a", "vm-start-postcopy", vm="g")
+    assert written(site).count(Entry.POSTCOPY_WANTED) == 1
+    assert Fact.POSTCOPY_TOLD not in attempt.facts
+    await site.restart("a")
+    await site.settle()
+    assert Fact.PACKAGE_SENT in site.attempt().facts
+    assert site.attempt().wire()["status"] == "completed"
+    await site.check("b")
+
+
+async def test_a_precopy_is_not_switched_by_hand_before_a_restart_nor_after_it(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"active": "hold"})
+    await site.migrate()
+    await site.director.reached("a", "active")
+    for _ in range(2):
+        with pytest.raises(OptionLocked, match="was started as precopy"):
+            await site.command("a", "vm-start-postcopy", vm="g")
+        await site.restart("a")
+    site.director.go("a", "active")
+    await site.settle()
+    await site.check("b")
