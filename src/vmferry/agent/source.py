@@ -262,7 +262,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         due = self.clock.now_s() - self._polled_s >= (POLL_S if moving else 1.0)
         try:
             if self._stale or (due and self._may_ask(view.source)):
-                await self._ask_word()
+                await self.ask_word()
             if self._cpus_matter() and self._run_state is None:
                 heard = self._events_heard
                 state = await self.machine.run_state(deadline_s=SILENT_S)
@@ -287,7 +287,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             return False
         return Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
 
-    async def _ask_word(self) -> None:
+    async def ask_word(self) -> None:
+        """Hears QEMU's word and counters anew. Raises QmpTimeout or QemuError; nothing is known then."""
         # Before the question: what an event or somebody else makes due meanwhile stays due.
         self._polled_s = self.clock.now_s()
         self._stale = False

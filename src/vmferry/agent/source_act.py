@@ -277,7 +277,14 @@ async def _reconnect(attempt: SourceAttempt) -> None:
 
 
 async def _cancel_source(attempt: SourceAttempt) -> None:
-    """First the polite way; a QEMU that hangs, or is still at it when asked again, loses its channel."""
+    """First the polite way; a QEMU that hangs, or is still at it when asked again, loses its channel.
+
+    A refusal may be right, and then a cut would do harm:
+
+    1. the package is on its way, a cancel is accepted  2. the destination's proof arrives: postcopy-active
+    3. migrate_cancel is refused  4. a cut would leave the source in postcopy-paused, and if the last page had just
+    arrived, with a destination that takes no recovery. Without it the source completes, and goes on from there.
+    """
     attempt.cancel_tries += 1
     machine = attempt.machine
     polite = attempt.cancel_tries == 1
@@ -288,7 +295,8 @@ async def _cancel_source(attempt: SourceAttempt) -> None:
     except QmpCommandError as error:
         log.warning("job=%s vm=%s command=migrate_cancel result=%s", attempt.job, attempt.vm, error)
         polite = False
-    if not polite:
+        await attempt.ask_word()
+    if not polite and attempt.allows(Effect.CANCEL_SOURCE):
         await cut(attempt)
     attempt.refresh()
 
