@@ -97,8 +97,7 @@ class QemuPeer:
         self.log = (self.folder / "log").open("w+b")
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         try:
-            self._until((self.folder / "qmp").exists, "its QMP socket", START_S)
-            self.qmp = BlockingClient(str(self.folder / "qmp"), name=f"QEMU {version}")
+            self._until(self._connect, "QMP", START_S)
             if touch_mib and not incoming:
                 self.until_passes(1)
         except BaseException:
@@ -196,6 +195,16 @@ class QemuPeer:
     def is_alive(self, timeout_s: float = WAIT_S) -> bool:
         """Whether the guest goes on: true once it has done two more passes. Raises AssertionError if it does not."""
         self.until_passes(self.passes + 2, timeout_s)
+        return True
+
+    def _connect(self) -> bool:
+        """Whether QMP answers; a moment after the socket has appeared, QEMU does not listen yet."""
+        if not (self.folder / "qmp").exists():
+            return False
+        try:
+            self.qmp = BlockingClient(str(self.folder / "qmp"), name=f"QEMU {self.version}")
+        except QmpDisconnected:
+            return False
         return True
 
     def _until(self, is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
