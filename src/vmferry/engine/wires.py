@@ -43,7 +43,7 @@ class Waker:
 
     def wake(self) -> None:
         """Ends the present wait, or the next one."""
-        with contextlib.suppress(BlockingIOError, OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.eventfd_write(self.fd, 1)
 
     def clear(self) -> None:
