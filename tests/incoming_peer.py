@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from tests.wire_streams import BLOCK, ROM, SIZE, devices_of_a_pc, join, opening, pages, part
 from vmferry.core.facts import Fact
 from vmferry.engine.image import Image
-from vmferry.engine.incoming import Incoming, IncomingOptions, IncomingOutcome
+from vmferry.engine.incoming import Incoming, IncomingOutcome
+from vmferry.engine.shared import IncomingOptions
 from vmferry.wire.encode import encode_package
 from vmferry.wire.events import (
     NEED_DATA,
@@ -72,13 +75,14 @@ class Source:
 
     def listen(self) -> bool:
         """Takes what comes next; False at the end."""
-        self.sock.settimeout(WAIT_S)
+        # Never by a timeout of the socket: that makes it non-blocking for the thread that sends, too.
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        assert poll.poll(WAIT_S * 1000), f"the endpoint says nothing; it said {self.heard}"
         try:
             data = self.sock.recv(65536)
         except ConnectionResetError:
             return False
-        finally:
-            self.sock.settimeout(None)
         self._decoder.feed(data)
         while (event := self._decoder.next()) is not NEED_DATA:
             self.heard.append(event)
@@ -124,6 +128,13 @@ class Rig:
         found = self.incoming.ledger.wait(*facts, timeout_s=WAIT_S, round_no=round_no)
         assert found is not None, [each.fact.value for each in self.incoming.ledger.log]
         return found
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        """Until something is so that no fact tells of."""
+        until_s = time.monotonic() + WAIT_S
+        while not is_so():
+            assert time.monotonic() < until_s
+            time.sleep(0.002)
 
     def facts(self) -> list[str]:
         """All facts so far."""
