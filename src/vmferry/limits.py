@@ -137,3 +137,6 @@ ENGINE_ACCEPT_AGAIN_S = 0.1
 
 # The largest guest that an endpoint believes in, unless its owner knows better: its maps take a byte per page.
 ENGINE_GUEST_BYTES_MAX = 1 << 44
+
+# Pages side by side that are worth a read of their own, straight to their place, instead of a copy from a slab.
+ENGINE_DIRECT_PAGES = 8

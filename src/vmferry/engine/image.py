@@ -142,6 +142,17 @@ class ImageBlock:
         else:
             where = _numbers(offsets)
         self.pages[where] = pages
+        self._mark(where)
+
+    def place(self, first: int, count: int) -> memoryview:
+        """Where the content of these pages lies, for a reader that writes it without a copy and then says `placed`."""
+        return self.pages[first : first + count].reshape(-1).data
+
+    def placed(self, first: int, count: int) -> None:
+        """The content of these pages is there."""
+        self._mark(slice(first, first + count))
+
+    def _mark(self, where: slice | npt.NDArray[np.intp]) -> None:
         self.touched[where] = True
         self.have[where] = True
         self.dirty[where] = True
@@ -204,6 +215,13 @@ class ImageBlock:
         """Takes all memory now, for measurements: the first touch of a page is slow and varies."""
         assert not self.have.any()
         self.pages[:] = 0
+
+
+def leading_run(offsets: npt.NDArray[np.uint64]) -> int:
+    """How many of these pages, from the first on, lie side by side."""
+    if _is_ascending(offsets):
+        return len(offsets)
+    return int((offsets[1:] - offsets[:-1] != PAGE_BYTES).argmax()) + 1
 
 
 def _numbers(offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:

@@ -12,7 +12,7 @@ Rule 3: whatever happens, `run` returns; what went wrong with a channel of ours 
 from __future__ import annotations
 
 from vmferry import limits
-from vmferry.engine.image import ImageBlock, Pages
+from vmferry.engine.image import PAGE_BYTES, ImageBlock, Pages, leading_run
 from vmferry.engine.shared import Shared
 from vmferry.engine.wires import Gone, Wire
 from vmferry.errors import VmferryError
@@ -71,13 +71,20 @@ class SideIntake:
         slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
         is_over = self._digest(memoryview(self._first))
         while not is_over and not self.shared.stopping.is_set():
-            count = self.wire.read_much(slab)
+            count = self.wire.read_much(slab[: self._wanted_bytes()])
             if count is None:
                 self.wire.wait(readable=True)
             elif count == 0:
                 return
             else:
                 is_over = self._digest(slab[:count])
+                self._read_past_slab()
+
+    def _wanted_bytes(self) -> int:
+        return limits.ENGINE_SLAB_BYTES
+
+    def _read_past_slab(self) -> None:
+        """Reads what needs no look to where it belongs."""
 
     def _digest(self, data: memoryview) -> bool:
         raise NotImplementedError
@@ -132,6 +139,36 @@ class MultifdIntake(SideIntake):
                 self._on_introduction(channel)
             case MultifdPages():
                 raise AssertionError
+
+    def _wanted_bytes(self) -> int:
+        return self._decoder.wanted_bytes
+
+    def _read_past_slab(self) -> None:
+        """Plain pages that lie side by side go from the socket to their place: half of the work is copying."""
+        while (plain := self._decoder.plain_pages()) is not None:
+            count = leading_run(plain[1])
+            if count < limits.ENGINE_DIRECT_PAGES:
+                return
+            self._read_to_place(self._block_of(plain[0]), int(plain[1][0]) // PAGE_BYTES, count)
+
+    def _read_to_place(self, block: ImageBlock, first: int, count: int) -> None:
+        place, done, marked = block.place(first, count), 0, 0
+        while marked < count:
+            got = self.wire.read_much(place[done:])
+            if got == 0:
+                raise Gone("closed in the middle of a packet")
+            if got is None:
+                self.wire.wait(readable=True)
+                continue
+            done += got
+            self._counters.bytes += got
+            whole = done // PAGE_BYTES - marked
+            block.placed(first + marked, whole)
+            marked += whole
+        self._counters.pages += count
+        self._decoder.skip_pages(count)
+        self._left -= count
+        self._sync_if_due()
 
     def _on_introduction(self, channel: int) -> None:
         if not self.shared.barrier.introduce(channel):
