@@ -86,7 +86,7 @@ class Wire:
                 self._tls = self._sock = tls.wrap_socket(
                     sock, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
                 )
-            except (OSError, ValueError):
+            except BaseException:
                 self._cutter.close()
                 raise
         self._poll = select.poll()
