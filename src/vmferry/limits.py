@@ -135,3 +135,25 @@ ENGINE_SERVICE_TIMES_MAX = 100_000
 
 # A precopy ends when fewer pages than this are left and the image is not being filled any more: 4 ms of work.
 ENGINE_LAST_ROUND_PAGES = 4096
+
+# What is said to a source that does not listen: so many messages wait, then nothing more is read from it. A request
+# has 300 bytes at most.
+ENGINE_WORDS_MAX = 256
+
+# Page requests that wait for their turn one by one; when there are more, only the map of them is kept.
+ENGINE_REQUESTS_MAX = 4096
+
+# QEMU sources were seen to take requests of 1 MiB.
+ENGINE_REQUEST_BYTES_MAX = 1 << 20
+
+# Pages of the preempt channel may come after the end of the main channel, but they left the source before it.
+ENGINE_STRAGGLERS_S = 5.0
+
+# A listener without descriptors for another connection: a look at whether there are some again.
+ENGINE_ACCEPT_AGAIN_S = 0.1
+
+# The largest guest that an endpoint believes in, unless its owner knows better: its maps take a byte per page.
+ENGINE_GUEST_BYTES_MAX = 1 << 44
+
+# Pages side by side that are worth a read of their own, straight to their place, instead of a copy from a slab.
+ENGINE_DIRECT_PAGES = 8

@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 An `Image` holds RAM blocks, each in a memory file of its own, with one map per question: which pages are here
 (`have`), which of them may hold something else than zeros (`touched`), which were changed since they were last
-sent (`dirty`), which have left for good (`sent`). An incoming endpoint fills it, an outgoing one sends it, and both
-may work on the same image at the same time.
+sent (`dirty`), which have left for good (`sent`), which the source took back and must send again (`owed`). An
+incoming endpoint fills it, an outgoing one sends it, and both may work on the same image at the same time.
 
 Rule 1: a map is an array of bytes, one per page, not of bits. Setting one byte is one store, so threads that work on
         different pages never take each other's marks back, and no lock is on the path of a page.
@@ -13,8 +13,8 @@ Rule 2: who writes a page writes its content first, then `touched`, then `have`,
         its `dirty` mark first and reads its content afterwards. So a page that changes while it is sent is sent again:
             1. the sender clears dirty   2. the sender reads old content   3. the writer writes new content
             4. the writer sets dirty     5. the sender finds the mark in its next round
-Rule 3: each map has one kind of writer: `have`, `touched` and `dirty` (set) the incoming side, `sent` and `dirty`
-        (clear) the outgoing side.
+Rule 3: each map has one kind of writer: `have`, `touched`, `owed` and `dirty` (set) the incoming side, `sent` and
+        `dirty` (clear) the outgoing side.
 Rule 4: a page that is not here is never read; a page that was discarded is not here.
 """
 
@@ -54,9 +54,14 @@ class MemoryFile:
     """Pages in an anonymous memory file, mapped. Unwritten pages are zero and take no memory."""
 
     def __init__(self, name: str, size_bytes: int) -> None:
-        self.fd = os.memfd_create(f"vmferry {name}", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, size_bytes)
-        self._map = mmap.mmap(self.fd, size_bytes)
+        # The kernel takes 249 bytes of a name; a block's may have 255.
+        self.fd = os.memfd_create(f"vmferry {name}"[:120], os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self.fd, size_bytes)
+            self._map = mmap.mmap(self.fd, size_bytes)
+        except OSError:
+            os.close(self.fd)
+            raise
         self.pages: Pages = np.frombuffer(self._map, np.uint8).reshape(-1, PAGE_BYTES)
 
     def read(self, first: int, count: int) -> Pages:
@@ -110,6 +115,7 @@ class ImageBlock:
         self.touched: Map = np.zeros(self.count, np.bool_)
         self.sent: Map = np.zeros(self.count, np.bool_)
         self.dirty: Map = np.zeros(self.count, np.bool_)
+        self.owed: Map = np.zeros(self.count, np.bool_)
 
     @property
     def name(self) -> str:
@@ -134,15 +140,26 @@ class ImageBlock:
         if count == 1 or _is_ascending(offsets):
             where: slice | npt.NDArray[np.intp] = slice(first, first + count)
         else:
-            where = (offsets // np.uint64(PAGE_BYTES)).astype(np.intp)
+            where = _numbers(offsets)
         self.pages[where] = pages
+        self._mark(where)
+
+    def place(self, first: int, count: int) -> memoryview:
+        """Where the content of these pages lies, for a reader that writes it without a copy and then says `placed`."""
+        return self.pages[first : first + count].reshape(-1).data
+
+    def placed(self, first: int, count: int) -> None:
+        """The content of these pages is there."""
+        self._mark(slice(first, first + count))
+
+    def _mark(self, where: slice | npt.NDArray[np.intp]) -> None:
         self.touched[where] = True
         self.have[where] = True
         self.dirty[where] = True
 
     def write_zeros(self, offsets: npt.NDArray[np.uint64]) -> None:
         """Stores pages of zeros; costs nothing where nothing else was written."""
-        where = (offsets // np.uint64(PAGE_BYTES)).astype(np.intp)
+        where = _numbers(offsets)
         stale = where[self.touched[where]]
         if len(stale):
             self.pages[stale] = 0
@@ -150,12 +167,42 @@ class ImageBlock:
         self.have[where] = True
         self.dirty[where] = True
 
+    def write_missing(self, offsets: npt.NDArray[np.uint64], pages: Pages) -> int:
+        """Stores those pages that are not here; how many that were. For postcopy: see `write_missing_zeros`."""
+        missing = ~self.have[_numbers(offsets)]
+        if missing.all():
+            self.write(offsets, pages)
+            return len(offsets)
+        if missing.any():
+            self.write(offsets[missing], pages[missing])
+        return int(np.count_nonzero(missing))
+
+    def write_missing_zeros(self, offsets: npt.NDArray[np.uint64]) -> int:
+        """Stores those pages of zeros that are not here; how many that were.
+
+        In postcopy a page that is here may be in use already, and changed by those who use it. Its content at the
+        source has been the same since the switchover, so a second copy is never needed.
+        """
+        missing = ~self.have[_numbers(offsets)]
+        if missing.any():
+            self.write_zeros(offsets[missing])
+        return int(np.count_nonzero(missing))
+
     def discard(self, start_bytes: int, length_bytes: int) -> None:
         """These pages are not here any more: they will come again."""
-        self.have[start_bytes // PAGE_BYTES : (start_bytes + length_bytes) // PAGE_BYTES] = False
+        where = slice(start_bytes // PAGE_BYTES, (start_bytes + length_bytes) // PAGE_BYTES)
+        self.have[where] = False
+        self.owed[where] = True
+
+    def forget_parts(self) -> None:
+        """Takes pages for missing whose host page has not come whole: it is sent as a whole again."""
+        unit = self.host_page_pages
+        if unit > 1 and self.count % unit == 0:
+            whole = self.have.reshape(-1, unit).all(axis=1)
+            self.have[~np.repeat(whole, unit)] = False
 
     def assume_zeros(self) -> None:
-        """What was never received is zero: true at the end of a precopy stream (protocol, 4.3)."""
+        """What was never received is zero: true at the end of a stream (protocol, 4.3), if nothing is owed."""
         missing = ~self.have
         stale = np.flatnonzero(missing & self.touched)
         if len(stale):
@@ -168,6 +215,17 @@ class ImageBlock:
         """Takes all memory now, for measurements: the first touch of a page is slow and varies."""
         assert not self.have.any()
         self.pages[:] = 0
+
+
+def leading_run(offsets: npt.NDArray[np.uint64]) -> int:
+    """How many of these pages, from the first on, lie side by side."""
+    if _is_ascending(offsets):
+        return len(offsets)
+    return int((offsets[1:] - offsets[:-1] != PAGE_BYTES).argmax()) + 1
+
+
+def _numbers(offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    return (offsets // np.uint64(PAGE_BYTES)).astype(np.intp)
 
 
 def _is_ascending(offsets: npt.NDArray[np.uint64]) -> bool:
@@ -226,6 +284,10 @@ class Image:
     def missing_pages(self) -> int:
         """How many pages are not here."""
         return sum(block.count - int(np.count_nonzero(block.have)) for block in self.blocks.values())
+
+    def owed_pages(self) -> int:
+        """How many pages the source took back in postcopy and has not sent again."""
+        return sum(int(np.count_nonzero(block.owed & ~block.have)) for block in self.blocks.values())
 
     def add_block(self, wire: RamBlock) -> ImageBlock:
         """A block of the stream's list. One that is there already must be the same."""

@@ -9,31 +9,36 @@ time of one slab.
 
 The commit. Until then the source may take its guest back, and this side may forget everything:
     precopy                        our word SHUT 0, given when the owner wants it (`hold_result`)
+    precopy without return path    the stream's last byte: the source asks nobody
     postcopy, source >= 10.2       our answer to ping 0x42 (`hold_proof`)
     postcopy, older source         the package itself
-After it the source has no guest any more, so this side never says SHUT with an error: it would start a guest there
-that may run here (protocol, 7.3 and 15.3). Trouble then only closes the connection, which pauses both sides.
+A word counts as given when all of it has left; a connection that breaks before cannot have carried it.
+After the commit the source has no guest any more, so this side never says SHUT with an error: it would start a guest
+there that may run here (protocol, 7.3 and 15.3). Trouble then only closes the connection, which pauses both sides.
 
-Rule 1: facts are posted when they are true: a fact about a message after it was written.
+Rule 1: facts are posted when they are true: a fact about a message after it was written, an end after everything
+        is ready for the next connection.
 Rule 2: whatever happens, `run` returns and says how in `end`; nothing escapes from the thread.
+Rule 3: it waits in one place only, for the connection and the waker at once; `cut` ends every wait.
 """
 
 from __future__ import annotations
 
 import enum
-from collections import deque
-from dataclasses import dataclass
+import threading
 
 import numpy as np
 
 from vmferry import limits
 from vmferry.core.facts import Fact
 from vmferry.engine.image import PAGE_BYTES, ImageBlock, KeptBitmaps
-from vmferry.engine.machine_types import has_flush_per_section
-from vmferry.engine.shared import AskPages, GiveProof, GiveResult, Shared
-from vmferry.engine.wires import Gone, Wire, view_of
+from vmferry.engine.machine_types import has_flush_per_section, has_switchover_ack
+from vmferry.engine.shared import Shared
+from vmferry.engine.voice import Voice
+from vmferry.engine.wants import requests
+from vmferry.engine.wires import Gone, Wire
 from vmferry.errors import MigrationFailed, VmferryError
-from vmferry.wire import encode, mapped_ram, return_path
+from vmferry.wire import mapped_ram
 from vmferry.wire.errors import WireError, refuse
 from vmferry.wire.events import (
     DONE,
@@ -46,7 +51,6 @@ from vmferry.wire.events import (
     Description,
     DeviceSection,
     Discard,
-    Encoded,
     EndOfRam,
     Event,
     Header,
@@ -89,14 +93,6 @@ class End(enum.Enum):
     PAUSED = "paused"  # after the commit: pages are missing, or the source was not told; another connection may follow
 
 
-@dataclass(slots=True)
-class _Hold:
-    """Something that waits for the owner's order, and whether the order came first."""
-
-    is_due: bool = False
-    is_ordered: bool = False
-
-
 class MainIntake:
     """One connection's main channel. `run` in a thread of its own; `cut` through the wire."""
 
@@ -106,53 +102,76 @@ class MainIntake:
         """How many connections were lost before this one."""
         self.end: End | None = None
         self.error: VmferryError | None = None
+        self.over = threading.Event()
+        """The thread has nothing more to do; `end` says how it went."""
+        self.is_result_due = False
+        """Everything is here, and nothing but the owner's order is missing to tell the source."""
         options = shared.options
         resume = shared.resume if round_no else None
         self._decoder = StreamDecoder(Settings(compress=options.compress, end=options.end), resume=resume)
         self._counters = shared.new_counters()
-        self._out: deque[memoryview] = deque()
-        self._requests = return_path.RequestEncoder(page_size=PAGE_BYTES)
-        self._proof = _Hold(is_ordered=not options.hold_proof)
-        self._result = _Hold(is_ordered=not options.hold_result)
+        self._voice = Voice(wire, shared.waker)
         self._return_path = self._is_committed = bool(round_no)
-        self._asks_proof = self._in_package = self._has_shut = False
+        self._is_proof_due = self._asks_proof = self._in_package = self._has_shut = False
+        self._may_ask = self._has_acked = False
         self._block: ImageBlock | None = None
         self._bitmaps_open = False
         self._is_stream_over = self._is_input_over = False
+        self._owed = -1  # pages that were missing when it was last looked, and until when more may come
+        self._patience_s = 0.0
         self._flush_per_section = has_flush_per_section(shared.image.machine)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Reads until the end. Never raises."""
-        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
         try:
-            if self._round:
-                self.shared.ledger.post(Fact.RECONNECTED, round_no=self._round)
-            if self._first:
-                self._digest(memoryview(self._first))
-            while self.end is None:
-                self._follow_orders()
-                if self._is_stream_over:
-                    self._finish_when_whole()
-                self._write()
-                if self.end is None:
-                    self._read(slab)
+            self._loop()
         except Gone as error:
             self._on_lost(str(error) or "the connection broke")
         except WireError as error:
             self._on_error(error)
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             self._on_error(VmferryError("there is no memory for the guest image", side="destination", cause=error))
         finally:
-            self.shared.resume = self._decoder.resume()
-            self.shared.blocks_ready.set()
-            self.wire.close()
+            if self.end is None:  # a defect of ours; it shows in the thread's traceback, and nobody waits in vain
+                self._on_lost("a defect of this program")
+            self.shared.end_counters(self._counters)
+            self.over.set()
+
+    def _loop(self) -> None:
+        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
+        if self._round:
+            self.shared.ledger.post(Fact.RECONNECTED, round_no=self._round)
+        self._digest(memoryview(self._first))
+        while self.end is None:
+            self._look_up()
+            if self.end is None:
+                self._read(slab)
+
+    def _look_up(self) -> None:
+        """What others want: a cut, an order, a failure to be told; and what is still to be said. Raises Gone."""
+        if self.wire.is_cut:
+            raise Gone("it was cut")
+        failure = self.shared.take_failure(is_postcopy=self._decoder.is_postcopy)
+        if failure is not None:
+            self._on_error(failure)
+            return
+        self._give_proof()
+        if self._is_stream_over:
+            self._finish_when_whole()
+        self._give_result()
+        self._ask()
+        self._voice.push()
 
     def _read(self, slab: memoryview) -> None:
-        count = None if self._is_input_over else self.wire.read_into(slab)
+        may_read = not self._is_input_over and not self._voice.is_full
+        count = self.wire.read_much(slab) if may_read else None
         if count is None:
-            self.wire.wait(readable=not self._is_input_over, writable=bool(self._out), waker=self.shared.waker)
+            left_s = self._patience_s - self.shared.clock.now_s() if self._owed > 0 else None
+            self.wire.wait(
+                readable=may_read, writable=self._voice.has_words, timeout_s=left_s, waker=self.shared.waker
+            )  # fmt: skip
         elif count:
             self._digest(slab[:count])
         else:
@@ -169,12 +188,8 @@ class MainIntake:
     def _take_events(self) -> None:
         while True:
             event = self._decoder.next()
-            if isinstance(event, PageRun):  # first, and without a detour: nearly everything is pages
-                self._block_of(event.block).write(event.offsets, event.pages)
-                self._counters.pages += len(event.offsets)
-            elif isinstance(event, ZeroRun):
-                self._block_of(event.block).write_zeros(event.offsets)
-                self._counters.zero_pages += len(event.offsets)
+            if isinstance(event, PageRun | ZeroRun):  # first, and without a detour: nearly everything is pages
+                self._on_pages(event)
             elif isinstance(event, Pause):
                 if event is DONE:
                     self._on_stream_end()
@@ -182,70 +197,64 @@ class MainIntake:
             else:
                 self._on_event(event)
 
+    def _on_pages(self, run: PageRun | ZeroRun) -> None:
+        block, offsets = self._block_of(run.block), run.offsets
+        count = stored = len(offsets)
+        if isinstance(run, PageRun):
+            self._counters.pages += count
+            if self._decoder.is_postcopy:
+                stored = block.write_missing(offsets, run.pages)
+            else:
+                block.write(offsets, run.pages)
+        else:
+            self._counters.zero_pages += count
+            if self._decoder.is_postcopy:
+                stored = block.write_missing_zeros(offsets)
+            else:
+                block.write_zeros(offsets)
+        self._counters.repeated_pages += count - stored
+
     def _block_of(self, wire: RamBlock) -> ImageBlock:
         if self._block is None or self._block.wire is not wire:
             self._block = self.shared.image.blocks[wire.name]
         return self._block
 
-    # --- orders and words to the source -------------------------------------------------------------------
+    # --- orders -------------------------------------------------------------------------------------------
 
-    def _follow_orders(self) -> None:
-        orders = self.shared.orders
-        while orders:
-            match orders.popleft():
-                case AskPages(block, start, length):
-                    # Before LISTEN a request means nothing; the page is on its way.
-                    if self._return_path and self._decoder.is_postcopy and not self._has_shut:
-                        self._say_raw(self._requests.encode(block, start, length))
-                        self._counters.requests += 1
-                case GiveProof():
-                    self._proof.is_ordered = True
-                    self._give_proof()
-                case GiveResult():
-                    self._result.is_ordered = True
-                    self._give_result()
-
-    def _say(self, event: Event) -> None:
-        for part in encode.encode(event):
-            self._say_raw(part)
-
-    def _say_raw(self, part: Encoded) -> None:
-        self._out.append(view_of(part))
-
-    def _write(self) -> None:
-        while self._out:
-            count = self.wire.write_some([self._out[0]])
-            if count == 0:
+    def _ask(self) -> None:
+        """Says the owner's page requests, as many as the source listens to."""
+        if not self._may_ask or self._has_shut:
+            return
+        while not self._voice.is_full:
+            want = self.shared.wants.take(self.shared.image)
+            if want is None:
                 return
-            left = self._out.popleft()[count:]
-            if len(left):
-                self._out.appendleft(left)
+            for start, length in requests(want):
+                self._voice.ask(want.block.wire, start, length)
+                self._counters.requests += 1
 
-    def _write_all(self) -> None:
-        """Writes what is to be said before anything else is done; the source reads its return path all the time."""
-        self._write()
-        while self._out:
-            self.wire.wait(writable=True, waker=self.shared.waker)
-            self._write()
+    def _ask_again(self) -> None:
+        """From here on the source takes requests; those from before it never heard, or has forgotten."""
+        self._may_ask = True
+        self.shared.wants.again(self.shared.image)
 
     def _give_proof(self) -> None:
-        if self._proof.is_due and self._proof.is_ordered:
-            self._proof.is_due = False
-            # Written before it is posted. If the connection breaks in between, nobody knows whether it arrived, so
-            # from here on the source counts as having let go.
+        if self._is_proof_due and self.shared.proof_ordered.is_set():
+            self._is_proof_due = False
+            self._voice.tell(Pong(PROOF_PING))
             self._is_committed = True
-            self._say(Pong(PROOF_PING))
-            self._write_all()
             self.shared.ledger.post(Fact.PACKAGE_LOADED, text="the source was told")
 
     def _give_result(self) -> None:
-        if not (self._result.is_due and self._result.is_ordered):
+        """A source must hear of the proof first: it takes an earlier result for the end of everything."""
+        if not (self.is_result_due and self.shared.result_ordered.is_set()) or self.end is not None:
             return
-        self._result.is_due = False
+        if self._decoder.is_postcopy and not self._is_committed:
+            return
+        self.is_result_due = False
         if self._return_path:
+            self._voice.tell(Shut(0))
             self._is_committed = self._has_shut = True
-            self._say(Shut(0))
-            self._write_all()
         self.shared.ledger.post(Fact.PEER_ACK, text="the source was told" if self._has_shut else "no return path")
         if not self._return_path:
             self._complete()
@@ -258,20 +267,15 @@ class MainIntake:
             case EndOfRam() | MultifdFlush():
                 self._on_blocks_listed()
                 if isinstance(event, EndOfRam) is self._flush_per_section and not self._decoder.is_postcopy:
-                    self.shared.barrier.pass_point(self._decoder.offset)
+                    self._pass_point()
             case SectionFooter() | SectionPart():
                 pass
             case RamBlock():
-                if event.mapped is not None:
-                    refuse("mapped-ram", "a mapped-ram stream is a file", offset=self._decoder.offset, section="ram")
-                if event.used_length % PAGE_BYTES or self._decoder.ram.page_size != PAGE_BYTES:
-                    refuse("page-size", "only pages of 4096 bytes are known", offset=0, section="ram")
-                image.add_block(event)
+                self._on_block(event)
             case XbzrlePage() | CompressedPage():
                 self._on_packed_page(event)
             case Configuration():
-                image.configuration = event
-                self._flush_per_section = has_flush_per_section(event.machine)
+                self._on_configuration(event)
             case SectionStart(section_id, idstr, _, _):
                 self._on_section(section_id, idstr)
             case BitmapChunk():
@@ -298,31 +302,68 @@ class MainIntake:
                 self.shared.ledger.post(Fact.HEADER_SEEN)
             case OpenReturnPath():
                 self._return_path = True
-                if self.shared.options.ack_switchover:
-                    self._say(SwitchoverAck())
+                wants_ack = self.shared.options.ack_switchover and has_switchover_ack(self.shared.image.machine)
+                if wants_ack and not self._has_acked:
+                    self._has_acked = True
+                    self._voice.say(SwitchoverAck())
             case Ping(value):
                 if not self._return_path:
                     refuse("ping", "a ping without return path", offset=self._decoder.offset, section="command")
                 if value == PROOF_PING and self._in_package:
                     self._asks_proof = True
                 else:
-                    self._say(Pong(value))
+                    self._voice.say(Pong(value))
             case SwitchoverStart():
                 self.shared.ledger.post(Fact.SWITCHOVER)
             case AskBitmap(block):
                 self._on_ask_bitmap(block)
             case PostcopyResume():
-                self._say(ResumeAck())
-                self._write_all()
+                self._voice.tell(ResumeAck())
                 self.shared.ledger.post(Fact.RESUME_ACK, round_no=self._round)
+                self._ask_again()
             case _:
                 pass  # advice, listen, run, memory size, end of sections: the decoder keeps their order
 
     def _on_blocks_listed(self) -> None:
         """The block list is whole: other channels may begin. Before the first barrier, which waits for them."""
-        if not self.shared.blocks_ready.is_set():
-            self.shared.blocks_ready.set()
+        if not self.shared.gate.is_open:
+            self.shared.gate.open()
             self.shared.ledger.post(Fact.SETUP_DONE)
+
+    def _pass_point(self) -> None:
+        """Waits for a SYNC of every multifd channel.
+
+        A source whose main channel is gone may still have channels with data in them, but opens no more: when some
+        never came, it is not waited for long.
+        """
+        until_s: float | None = None
+        while not self.shared.barrier.try_pass(self._decoder.offset):
+            now_s = self.shared.clock.now_s()
+            if self.wire.is_cut or (until_s is not None and now_s >= until_s):
+                raise Gone("it was cut" if self.wire.is_cut else "the source is gone, and not all channels came")
+            if until_s is None and self.wire.is_hung_up() and not self.shared.barrier.has_all:
+                until_s = now_s + self.shared.options.stragglers_s
+            self.wire.wait_for_hangup(self.shared.waker, timeout_s=None if until_s is None else until_s - now_s)
+
+    def _on_configuration(self, event: Configuration) -> None:
+        if "x-ignore-shared" in (event.capabilities or ()):
+            message = "x-ignore-shared leaves out memory that both sides are to share"
+            refuse("ignore-shared", message, offset=self._decoder.offset, section="configuration")
+        self.shared.image.configuration = event
+        self._flush_per_section = has_flush_per_section(event.machine)
+
+    def _on_block(self, block: RamBlock) -> None:
+        offset, known = self._decoder.offset, self.shared.image.blocks.get(block.name)
+        if block.mapped is not None:
+            refuse("mapped-ram", "a mapped-ram stream is a file", offset=offset, section="ram")
+        if block.used_length % PAGE_BYTES or self._decoder.ram.page_size != PAGE_BYTES:
+            refuse("page-size", "only pages of 4096 bytes are known", offset=offset, section="ram")
+        total = self.shared.image.total_bytes + (0 if known else block.used_length)
+        if total > self.shared.options.guest_bytes_max:
+            refuse("guest-size", f"more than {total} bytes of memory", offset=offset, section="ram")
+        if known is not None and known.wire.used_length != block.used_length:
+            refuse("ram-block-size", f"block {block.name!r} has another length here", offset=offset, section="ram")
+        self.shared.image.add_block(block)
 
     def _on_section(self, section_id: int, idstr: str) -> None:
         image = self.shared.image
@@ -370,43 +411,54 @@ class MainIntake:
         self.shared.image.is_device_state_whole = True
         self.shared.ledger.post(Fact.LOADED)
         if self._asks_proof:
-            self._proof.is_due = True
+            self._is_proof_due = True
             self._give_proof()
         else:
             self._is_committed = True
             self.shared.ledger.post(Fact.PACKAGE_LOADED, text="the source asks for no proof")
+        self.shared.postcopy_gate.open()
+        self._ask_again()
 
     def _on_ask_bitmap(self, name: str) -> None:
         block = self.shared.image.blocks.get(name)
         if block is None:
             refuse("recv-bitmap", f"block {name!r} is asked for", offset=self._decoder.offset, section="command")
+        block.forget_parts()
         bits = mapped_ram.make_bitmap(block.have)
-        self._say(ReceivedBitmap(name, len(bits)))
-        self._say(BitmapPiece(memoryview(bits)))
-        self._say(BitmapEnd())
+        self._voice.say(ReceivedBitmap(name, len(bits)), BitmapPiece(memoryview(bits)))
+        self._voice.tell(
+            BitmapEnd()
+        )  # so that there is one bitmap in memory, and not one for each time it is asked for
 
     # --- ends ---------------------------------------------------------------------------------------------
 
     def _on_stream_end(self) -> None:
         self._is_stream_over = True
         if not self._decoder.is_postcopy:
-            for block in self.shared.image:
-                block.assume_zeros()
+            self._assume_zeros()
+            self._is_committed = not self._return_path
             self.shared.image.is_device_state_whole = True
             self.shared.ledger.post(Fact.LOADED)
 
+    def _assume_zeros(self) -> None:
+        for block in self.shared.image:
+            block.assume_zeros()
+
     def _finish_when_whole(self) -> None:
         """In postcopy the last pages may still be on their way on the preempt channel."""
-        if self._result.is_due or self._has_shut or self.end is not None:
+        if self.is_result_due or self._has_shut:
             return
         if self._decoder.is_postcopy:
-            missing = self.shared.image.missing_pages()
-            if missing and self.shared.has_preempt.is_set():
+            owed, now_s = self.shared.image.owed_pages(), self.shared.clock.now_s()
+            if owed != self._owed:
+                self._owed, self._patience_s = owed, now_s + self.shared.options.stragglers_s
+            if owed:
+                if now_s >= self._patience_s:
+                    refuse("pages", f"the stream ended, {owed} pages never came", offset=0, section="ram")
                 return
-            if missing:
-                refuse("pages", f"the stream ended, {missing} pages never came", offset=0, section="ram")
-        self._result.is_due = True
-        self._give_result()
+            # A page that was neither sent nor taken back is one that nobody uses: unplugged virtio-mem, say.
+            self._assume_zeros()
+        self.is_result_due = True
 
     def _on_close(self) -> None:
         if self._has_shut:
@@ -421,30 +473,42 @@ class MainIntake:
                 self._take_events()
 
     def _complete(self) -> None:
-        self.shared.ledger.post(Fact.ALL_SENT)
-        self.end = End.COMPLETE
+        self._end(End.COMPLETE, Fact.ALL_SENT)
 
     def _on_lost(self, text: str) -> None:
+        if self.end is not None:
+            return
         if self.shared.stopping.is_set():
             text = "this side stopped"
-        if self._has_shut:
-            self._complete()  # the result may or may not have arrived; everything is here in any case
+        if self._has_shut or (self._is_stream_over and not self._return_path):
+            # Whether the result has arrived or not, everything is here, and it was told.
+            self._complete()
         elif self._is_committed:
-            self.end = End.PAUSED
-            self.shared.ledger.post(Fact.LINK_LOST, round_no=self._round + 1, text=text)
+            self._end(End.PAUSED, Fact.LINK_LOST, text)
         else:
             self.error = self.error or MigrationFailed(f"the source is gone before everything came: {text}")
-            self.end = End.FAILED
-            self.shared.ledger.post(Fact.ERROR, text=text)
+            self._end(End.FAILED, Fact.ERROR, text)
+
+    def _end(self, end: End, fact: Fact, text: str = "") -> None:
+        """Lets go of everything, and says so last: who hears of it may connect at once."""
+        self.wire.close()
+        self.shared.resume = self._decoder.resume()
+        self.shared.barrier.break_up()
+        # After a failure what the others bring is worth nothing, and a source notices a closed channel soonest.
+        # Otherwise the multifd channels are left to the source, who may still write their last packet.
+        self.shared.sides.cut(multifd=end is End.FAILED)
+        self.shared.gate.open()
+        self.end = end
+        round_no = self._round + 1 if fact is Fact.LINK_LOST else 0
+        self.shared.ledger.post(fact, round_no=round_no, text=text)
 
     def _on_error(self, error: VmferryError) -> None:
-        """The peer broke the protocol, or this side cannot go on."""
-        self.error = error
-        self.shared.barrier.break_up()
-        if self._return_path and not self._is_committed and not self._has_shut:
+        """The peer broke the protocol, or this side cannot go on. What a channel told of itself comes first."""
+        self.error = self.shared.take_failure(is_postcopy=self._decoder.is_postcopy) or error
+        if self._return_path and not self._is_committed and not self.wire.is_cut:
             try:
-                self._say(Shut(1))
-                self._write()
+                self._voice.say(Shut(1))
+                self._voice.push()
             except Gone:
                 pass  # closing the connection says the same
-        self._on_lost(str(error))
+        self._on_lost(str(self.error))

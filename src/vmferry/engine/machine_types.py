@@ -39,3 +39,8 @@ def has_switchover_start(machine: str) -> bool:
 def wants_multifd_goodbye(machine: str) -> bool:
     """Under TLS, a multifd channel must end with a proper goodbye."""
     return version_of(machine) >= (10, 0)
+
+
+def has_switchover_ack(machine: str) -> bool:
+    """With the capability on, the source waits for one SWITCHOVER_ACK; a newer one fails because of it."""
+    return version_of(machine) <= (11, 0)

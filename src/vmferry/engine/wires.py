@@ -21,6 +21,7 @@ from vmferry.clock import Clock, SystemClock
 from vmferry.wire.events import Encoded
 
 POLL_IN, POLL_OUT = select.POLLIN, select.POLLOUT
+_HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 IOVECS_MAX = 512
 """Buffers in one write; the kernel takes 1024."""
 
@@ -42,7 +43,7 @@ class Waker:
 
     def wake(self) -> None:
         """Ends the present wait, or the next one."""
-        with contextlib.suppress(BlockingIOError, OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.eventfd_write(self.fd, 1)
 
     def clear(self) -> None:
@@ -51,8 +52,9 @@ class Waker:
             os.eventfd_read(self.fd)
 
     def close(self) -> None:
-        """Closes the descriptor. Nobody may call `wake` any more."""
-        os.close(self.fd)
+        """Closes the descriptor; a `wake` that comes later does nothing. Not while another thread may be in `wake`."""
+        fd, self.fd = self.fd, -1
+        os.close(fd)
 
 
 class Wire:
@@ -80,13 +82,19 @@ class Wire:
         self._sock: socket.socket | ssl.SSLSocket = sock
         self._tls: ssl.SSLSocket | None = None
         if tls is not None:
-            self._tls = self._sock = tls.wrap_socket(
-                sock, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
-            )
+            try:
+                self._tls = self._sock = tls.wrap_socket(
+                    sock, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
+                )
+            except BaseException:
+                self._cutter.close()
+                raise
         self._poll = select.poll()
         self._registered = 0
         self._waker_fd: int | None = None
         self._is_open = True
+        self.is_cut = False
+        """Somebody called `cut`."""
 
     @property
     def is_tls(self) -> bool:
@@ -128,6 +136,21 @@ class Wire:
         except (OSError, ValueError) as error:
             raise Gone(str(error)) from error
 
+    def read_much(self, view: memoryview) -> int | None:
+        """As `read_into`, but goes on until nothing is there any more or the view is full."""
+        count = self.read_into(view)
+        if not count:
+            return count
+        while count < len(view):
+            try:
+                more = self.read_into(view[count:])
+            except Gone:
+                break  # what came before the break counts; the next read tells of it
+            if not more:
+                break
+            count += more
+        return count
+
     def write_some(self, buffers: Sequence[memoryview]) -> int:
         """Bytes written of these buffers, 0 while there is no room. Raises Gone."""
         try:
@@ -149,16 +172,17 @@ class Wire:
         timeout_s: float | None = None,
         waker: Waker | None = None,
     ) -> None:
-        """Until the connection is ready, the waker was called (it is cleared), or the time is over."""
+        """Until the connection is ready, the waker was called (it is cleared), or the time is over.
+
+        Who wants neither to read nor to write waits for the waker alone, also when the connection has ended.
+        """
         if readable and self._tls is not None and self._tls.pending():
             return
         wanted = (POLL_IN if readable else 0) | (POLL_OUT if writable else 0)
         fd = self._sock.fileno()
         if fd < 0:
             raise Gone("it was closed")
-        if wanted != self._registered:
-            self._poll.register(fd, wanted)
-            self._registered = wanted
+        self._want(fd, wanted)
         if waker is not None and self._waker_fd is None:
             self._waker_fd = waker.fd
             self._poll.register(waker.fd, POLL_IN)
@@ -166,8 +190,34 @@ class Wire:
             if waker is not None and ready == waker.fd:
                 waker.clear()
 
+    def is_hung_up(self) -> bool:
+        """Whether the peer has closed; what it said before may still be there to read."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLRDHUP)
+        return any(what & _HANGUP for _, what in poll.poll(0))
+
+    def wait_for_hangup(self, waker: Waker, *, timeout_s: float | None = None) -> None:
+        """Until the waker was called (it is cleared), the time is over, or the peer has just closed."""
+        poll = select.poll()
+        poll.register(waker.fd, POLL_IN)
+        if not self.is_hung_up():  # else it is so for ever, and there would be nothing to wait for
+            poll.register(self._sock.fileno(), select.POLLRDHUP)
+        for ready, _ in poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
+            if ready == waker.fd:
+                waker.clear()
+
+    def _want(self, fd: int, wanted: int) -> None:
+        if wanted == self._registered:
+            return
+        if wanted:
+            self._poll.register(fd, wanted)
+        else:  # a closed connection is always ready, whatever it is asked for
+            self._poll.unregister(fd)
+        self._registered = wanted
+
     def cut(self) -> None:
         """Ends the connection now, from any thread; its owner reads the end or gets Gone."""
+        self.is_cut = True
         with contextlib.suppress(OSError):
             self._cutter.shutdown(socket.SHUT_RDWR)
 

@@ -13,13 +13,14 @@ Rule 2: `pmemsave` asks by address, blocks count by offset: `Region` says which 
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from vmferry.engine.image import PAGE_BYTES, Image
+from vmferry.engine.image import PAGE_BYTES, Image, ImageBlock, MemoryFile
 from vmferry.pki import job_credentials
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.qmp.codec import Event
@@ -37,7 +38,7 @@ from vmferry.testing import bootsector
 from vmferry.testing.qemus import available, ram_size
 
 MIB: Final = 1 << 20
-START_S, WAIT_S, POLL_S = 20.0, 30.0, 0.005
+START_S, WAIT_S, POLL_S = 60.0, 30.0, 0.005
 FAST: Final[Mapping[str, int]] = {"max-bandwidth": 100 << 30, "max-postcopy-bandwidth": 0}
 """As fast as it goes. A rate limit would make the source look at its requests only ten times a second."""
 _PIECE_BYTES: Final = 64 * MIB
@@ -127,7 +128,7 @@ class QemuPeer:
         """A command; the events that come meanwhile are kept."""
         return self.qmp.execute(command, arguments, deadline_s=deadline_s, on_event=self.heard.append)
 
-    def set_up(self, *capabilities: str, off: Iterable[str] = (), **parameters: Any) -> None:
+    def set_up(self, *capabilities: str, off: Any = (), **parameters: Any) -> None:
         """Capabilities beside return-path and events, and parameters (`max_bandwidth=…`) beside `FAST`."""
         wanted = {"return-path": True, "events": True, **dict.fromkeys(capabilities, True), **dict.fromkeys(off, False)}
         states = [{"capability": name, "state": on} for name, on in wanted.items()]
@@ -202,7 +203,9 @@ class QemuPeer:
         if not (self.folder / "qmp").exists():
             return False
         try:
-            self.qmp = BlockingClient(str(self.folder / "qmp"), name=f"QEMU {self.version}")
+            self.qmp = BlockingClient(
+                str(self.folder / "qmp"), name=f"QEMU {self.version}", deadline_s=START_S
+            )  # it answers only when all of its memory is there
         except QmpDisconnected:
             return False
         return True
@@ -245,7 +248,7 @@ class QemuPeer:
             block = image.blocks[region.block]
             for at in range(0, region.length, _PIECE_BYTES):
                 length = min(_PIECE_BYTES, region.length - at)
-                mine = block.store.read((region.offset + at) // PAGE_BYTES, length // PAGE_BYTES)
+                mine = _read(block, region.offset + at, length)
                 theirs = self.read_memory(region.address + at, length)
                 bad = np.flatnonzero((mine != theirs).any(axis=1))
                 found += [(region.block, (region.offset + at) // PAGE_BYTES + int(each)) for each in bad]
@@ -258,6 +261,12 @@ class QemuPeer:
         found = np.fromfile(file, np.uint8)
         file.unlink()
         return found.reshape(-1, PAGE_BYTES)
+
+
+def _read(block: ImageBlock, offset: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """Pages of the image. By `pread`, because looking at a hole of a mapped memory file fills it."""
+    assert isinstance(block.store, MemoryFile)
+    return np.frombuffer(os.pread(block.store.fd, length, offset), np.uint8).reshape(-1, PAGE_BYTES)
 
 
 class TlsPair:

@@ -34,6 +34,7 @@ from vmferry.wire.events import (
     MultifdPacket,
     MultifdPages,
     MultifdPayload,
+    Offsets,
     Pause,
     RamBlock,
     to_text,
@@ -74,6 +75,36 @@ class MultifdDecoder:
     def is_between(self) -> bool:
         """Whether the connection may end here without cutting a packet in two."""
         return len(self._buffer) == 0 and not self._left and self._introduced
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How many bytes from here on belong together: a reader that takes no more needs no copies of leftovers."""
+        have = len(self._buffer)
+        if not self._introduced:
+            return max(1, _INIT.size - have)
+        if not self._left:
+            return max(1, _HEAD.size + 8 * self._places - have)
+        assert self._packet is not None
+        is_torn = have and not self._packet.flags & COMPRESSION
+        return (self._page_size if is_torn else self._left) - have
+
+    def plain_pages(self) -> tuple[RamBlock, Offsets] | None:
+        """The plain pages that come next, for a reader who puts them in their place itself and says `skip_pages`.
+
+        None when something else comes next, or when a piece of the next page was fed already.
+        """
+        packet = self._packet
+        if not self._left or packet is None or packet.flags & COMPRESSION or len(self._buffer):
+            return None
+        assert packet.block is not None
+        return packet.block, packet.offsets[packet.normal - self._left // self._page_size : packet.normal]
+
+    def skip_pages(self, count: int) -> None:
+        """So many of `plain_pages` were read past this decoder."""
+        assert 0 <= count * self._page_size <= self._left
+        assert len(self._buffer) == 0
+        self._left -= count * self._page_size
+        self._buffer.offset += count * self._page_size
 
     def next(self) -> MultifdEvent | Pause:
         """The next event, or NEED_DATA. Raises `WireError`, and from then on the same one."""

@@ -123,7 +123,8 @@ class StreamDecoder:
         if resume is not None:
             self._state = "tag"
             self._footers = resume.footers
-            self._sections = {each: Section(old.idstr, old.ended) for each, old in resume.sections.items()}
+            # A source that was cut off after a section's end says that end again.
+            self._sections = {each: Section(old.idstr) for each, old in resume.sections.items()}
             page_size = resume.page_size
         self._is_recovery = resume is not None
         self.ram = RamReader(

@@ -186,3 +186,49 @@ def test_the_compression_of_a_channel_stays() -> None:
     inflater.begin(make_packet(BLOCK, OFFSETS, NONE, number=1, flags=ZLIB, payload_bytes=9))
     with pytest.raises(WireError, match="changed"):
         inflater.begin(make_packet(BLOCK, OFFSETS, NONE, number=2, flags=ZSTD, payload_bytes=9))
+
+
+def test_a_reader_may_put_plain_pages_in_their_place_itself() -> None:
+    data = join(multifd())
+    decoder, at, direct = MultifdDecoder(BLOCKS), 0, 0
+    found: list[Event] = []
+    wanted: list[int] = []
+    while at < len(data):
+        wanted.append(decoder.wanted_bytes)
+        plain = decoder.plain_pages()
+        if plain is not None:
+            block, offsets = plain
+            count = min(2, len(offsets))
+            assert block is BLOCK
+            assert offsets[0] == direct * 4096
+            decoder.skip_pages(count)
+            direct += count
+            at += count * 4096
+        else:
+            decoder.feed(data[at : at + decoder.wanted_bytes])
+            at += wanted[-1]
+            found += drain(decoder)
+    assert wanted == [64, 1344, 5 * 4096, 3 * 4096, 4096, 1344]
+    assert direct == 5
+    assert [type(each).__name__ for each in found] == ["MultifdInit", "MultifdPacket", "MultifdPacket"]
+    assert decoder.is_between
+
+
+def test_what_is_wanted_ends_where_no_copy_is_needed() -> None:
+    data = join(multifd())
+    decoder = MultifdDecoder(BLOCKS)
+    for size, wanted in ((10, 54), (54, 1344), (1344, 5 * 4096), (100, 3996), (3996, 4 * 4096)):
+        decoder.feed(data[:size])
+        drain(decoder)
+        data = data[size:]
+        assert decoder.wanted_bytes == wanted
+        assert (decoder.plain_pages() is None) == (wanted in (54, 1344, 3996))
+
+
+def test_compressed_pages_have_no_place_of_their_own() -> None:
+    decoder = MultifdDecoder(BLOCKS)
+    decoder.feed(join(multifd_compressed(ZLIB)[:2]))
+    packet = drain(decoder)[-1]
+    assert isinstance(packet, MultifdPacket)
+    assert decoder.plain_pages() is None
+    assert decoder.wanted_bytes == packet.payload_claimed
