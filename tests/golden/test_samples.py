@@ -335,6 +335,7 @@ def check_description(guest: Guest, want: dict[str, Any]) -> None:
         assert sum(len(each.data) for each in description.fields(device, body)) <= device.size
 
 
+@pytest.mark.conforms("2", "3", "4", "6", "7", "8", "9", "11", "14")
 @pytest.mark.parametrize("name", [each for each in NAMES if not each.startswith("multifd")])
 def test_a_sample_decodes_to_its_oracle_and_encodes_to_the_same_bytes(name: str) -> None:
     data = channels(name)
@@ -365,6 +366,7 @@ def check_preempt(name: str, guest: Guest, data: bytes) -> None:
     guest.counts = Counter(before)
 
 
+@pytest.mark.conforms("23", "24")
 @pytest.mark.parametrize("name", [each for each in NAMES if each.startswith("multifd")])
 def test_a_multifd_sample_with_its_channels(name: str) -> None:
     data = channels(name)
@@ -392,6 +394,7 @@ def test_a_multifd_sample_with_its_channels(name: str) -> None:
         } == want  # fmt: skip
 
 
+@pytest.mark.conforms("16", "22", "28")
 @pytest.mark.parametrize("name", [each for each in NAMES if "0<" in EXPECTED[each]["bytes"]])
 @pytest.mark.parametrize("slab", [1, SLAB])
 def test_the_return_path_of_a_sample(name: str, slab: int) -> None:
@@ -454,6 +457,7 @@ def shapes_and_bytes(decoder: StreamDecoder, pieces: list[bytes]) -> tuple[list[
 SMALL = [each for each in NAMES if EXPECTED[each]["bytes"]["0>"] < 400_000]
 
 
+@pytest.mark.conforms("10")
 @pytest.mark.parametrize("name", SMALL[:1] + SMALL[-1:])
 def test_one_byte_at_a_time(name: str) -> None:
     data = channels(name)["0>"]
@@ -471,6 +475,7 @@ def test_one_byte_at_a_time_all(name: str) -> None:
     assert shapes_and_bytes(new_decoder(name), [data[at : at + 1] for at in range(len(data))]) == whole
 
 
+@pytest.mark.conforms("10")
 @pytest.mark.parametrize("name", [each for each in NAMES if not each.startswith("recover")])
 def test_small_slabs_of_odd_sizes(name: str) -> None:
     """Sizes that are no multiple of anything, so that every kind of border moves through every slab border."""
@@ -479,6 +484,7 @@ def test_small_slabs_of_odd_sizes(name: str) -> None:
     assert shapes_and_bytes(new_decoder(name), [data[at : at + 8209] for at in range(0, len(data), 8209)]) == whole
 
 
+@pytest.mark.conforms("10")
 @pytest.mark.parametrize("name", [SMALL[0], "postcopy-q111-m111.rec.xz", "dirty-bitmaps-precopy-q72.rec.xz"])
 def test_split_at_every_boundary_of_an_event(name: str) -> None:
     """And one byte before and behind it."""
@@ -492,6 +498,7 @@ def test_split_at_every_boundary_of_an_event(name: str) -> None:
     assert shapes_and_bytes(new_decoder(name), pieces) == whole
 
 
+@pytest.mark.conforms("10")
 @pytest.mark.parametrize("name", [each for each in NAMES if EXPECTED[each]["end"] == "eof"])
 def test_the_end_is_found_at_the_right_byte_and_what_follows_is_left_alone(name: str) -> None:
     if name.startswith("suppress-vmdesc"):
@@ -510,6 +517,7 @@ def test_the_end_is_found_at_the_right_byte_and_what_follows_is_left_alone(name:
     assert decoder.offset == len(data)
 
 
+@pytest.mark.conforms("12")
 @pytest.mark.parametrize("name", ["suppress-vmdesc-q72.rec.xz", "nofooter-noconfig-q72-pc22.rec.xz"])
 def test_a_stream_without_vmdescription_is_refused_unless_allowed(name: str) -> None:
     decoder = StreamDecoder()
@@ -528,6 +536,7 @@ def test_a_truncated_stream_is_an_error(name: str, share: float) -> None:
     assert caught.value.reason == "truncated"
 
 
+@pytest.mark.conforms("30")
 @pytest.mark.parametrize("jump", [False, True])
 def test_the_mapped_ram_file(jump: bool) -> None:
     data = lzma.decompress((SAMPLES / MAPPED).read_bytes())

@@ -86,6 +86,7 @@ def pair(version: str, peer: dict[str, Any] | None = None, **options: Any) -> It
 # --- the ways of a whole move -------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("3", "18", "46")
 @pytest.mark.proves("S19", "S65")
 @pytest.mark.parametrize(("version", "machine"), MACHINES)
 def test_precopy(version: str, machine: str) -> None:
@@ -97,6 +98,7 @@ def test_precopy(version: str, machine: str) -> None:
         assert it.image.description is not None
 
 
+@pytest.mark.conforms("16", "17", "46")
 @pytest.mark.proves("S24", "S27", "S31", "S38")
 @pytest.mark.parametrize(("version", "machine"), MACHINES[:3])
 def test_postcopy_with_the_proof_held_back(version: str, machine: str) -> None:
@@ -116,6 +118,7 @@ def test_postcopy_with_the_proof_held_back(version: str, machine: str) -> None:
         assert "postcopy-active" in it.peer.statuses()
 
 
+@pytest.mark.conforms("20", "21", "22")
 @pytest.mark.proves("S18")
 @pytest.mark.parametrize("how", ["cut", "migrate-pause"])
 @every_qemu
@@ -143,6 +146,7 @@ def test_postcopy_that_pauses_twice_and_recovers(version: str, how: str) -> None
         it.check()
 
 
+@pytest.mark.conforms("23")
 @pytest.mark.proves("S87")
 @pytest.mark.parametrize("machine", ["pc", "pc-i440fx-7.2"])
 @pytest.mark.parametrize("compression", ["none", "zlib", "zstd"])
@@ -154,6 +158,7 @@ def test_multifd(version: str, machine: str, compression: str) -> None:
         it.check()
 
 
+@pytest.mark.conforms("26")
 @pytest.mark.proves("S88")
 @pytest.mark.parametrize(("version", "machine"), MACHINES[:3])
 def test_preempt(version: str, machine: str) -> None:
@@ -187,6 +192,7 @@ def test_preempt_that_pauses_and_recovers(version: str) -> None:
         it.check()
 
 
+@pytest.mark.conforms("27")
 @pytest.mark.parametrize("mode", ["precopy", "postcopy", "multifd", "preempt"])
 @every_qemu
 def test_tls_on_every_channel(version: str, mode: str, tmp_path: Path) -> None:
@@ -257,6 +263,7 @@ def test_closing_instead_of_the_result_gives_the_guest_back(version: str) -> Non
         assert it.peer.is_alive()
 
 
+@pytest.mark.conforms("17")
 @pytest.mark.proves("S24", "S30", "S35")
 @every_qemu
 def test_closing_before_the_proof(version: str) -> None:
@@ -292,6 +299,7 @@ def test_closing_after_the_proof_pauses_both(version: str) -> None:
 # --- cancel -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("29")
 @pytest.mark.proves("S12", "S13", "S17")
 @pytest.mark.parametrize("phase", ["setup", "result", "barrier"])
 @every_qemu

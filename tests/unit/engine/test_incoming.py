@@ -48,6 +48,7 @@ def says_nothing_more(source: Source) -> bool:
 # --- the commit of a precopy --------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("18")
 @pytest.mark.proves("S2", "S19")
 def test_a_precopy_is_told_only_when_the_owner_says_so() -> None:
     with rig(hold_result=True) as rigged:
@@ -73,6 +74,7 @@ def test_a_result_that_was_ordered_before_it_is_due_is_given_then() -> None:
         assert rigged.connect(join(precopy())).hear(Shut) == Shut(0)
 
 
+@pytest.mark.conforms("29")
 def test_a_source_that_goes_while_the_result_is_held_keeps_its_guest() -> None:
     with rig(hold_result=True) as rigged:
         source = rigged.connect(join(precopy()))
@@ -120,6 +122,7 @@ def test_waiting_for_the_owner_behind_a_closed_connection_costs_nothing() -> Non
 # --- the commit of a postcopy -------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("17", "18")
 @pytest.mark.proves("S24", "S27", "S31")
 def test_the_proof_waits_for_the_owner_and_the_result_for_the_proof() -> None:
     with rig(hold_proof=True) as rigged:
@@ -150,6 +153,7 @@ def test_before_the_proof_the_source_may_have_its_guest_back() -> None:
         assert rigged.stop().status is S.FAILED
 
 
+@pytest.mark.conforms("19")
 @pytest.mark.parametrize("proof", [True, False])
 def test_after_the_commit_a_lost_connection_is_a_pause(proof: bool) -> None:
     with rig() as rigged:
@@ -161,6 +165,7 @@ def test_after_the_commit_a_lost_connection_is_a_pause(proof: bool) -> None:
         assert rigged.incoming.error is None
 
 
+@pytest.mark.conforms("19")
 @pytest.mark.proves("S31")
 def test_after_the_commit_nothing_ever_says_that_it_failed() -> None:
     garbage = [b"\xff" * 100, join(opening()), package_bytes(), join([EndOfSections()]), b"\x08\x00\x63\x00\x00"]
@@ -199,6 +204,7 @@ def asked(source: Source) -> list[RequestPages]:
     return [each for each in source.heard if isinstance(each, RequestPages)]
 
 
+@pytest.mark.conforms("20")
 def test_requests_name_their_block_when_it_changes() -> None:
     with rig() as rigged:
         source = rigged.connect(to_postcopy())
@@ -234,6 +240,7 @@ def test_a_request_outside_of_its_block_is_the_owners_mistake() -> None:
             rigged.incoming.request(rigged.image.blocks["pc.ram"], 60, 10)
 
 
+@pytest.mark.conforms("20", "21", "22")
 @pytest.mark.proves("S18")
 def test_a_recovery_gives_bitmaps_and_asks_again_with_names() -> None:
     with rig() as rigged:
@@ -408,6 +415,7 @@ def test_a_main_channel_that_waits_for_channels_that_never_come_can_be_ended(end
         rigged.wait(Fact.ERROR)
 
 
+@pytest.mark.conforms("26")
 @pytest.mark.proves("S88")
 def test_the_last_pages_may_come_on_the_preempt_channel_after_the_stream() -> None:
     with rig() as rigged:
@@ -534,6 +542,7 @@ def test_a_connection_after_the_stop_is_closed() -> None:
         assert rigged.connect(join(precopy())).listen_to_end() == []
 
 
+@pytest.mark.conforms("27")
 @pytest.mark.parametrize("goodbye", [True, False])
 def test_tls_on_every_channel_with_and_without_goodbye(tmp_path: Path, goodbye: bool) -> None:
     tls = TlsPair(tmp_path)

@@ -69,6 +69,7 @@ def check_image(rigged: Rig, name: str) -> None:
     assert (image.description is not None) == bool(want["vmdesc"])
 
 
+@pytest.mark.conforms("3", "6", "7", "8", "9", "14", "23", "24", "26")
 @pytest.mark.proves("S2", "S65")
 @pytest.mark.parametrize("name", [each for each in WHOLE if not each.startswith("suppress")])
 def test_a_recorded_stream_fills_the_image(name: str) -> None:
@@ -87,6 +88,7 @@ def test_a_recorded_stream_fills_the_image(name: str) -> None:
         assert {f"PING {each.value:#x}" for each in pongs} == {c for c in want["commands"] if c.startswith("PING")}
 
 
+@pytest.mark.conforms("25")
 @pytest.mark.parametrize("name", [each for each in WHOLE if each.startswith("multifd")])
 def test_the_channels_of_multifd_may_come_before_the_main_one_and_in_any_order(name: str) -> None:
     with rig(**options_of(name)) as rigged:
@@ -94,6 +96,7 @@ def test_the_channels_of_multifd_may_come_before_the_main_one_and_in_any_order(n
         check_image(rigged, name)
 
 
+@pytest.mark.conforms("28")
 @pytest.mark.parametrize("name", ["switchover-ack-q111-m72.rec.xz"])
 def test_the_switchover_is_acknowledged_before_the_first_pong(name: str) -> None:
     with rig(**options_of(name)) as rigged:
@@ -102,6 +105,7 @@ def test_the_switchover_is_acknowledged_before_the_first_pong(name: str) -> None
         assert source.heard[:2] == [SwitchoverAck(), Pong(1)]
 
 
+@pytest.mark.conforms("28")
 def test_a_machine_of_11_1_gets_no_switchover_ack_even_if_the_owner_wants_it() -> None:
     with rig(ack_switchover=True) as rigged:
         name = "precopy-rp-q111-m111.rec.xz"
@@ -110,6 +114,7 @@ def test_a_machine_of_11_1_gets_no_switchover_ack_even_if_the_owner_wants_it() -
         assert not any(isinstance(each, SwitchoverAck) for each in source.heard)
 
 
+@pytest.mark.conforms("12")
 def test_a_stream_without_vmdescription_is_taken_at_its_end_if_that_is_allowed() -> None:
     name = "suppress-vmdesc-q72.rec.xz"
     with rig(**options_of(name)) as rigged:
@@ -122,6 +127,7 @@ def test_a_stream_without_vmdescription_is_taken_at_its_end_if_that_is_allowed()
         assert rigged.stop().status is MigrationStatus.FAILED
 
 
+@pytest.mark.conforms("12")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_whole_is_refused(name: str) -> None:
     with rig(**options_of(name)) as rigged:
@@ -133,6 +139,7 @@ def test_what_cannot_be_whole_is_refused(name: str) -> None:
         assert rigged.incoming.error is not None
 
 
+@pytest.mark.conforms("22")
 @pytest.mark.proves("S18")
 @pytest.mark.parametrize("name", RECOVERIES)
 def test_a_recorded_recovery_completes_the_image(name: str) -> None:

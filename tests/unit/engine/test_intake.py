@@ -90,6 +90,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.conforms("1", "4", "13", "15")
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_understood_is_refused_and_nothing_kept(what: str) -> None:
     with rig() as rigged:
@@ -101,6 +102,7 @@ def test_what_is_not_understood_is_refused_and_nothing_kept(what: str) -> None:
         assert Fact.LOADED not in rigged.incoming.ledger.log
 
 
+@pytest.mark.conforms("5")
 def test_zero_length_parts_cost_little() -> None:
     with rig() as rigged:
         middle = join([*part()]) * 19_000
@@ -108,6 +110,7 @@ def test_zero_length_parts_cost_little() -> None:
         assert source.hear(Shut) == Shut(0)
 
 
+@pytest.mark.conforms("8", "14")
 def test_early_devices_and_bitmaps_are_kept_in_their_order() -> None:
     with rig() as rigged:
         early = device(50, "virtio-mem-early", b"\1\2\3", early=True)
@@ -120,6 +123,7 @@ def test_early_devices_and_bitmaps_are_kept_in_their_order() -> None:
         assert len(kept.chunks) > kept.chunks_at_start > 0
 
 
+@pytest.mark.conforms("16")
 def test_pongs_repeat_what_was_asked_whatever_it_is() -> None:
     with rig() as rigged:
         source = rigged.connect(join([*opening(), Ping(2), Ping(0x42), Ping(0xFFFFFFFF)]))
@@ -127,6 +131,7 @@ def test_pongs_repeat_what_was_asked_whatever_it_is() -> None:
         assert source.heard == [Pong(1), Pong(2), Pong(0x42), Pong(0xFFFFFFFF)]
 
 
+@pytest.mark.conforms("21")
 def test_a_page_that_was_taken_back_and_comes_as_zeros_is_zero() -> None:
     with rig() as rigged:
         body = [*part(pages([0]), zeros([1, 2])), *part(pages(range(3, 64))), *part(pages(range(4), block=ROM))]
@@ -135,6 +140,7 @@ def test_a_page_that_was_taken_back_and_comes_as_zeros_is_zero() -> None:
         assert rigged.numbers()[:5] == [0, 0, 0, 3, 4]
 
 
+@pytest.mark.conforms("23")
 def test_multifd_pages_before_a_barrier_are_stored_before_those_after_it() -> None:
     machine = "pc-i440fx-11.1"
     with rig(channels=1) as rigged:
@@ -149,6 +155,7 @@ def test_multifd_pages_before_a_barrier_are_stored_before_those_after_it() -> No
         assert rigged.numbers()[2:5] == [2, 3, 4]
 
 
+@pytest.mark.conforms("28")
 @pytest.mark.parametrize(("machine", "wants"), [("pc-i440fx-7.2", True), ("pc-q35-11.0", True), ("pc-q35-11.1", False)])
 def test_who_wants_a_switchover_ack(machine: str, wants: bool) -> None:
     assert has_switchover_ack(machine) is wants

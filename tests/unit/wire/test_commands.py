@@ -47,6 +47,7 @@ def test_there_and_back(event: Command, raw: str) -> None:
     assert commands.decode(number, data[5:], 0) == event
 
 
+@pytest.mark.conforms("15")
 @pytest.mark.parametrize(
     ("number", "length", "reason"),
     [

@@ -22,6 +22,7 @@ def decode(data: bytes) -> object:
     return configuration.decode(buffer)
 
 
+@pytest.mark.conforms("2")
 @pytest.mark.parametrize("event", [Configuration("q35"), Configuration("m", uuid=UUID, order=FULL.order[2:]), FULL])
 def test_there_and_back_however_it_is_cut(event: Configuration) -> None:
     data = configuration.encode(event) + b"\x08"

@@ -37,6 +37,7 @@ def test_what_is_refused(header: MappedHeader, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+@pytest.mark.conforms("30")
 def test_bitmaps() -> None:
     block = RamBlock("m", 70 * 4096, mapped=mapped_ram.place(70 * 4096, file_offset=0, page_size=4096))
     truth = np.zeros(70, np.bool_)

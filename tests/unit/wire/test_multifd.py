@@ -69,6 +69,7 @@ def test_a_packet_of_zero_pages_only() -> None:
     assert (found.normal, found.zero_offsets.tolist()) == (0, [4096, 8192])
 
 
+@pytest.mark.conforms("24")
 def test_leftovers_of_an_old_qemu_are_kept() -> None:
     """A claimed payload without pages, and offsets of the packet before."""
     packet = make_packet(BLOCK, NONE, NONE, number=3, payload_bytes=8192)

@@ -129,6 +129,7 @@ def test_a_page_filled_with_something_is_refused(at: int) -> None:
     assert refused(join([pages([0])]) + bytes(filled)) == "ram-fill"
 
 
+@pytest.mark.conforms("15")
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
@@ -200,6 +201,7 @@ def listed(*blocks: RamBlock) -> bytes:
     return join([MemorySize(sum(each.used_length for each in blocks)), *blocks, EndOfRam()])
 
 
+@pytest.mark.conforms("44")
 @pytest.mark.parametrize("slab", [1, 1000])
 @pytest.mark.parametrize(
     ("flags", "blocks"),

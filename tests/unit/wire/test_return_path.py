@@ -74,6 +74,7 @@ def test_what_is_refused_stays_refused(raw: str, reason: str) -> None:
         assert (caught.value.reason, caught.value.section) == (reason, "return path")
 
 
+@pytest.mark.conforms("20")
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
@@ -90,6 +91,7 @@ def test_requests_that_a_source_refuses(request_: RequestPages, reason: str) -> 
     assert caught.value.reason == reason
 
 
+@pytest.mark.conforms("20")
 def test_requests_name_their_block_first_and_when_it_changes() -> None:
     encoder = RequestEncoder(page_size=4096)
     decoder = ReturnPathDecoder()

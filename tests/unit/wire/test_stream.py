@@ -86,6 +86,7 @@ def refused(data: bytes, settings: Settings | None = None, *, finish: bool = Fal
     return caught.value.reason
 
 
+@pytest.mark.conforms("2")
 @pytest.mark.parametrize("slab", [1, 4099, 1 << 20])
 @pytest.mark.parametrize(
     "data", [join(precopy()), postcopy(), join([*opening(), *part(), EndOfSections(), describe([])])]
@@ -114,6 +115,7 @@ def test_a_package_comes_whole() -> None:
     assert decoder.is_postcopy
 
 
+@pytest.mark.conforms("14")
 def test_bitmaps_beside_ram() -> None:
     events = [*opening(), *bitmaps()[:4], *part(last=True), *bitmaps()[4:], EndOfSections(), describe([])]
     decoder, found = decode(join(events))
@@ -121,6 +123,7 @@ def test_bitmaps_beside_ram() -> None:
     assert decoder.next() is DONE
 
 
+@pytest.mark.conforms("4")
 def test_streams_of_old_machines() -> None:
     """No configuration, no footers, and no vmdescription: nothing tells where a device ends."""
     events = [each for each in precopy(description=False) if not isinstance(each, Configuration | SectionFooter)]
@@ -160,6 +163,7 @@ def test_without_devices() -> None:
     assert decoder.unread_bytes == 4
 
 
+@pytest.mark.conforms("8")
 @pytest.mark.parametrize("slab", [1, 1 << 20])
 def test_early_devices(slab: int) -> None:
     early = [*device(3, "mem-early", b"\x7e\x00\x00\x00\x03\x00", early=True), *device(4, "b", b"", early=True)]
@@ -197,6 +201,7 @@ def test_recovery_goes_on_with_what_was_known() -> None:
     assert before.resume().sections == {2: Section("ram"), 5: Section("dirty-bitmap")}
 
 
+@pytest.mark.conforms("6")
 def test_the_last_block_is_forgotten_at_a_recovery() -> None:
     before, _ = decode(join([*opening(), *part(pages([1]))]))
     resumed = StreamDecoder(resume=before.resume())
@@ -214,6 +219,7 @@ def mapped() -> tuple[bytes, RamBlock]:
     return head + join([block]), block
 
 
+@pytest.mark.conforms("30")
 @pytest.mark.parametrize("jump", [True, False])
 def test_mapped_files_at_an_offset(jump: bool) -> None:
     head, block = mapped()
@@ -238,6 +244,7 @@ def test_mapped_files_at_an_offset(jump: bool) -> None:
     assert decoder.offset == len(head) + gap + len(behind) + (0 if jump else 1)
 
 
+@pytest.mark.conforms("2", "44")
 def test_page_bits_and_page_sizes() -> None:
     configuration = Configuration("virt", page_bits=14, order=(PAGE_BITS,))
     decoder, _ = decode(join([Header(), configuration, PostcopyAdvise(16384 | 1 << 21, 16384)]))
@@ -256,6 +263,7 @@ def packaged(*events: Event) -> bytes:
     return START + b"".join(bytes(each) for each in encode_package(list(events)))
 
 
+@pytest.mark.conforms("1", "4", "15")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
