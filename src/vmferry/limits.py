@@ -135,3 +135,11 @@ ENGINE_SERVICE_TIMES_MAX = 100_000
 
 # A precopy ends when fewer pages than this are left and the image is not being filled any more: 4 ms of work.
 ENGINE_LAST_ROUND_PAGES = 4096
+
+# What a stand-in waits for a word of the other side: each step of a recovery takes milliseconds, but QEMU's main loop
+# may hang for seconds on a busy host. Longer than that and the stand-in gives up, which leaves both sides as they were.
+ENGINE_STAND_IN_SILENCE_S = 15.0
+
+# Private blocks of a guest (firmware, tables, video memory) that an agent copies in case the process dies: a PC has
+# 0.4 MiB of them, 16 MiB with a graphics card. Main memory is either in a shared file, which needs no copy, or too big.
+RESCUE_COPY_BYTES_MAX = 64 << 20
