@@ -37,7 +37,7 @@ import numpy as np
 from vmferry import limits
 from vmferry.engine.errand import Errand
 from vmferry.engine.image import PAGE_BYTES
-from vmferry.engine.wires import Gone, Wire
+from vmferry.engine.wires import Gone
 from vmferry.wire import mapped_ram
 from vmferry.wire.errors import refuse
 from vmferry.wire.events import (
@@ -67,7 +67,8 @@ class StandInReceiver(Errand):
 
     `ram_section`: the section number of RAM in the source's stream; learned from the stream if None.
     When it is complete the source has completed its migration; its guest is paused and may be continued. When it
-    failed the source is in postcopy-paused as before (see the module's Rule 2).
+    failed the source is in postcopy-paused as before (see the module's Rule 2). A preempt channel that the source opens
+    beside needs nobody who reads it, only somebody who keeps it open until the end.
     """
 
     def __init__(
@@ -87,23 +88,10 @@ class StandInReceiver(Errand):
         self._ram_section = ram_section
         self._asked: set[str] = set()
         self._decoder = self._new_decoder(None)
-        self._beside: list[Wire] = []
-
-    def hold(self, sock: socket.socket) -> None:
-        """Another connection of the same source (its preempt channel): kept open until the end, nothing comes on it.
-
-        Before `start` only.
-        """
-        self._beside.append(Wire(sock))
 
     def _new_decoder(self, ram_section: int | None) -> StreamDecoder:
         sections = {} if ram_section is None else {ram_section: Section(RAM)}
         return StreamDecoder(resume=Resume(self._blocks, sections, footers=None))
-
-    def _close(self) -> None:
-        super()._close()
-        for wire in self._beside:
-            wire.close()
 
     def _work(self) -> None:
         slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))

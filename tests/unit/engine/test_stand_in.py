@@ -330,24 +330,6 @@ def test_its_end_is_told(pair: Pair) -> None:
     receiver.stop()
 
 
-def test_a_connection_beside_is_held_until_the_end(pair: Pair) -> None:
-    mine, source = pair()
-    beside, theirs = pair()
-    theirs.settimeout(SILENCE_S)
-    receiver = StandInReceiver(mine, BLOCKS)
-    receiver.hold(beside)
-    receiver.start()
-    shake_hands(source)
-    theirs.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        theirs.recv(1)
-    theirs.settimeout(SILENCE_S)
-    source.sendall(end())
-    source.shutdown(socket.SHUT_WR)
-    assert theirs.recv(1) == b""
-    assert receiver.stop().is_complete
-
-
 def test_the_sink_forgets_everything_and_says_how_much_it_was(pair: Pair) -> None:
     mine, theirs = pair()
     sink = ThrowAwaySink(mine)
