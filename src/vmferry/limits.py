@@ -143,3 +143,10 @@ ENGINE_STAND_IN_SILENCE_S = 15.0
 # Private blocks of a guest (firmware, tables, video memory) that an agent copies in case the process dies: a PC has
 # 0.4 MiB of them, 16 MiB with a graphics card. Main memory is either in a shared file, which needs no copy, or too big.
 RESCUE_COPY_BYTES_MAX = 64 << 20
+
+# QEMU carries a migrate-pause out within milliseconds; its main loop may hang for seconds.
+RESCUE_PAUSE_S = 10.0
+
+# A whole rescue, by default: memory moves through a local socket at a GiB per second and more, so this is enough for
+# a guest of 1 TiB; what moves nothing is given up much sooner (ENGINE_STAND_IN_SILENCE_S).
+RESCUE_S = 1800.0

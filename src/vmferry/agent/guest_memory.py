@@ -124,6 +124,11 @@ async def find(machine: Machine) -> GuestMemory:
     return GuestMemory(machine.identity, places)
 
 
+async def sizes(machine: Machine) -> dict[str, int]:
+    """Used length in bytes of every block of the guest, by name. Raises like `find`."""
+    return {line.name: line.used_bytes for line in ram_blocks.parse_ramblock(await _table(machine))}
+
+
 async def _table(machine: Machine) -> str:
     try:
         return str((await machine.execute("x-query-ramblock"))["human-readable-text"])
