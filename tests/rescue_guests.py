@@ -16,7 +16,6 @@ from vmferry.agent import machine as machines
 from vmferry.agent.machine import Machine
 from vmferry.clock import SystemClock
 from vmferry.core.rescue import Evidence, NeverRan
-from vmferry.qmp.errors import QmpDisconnected
 from vmferry.testing import bootsector
 from vmferry.testing.hosts import NEWEST, OLDEST, wait_true
 from vmferry.testing.stream_peers import MIB, QemuPeer
@@ -52,12 +51,7 @@ class Starter:
         qmp = self.folder / f"agent-{self._count}"
         monitor = ("-qmp", f"unix:{qmp},server=on,wait=off")
         given = {"ram_mib": RAM_MIB, "touch_mib": TOUCH_MIB, "more": (*monitor, *more), **options}
-        try:
-            peer = QemuPeer(version, **given)
-        except QmpDisconnected:  # its socket was bound and did not listen yet
-            qmp.unlink(missing_ok=True)
-            peer = QemuPeer(version, **given)
-        return Guest(self._stack.enter_context(peer), qmp)
+        return Guest(self._stack.enter_context(QemuPeer(version, **given)), qmp)
 
 
 class Guest:

@@ -19,8 +19,11 @@ import contextlib
 import logging
 import os
 import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmferry import limits
@@ -29,7 +32,7 @@ from vmferry.agent.guest_memory import Memory
 from vmferry.agent.machine import Machine
 from vmferry.agent.rescue import OnProgress, RescueReport
 from vmferry.core.rescue import Tool, ended_well
-from vmferry.errors import GuestHeld, QemuError, RescueRefused
+from vmferry.errors import GuestHeld, QemuError, RescueRefused, Unfit
 
 if TYPE_CHECKING:
     from vmferry.engine.errand import ErrandOutcome
@@ -42,6 +45,25 @@ SECTION_CHANGED = (9, 1)
 """The first QEMU whose RAM has the first number (see `engine.stand_in_sender`)."""
 
 Dial = Callable[[], socket.socket]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The source's side of the job's encryption: it is the TLS client."""
+
+    context: ssl.SSLContext
+    server_name: str
+
+
+def job_tls(directory: Path, server_name: str) -> Tls:
+    """From the files that the source's QEMU was given. Raises Unfit when they are not there any more."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=directory / "ca-cert.pem")
+        context.load_cert_chain(directory / "client-cert.pem", directory / "client-key.pem")
+    except OSError as error:
+        raise Unfit(f"the job's credentials in {directory} cannot be read: {error}", cause=error) from error
+    return Tls(context, server_name)
 
 
 async def require_still(source: Machine | None) -> None:
@@ -63,8 +85,9 @@ async def serve(
     dial: Dial,
     *,
     ram_section: int,
-    preempt: bool,
-    machine_type: str,
+    preempt: bool = False,
+    machine_type: str = "",
+    tls: Tls | None = None,
     tell: OnProgress,
     deadline_s: float,
 ) -> ErrandOutcome:
@@ -75,7 +98,15 @@ async def serve(
     for name in memory.missing:
         add_absent_block(image, name, memory.sizes[name])
     over, on_end = rescue.waker()
-    sender = StandInSender(image, ram_section=ram_section, preempt=preempt, machine=machine_type, on_end=on_end)
+    sender = StandInSender(
+        image,
+        ram_section=ram_section,
+        preempt=preempt,
+        machine=machine_type,
+        tls=None if tls is None else tls.context,
+        server_name=None if tls is None else tls.server_name,
+        on_end=on_end,
+    )
     try:
         sender.start(dial)
         return await rescue.finish(sender, over, tell=tell, tool=Tool.FEED, deadline_s=deadline_s)

@@ -87,6 +87,8 @@ class Evidence(Enum):
     """Its agent made durable that it never will, after it had ended a QEMU that never ran."""
     PROCESS_GONE = "process-gone"
     """Its QEMU was started paused, never told to run, never seen running, and the kernel says that it is gone."""
+    NEVER_GRANTED = "never-granted"
+    """The right to run it there is this host's to give, and its journal says that it was not given."""
     PERSON = "person"
     """A person looked and says so, and nothing that is known here speaks against it."""
 

@@ -24,6 +24,7 @@ Rule 3: a destination whose stand-in dies is in postcopy-paused as before, with 
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 
@@ -61,6 +62,8 @@ class StandInSender:
         ram_section: int,
         preempt: bool = False,
         machine: str = "",
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
         name: str = "stand-in-sender",
         on_end: Callable[[], None] | None = None,
     ) -> None:
@@ -71,7 +74,8 @@ class StandInSender:
         self._over = threading.Event()
         self._refusal: VmferryError | None = None
         self._due = 0
-        self._outgoing = Outgoing.broken(image, options=OutgoingOptions(postcopy="at-once", preempt=preempt), name=name)
+        options = OutgoingOptions(postcopy="at-once", preempt=preempt)
+        self._outgoing = Outgoing.broken(image, options=options, tls=tls, server_name=server_name, name=name)
         self._outgoing.ledger.listen(self._on_fact)
 
     def start(self, dial: Dial) -> None:

@@ -78,7 +78,7 @@ def test_no_evidence_stands_against_a_run_or_after_it_fell(evidence: Evidence) -
     assert "not so" in dataclasses.replace(good, stands=lambda: False).objection()
 
 
-@pytest.mark.parametrize("evidence", [Evidence.RENOUNCED, Evidence.PERSON])
+@pytest.mark.parametrize("evidence", [Evidence.RENOUNCED, Evidence.NEVER_GRANTED, Evidence.PERSON])
 def test_a_word_needs_no_history(evidence: Evidence) -> None:
     assert proof(evidence).objection() == ""
 
