@@ -103,6 +103,14 @@ async def ask(tool: Tool, machine: Machine) -> Answer:
     return answer
 
 
+async def _ask_again(tool: Tool, machine: Machine) -> None:
+    """At the moment of acting nothing may have changed. Raises RescueRefused if somebody else was faster."""
+    if (await ask(tool, machine)).pause_first:
+        raise RescueRefused(
+            f"{machine.vm}: its migration goes on again: somebody else has taken care of it", retry="yes"
+        )
+
+
 def _require(proof: NeverRan, machine: Machine) -> None:
     objection = proof.objection()
     if objection:
@@ -333,7 +341,7 @@ async def bring_back(
         stand_in = None if several else await connect()
         try:
             _require(proof, machine)  # asked again: from the next command on the source may be had back
-            await ask(Tool.BRING_BACK, machine)
+            await _ask_again(Tool.BRING_BACK, machine)
             begun_s = machine.clock.now_s()
             await machine.execute("migrate", {"uri": line.uri, "resume": True})
         except BaseException:
@@ -404,7 +412,7 @@ async def throw_away(
     async with _plain_options(machine), line_to(machine, several=False) as line:
         if proof is not None:
             _require(proof, machine)
-        await ask(Tool.THROW_AWAY, machine)
+        await _ask_again(Tool.THROW_AWAY, machine)
         sink = ThrowAwaySink(await line.main(), on_end=on_end)
         sink.start()
         begun_s = machine.clock.now_s()
