@@ -56,7 +56,7 @@ tools
               taken back: QEMU refuses to start it even when the disk is free. Sends the memory to nobody, after
               which it can be started. Takes about a second per GiB.
   feed        the guest runs on its destination and waits for pages that its source does not serve any more, because
-              the source's QEMU failed, hangs or died. Serves them from that QEMU's memory: of the living process, or
+              the source's QEMU failed or died. Serves them from that QEMU's memory: of the living process, or
               what it left in a shared RAM file (memory-backend-memfd or -file with share=on).
 
   Each is refused where it does not fit; then nothing was done. None ever takes a complete copy of a guest away, and

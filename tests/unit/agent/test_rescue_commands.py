@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -153,3 +155,12 @@ def test_the_likeliest_number_of_ram_s_section_comes_first() -> None:
     for newer in ((9, 1), (11, 1), None, (0, 0)):
         assert rescue_feed.sections_to_try(newer)[0] == 1
     assert {len(set(rescue_feed.sections_to_try(each))) for each in ((7, 2), None)} == {4}
+
+
+def test_an_agent_at_rest_has_neither_numpy_nor_the_endpoints() -> None:
+    """They would take half of the memory that an agent may use."""
+    program = (
+        "import sys, vmferry.agent.agent; print([m for m in sys.modules if m.startswith(('numpy', 'vmferry.engine'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
