@@ -240,10 +240,20 @@ class RemoteProtocolError(VmferryError):
     default_side = "network"
 
 
+class RescueRefused(VmferryError):
+    """A rescue tool does not fit the trouble, or the proof that it needs is missing; nothing was done."""
+
+    exit_code = 21
+    code = "rescue-refused"
+    default_side = "source"
+    default_guest = "paused"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
+    RescueRefused,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"

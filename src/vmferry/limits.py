@@ -157,3 +157,18 @@ ENGINE_GUEST_BYTES_MAX = 1 << 44
 
 # Pages side by side that are worth a read of their own, straight to their place, instead of a copy from a slab.
 ENGINE_DIRECT_PAGES = 8
+
+# What a stand-in waits for a word of the other side: each step of a recovery takes milliseconds, but QEMU's main loop
+# may hang for seconds on a busy host. Longer than that and the stand-in gives up, which leaves both sides as they were.
+ENGINE_STAND_IN_SILENCE_S = 15.0
+
+# Private blocks of a guest (firmware, tables, video memory) that an agent copies in case the process dies: a PC has
+# 0.4 MiB of them, 16 MiB with a graphics card. Main memory is either in a shared file, which needs no copy, or too big.
+RESCUE_COPY_BYTES_MAX = 64 << 20
+
+# QEMU carries a migrate-pause out within milliseconds; its main loop may hang for seconds.
+RESCUE_PAUSE_S = 10.0
+
+# A whole rescue, by default: memory moves through a local socket at a GiB per second and more, so this is enough for
+# a guest of 1 TiB; what moves nothing is given up much sooner (ENGINE_STAND_IN_SILENCE_S).
+RESCUE_S = 1800.0

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmferry import __version__
-from vmferry.agent import control, destination_act, peer_commands, source_act
+from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act
 from vmferry.agent import machine as machines
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
@@ -53,7 +53,7 @@ VERSION = {"vmferry": __version__, "qemu": {"major": 0, "minor": 0, "micro": 0},
 PROMPT_FOR_PEOPLE = frozenset({"MIGRATION", "JOB_ENDED"})
 PROMPT_FOR_AGENTS = frozenset({"TARGET", "JOB_ENDED"})
 """Events that somebody waits for; all others are news, which may leave a moment later and together."""
-RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED"})
+RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED", "RESCUE"})
 """Events of other agents that people here may want to see."""
 
 
@@ -152,6 +152,8 @@ class Agent:
         for holder in holders:
             for channel in holder.channels:
                 channel.close()  # QEMU has its own descriptor of what was handed to it
+        for attempt in self.attempts.values():
+            attempt.forget_memory()
         self.journal.close()
 
     # --- what attempts use (Context) ---
@@ -173,6 +175,9 @@ class Agent:
     async def make_plan(self, attempt: SourceAttempt) -> Plan:
         return await self.planner.plan(attempt.wanted, attempt.kept, running_job=True)
 
+    async def remember_memory(self, attempt: SourceAttempt) -> None:
+        await rescue_commands.remember(attempt)
+
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         self.planner.converge(attempt, info)
 
@@ -187,6 +192,7 @@ class Agent:
         wire = attempt.wire()
         self.results[attempt.job] = wire
         self.planner.forget(attempt.job)
+        attempt.forget_memory()
         kept = attempt.kept
         if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
             if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since

@@ -46,6 +46,9 @@ class Context(Protocol):
     async def make_plan(self, attempt: SourceAttempt) -> Plan:
         """Asks both hosts; changes nothing."""
 
+    async def remember_memory(self, attempt: SourceAttempt) -> None:
+        """Keeps what of the source's memory would outlive its QEMU. Never raises for trouble of the world's."""
+
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         """New counters of QEMU: progress, and the policy that may ask for postcopy."""
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import vm_commands
+from vmferry import limits
+from vmferry.agent import rescue_commands, vm_commands
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.core.facts import Fact
@@ -246,6 +247,9 @@ async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
     raise UnknownVm(f"no migration of {arguments.vm or arguments.job} is known here")
 
 
+FORWARD_S = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class CommandRow:
     """One command: its argument type, its body, and whether it belongs to the host that keeps the VM."""
@@ -257,6 +261,8 @@ class CommandRow:
     """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
     of_place: bool = False
     """Can be said of a VM that is only awaited here, too."""
+    forward_s: float = FORWARD_S
+    """How long the other host may take with it."""
 
 
 async def _list(agent: Agent, arguments: ListArguments) -> dict[str, Any]:
@@ -295,12 +301,19 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
     "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),
     "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
+    "rescue-bring-back": CommandRow(
+        rescue_commands.RescueArguments, rescue_commands.bring_back, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
+    ),
+    "rescue-throw-away": CommandRow(
+        rescue_commands.RescueArguments, rescue_commands.throw_away, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
+    ),
+    "rescue-feed": CommandRow(
+        rescue_commands.FeedArguments, rescue_commands.feed, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
+    ),
     "doctor": CommandRow(NoArguments, _doctor),
     "agent-status": CommandRow(NoArguments, _agent_status),
     "query-commands": CommandRow(NoArguments, _commands),
 }
-
-FORWARD_S = 30.0
 
 
 async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward: bool = True) -> Any:
@@ -314,7 +327,7 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
         host = await _where(agent, vm, of_job=row.of_job)
         if host is not None:
             link = agent.peers.link(host)
-            return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=FORWARD_S)
+            return await link.call("peer-forward", {"command": name, "arguments": arguments}, deadline_s=row.forward_s)
     if row.at_vm and vm and not row.of_job and vm not in agent.vms:
         place = agent.place_of(vm)
         if place is None or place.ended.is_set():

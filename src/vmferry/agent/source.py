@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmferry.agent.channel import Channel, cut_what_was_let_go
 from vmferry.agent.context import Context
+from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, source_findings
@@ -82,6 +83,10 @@ class SourceAttempt(AttemptLoop[Effect]):
         """What QEMU had before under every name of an option that was changed; journalled."""
         self.progress = Progress()
         self.cancel_tries = 0
+        self.memory: Memory | None = None
+        """What would outlive the source's QEMU, kept while a destination that runs needs it."""
+        self.rescuing = False
+        """A rescue tool speaks with QEMU: what it says is not about this attempt, and no effect may come between."""
         self.fd_given = False
         """The channel's descriptor is in QEMU's hands under its name."""
         self._qemu_word: str | None = None
@@ -99,7 +104,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         return decide_source(self.facts, self.readings)
 
     def allows(self, effect: Effect) -> bool:
-        return source_allows(effect, source_view(self.facts, self.readings))
+        return not self.rescuing and source_allows(effect, source_view(self.facts, self.readings))
 
     def interruptible(self, effect: Effect) -> bool:
         # A dial may hang for seconds; once QEMU was told to migrate the effect is nearly over.
@@ -143,6 +148,12 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def on_row(self, row: Row[Effect]) -> None:
         self.context.publish("JOB_CHANGE", self.brief())
+
+    def forget_memory(self) -> None:
+        """Nobody needs the source's memory any more."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
 
     # --- inputs ---
 
@@ -219,6 +230,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 offset_s = self.context.clock_offset_s(self.wanted.destination)
                 self.measured.resume_s = float(facts["resume_s"]) - offset_s
                 self.measured.marks.append((self.measured.resume_s, "RESUME on the destination"))
+            if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
+                self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")

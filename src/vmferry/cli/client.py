@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmferry.errors import AgentUnreachable
 from vmferry.qmp.blocking import BlockingClient
+from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpCommandError, QmpDisconnected, QmpTimeout
 
 CONNECT_S = 5.0
@@ -21,10 +22,17 @@ def connect(path: str) -> BlockingClient:
         raise AgentUnreachable(f"no agent answers on {path}", cause=error) from error
 
 
-def execute(client: BlockingClient, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+def execute(
+    client: BlockingClient,
+    command: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    deadline_s: float = COMMAND_S,
+    on_event: Callable[[Event], None] | None = None,
+) -> Any:
     """One command. Raises the agent's own error in its class, or AgentUnreachable (it may have been done)."""
     try:
-        return client.execute(command, arguments, deadline_s=COMMAND_S)
+        return client.execute(command, arguments, deadline_s=deadline_s, on_event=on_event)
     except QmpCommandError as error:
         raise (error.remote or error) from error
     except (QmpDisconnected, QmpTimeout) as error:

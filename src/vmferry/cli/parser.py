@@ -47,6 +47,33 @@ def _help_width() -> int:
     return max(columns, 40) - 2
 
 
+RESCUE_EPILOG = """\
+tools
+  bring-back  the guest left this host in postcopy, and its destination is gone without ever having run it: QEMU's
+              source waits for it for ever. Ends the migration into a stand-in; the guest is then an ordinary paused
+              one, its memory untouched. Takes about 10 ms.
+  throw-away  a migration failed or was cancelled, and the guest sticks in finish-migrate because a disk could not be
+              taken back: QEMU refuses to start it even when the disk is free. Sends the memory to nobody, after
+              which it can be started. Takes about a second per GiB.
+  feed        the guest runs on its destination and waits for pages that its source does not serve any more, because
+              the source's QEMU failed or died. Serves them from that QEMU's memory: of the living process, or
+              what it left in a shared RAM file (memory-backend-memfd or -file with share=on).
+
+  Each is refused where it does not fit; then nothing was done. None ever takes a complete copy of a guest away, and
+  each may be given again after it failed. A guest of a migration that this host conducts is started by that as
+  soon as it can be; for any other one say --run.
+
+exit codes
+  0 done;  14 held: it did not get through, or a disk is still locked; whole and paused;
+  21 refused: the tool does not fit, or the proof is missing. All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry rescue web1 bring-back
+  vmferry rescue web1 throw-away --run --never-ran
+  vmferry rescue web1 feed --json | jq .pages
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells what is malformed as every other error is told, with --json too."""
 
@@ -67,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_agent(commands)
     _add_vm_commands(commands)
     _add_migration_commands(commands)
+    _add_rescue(commands)
     _add_host_commands(commands)
     _add_demo_and_bench(commands)
     return parser
@@ -165,6 +193,20 @@ def _add_migration_commands(commands: Any) -> None:
     change.add_argument("settings", nargs="+", metavar="NAME=VALUE")
     postcopy = _command(commands, "postcopy", "migrate_cmd:postcopy", "switch a migration to postcopy now")
     postcopy.add_argument("vm", metavar="NAME")
+
+
+def _add_rescue(commands: Any) -> None:
+    rescue = _command(commands, "rescue", "rescue_cmd:rescue", "lead a guest out of a migration that is stuck",
+                      epilog=RESCUE_EPILOG)  # fmt: skip
+    rescue.add_argument("vm", metavar="NAME")
+    rescue.add_argument("tool", choices=("bring-back", "throw-away", "feed"))
+    rescue.add_argument(
+        "--run", dest="then_run", action="store_true", help="start the guest as soon as that is possible"
+    )
+    rescue.add_argument("--never-ran", action="store_true",
+                        help="your word that the other side never ran the guest and that its QEMU is gone; needed "
+                        "for a migration that this host does not conduct. If it is wrong, the guest may run "
+                        "twice and damage its disks")  # fmt: skip
 
 
 def _add_host_commands(commands: Any) -> None:

@@ -281,6 +281,8 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
     source, cpus = readings.source, readings.cpus
     if Fact.SOURCE_GONE in log:
         source, cpus = (Source.RETIRED if Fact.ALL_SENT in log else Source.GONE), Cpus.UNKNOWN
+    elif Fact.ALL_SENT in log and source in (Source.BACK, Source.BROKEN):
+        source = Source.DONE  # a stand-in has fed the destination from its memory; QEMU itself does not know it
     return SourceView(
         want=Want.BACK if back else Want.GO,
         step=_step(log),

@@ -89,12 +89,20 @@ class Outgoing:
         image.on_pages(self._out.waker.wake)
 
     @classmethod
-    def broken(cls, image: Image, *, options: OutgoingOptions | None = None, name: str = "stand-in") -> Outgoing:
+    def broken(
+        cls,
+        image: Image,
+        *,
+        options: OutgoingOptions | None = None,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+        name: str = "stand-in",
+    ) -> Outgoing:
         """One that stands in for a source which is gone: its destination is in postcopy-paused, `recover` goes on.
 
         The image must have every page that the destination lacks.
         """
-        outgoing = cls(image, options=options, name=name)
+        outgoing = cls(image, options=options, tls=tls, server_name=server_name, name=name)
         for fact in (Fact.MIGRATE, Fact.SETUP_DONE, Fact.SWITCHOVER, Fact.PACKAGE_SENT, Fact.PACKAGE_LOADED):
             outgoing.ledger.post(fact, text="before this endpoint was made")
         outgoing.ledger.post(Fact.POSTCOPY_ANNOUNCED)

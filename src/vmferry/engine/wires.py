@@ -103,7 +103,8 @@ class Wire:
 
     def limit_unsent(self, count_bytes: int) -> None:
         """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
-        self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
+        # Not the plain socket: under TLS that one has given its descriptor away.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
 
     def handshake(self, *, timeout_s: float, waker: Waker | None = None) -> None:
         """TLS's handshake; nothing without TLS. Raises Gone, with what went wrong."""

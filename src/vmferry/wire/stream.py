@@ -96,7 +96,8 @@ class Resume:
 
     blocks: Mapping[str, RamBlock]
     sections: Mapping[int, Section] = field(default_factory=dict)
-    footers: bool = True
+    footers: bool | None = True
+    """None: not known (nobody saw the connection before); the first section's end tells."""
     page_size: int = 4096
 
 

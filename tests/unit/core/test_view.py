@@ -147,6 +147,14 @@ def test_a_source_that_is_gone_had_given_everything_away_or_not() -> None:
     assert source_view(FactLog(), reading).source is Source.POSTCOPY
 
 
+@pytest.mark.parametrize("source", Source)
+def test_a_source_whose_pages_a_stand_in_served_has_given_everything_away(source: Source) -> None:
+    """Its QEMU goes on saying that it failed or is paused."""
+    served = source_view(log_of(F.ALL_SENT), Readings(source=source)).source
+    assert served is (Source.DONE if source in (Source.BACK, Source.BROKEN) else source)
+    assert source_view(FactLog(), Readings(source=source)).source is source
+
+
 @pytest.mark.parametrize(
     ("facts", "ran"),
     [

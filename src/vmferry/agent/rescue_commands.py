@@ -1,0 +1,273 @@
+"""Commands of people for the rescue tools: `rescue-bring-back`, `rescue-throw-away`, `rescue-feed`.
+
+Theory of operation
+-------------------
+A VM whose migration this agent conducts has an attempt; its facts are the proof, and its loop is what starts the guest
+when the tool has led QEMU to where that is possible. While a tool is at work the loop does nothing (`rescuing`): to it
+the words of a QEMU that is being rescued would look like those of a migration that goes on.
+
+A VM without one (adopted in trouble, or an agent that lost its journal) needs a person's word that the other side
+never ran the guest and is gone: `never-ran`. Then the tool itself starts it, if it is told to.
+
+Rule 1: what is known here always counts more than a person's word.
+Rule 2: one tool at a time for a VM.
+Rule 3: progress is told as RESCUE events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vmferry import limits
+from vmferry.agent import channel as channels
+from vmferry.agent import guest_memory, rescue, rescue_feed
+from vmferry.agent.guest_memory import Memory
+from vmferry.agent.source import SourceAttempt
+from vmferry.core.facts import Fact
+from vmferry.core.rescue import Evidence, NeverRan, Tool
+from vmferry.core.view import Grant, Source, Target, source_view
+from vmferry.errors import GuestHeld, QemuError, RescueRefused, UnknownVm
+from vmferry.pki import job_credentials
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+DIAL_S = 5.0
+RECONNECT_S = 30.0
+UNSERVED = (Source.BACK, Source.ENDING, Source.BROKEN, Source.SILENT, Source.GONE)
+"""What the source's QEMU must be for its memory to be served by somebody else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescueArguments:
+    """`rescue-bring-back` and `rescue-throw-away`."""
+
+    vm: str
+    run: bool = False
+    """Start the guest as soon as that is possible (a VM with a migration of ours is started by that anyway)."""
+    never_ran: bool = False
+    """A person's word that the other side never ran the guest and is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedArguments:
+    """`rescue-feed`."""
+
+    vm: str
+
+
+def attempt_of(agent: Agent, vm: str) -> SourceAttempt | None:
+    """The VM's migration that is not settled, or None."""
+    attempt = agent.attempts.get(vm)
+    return attempt if attempt is not None and not attempt.ended.is_set() else None
+
+
+def proof_for(agent: Agent, vm: str, tool: Tool, *, never_ran: bool) -> NeverRan:
+    """What proves that the guest may be had back here. Raises RescueRefused when nothing does."""
+    attempt = attempt_of(agent, vm)
+    if attempt is None:
+        if never_ran:
+            return NeverRan(evidence=Evidence.PERSON, text="a person's word", stands=lambda: True)
+        raise RescueRefused(
+            f"{vm} has no migration here that is not settled, so nothing proves that it runs nowhere else",
+            guest="unknown",
+            hint="make sure that the other side's QEMU never ran it and is gone; then say so with --never-ran",
+        )
+    found = source_view(attempt.facts, attempt.readings)
+    host = attempt.wanted.destination
+    has_run = found.target in (Target.RAN, Target.DIED)
+    # A throw-away starts nothing by itself: that the right was never given is enough. Who claims pages ends the other
+    # side's hope of them for good, so it must be gone.
+    if tool is Tool.THROW_AWAY and found.target is not Target.GONE and found.grant is not Grant.SENT:
+        return NeverRan(
+            evidence=Evidence.NEVER_GRANTED,
+            text=f"{host} was never given the right to run {vm}",
+            stands=lambda: source_view(attempt.facts, attempt.readings).grant is not Grant.SENT,
+            has_run=has_run,
+        )
+    return NeverRan(
+        evidence=Evidence.RENOUNCED,
+        text=f"{host} gave {vm} up without having run it",
+        stands=lambda: source_view(attempt.facts, attempt.readings).target is Target.GONE,
+        has_run=has_run,
+    )
+
+
+@contextlib.contextmanager
+def at_work(agent: Agent, vm: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """The VM is being rescued; gives what tells the progress. Raises Busy when it is already."""
+    with agent.claims.hold(vm, "rescued", side="source"):
+        attempt = attempt_of(agent, vm)
+        if attempt is not None:
+            attempt.rescuing = True
+        try:
+            yield lambda progress: agent.publish("RESCUE", {"vm": vm, **progress})
+        finally:
+            if attempt is not None:
+                attempt.rescuing = False
+                attempt.refresh()
+
+
+async def bring_back(agent: Agent, arguments: RescueArguments) -> dict[str, Any]:
+    """Leads a source out of postcopy whose destination is gone and never ran. Raises as `rescue.bring_back`."""
+    return await _lead_out(agent, arguments, Tool.BRING_BACK)
+
+
+async def throw_away(agent: Agent, arguments: RescueArguments) -> dict[str, Any]:
+    """Leads a source out of finish-migrate. Raises as `rescue.throw_away`."""
+    return await _lead_out(agent, arguments, Tool.THROW_AWAY)
+
+
+async def _lead_out(agent: Agent, arguments: RescueArguments, tool: Tool) -> dict[str, Any]:
+    vm = arguments.vm
+    if vm not in agent.vms:
+        raise UnknownVm(f"{agent.config.name} has no VM named {vm}")
+    machine = agent.vms[vm].require_machine()
+    body = rescue.bring_back if tool is Tool.BRING_BACK else rescue.throw_away
+    with at_work(agent, vm) as tell:
+        proof = proof_for(agent, vm, tool, never_ran=arguments.never_ran)
+        # With an attempt its table starts the guest, once the tool is done: it knows whether it ran before.
+        then_run = arguments.run and attempt_of(agent, vm) is None
+        report = await body(machine, proof, then_run=then_run, tell=tell)
+    return report.to_wire()
+
+
+async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
+    """Gives the destination the pages that it lacks, out of the memory that the source's QEMU has or left behind.
+
+    Raises RescueRefused (nothing was done) or GuestHeld (it waits as before; may be tried again).
+    """
+    vm = arguments.vm
+    attempt = attempt_of(agent, vm)
+    if attempt is None:
+        raise RescueRefused(f"{vm} has no migration of this host that is not settled", guest="unknown", retry="no")
+    with at_work(agent, vm) as tell:
+        _require_unserved(attempt)
+        memory, is_ours = await _memory_of(attempt)
+        try:
+            report = await _feed(agent, attempt, memory, tell)
+        finally:
+            if is_ours:
+                memory.close()
+        for fact in (Fact.ALL_SENT, Fact.PEER_ACK):
+            attempt.note(fact, text="fed from the source's memory", by="stand-in")
+    return report
+
+
+def _require_unserved(attempt: SourceAttempt) -> None:
+    found = source_view(attempt.facts, attempt.readings)
+    if found.target is not Target.RAN:
+        raise RescueRefused(
+            f"{attempt.vm} does not run on {attempt.wanted.destination}: nobody there waits for pages",
+            hint="'vmferry rescue bring-back' is for a destination that never ran the guest",
+        )
+    if found.source not in UNSERVED:
+        raise RescueRefused(f"{attempt.vm}: its source's QEMU still serves the pages itself", retry="no")
+
+
+async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:
+    """The memory to serve from, and whether the caller has to close it."""
+    machine = attempt.machine
+    if machine.is_gone:
+        if attempt.memory is None:
+            raise RescueRefused(
+                f"the QEMU of {attempt.vm} is gone and nothing of its memory was kept",
+                guest="lost",
+                retry="no",
+                hint="only memory in a shared file (memory-backend-memfd or -file, share=on) outlives its process",
+            )
+        return attempt.memory, False
+    await rescue_feed.require_still(machine)
+    found = await guest_memory.find(machine)
+    return await asyncio.to_thread(guest_memory.read_living, found), True
+
+
+async def _feed(
+    agent: Agent, attempt: SourceAttempt, memory: Memory, tell: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    tls = None
+    if not attempt.wanted.clear_text:
+        directory = job_credentials.job_directory(attempt.job, "source", agent.job_directory)
+        tls = rescue_feed.job_tls(directory, job_credentials.tls_hostname(attempt.job))
+    outcome = None
+    version = attempt.machine.version
+    for section in rescue_feed.sections_to_try(version):
+        _require_unserved(attempt)  # asked again: each try makes the destination give its connection up
+        if not attempt.machine.is_gone:
+            await rescue_feed.require_still(attempt.machine)
+        begun_s = agent.clock.now_s()
+        dial = _giving(await _dial(agent, attempt))
+        outcome = await rescue_feed.serve(
+            memory, dial, ram_section=section, tls=tls, tell=tell, deadline_s=limits.RESCUE_S
+        )
+        if outcome.is_complete:
+            ms = (agent.clock.now_s() - begun_s) * 1000
+            log.info("job=%s vm=%s tool=feed result=completed pages=%d", attempt.job, attempt.vm, outcome.pages)
+            return {
+                "tool": Tool.FEED.value,
+                "vm": attempt.vm,
+                "status": "completed",
+                "run_state": "running",
+                "ms": ms,
+                "bytes": outcome.bytes,
+                "pages": outcome.pages,
+                "notes": [],
+            }
+        log.warning("job=%s vm=%s tool=feed section=%d result=%s", attempt.job, attempt.vm, section, outcome.error)
+        if not outcome.is_acknowledged or (outcome.error is not None and outcome.error.retry == "no"):
+            break
+    assert outcome is not None, "there is a number to try"
+    raise GuestHeld(
+        f"{attempt.vm}: {attempt.wanted.destination} did not get every page and waits as before",
+        side="destination",
+        guest="unknown",
+        retry="no" if outcome.error is not None and outcome.error.retry == "no" else "yes",
+        hint="nothing is lost by that; the same command may be given again",
+        cause=outcome.error,
+    )
+
+
+def _giving(sock: socket.socket) -> rescue_feed.Dial:
+    return lambda: sock
+
+
+async def _dial(agent: Agent, attempt: SourceAttempt) -> socket.socket:
+    """A fresh channel to a destination that was told to wait for it. Raises HostUnreachable, QemuError …"""
+    link = agent.peers.link(attempt.wanted.destination)
+    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": True}
+    offer = dict(await link.call("peer-reconnect", question, deadline_s=RECONNECT_S))
+    ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
+    addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
+    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+    try:
+        return socket.socket(fileno=os.dup(channel.fileno()))
+    finally:
+        channel.close()
+
+
+async def remember(attempt: SourceAttempt) -> None:
+    """Keeps what of the source's memory would outlive its QEMU, while that still answers. Changes nothing.
+
+    Called when the destination runs and pages are still here: from now on both sides are needed. Trouble is a line in
+    the log: the migration does not need this.
+    """
+    try:
+        found = await guest_memory.find(attempt.machine)
+        memory = await asyncio.to_thread(guest_memory.remember, found)
+    except (QemuError, OSError) as error:
+        log.info("job=%s vm=%s effect=remember-memory result=%s", attempt.job, attempt.vm, error)
+        return
+    if attempt.ended.is_set() or attempt.memory is not None:
+        memory.close()
+        return
+    attempt.memory = memory
+    log.info("job=%s vm=%s effect=remember-memory missing=%s", attempt.job, attempt.vm, ",".join(memory.missing))
