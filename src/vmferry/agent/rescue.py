@@ -24,19 +24,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 from vmferry import limits
 from vmferry.agent import guest_memory
 from vmferry.agent.machine import Machine
 from vmferry.core.rescue import Answer, NeverRan, Tool, ended_well, has_settled, may_use
-from vmferry.errors import GuestHeld, QemuError, RescueRefused, VmferryError
+from vmferry.errors import Guest, GuestHeld, QemuError, RescueRefused, VmferryError
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpCommandError
 
@@ -55,6 +56,8 @@ FD_NAME = "vmferry-rescue"
 _SEVERAL = ("multifd", "postcopy-preempt")
 """Capabilities with which QEMU opens more than one connection, and refuses a descriptor."""
 
+P = ParamSpec("P")
+T = TypeVar("T")
 OnProgress = Callable[[dict[str, Any]], None]
 
 
@@ -304,9 +307,28 @@ def _failed(machine: Machine, tool: Tool, word: str | None, cause: VmferryError 
     )
 
 
+def told_as(guest: Guest) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """A QEMU's own errors know nothing of the guest in the middle of a rescue: they say `guest`, not 'unharmed'."""
+
+    def wrap(tool: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        @functools.wraps(tool)
+        async def rescued(*args: P.args, **more: P.kwargs) -> T:
+            try:
+                return await tool(*args, **more)
+            except QemuError as error:
+                if error.guest == "unharmed":
+                    error.guest = guest
+                raise
+
+        return rescued
+
+    return wrap
+
+
 # --- the tools ------------------------------------------------------------------------------------------------
 
 
+@told_as("paused")
 async def bring_back(
     machine: Machine,
     proof: NeverRan,
@@ -388,6 +410,7 @@ async def _report(machine: Machine, tool: Tool, ms: float, outcome: ErrandOutcom
     return RescueReport(tool.value, machine.vm, word or "none", state, ms, outcome.bytes, outcome.pages)
 
 
+@told_as("paused")
 async def throw_away(
     machine: Machine,
     proof: NeverRan | None = None,

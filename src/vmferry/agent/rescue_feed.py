@@ -121,6 +121,7 @@ def sections_to_try(source_version: tuple[int, int] | None) -> tuple[int, ...]:
     return RAM_SECTIONS
 
 
+@rescue.told_as("unknown")
 async def feed(
     destination: Machine,
     memory: Memory,

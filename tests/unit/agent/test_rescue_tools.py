@@ -240,8 +240,9 @@ async def test_a_pause_that_is_refused_is_told_with_the_guest_paused(qemu: FakeQ
 
 async def test_a_refused_order_leaves_no_stand_in_behind(qemu: FakeQemu) -> None:
     qemu.replies["migrate"] = QmpCommandError("migrate", "GenericError", "no", peer="QEMU")
-    with pytest.raises(QmpCommandError):
+    with pytest.raises(QmpCommandError) as refused:
         await rescue.bring_back(qemu.machine, proof())
+    assert refused.value.guest == "paused"  # QEMU's refusal knows nothing of it
     assert qemu.commands[-1] == "closefd"
 
 
