@@ -29,6 +29,9 @@ UNDER_WAY = (*BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING, Source.S
 OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
 """The attempt is not going on inside QEMU: never begun, given up, or over with nobody told to run."""
 
+NOT_RUNNING = (Cpus.RESTING, Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)
+SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
+
 SETUP_MS = 10_000
 UNPLUG_MS = 60_000
 SWITCHOVER_MS = 3_000
@@ -139,11 +142,11 @@ GOING_BACK: tuple[Row[E], ...] = (
         E.RESUME_SOURCE, "The destination never got the right to run, so the source may.", Outcome.HELD,
         action="none needed: the start is tried again; if a disk is locked elsewhere, free it"),
     Row("B-release", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
-                             cpus=Cpus.AS_BEFORE, target=TO_RELEASE),
+                             cpus=SETTLED, target=TO_RELEASE),
         E.RELEASE_TARGET, "The guest runs here; the destination gives its place up.",
         Outcome.SOURCE, RELEASE_MS, E.CLEAN_UP),
     Row("B-clean", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
-                           cpus=Cpus.AS_BEFORE, target=NOTHING_THERE),
+                           cpus=SETTLED, target=NOTHING_THERE),
         E.CLEAN_UP, "The guest runs here and nothing is left there.", Outcome.SOURCE),
     Row("B-stuck", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
                            cpus=Cpus.STUCK, target=(*USABLE, *LOST)),
@@ -189,7 +192,7 @@ PAUSED_THERE = (Target.PREPARED, Target.READY, Target.LOADED, Target.REFUSED)
 
 GRANTED: tuple[Row[E], ...] = (
     Row("G-ran-retire", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.DONE,
-                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+                                cpus=NOT_RUNNING),
         E.RETIRE_SOURCE, "The guest runs there with every page.", Outcome.DESTINATION),
     Row("G-ran-double", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, cpus=Cpus.AS_BEFORE,
                                 source=ALIVE),
@@ -198,16 +201,16 @@ GRANTED: tuple[Row[E], ...] = (
     Row("G-ran-pages", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                source=(Source.POSTCOPY, Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
                                        Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
-                               cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+                               cpus=NOT_RUNNING),
         None, "The guest runs there; the last pages are on their way and both sides are needed.",
         Outcome.DESTINATION),
     Row("G-ran-broken", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.BROKEN,
-                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+                                cpus=NOT_RUNNING),
         E.RECONNECT, "The guest runs there and some of its pages are still here: both QEMUs are needed.",
         Outcome.DEGRADED, action="none needed: the agents connect the two QEMUs again"),
     Row("G-ran-failed", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                 source=(Source.ENDING, Source.BACK),
-                                cpus=(Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)),
+                                cpus=NOT_RUNNING),
         None, "The guest runs there and the source's QEMU gave up with pages that it still needs.",
         Outcome.DEGRADED, action="keep both QEMUs: vmferry rescue NAME feed"),
     Row("G-ran-clean", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
@@ -271,7 +274,7 @@ GRANTED: tuple[Row[E], ...] = (
         E.RESUME_SOURCE, "The destination renounced, so the source may run.", Outcome.HELD,
         action="none needed: the start is tried again; if a disk is locked elsewhere, free it"),
     Row("G-gone-clean", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
-                                source=OURS_AGAIN, cpus=Cpus.AS_BEFORE),
+                                source=OURS_AGAIN, cpus=SETTLED),
         E.CLEAN_UP, "The guest runs here again and nothing is left there.", Outcome.SOURCE),
     Row("G-gone-stuck", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, target=Target.GONE,
                                 source=OURS_AGAIN, cpus=Cpus.STUCK),

@@ -73,6 +73,8 @@ class Cpus(Enum):
 
     AS_BEFORE = "as-before"
     """Running, or paused by its owner before the attempt and still so."""
+    RESTING = "resting"
+    """Paused by its owner before the attempt; QEMU had given it away and nobody took it. Its owner may start it."""
     STOPPED = "stopped"
     STUCK = "stuck"
     """Stopped in QEMU's finish-migrate, where `cont` is refused."""
@@ -230,7 +232,7 @@ def cpus_from(run_state: str | None, *, running_before: bool, source: Source) ->
         return Cpus.STUCK if source is Source.BACK else Cpus.STOPPED
     if not running_before and run_state in {"paused", "prelaunch"}:
         return Cpus.AS_BEFORE
-    return Cpus.STOPPED
+    return Cpus.RESTING if not running_before and run_state == "postmigrate" else Cpus.STOPPED
 
 
 def _step(log: FactLog) -> Step:

@@ -64,7 +64,7 @@ def test_a_word_that_nobody_has_heard_of_is_unknown_and_no_word_is_idle() -> Non
         ("finish-migrate", True, Source.SWITCHING, Cpus.STOPPED),
         ("paused", False, Source.BACK, Cpus.AS_BEFORE),
         ("prelaunch", False, Source.IDLE, Cpus.AS_BEFORE),
-        ("postmigrate", False, Source.DONE, Cpus.STOPPED),
+        ("postmigrate", False, Source.DONE, Cpus.RESTING),
         ("paused", True, Source.BACK, Cpus.STOPPED),
         ("postmigrate", True, Source.DONE, Cpus.STOPPED),
         ("io-error", True, Source.BACK, Cpus.STOPPED),
