@@ -97,6 +97,19 @@ class Wire:
         """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
         self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
 
+    def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> None:
+        """Until something is to be read here, there is room at `other` (or here, if `writable`), or the waker was
+        called (it is cleared)."""
+        if self._tls is not None and self._tls.pending():
+            return
+        poll = select.poll()
+        poll.register(self._sock.fileno(), POLL_IN | (POLL_OUT if writable else 0))
+        poll.register(other._sock.fileno(), POLL_OUT)
+        poll.register(waker.fd, POLL_IN)
+        for ready, _ in poll.poll():
+            if ready == waker.fd:
+                waker.clear()
+
     def handshake(self, *, timeout_s: float, waker: Waker | None = None) -> None:
         """TLS's handshake; nothing without TLS. Raises Gone, with what went wrong."""
         if self._tls is None:
