@@ -297,6 +297,7 @@ class MainSender:
                 break
             if due:
                 self._put(SectionPart(image.ram_section_id, last=False))
+                self._main.drain()
                 self._send_round(is_last=False)
                 self._end_ram_body(is_barrier=True)
                 self._main.drain()

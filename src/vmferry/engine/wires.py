@@ -80,9 +80,13 @@ class Wire:
         self._sock: socket.socket | ssl.SSLSocket = sock
         self._tls: ssl.SSLSocket | None = None
         if tls is not None:
-            self._tls = self._sock = tls.wrap_socket(
-                sock, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
-            )
+            try:
+                self._tls = self._sock = tls.wrap_socket(
+                    sock, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
+                )
+            except (OSError, ValueError):
+                self._cutter.close()
+                raise
         self._poll = select.poll()
         self._registered = 0
         self._waker_fd: int | None = None
@@ -95,7 +99,7 @@ class Wire:
 
     def limit_unsent(self, count_bytes: int) -> None:
         """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
-        self._plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)  # TLS took the plain one over
 
     def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> None:
         """Until something is to be read here, there is room at `other` (or here, if `writable`), or the waker was

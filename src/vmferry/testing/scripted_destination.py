@@ -13,9 +13,10 @@ Rule 2: every wait ends: at the latest after `WAIT_S` there is a TimeoutError.
 
 from __future__ import annotations
 
+import json
 import queue
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from vmferry.wire.events import (
     EndOfRam,
     Event,
     PageRun,
+    Pause,
     PostcopyListen,
     RamBlock,
     ReceivedBitmap,
@@ -67,6 +69,12 @@ def make_image(
             block.assume_zeros()
             block.dirty[:] = False
     image.devices = [DeviceSection(9, "timer", 0, 2, b"t" * 24), DeviceSection(10, "cpu", 0, 12, b"c" * 900)]
+    fields = [{"name": "state", "type": "buffer", "size": len(each.body)} for each in image.devices]
+    devices = [
+        {"name": each.idstr, "instance_id": 0, "vmsd_name": each.idstr, "version": each.version, "fields": [known]}
+        for each, known in zip(image.devices, fields, strict=True)
+    ]
+    image.description = json.dumps({"page_size": PAGE_BYTES, "devices": devices}).encode()
     image.is_device_state_whole = whole
     return image
 
@@ -147,10 +155,23 @@ class ScriptedDestination:
                     raise EOFError("the source has closed")
                 self._decoder.feed(data)
                 continue
-            assert not isinstance(event, type(NEED_DATA))
+            assert not isinstance(event, Pause)
             self.take(event)
             if any(event == each or (isinstance(each, type) and isinstance(event, each)) for each in wanted):
                 return event
+
+    def read_while(self, is_so: Callable[[], bool], *, bytes_at_once: int = 1 << 20) -> None:
+        """As long as this holds, and no byte further than needed. Raises EOFError, TimeoutError."""
+        while is_so():
+            event = self._decoder.next()
+            if event is not NEED_DATA and event is not DONE:
+                assert not isinstance(event, Pause)
+                self.take(event)
+                continue
+            data = b"" if event is DONE else self.sock.recv(bytes_at_once)
+            if not data:
+                raise EOFError("the source has ended")
+            self._decoder.feed(data)
 
     def read_preempt(self, sock: socket.socket, pages: int) -> bool:
         """So many pages from the preempt channel, or all up to its end; whether that was there."""
