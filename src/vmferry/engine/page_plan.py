@@ -94,6 +94,11 @@ def discards(blocks: Sequence[ImageBlock]) -> list[Discard]:
         if block is blocks[-1] and not commands and not stale.any():
             stale[-1] = True
         stale = whole_units(stale, block.host_page_pages, need_all=False)
+        if stale.all():  # nearly always: postcopy from the first byte
+            block.sent[:] = False
+            block.dirty[:] = False
+            commands.append(Discard(block.name, ((0, block.count * PAGE_BYTES),)))
+            continue
         # Only these marks are written: a mark of another page may be set by another thread in the same moment.
         block.sent[stale] = False
         block.dirty[stale] = False

@@ -148,10 +148,15 @@ class MainSender:
                 self._on_lost(text)
 
     def _go(self) -> None:
-        self._wire = self._adopt(self.out.dial())
-        answers = Answers(self.out, self._wire, is_recovery=bool(self._round), check=self._check)
-        self._main = Outlet(self._wire, waker=self.out.waker, while_waiting=answers.hear)
+        self._wire = wire = self.out.dial()
+        answers = Answers(self.out, wire, is_recovery=bool(self._round), check=self._check)
+        self._main = Outlet(wire, waker=self.out.waker, while_waiting=answers.hear)
         self._answers = answers
+        try:
+            if self._round:
+                self._ask_bitmaps()
+        finally:
+            self._adopt(wire)
         self._wire.handshake(timeout_s=self.out.options.handshake_s, waker=self.out.waker)
         if self._round:
             self._recover()
@@ -477,15 +482,23 @@ class MainSender:
 
     # --- recovery -----------------------------------------------------------------------------------------
 
+    def _ask_bitmaps(self) -> None:
+        """The first words of a recovery, before anything may end its connection.
+
+        A connection that ends without a word costs a waiting destination its guest: QEMU 7.2 exits, 11.1 goes from
+        postcopy-paused to failed.
+        """
+        self._answer.bitmaps_due = set(self.out.image.blocks)
+        self._put(*(AskBitmap(name) for name in self.out.image.blocks))
+        if not self._wire.is_tls:
+            self._main.offer()
+
     def _recover(self) -> None:
-        image, ledger = self.out.image, self.out.ledger
+        ledger = self.out.ledger
         ledger.post(Fact.RECONNECTED, round_no=self._round)
+        self._main.drain()
         if self.out.options.preempt and machine_types.has_early_preempt(self._machine):
             self._open_preempt()
-        # They are known to be due before they are asked for: an answer may come while the rest is being written.
-        self._answer.bitmaps_due = set(image.blocks)
-        self._put(*(AskBitmap(block.name) for block in image))
-        self._main.drain()
         self._await(lambda: not self._answer.bitmaps_due)
         if self.out.options.preempt and self._urgent is None:
             self._open_preempt()
