@@ -19,6 +19,7 @@ from vmferry.engine.sender import OutgoingOptions
 from vmferry.testing.scripted_destination import PROOF_PING, WAIT_S, ScriptedDestination, make_image
 from vmferry.wire.errors import WireError
 from vmferry.wire.events import (
+    AskBitmap,
     BitmapChunk,
     BitmapPiece,
     Configuration,
@@ -408,6 +409,19 @@ def test_the_preempt_channel(peer: ScriptedDestination, start: Start, machine: s
     complete(peer, outgoing)
 
 
+def test_a_destination_that_does_not_wait_for_the_end_of_the_preempt_channel(
+    peer: ScriptedDestination, start: Start
+) -> None:
+    """QEMU 11 with an old machine type: it has everything, says so, and closes before the end mark."""
+    outgoing = start(make_image(BLOCKS, machine=OLD), OutgoingOptions(postcopy="at-once", preempt=True))
+    urgent = peer.accept()
+    switch_over(peer)
+    urgent.close()
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
+    assert Fact.LINK_LOST not in outgoing.ledger.log
+
+
 def test_huge_pages_travel_whole(peer: ScriptedDestination, start: Start) -> None:
     outgoing = start(make_image({"pc.ram": (4 * 512, 512), "pc.rom": 4}), AT_ONCE)
     assert peer.read_until(PostcopyAdvise).page_sizes == 2 << 20 | PAGE_BYTES
@@ -565,6 +579,28 @@ def test_a_recovery_may_begin_in_the_moment_in_which_the_loss_is_told(peer: Scri
     peer.close()
     assert again.wait(WAIT_S)
     recovered(peer, outgoing, 1)
+
+
+@pytest.mark.proves("S53")
+def test_a_recovery_never_ends_without_a_word(peer: ScriptedDestination, start: Start) -> None:
+    """A destination that waits for one takes such a connection for its end (QEMU 7.2 and 11.1)."""
+    outgoing = broken_off(peer, start)
+    dialled, go_on = threading.Event(), threading.Event()
+
+    def dial() -> socket.socket:
+        dialled.set()
+        assert go_on.wait(WAIT_S)
+        return peer.dial()
+
+    outgoing.recover(dial)
+    assert dialled.wait(WAIT_S)
+    outgoing.cut()
+    go_on.set()
+    paused(outgoing, 2)
+    peer.begin(is_recovery=True)
+    assert peer.read_until(AskBitmap) == AskBitmap("pc.ram")
+    outgoing.recover(peer.dial)
+    recovered(peer, outgoing, 2)
 
 
 def test_a_recovery_that_nobody_answers(peer: ScriptedDestination, start: Start) -> None:
