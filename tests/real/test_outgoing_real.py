@@ -126,7 +126,7 @@ def capture(peer: QemuPeer) -> Image:
     assert incoming.ledger.wait(Fact.ALL_SENT, Fact.ERROR, timeout_s=WAIT_S) is Fact.ALL_SENT, str(incoming.error)
     assert incoming.stop().threads_left == ()
     peer.until_status("completed")
-    assert peer.runstate == "postmigrate"
+    peer.until_runstate("postmigrate")
     if peer.ram_bytes < GIB:  # large ones are compared once, at the other end
         assert peer.differing_pages(image, ram_of(peer)) == []
     return image
@@ -142,7 +142,7 @@ def make_run() -> Iterator[Callable[..., Run]]:
             with QemuPeer(source, machine=machine, **more) as peer:
                 image = capture(peer)
                 letters = (peer.folder / "serial").read_bytes()
-                assert peer.runstate == "postmigrate"
+                peer.until_runstate("postmigrate")
             stack.callback(image.close)
             options = ["-S"] if paused else []
             there_peer = QemuPeer(

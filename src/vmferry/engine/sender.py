@@ -247,6 +247,8 @@ class MainSender:
     def _begin(self) -> None:
         image, options = self.out.image, self.out.options
         assert image.blocks, "the block list comes first"
+        if options.postcopy != "at-once":
+            self._wire.allow_unsent(limits.ENGINE_STREAM_SOCKET_BYTES)
         self._put(Header())
         if image.configuration is not None:
             # Capabilities of the source's own run (x-ignore-shared, mapped-ram) do not hold for this stream.
@@ -262,7 +264,9 @@ class MainSender:
         self._main.drain()
         # A destination of 7.2 takes the first connection as the main one, whatever it says.
         for _ in range(options.channels):
-            self._multifd.open(self._adopt(self.out.dial()), handshake=self._shake)
+            wire = self._adopt(self.out.dial())
+            wire.allow_unsent(limits.ENGINE_STREAM_SOCKET_BYTES)
+            self._multifd.open(wire, handshake=self._shake)
         if options.preempt and machine_types.has_early_preempt(self._machine):
             self._open_preempt()
         for device in image.early:

@@ -21,6 +21,7 @@ from vmferry.clock import Clock, SystemClock
 from vmferry.wire.events import Encoded
 
 POLL_IN, POLL_OUT = select.POLLIN, select.POLLOUT
+_SNDBUF_FORCE = 32  # SO_SNDBUFFORCE, which the socket module has no name for
 IOVECS_MAX = 512
 """Buffers in one write; the kernel takes 1024."""
 
@@ -100,6 +101,17 @@ class Wire:
     def limit_unsent(self, count_bytes: int) -> None:
         """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)  # TLS took the plain one over
+
+    def allow_unsent(self, count_bytes: int) -> None:
+        """Lets the kernel of a local connection take more than usual, so that both ends have work all the time.
+
+        TCP finds its own size, and would lose it by being told one.
+        """
+        if self._sock.family == socket.AF_UNIX:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, _SNDBUF_FORCE, count_bytes)
+            except PermissionError:  # only root goes beyond the system's limit
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
 
     def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> None:
         """Until something is to be read here, there is room at `other` (or here, if `writable`), or the waker was

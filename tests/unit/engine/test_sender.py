@@ -45,6 +45,7 @@ from vmferry.wire.events import (
     SwitchoverAck,
     SwitchoverStart,
 )
+from vmferry.wire.stream import Section
 
 BLOCKS = {"pc.ram": 90, "pc.rom": 4}
 OLD, NEW = "pc-i440fx-7.2", "pc-i440fx-11.1"
@@ -639,12 +640,14 @@ def test_lies_in_a_recovery_pause_it_again(peer: ScriptedDestination, start: Sta
     recovered(peer, outgoing, 2)
 
 
-def test_a_host_page_that_came_in_part_goes_again_as_a_whole(peer: ScriptedDestination) -> None:
+def test_a_stand_in_sends_a_host_page_that_came_in_part_as_a_whole(peer: ScriptedDestination) -> None:
     image = make_image({"pc.ram": (1024, 512), "pc.rom": 4})
     outgoing = Outgoing.broken(image, options=AT_ONCE)
-    peer.memory = {block.name: np.zeros((block.count, PAGE_BYTES), np.uint8) for block in image}
-    peer.have = {block.name: np.zeros(block.count, np.bool_) for block in image}
+    assert outgoing.outcome().status is S.POSTCOPY_PAUSED
+    for block in image:
+        peer.take(block.wire)
     peer._decoder.ram.blocks.update({block.name: block.wire for block in image})
+    peer._decoder._sections[image.ram_section_id] = Section("ram")
     outgoing.recover(peer.dial)
     peer.begin(is_recovery=True)
     peer.have["pc.ram"][5:300] = True
@@ -653,11 +656,10 @@ def test_a_host_page_that_came_in_part_goes_again_as_a_whole(peer: ScriptedDesti
     peer.have["pc.ram"][:] = False  # as the real one: it was never placed
     peer.read_until(PostcopyResume)
     peer.say(ResumeAck())
-    with pytest.raises(WireError):  # a recovery of a section that the decoder never saw the start of
-        peer.read_until(EndOfSections)
+    peer.read_until(EndOfSections)
+    assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    complete(peer, outgoing)
     assert outgoing.stop().threads_left == ()
-    assert outgoing._sender is not None
-    assert outgoing.outcome().bytes > 0
     image.close()
 
 
