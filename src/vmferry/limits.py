@@ -130,6 +130,17 @@ ENGINE_RETURN_PATH_BYTES = 64 << 10
 # (Linux doubles the number for its own bookkeeping, so half of it is asked for).
 ENGINE_SERVICE_SOCKET_BYTES = 128 << 10
 
+# What lies unsent in a local connection's kernel during a precopy: four writes, so that neither end waits for the
+# other to be scheduled. With the system's 208 KiB a busy machine needs a half longer; with 4 MiB the caches suffer.
+ENGINE_STREAM_SOCKET_BYTES = 1 << 20
+
+# Page requests that wait one by one: more than a guest has processors and devices. Beyond, the map of what was asked
+# for is searched, so a peer that asks for everything takes no more memory than that.
+ENGINE_SERVICE_QUEUE_MAX = 4096
+
+# Neighbourhoods of requested pages that are remembered: a guest goes on in a few places at once, not in thousands.
+ENGINE_SERVICE_NEAR_MAX = 64
+
 # Service times that are kept for a report.
 ENGINE_SERVICE_TIMES_MAX = 100_000
 

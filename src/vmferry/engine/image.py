@@ -9,10 +9,11 @@ incoming endpoint fills it, an outgoing one sends it, and both may work on the s
 
 Rule 1: a map is an array of bytes, one per page, not of bits. Setting one byte is one store, so threads that work on
         different pages never take each other's marks back, and no lock is on the path of a page.
-Rule 2: who writes a page writes its content first, then `touched`, then `have`, then `dirty`. Who sends a page takes
+Rule 2: who writes a page writes its content first, then `touched`, then `dirty`, then `have`. Who sends a page takes
         its `dirty` mark first and reads its content afterwards. So a page that changes while it is sent is sent again:
             1. the sender clears dirty   2. the sender reads old content   3. the writer writes new content
             4. the writer sets dirty     5. the sender finds the mark in its next round
+        And who finds a page here finds its mark as well, also of one that comes in this moment.
 Rule 3: each map has one kind of writer: `have`, `touched`, `owed` and `dirty` (set) the incoming side, `sent` and
         `dirty` (clear) the outgoing side.
 Rule 4: a page that is not here is never read; a page that was discarded is not here.
@@ -154,8 +155,8 @@ class ImageBlock:
 
     def _mark(self, where: slice | npt.NDArray[np.intp]) -> None:
         self.touched[where] = True
-        self.have[where] = True
         self.dirty[where] = True
+        self.have[where] = True
 
     def write_zeros(self, offsets: npt.NDArray[np.uint64]) -> None:
         """Stores pages of zeros; costs nothing where nothing else was written."""
@@ -164,8 +165,8 @@ class ImageBlock:
         if len(stale):
             self.pages[stale] = 0
             self.touched[stale] = False
-        self.have[where] = True
         self.dirty[where] = True
+        self.have[where] = True
 
     def write_missing(self, offsets: npt.NDArray[np.uint64], pages: Pages) -> int:
         """Stores those pages that are not here; how many that were. For postcopy: see `write_missing_zeros`."""

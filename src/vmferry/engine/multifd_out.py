@@ -7,12 +7,14 @@ A channel sends packets of up to 128 pages: a head, and then the pages straight 
 side. Zero pages do not come here: they go as records on the main channel, which every version takes.
 
 Rule 1: a channel's queue keeps its order, so what was handed out before a SYNC leaves before it.
-Rule 2: at most `QUEUED_MAX` windows wait per channel; then the main channel waits.
-Rule 3: a channel that breaks says so in `error`, and takes everything from its queue so that nobody waits for it.
+Rule 2: at most `QUEUED_MAX` windows wait per channel; then the main channel's thread waits, in its own way
+        (`while_full`), because it must go on hearing its peer; `wake` tells it that there is room again.
+Rule 3: a channel that breaks says so in `error` and wakes the main channel's thread; its queue is dead from then on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import struct
@@ -23,6 +25,7 @@ from typing import Final
 import numpy as np
 
 from vmferry.engine.image import PAGE_BYTES, ImageBlock
+from vmferry.engine.outlet import pages_of
 from vmferry.engine.page_plan import Numbers
 from vmferry.engine.wires import Gone, Wire, view_of
 from vmferry.wire import encode
@@ -45,16 +48,16 @@ class _End:
 class MultifdOut:
     """All channels of one migration."""
 
-    def __init__(self, *, uuid: bytes, name: str) -> None:
-        self._uuid, self._name = uuid, name
+    def __init__(self, *, uuid: bytes, name: str, wake: Callable[[], None], while_full: Callable[[], None]) -> None:
+        self._uuid, self._name, self._wake, self._while_full = uuid, name, wake, while_full
         self._numbers = itertools.count()
         self._channels: list[_Channel] = []
         self._next = 0
 
-    def open(self, wires: list[Wire], *, handshake: Callable[[Wire], None]) -> None:
-        """Starts a thread per connection; the first bytes of the main channel must have been written."""
-        for number, wire in enumerate(wires):
-            self._channels.append(_Channel(wire, number, self._uuid, self._numbers, handshake, self._name))
+    def open(self, wire: Wire, *, handshake: Callable[[Wire], None]) -> None:
+        """One more channel, with a thread; the first bytes of the main channel must have been written."""
+        number = len(self._channels)
+        self._channels.append(_Channel(wire, number, self._uuid, self._numbers, handshake, self._name, self._wake))
 
     @property
     def is_open(self) -> bool:
@@ -72,7 +75,7 @@ class MultifdOut:
         return [channel.thread for channel in self._channels]
 
     def put(self, block: ImageBlock, numbers: Numbers) -> None:
-        """Pages, none of them known to be zero. Waits while the channel has enough to do. Raises Gone."""
+        """Pages, none of them known to be zero. Waits while all channels have enough to do. Raises Gone."""
         self._put(self._next, (block, numbers))
         self._next = (self._next + 1) % len(self._channels)
 
@@ -87,17 +90,13 @@ class MultifdOut:
             self._put(number, _End())
 
     def finish(self, *, timeout_s: float) -> None:
-        """Ends all threads, whatever they do (cut them first to be quick), and closes the connections."""
+        """Ends all threads and closes the connections. A thread that is in the middle of a write must be cut before."""
         for channel in self._channels:
-            channel.queue.put(_End())
+            channel.stop()
         for channel in self._channels:
             channel.thread.join(timeout_s)
-            channel.wire.close()
-
-    def cut(self) -> None:
-        """Breaks all channels."""
-        for channel in self._channels:
-            channel.wire.cut()
+            if not channel.thread.is_alive():
+                channel.wire.close()
 
     def check(self) -> None:
         """Raises Gone if a channel is broken."""
@@ -106,8 +105,14 @@ class MultifdOut:
                 raise Gone(f"multifd: {channel.error}")
 
     def _put(self, number: int, what: _Work) -> None:
-        self.check()
-        self._channels[number].queue.put(what)
+        while True:
+            self.check()
+            try:
+                self._channels[number].queue.put_nowait(what)
+            except queue.Full:
+                self._while_full()
+            else:
+                return
 
 
 _Work = tuple[ImageBlock, Numbers] | _Sync | _End
@@ -122,31 +127,46 @@ class _Channel:
         numbers: itertools.count[int],
         handshake: Callable[[Wire], None],
         name: str,
+        wake: Callable[[], None],
     ) -> None:
         self.wire, self.error, self.bytes = wire, "", 0
         self.queue: queue.Queue[_Work] = queue.Queue(QUEUED_MAX)
+        self._wake, self._is_stopped = wake, False
         self._number, self._uuid, self._numbers, self._handshake = number, uuid, numbers, handshake
         self.thread = threading.Thread(target=self._run, name=f"{name}-multifd-{number}", daemon=True)
         self.thread.start()
 
+    def stop(self) -> None:
+        """Nothing more is to be done, whatever waits in the queue."""
+        self._is_stopped = True
+        with contextlib.suppress(queue.Full):  # then there is something to wake up for
+            self.queue.put_nowait(_End())
+
     def _run(self) -> None:
         try:
-            self._handshake(self.wire)
-            self._write([view_of(part) for part in encode.encode(MultifdInit(self._number, self._uuid))])
-        except Gone as error:
-            self.error = str(error) or "gone"
-        while True:
+            self._work()
+        except (Gone, OSError) as error:
+            self._on_broken(str(error) or "gone")
+        except BaseException:
+            self._on_broken("a defect of this side")
+            raise
+
+    def _work(self) -> None:
+        self._handshake(self.wire)
+        self._write([view_of(part) for part in encode.encode(MultifdInit(self._number, self._uuid))])
+        while not self._is_stopped:
             work = self.queue.get()
+            if self.queue.qsize() >= QUEUED_MAX - 1:
+                self._wake()
             if isinstance(work, _End):
                 break
-            if self.error:
-                continue
-            try:
-                self._carry_out(work)
-            except (Gone, OSError) as error:
-                self.error = str(error) or "gone"
-        if not self.error:
-            self.wire.end()
+            self._carry_out(work)
+        self.wire.end()
+
+    def _on_broken(self, text: str) -> None:
+        """Whoever puts something into the queue looks at `error` first; who has done so already finds room again."""
+        self.error = text
+        self._wake()
 
     def _carry_out(self, work: tuple[ImageBlock, Numbers] | _Sync) -> None:
         if isinstance(work, _Sync):
@@ -156,11 +176,7 @@ class _Channel:
         name = block.name.encode("utf-8", "surrogateescape")
         for at in range(0, len(numbers), _PLACES):
             some = numbers[at : at + _PLACES]
-            first = int(some[0])
-            if int(some[-1]) - first == len(some) - 1:
-                pages = block.store.read(first, len(some))
-            else:
-                pages = np.concatenate([block.store.read(int(number), 1) for number in some])
+            pages = pages_of(block, some)
             self._write([memoryview(self._head(0, name, some)), np.ascontiguousarray(pages).reshape(-1).data])
 
     def _head(self, flags: int, name: bytes, numbers: Numbers) -> bytes:

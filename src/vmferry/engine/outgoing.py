@@ -8,8 +8,9 @@ hears the return path (`MainSender`); multifd channels have one each. The owner 
 facts, and says what only it can see (`saw_running`).
 
 Connections are made by the owner's `dial`, called once for the main channel and once for each further one, in the
-order that the destination needs: main first. The image may still be filled by an incoming endpoint: its pages go out
-as they come, and a page that the destination's guest waits for and that is not here is reported to `on_absent`.
+order that the destination needs: main first. The image may still be filled by an incoming endpoint, once that has the
+block list (its SETUP_DONE): pages go out as they come, and a page that the destination's guest waits for and that is
+not here is reported to `on_absent`, once.
 
 Which thread touches what: see `Outbound`. Errors surface in `outcome` and as facts.
 
@@ -86,7 +87,8 @@ class Outgoing:
         self._thread: threading.Thread | None = None
         self._rounds = 0
         self._is_closed = False
-        image.on_pages(self._out.waker.wake)
+        image.on_pages(self._out.on_pages)
+        self._bytes_before = 0
 
     @classmethod
     def broken(
@@ -126,7 +128,8 @@ class Outgoing:
 
     def recover(self, dial: Dial) -> None:
         """Goes on after a LINK_LOST, with new connections (the destination's migrate-recover waits for them)."""
-        assert self._thread is None or not self._thread.is_alive()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(limits.ENGINE_STOP_S)  # it said so in its last moment
         self._rounds = self.ledger.log.last_round(Fact.LINK_LOST)
         assert self._rounds
         self.ledger.post(Fact.RESUME_WANTED, round_no=self._rounds)
@@ -147,8 +150,10 @@ class Outgoing:
         times = sorted(out.service_s)
         p50 = statistics.median(times) * 1e6 if times else None
         p99 = times[min(len(times) - 1, len(times) * 99 // 100)] * 1e6 if times else None
-        left = (self._thread.name,) if self._thread is not None and self._thread.is_alive() else ()
-        return OutgoingOutcome(self.ledger.status, self.error, out.bytes, out.requests, p50, p99, left)
+        sent = self._bytes_before + (0 if self._sender is None else self._sender.sent_bytes)
+        threads = [] if self._sender is None else [self._thread, *self._sender.threads]
+        left = tuple(thread.name for thread in threads if thread is not None and thread.is_alive())
+        return OutgoingOutcome(self.ledger.status, self.error, sent, out.requests, p50, p99, left)
 
     def cut(self) -> None:
         """Breaks all connections. Before the commit that is a failure, after it a pause."""
@@ -166,7 +171,7 @@ class Outgoing:
         outcome = self.outcome()
         if not outcome.threads_left and not self._is_closed:
             self._is_closed = True
-            self.image.forget(self._out.waker.wake)
+            self.image.forget(self._out.on_pages)
             self._out.waker.close()
         return outcome
 
@@ -174,6 +179,7 @@ class Outgoing:
 
     def _begin(self, dial: Dial) -> None:
         self._out.dial = lambda: self._wire(dial)
+        self._bytes_before += 0 if self._sender is None else self._sender.sent_bytes
         self._sender = MainSender(self._out, round_no=self._rounds)
         self._thread = threading.Thread(target=self._run, name=f"{self.name}-main-{self._rounds}", daemon=True)
         self._thread.start()
@@ -181,14 +187,21 @@ class Outgoing:
     def _run(self) -> None:
         sender = self._sender
         assert sender is not None
-        sender.run()
-        if sender.end is SentEnd.FAILED:
-            self.ledger.post(Fact.CLEANUP)
+        try:
+            sender.run()
+        finally:
+            if sender.end is SentEnd.FAILED:
+                self.ledger.post(Fact.CLEANUP)
 
     def _wire(self, dial: Dial) -> Wire:
         try:
-            return Wire(dial(), tls=self._tls, server_name=self._server_name, clock=self._clock)
+            sock = dial()
         except OSError as error:
+            raise Gone(f"no connection: {error}") from error
+        try:
+            return Wire(sock, tls=self._tls, server_name=self._server_name, clock=self._clock)
+        except (OSError, ValueError) as error:
+            sock.close()
             raise Gone(f"no connection: {error}") from error
 
     def _no_dial(self) -> Wire:

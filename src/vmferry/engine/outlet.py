@@ -6,12 +6,18 @@ A channel of RAM records remembers the block of its last record; `Outlet` does t
 buffer, and writes. What the socket does not take stays in `pending`; nothing else is written before it. `drain`
 waits for room; `offer` does not.
 
-Rule 1: one owner. Rule 2: a buffer of `pending` is not touched before it is written: `weave` uses its room again only
-when nothing is pending.
+A single page goes out as it lies in memory, behind a head: no array is made for it. In postcopy that is the way of
+nearly everything that somebody waits for.
+
+Rule 1: one owner.
+Rule 2: a buffer of `pending` is not touched before it is written: the woven one is used again only when nothing is
+        pending. Pages that are sent from where they lie may change meanwhile: then they are marked, and go again.
 """
 
 from __future__ import annotations
 
+import itertools
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -20,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.engine.image import PAGE_BYTES, ImageBlock, MemoryFile, Pages
-from vmferry.engine.wires import Waker, Wire, view_of
+from vmferry.engine.wires import IOVECS_MAX, Waker, Wire, view_of
 from vmferry.wire import encode
 from vmferry.wire.events import Encoded, Event, RamBlock
 from vmferry.wire.ram import CONTINUE, PAGE, ZERO
@@ -28,6 +34,8 @@ from vmferry.wire.ram import CONTINUE, PAGE, ZERO
 RUN_PAGES: Final = 64
 """Pages woven into one buffer: 256 KiB, what a unix socket takes at once and a cache holds."""
 _STRIDE: Final = 8 + PAGE_BYTES
+_WORD: Final = struct.Struct(">Q")
+_ZERO_FILL: Final = memoryview(b"\0")
 
 
 class Outlet:
@@ -41,6 +49,7 @@ class Outlet:
         self._pending: deque[memoryview] = deque()
         self._block: RamBlock | None = None
         self._woven = np.empty((RUN_PAGES, _STRIDE), np.uint8)
+        self._memory: dict[ImageBlock, memoryview] = {}
 
     @property
     def is_full(self) -> bool:
@@ -49,10 +58,11 @@ class Outlet:
 
     # --- what to write -----------------------------------------------------------------------------------
 
-    def put(self, event: Event) -> None:
-        """Any event but pages."""
-        for part in encode.encode(event):
-            self.put_raw(part)
+    def put(self, *events: Event) -> None:
+        """Any events but pages."""
+        parts = [part for event in events for part in encode.encode(event)]
+        # Thousands of small commands are one buffer.
+        self.put_raw(parts[0] if len(parts) == 1 else b"".join(bytes(part) for part in parts))
 
     def put_raw(self, part: Encoded) -> None:
         """Bytes as they are; they must not change before they are written."""
@@ -62,6 +72,9 @@ class Outlet:
 
     def put_pages(self, block: ImageBlock, first: int, count: int) -> None:
         """Pages side by side; zero pages as such. Only when nothing is pending."""
+        if count == 1 and isinstance(block.store, MemoryFile):
+            self._put_page(block, first)
+            return
         if not isinstance(block.store, MemoryFile):
             pages = block.store.read(first, count)
             self._put_mixed(block, first, pages, np.asarray(pages.any(axis=1)))
@@ -74,6 +87,21 @@ class Outlet:
         else:
             self._put_mixed(block, first, block.store.read(first, count), touched)
 
+    def _put_page(self, block: ImageBlock, number: int) -> None:
+        is_filled = bool(block.touched[number])
+        word = number * PAGE_BYTES | (PAGE if is_filled else ZERO)
+        if self._block is block.wire:
+            self._pending.append(memoryview(_WORD.pack(word | CONTINUE)))
+        else:
+            self._name(block, word)
+        if not is_filled:
+            self._pending.append(_ZERO_FILL)
+            return
+        memory = self._memory.get(block)
+        if memory is None:
+            memory = self._memory[block] = block.pages.reshape(-1).data
+        self._pending.append(memory[number * PAGE_BYTES : (number + 1) * PAGE_BYTES])
+
     def put_run(self, block: ImageBlock, numbers: npt.NDArray[np.intp], pages: Pages) -> None:
         """Row i of `pages` is page `numbers[i]`. Only when nothing is pending."""
         assert not self._pending
@@ -84,7 +112,7 @@ class Outlet:
         start = 0
         if self._block is not block.wire:
             self._name(block, int(numbers[0]) * PAGE_BYTES | ZERO)
-            self._pending.append(memoryview(b"\0"))
+            self._pending.append(_ZERO_FILL)
             start = 1
         if len(numbers) > start:
             out = np.zeros((len(numbers) - start, 9), np.uint8)
@@ -93,7 +121,7 @@ class Outlet:
 
     def _put_mixed(self, block: ImageBlock, first: int, pages: Pages, filled: npt.NDArray[np.bool_]) -> None:
         """In page order: the records of a host page may not be taken apart."""
-        edges = np.flatnonzero(filled[1:] != filled[:-1]) + 1
+        edges = (np.flatnonzero(filled[1:] != filled[:-1]) + 1).tolist()
         for start, stop in zip([0, *edges], [*edges, len(filled)], strict=True):
             numbers = np.arange(first + start, first + stop)
             if filled[start]:
@@ -125,7 +153,7 @@ class Outlet:
         """Writes what there is room for; True when nothing is pending any more. Raises Gone."""
         pending = self._pending
         while pending:
-            count = self.wire.write_some(tuple(pending) if len(pending) > 1 else (pending[0],))
+            count = self.wire.write_some(tuple(itertools.islice(pending, IOVECS_MAX)))
             if count == 0:
                 return False
             self.bytes += count
@@ -143,6 +171,16 @@ class Outlet:
             self.wire.wait(readable=self._while_waiting is not None, writable=True, waker=self._waker)
             if self._while_waiting is not None:
                 self._while_waiting()
+
+
+def pages_of(block: ImageBlock, numbers: npt.NDArray[np.intp]) -> Pages:
+    """The content of ascending pages, one per row; a view if they lie side by side."""
+    first, count = int(numbers[0]), len(numbers)
+    if int(numbers[-1]) - first == count - 1:
+        return block.store.read(first, count)
+    if isinstance(block.store, MemoryFile):
+        return block.store.pages[numbers]
+    return np.concatenate([block.store.read(int(number), 1) for number in numbers])
 
 
 def _heads(numbers: npt.NDArray[np.intp], flags: int) -> npt.NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from vmferry.wire.events import Encoded
 
 POLL_IN, POLL_OUT = select.POLLIN, select.POLLOUT
 _HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+_SNDBUF_FORCE = 32  # SO_SNDBUFFORCE, which the socket module has no name for
 IOVECS_MAX = 512
 """Buffers in one write; the kernel takes 1024."""
 
@@ -103,8 +104,31 @@ class Wire:
 
     def limit_unsent(self, count_bytes: int) -> None:
         """Keeps about so many bytes at most in the kernel: what is written then does not wait behind much."""
-        # Not the plain socket: under TLS that one has given its descriptor away.
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)  # TLS took the plain one over
+
+    def allow_unsent(self, count_bytes: int) -> None:
+        """Lets the kernel of a local connection take more than usual, so that both ends have work all the time.
+
+        TCP finds its own size, and would lose it by being told one.
+        """
+        if self._sock.family == socket.AF_UNIX:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, _SNDBUF_FORCE, count_bytes)
+            except PermissionError:  # only root goes beyond the system's limit
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
+
+    def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> None:
+        """Until something is to be read here, there is room at `other` (or here, if `writable`), or the waker was
+        called (it is cleared)."""
+        if self._tls is not None and self._tls.pending():
+            return
+        poll = select.poll()
+        poll.register(self._sock.fileno(), POLL_IN | (POLL_OUT if writable else 0))
+        poll.register(other._sock.fileno(), POLL_OUT)
+        poll.register(waker.fd, POLL_IN)
+        for ready, _ in poll.poll():
+            if ready == waker.fd:
+                waker.clear()
 
     def handshake(self, *, timeout_s: float, waker: Waker | None = None) -> None:
         """TLS's handshake; nothing without TLS. Raises Gone, with what went wrong."""

@@ -1,0 +1,802 @@
+"""The outgoing endpoint in conversation with a destination that says what the test wants."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vmferry.core.facts import Fact
+from vmferry.core.migration_status import MigrationStatus as S
+from vmferry.engine.image import PAGE_BYTES, Image, ImageBlock, KeptBitmaps
+from vmferry.engine.outgoing import Outgoing, OutgoingOutcome
+from vmferry.engine.sender import OutgoingOptions
+from vmferry.testing.scripted_destination import PROOF_PING, WAIT_S, ScriptedDestination, make_image
+from vmferry.wire.errors import WireError
+from vmferry.wire.events import (
+    AskBitmap,
+    BitmapChunk,
+    BitmapPiece,
+    Configuration,
+    Description,
+    Discard,
+    EndOfRam,
+    EndOfSections,
+    Event,
+    MultifdFlush,
+    PackageEnd,
+    Ping,
+    Pong,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyResume,
+    PostcopyRun,
+    RamBlock,
+    ReceivedBitmap,
+    RequestPages,
+    ResumeAck,
+    SectionStart,
+    Shut,
+    SwitchoverAck,
+    SwitchoverStart,
+)
+from vmferry.wire.stream import Section
+
+BLOCKS = {"pc.ram": 90, "pc.rom": 4}
+OLD, NEW = "pc-i440fx-7.2", "pc-i440fx-11.1"
+AT_ONCE = OutgoingOptions(postcopy="at-once")
+Start = Callable[..., Outgoing]
+
+
+@pytest.fixture
+def peer() -> Iterator[ScriptedDestination]:
+    with ScriptedDestination() as made:
+        yield made
+
+
+@pytest.fixture
+def start(peer: ScriptedDestination) -> Iterator[Start]:
+    """Starts an endpoint towards `peer` and takes its main channel; at the end nothing of it may be left."""
+    made: list[Outgoing] = []
+
+    def make(image: Image | None = None, options: OutgoingOptions | None = None, **more: Any) -> Outgoing:
+        outgoing = Outgoing(image or make_image(BLOCKS), options=options, **more)
+        made.append(outgoing)
+        outgoing.start(peer.dial)
+        peer.begin()
+        return outgoing
+
+    yield make
+    for outgoing in made:
+        outcome = outgoing.stop()
+        assert outcome.threads_left == ()
+        outgoing.image.close()
+
+
+def failed(outgoing: Outgoing) -> OutgoingOutcome:
+    """It ends before the commit: the image is the guest's home."""
+    assert outgoing.ledger.wait(Fact.CLEANUP, timeout_s=WAIT_S)
+    outcome = outgoing.outcome()
+    assert outcome.status is S.FAILED
+    assert outcome.error is not None
+    assert Fact.LINK_LOST not in outgoing.ledger.log
+    return outcome
+
+
+def paused(outgoing: Outgoing, round_no: int = 1) -> OutgoingOutcome:
+    """It ends after the commit: the destination's guest is the only one, and waits."""
+    assert outgoing.ledger.wait(Fact.LINK_LOST, timeout_s=WAIT_S, round_no=round_no)
+    assert outgoing.outcome().status is S.POSTCOPY_PAUSED
+    assert Fact.ERROR not in outgoing.ledger.log
+    return outgoing.outcome()
+
+
+def complete(peer: ScriptedDestination, outgoing: Outgoing) -> None:
+    assert peer.differing_pages(outgoing.image) == 0
+    assert Fact.PEER_ACK not in outgoing.ledger.log
+    peer.say(Shut(0))
+    assert outgoing.ledger.wait(Fact.PEER_ACK, timeout_s=WAIT_S)
+    assert outgoing.outcome().status is not S.COMPLETED
+    outgoing.saw_running()
+    assert outgoing.outcome().status is S.COMPLETED
+
+
+def switch_over(peer: ScriptedDestination) -> None:
+    """Up to the proof."""
+    peer.read_until(Ping(1))
+    peer.say(Pong(1))
+    peer.read_until(PackageEnd)
+    peer.say(Pong(3), Pong(PROOF_PING))
+
+
+def kinds(peer: ScriptedDestination) -> list[type]:
+    return [type(event) for event in peer.events]
+
+
+# --- precopy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("S19")
+@pytest.mark.parametrize("machine", [OLD, NEW])
+def test_a_precopy(peer: ScriptedDestination, start: Start, machine: str) -> None:
+    image = make_image(BLOCKS, machine=machine, uuid=bytes(range(16)))
+    outgoing = start(image)
+    assert peer.read_until(Configuration).machine == machine
+    peer.read_until(Description)
+    assert peer.events[-1] == Description(image.description or b"")
+    assert (SwitchoverStart in kinds(peer)) is (machine == NEW)
+    assert not {PostcopyAdvise, Discard, PostcopyListen, MultifdFlush} & set(kinds(peer))
+    complete(peer, outgoing)
+    assert outgoing.outcome().bytes > 60 * PAGE_BYTES
+
+
+def test_without_a_description_an_empty_one_is_sent(peer: ScriptedDestination, start: Start) -> None:
+    """After a postcopy there is none; QEMU reads one and looks at nothing in it."""
+    image = make_image(BLOCKS)
+    image.description = None
+    outgoing = start(image)
+    assert outgoing.ledger.wait(Fact.SETUP_DONE, timeout_s=WAIT_S)
+    data = bytearray()
+    while not data.endswith(b"\x00\x06\x00\x00\x00\x02{}"):
+        data += peer.sock.recv(1 << 20)
+    assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    peer.say(Shut(0))
+    assert outgoing.ledger.wait(Fact.PEER_ACK, timeout_s=WAIT_S)
+
+
+@pytest.mark.parametrize("said", [(Shut(1),), (Shut(0),), (Pong(1), RequestPages(1, 4096, "pc.ram")), None])
+def test_a_destination_that_fails_lies_or_goes_in_precopy(
+    peer: ScriptedDestination, start: Start, said: tuple[Event, ...] | None
+) -> None:
+    """A result that comes before everything was sent is a lie: the image stays the guest's home."""
+    outgoing = start(make_image({"pc.ram": 4000}))
+    peer.read_until(Ping(1))
+    if said is None:
+        peer.close()
+    else:
+        peer.say(*said)
+    failed(outgoing)
+    assert Fact.ALL_SENT not in outgoing.ledger.log
+
+
+@pytest.mark.parametrize("said", [Shut(1), None])
+def test_a_destination_that_fails_after_everything_was_sent(
+    peer: ScriptedDestination, start: Start, said: Event | None
+) -> None:
+    outgoing = start()
+    peer.read_until(Description)
+    if said is None:
+        peer.close()
+    else:
+        peer.say(said)
+    failed(outgoing)
+
+
+def test_after_the_final_word_nothing_is_read(peer: ScriptedDestination, start: Start) -> None:
+    outgoing = start()
+    peer.read_until(Description)
+    assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    peer.say(Shut(0), Shut(1), Pong(PROOF_PING), RequestPages(1, 1, "nothing"))
+    assert outgoing.ledger.wait(Fact.PEER_ACK, timeout_s=WAIT_S)
+    outgoing.saw_running()
+    assert outgoing.stop().error is None
+    assert outgoing.outcome().status is S.COMPLETED
+    assert not {Fact.LINK_LOST, Fact.ERROR} & {entry.fact for entry in outgoing.ledger.log}
+
+
+def test_harmless_words_in_precopy(peer: ScriptedDestination, start: Start) -> None:
+    outgoing = start()
+    peer.say(SwitchoverAck(), Pong(7), RequestPages(0, PAGE_BYTES, "pc.ram"))
+    peer.read_until(Description)
+    complete(peer, outgoing)
+    assert outgoing.outcome().requests == 0
+
+
+def test_an_order_that_comes_with_the_last_round_is_too_late(peer: ScriptedDestination, start: Start) -> None:
+    """The end of RAM is on its way: whatever is left out of this round, the destination would never get."""
+    image = make_image(BLOCKS)
+    outgoing = Outgoing(image, options=OutgoingOptions(postcopy="on-order"))
+    outgoing.ledger.listen(lambda fact: outgoing.start_postcopy() if fact is Fact.SWITCHOVER else None)
+    outgoing.start(peer.dial)
+    peer.begin()
+    peer.read_until(Description)
+    assert Discard not in kinds(peer)
+    complete(peer, outgoing)
+    outgoing.stop()
+
+
+def test_what_holds_only_for_the_images_own_source_is_left_out(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image({"pc.ram": (1024, 512), "pc.rom": 4})
+    assert image.configuration is not None
+    image.configuration = Configuration(NEW, None, ("x-ignore-shared",), None, ("configuration/capabilities",))
+    for block in image:
+        block.wire = RamBlock(block.name, block.wire.used_length, block.wire.page_size, address=0x1000)
+    outgoing = start(image)
+    assert peer.read_until(Configuration) == Configuration(NEW, None, None, None, ())
+    assert [peer.read_until(RamBlock) for _ in range(2)] == [
+        RamBlock("pc.ram", 1024 * PAGE_BYTES), RamBlock("pc.rom", 4 * PAGE_BYTES)
+    ]  # fmt: skip
+    peer.read_until(Description)
+    complete(peer, outgoing)
+
+
+def test_dirty_bitmaps_that_come_after_the_beginning(peer: ScriptedDestination, start: Start) -> None:
+    """A relay's own source tells of them behind the block list."""
+    image = make_image(BLOCKS, whole=False)
+    outgoing = start(image)
+    assert outgoing.ledger.wait(Fact.SETUP_DONE, timeout_s=WAIT_S)
+    first = BitmapChunk(0x04 | 0x08 | 0x10, "disk", "b", granularity=65536)
+    image.bitmaps = KeptBitmaps(17, [first, BitmapChunk(0x01), BitmapChunk(0x01)], chunks_at_start=2)
+    for block in image:
+        block.assume_zeros()
+    image.is_device_state_whole = True
+    image.announce_pages()
+    peer.read_until(Description)
+    section = [event for event in peer.events if isinstance(event, SectionStart) and event.section_id == 17]
+    assert len(section) == 1
+    assert [event for event in peer.events if isinstance(event, BitmapChunk)][1:] == [BitmapChunk(0x01)] * 2
+    complete(peer, outgoing)
+
+
+def test_an_image_that_is_being_filled_goes_out_as_it_comes(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image({"pc.ram": 60}, whole=False)
+    block = image.blocks["pc.ram"]
+    outgoing = start(image)
+    for turn in range(3):
+        numbers = np.arange(20 * turn, 20 * turn + 20)
+        content = np.full((20, PAGE_BYTES), 1 + turn, np.uint8)
+        block.write(numbers.astype(np.uint64) * np.uint64(PAGE_BYTES), content)
+        image.announce_pages()
+        while not peer.have.get("pc.ram", np.zeros(60, np.bool_))[numbers].all():
+            peer.read_until(EndOfRam)
+    block.write(np.array([0], np.uint64), np.full((1, PAGE_BYTES), 99, np.uint8))
+    image.is_device_state_whole = True
+    image.announce_pages()
+    peer.read_until(Description)
+    assert peer.memory["pc.ram"][0, 0] == 99
+    complete(peer, outgoing)
+
+
+# --- postcopy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("S25", "S27", "S63")
+@pytest.mark.parametrize("machine", [OLD, NEW])
+def test_a_postcopy_at_once(peer: ScriptedDestination, start: Start, machine: str) -> None:
+    outgoing = start(make_image(BLOCKS, machine=machine), AT_ONCE)
+    peer.read_until(Ping(1))
+    assert peer.read_until(PostcopyAdvise) == PostcopyAdvise(PAGE_BYTES, PAGE_BYTES)
+    peer.read_until(PostcopyListen)
+    assert not any(marks.any() for marks in peer.have.values())
+    assert {each.block: each.ranges for each in peer.discarded} == {
+        name: ((0, pages * PAGE_BYTES),) for name, pages in BLOCKS.items()
+    }
+    assert (SwitchoverStart in kinds(peer)) is (machine == NEW)
+    peer.read_until(PackageEnd)
+    assert PostcopyRun in kinds(peer)
+    assert outgoing.ledger.wait(Fact.PACKAGE_SENT, timeout_s=WAIT_S)
+    assert outgoing.outcome().status is S.POSTCOPY_DEVICE
+    peer.say(Pong(1), Pong(2), Pong(4), RequestPages(0, PAGE_BYTES, "pc.rom"), Pong(3))
+    assert outgoing.ledger.wait(Fact.PACKAGE_LOADED, timeout_s=0) is None
+    peer.say(Pong(PROOF_PING))
+    assert outgoing.ledger.wait(Fact.POSTCOPY_ANNOUNCED, timeout_s=WAIT_S)
+    assert outgoing.outcome().status is S.POSTCOPY_ACTIVE
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
+    assert outgoing.outcome().requests == 1
+
+
+@pytest.mark.proves("S27")
+def test_an_answer_to_a_ping_that_was_not_sent_proves_nothing(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image(BLOCKS)
+    image.is_device_state_whole = False  # so there is no package yet
+    outgoing = start(image, AT_ONCE)
+    peer.read_until(Ping(1))
+    peer.say(Pong(PROOF_PING))
+    failed(outgoing)
+    assert Fact.PACKAGE_LOADED not in outgoing.ledger.log
+
+
+@pytest.mark.proves("S30", "S31")
+@pytest.mark.parametrize("has_proof", [False, True])
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        Shut(1),
+        Shut(0),
+        ResumeAck(),
+        ReceivedBitmap("pc.ram", 16),
+        RequestPages(1, PAGE_BYTES, "pc.ram"),
+        RequestPages(0, 100, "pc.ram"),
+        RequestPages(90 * PAGE_BYTES, PAGE_BYTES, "pc.ram"),
+        RequestPages(89 * PAGE_BYTES, 2 * PAGE_BYTES, "pc.ram"),
+        RequestPages(0, PAGE_BYTES, "pc.bios"),
+        RequestPages(0, PAGE_BYTES, None),
+        b"\x00\x63\x00\x00",
+        b"\x00\x02\xff\xff",
+    ],
+    ids=str,
+)
+def test_what_ends_a_postcopy_fails_before_the_proof_and_pauses_after_it(
+    peer: ScriptedDestination, start: Start, said: Event | bytes | None, has_proof: bool
+) -> None:
+    image = make_image({"pc.ram": 90, "pc.rom": 4})
+    image.blocks["pc.ram"].have[50] = False  # so that it is not over before it ends
+    outgoing = start(image, AT_ONCE)
+    peer.read_until(PackageEnd)
+    if has_proof:
+        peer.say(Pong(PROOF_PING))
+        assert outgoing.ledger.wait(Fact.PACKAGE_LOADED, timeout_s=WAIT_S)
+    if said is None:
+        peer.close()
+    elif isinstance(said, bytes):
+        peer.sock.sendall(said)
+    else:
+        peer.say(said)
+    outcome = paused(outgoing) if has_proof else failed(outgoing)
+    assert isinstance(outcome.error, WireError) is (said is not None and said != Shut(1))
+    assert image.missing_pages() == 1
+
+
+def test_requests_go_first_and_each_page_once(peer: ScriptedDestination, start: Start) -> None:
+    """Requests of every kind while the background runs; the destination judges that no page comes twice."""
+    outgoing = start(make_image({"pc.ram": 6000, "pc.rom": 4}), AT_ONCE)
+    switch_over(peer)
+    random = np.random.default_rng(4)
+    order = OrderOfPages(peer)
+    for turn in range(40):
+        pages = random.integers(0, 6000, 25).tolist()
+        peer.say(RequestPages(pages[0] * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+        peer.say(*(RequestPages(page * PAGE_BYTES, PAGE_BYTES) for page in pages * 2))
+        peer.say(RequestPages(0, 4 * PAGE_BYTES, "pc.rom"), RequestPages(PAGE_BYTES, PAGE_BYTES))
+        if turn == 20:
+            peer.say(RequestPages(0, 6000 * PAGE_BYTES, "pc.ram"))
+        enough = min(len(order.found) + 50, 6004)
+        peer.read_while(lambda enough=enough: len(order.found) < enough, bytes_at_once=1 << 16)  # type: ignore[misc]
+    peer.read_until(EndOfSections)
+    assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    complete(peer, outgoing)
+
+
+def test_a_request_is_answered_before_what_was_not_asked_for(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image({"pc.ram": 60_000})
+    outgoing = start(image, AT_ONCE)
+    switch_over(peer)  # nothing more is read: the socket is full, the background waits
+    peer.say(RequestPages(59_000 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    order = OrderOfPages(peer)
+    peer.read_while(lambda: not peer.have["pc.ram"][59_000], bytes_at_once=4096)
+    assert len(order.found) < 1000  # what the socket and one chunk hold
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
+    assert outgoing.outcome().request_p50_us is not None
+
+
+@pytest.mark.parametrize("machine", [OLD, NEW])
+def test_the_preempt_channel(peer: ScriptedDestination, start: Start, machine: str) -> None:
+    image = make_image({"pc.ram": 3000, "pc.rom": 4}, machine=machine)
+    image.blocks["pc.ram"].have[100:] = False  # the background waits, so that requests decide the way
+    outgoing = start(image, OutgoingOptions(postcopy="at-once", preempt=True, near_pages=0))
+    if machine == OLD:
+        urgent = peer.accept()  # before any answer: a destination of 7.2 reads nothing without it
+        peer.read_until(Ping(1))
+    else:
+        peer.read_until(EndOfRam)
+        assert not peer.has_connection
+        peer.say(Pong(1))
+        urgent = peer.accept()
+    peer.read_until(PackageEnd)
+    peer.say(Pong(PROOF_PING), RequestPages(500 * PAGE_BYTES, 60 * PAGE_BYTES, "pc.ram"))
+    image.blocks["pc.ram"].have[500:560] = True
+    image.announce_pages()
+    peer.read_preempt(urgent, 60)
+    image.blocks["pc.ram"].have[:] = True
+    peer.say(RequestPages(2000 * PAGE_BYTES, 900 * PAGE_BYTES))
+    image.announce_pages()
+    reader = threading.Thread(target=peer.read_preempt, args=(urgent, 900))
+    peer_done = peer.read_until
+    reader.start()
+    reader.join(WAIT_S)
+    peer_done(EndOfSections)
+    if machine == OLD:
+        assert peer.read_preempt(urgent, 1)  # its own end mark
+    else:
+        assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    complete(peer, outgoing)
+
+
+def test_a_destination_that_does_not_wait_for_the_end_of_the_preempt_channel(
+    peer: ScriptedDestination, start: Start
+) -> None:
+    """QEMU 11 with an old machine type: it has everything, says so, and closes before the end mark."""
+    outgoing = start(make_image(BLOCKS, machine=OLD), OutgoingOptions(postcopy="at-once", preempt=True))
+    urgent = peer.accept()
+    switch_over(peer)
+    urgent.close()
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
+    assert Fact.LINK_LOST not in outgoing.ledger.log
+
+
+def test_huge_pages_travel_whole(peer: ScriptedDestination, start: Start) -> None:
+    outgoing = start(make_image({"pc.ram": (4 * 512, 512), "pc.rom": 4}), AT_ONCE)
+    assert peer.read_until(PostcopyAdvise).page_sizes == 2 << 20 | PAGE_BYTES
+    assert peer.read_until(RamBlock).page_size == 2 << 20
+    peer.read_until(PackageEnd)
+    peer.say(Pong(PROOF_PING))
+    assert all(
+        start % (2 << 20) == length % (2 << 20) == 0
+        for each in peer.discarded
+        if each.block == "pc.ram"
+        for start, length in each.ranges
+    )
+    peer.say(RequestPages(3 * (2 << 20), 2 << 20, "pc.ram"), RequestPages(0, PAGE_BYTES, "pc.rom"))
+    order = OrderOfPages(peer)
+    peer.read_until(EndOfSections)
+    order.check(512)
+    complete(peer, outgoing)
+
+
+class OrderOfPages:
+    """The pages of pc.ram in the order in which they came."""
+
+    def __init__(self, peer: ScriptedDestination) -> None:
+        self.found: list[tuple[str, int]] = []
+        take = peer.take
+
+        def noting(event: Event) -> None:
+            offsets = getattr(event, "offsets", None)
+            if offsets is not None:
+                self.found += [(event.block.name, int(each) // PAGE_BYTES) for each in offsets]  # type: ignore[union-attr]
+            take(event)
+
+        peer.take = noting  # type: ignore[method-assign]
+
+    def check(self, unit: int) -> None:
+        rows = [self.found[at : at + unit] for at, (name, page) in enumerate(self.found)
+                if name == "pc.ram" and page % unit == 0]  # fmt: skip
+        assert len(rows) == 4
+        for row in rows:
+            first = row[0][1]
+            assert row == [("pc.ram", first + each) for each in range(unit)]
+
+
+@pytest.mark.proves("S87")
+def test_a_relay_in_postcopy_asks_for_what_is_not_here_once(peer: ScriptedDestination, start: Start) -> None:
+    absent: list[tuple[str, int, int]] = []
+    asked = threading.Event()
+
+    def on_absent(block: ImageBlock, first: int, count: int) -> None:
+        absent.append((block.name, first, count))
+        asked.set()
+
+    image = make_image({"pc.ram": 90, "pc.rom": 4})
+    block = image.blocks["pc.ram"]
+    block.have[40:] = False
+    outgoing = start(image, AT_ONCE, on_absent=on_absent)
+    switch_over(peer)
+    peer.say(RequestPages(50 * PAGE_BYTES, PAGE_BYTES, "pc.ram"), *[RequestPages(50 * PAGE_BYTES, PAGE_BYTES)] * 500)
+    peer.say(RequestPages(0, PAGE_BYTES, "pc.rom"))
+    peer.read_while(lambda: not (peer.have["pc.ram"][:40].all() and peer.have["pc.rom"].all()))
+    assert asked.wait(WAIT_S)
+    block.have[40:] = True
+    image.announce_pages()
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
+    assert absent == [("pc.ram", 50, 1)]
+
+
+def test_what_was_taken_back_upstream_after_it_was_sent_goes_again(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image({"pc.ram": 90}, whole=False)
+    block = image.blocks["pc.ram"]
+    block.write(np.arange(90, dtype=np.uint64) * np.uint64(PAGE_BYTES), np.full((90, PAGE_BYTES), 1, np.uint8))
+    outgoing = start(image, OutgoingOptions(postcopy="on-order"))
+    peer.read_until(Ping(1))
+    peer.say(Pong(1))
+    while not peer.have.get("pc.ram", np.zeros(1, np.bool_)).all():
+        peer.read_until(EndOfRam)
+    block.discard(7 * PAGE_BYTES, PAGE_BYTES)
+    image.is_device_state_whole = True
+    outgoing.start_postcopy()
+    peer.read_until(PackageEnd)
+    assert peer.discarded == [Discard("pc.ram", ((7 * PAGE_BYTES, PAGE_BYTES),))]
+    peer.say(Pong(PROOF_PING))
+    block.write(np.array([7 * PAGE_BYTES], np.uint64), np.full((1, PAGE_BYTES), 2, np.uint8))
+    image.announce_pages()
+    peer.read_until(EndOfSections)
+    assert peer.memory["pc.ram"][7, 0] == 2
+    complete(peer, outgoing)
+
+
+# --- recovery -----------------------------------------------------------------------------------------------------
+
+
+def broken_off(peer: ScriptedDestination, start: Start, **more: Any) -> Outgoing:
+    """A postcopy whose connection is lost when some pages have come."""
+    image = make_image({"pc.ram": 2000, "pc.rom": 4}, **more)
+    outgoing = start(image, AT_ONCE)
+    switch_over(peer)
+    assert outgoing.ledger.wait(Fact.PACKAGE_LOADED, timeout_s=WAIT_S)
+    peer.say(RequestPages(0, PAGE_BYTES, "pc.rom"))
+    peer.read_while(lambda: not peer.have["pc.rom"][0], bytes_at_once=1 << 16)
+    peer.close()
+    paused(outgoing)
+    assert not peer.have["pc.ram"].all()
+    return outgoing
+
+
+def recovered(peer: ScriptedDestination, outgoing: Outgoing, round_no: int) -> None:
+    peer.begin(is_recovery=True)
+    peer.say_bitmap("pc.ram")
+    peer.say_bitmap("pc.rom")
+    peer.read_until(PostcopyResume)
+    peer.say(ResumeAck(), RequestPages(1999 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    peer.read_until(EndOfSections)
+    assert outgoing.ledger.wait(Fact.RESUME_ACK, timeout_s=WAIT_S, round_no=round_no)
+    complete(peer, outgoing)
+
+
+@pytest.mark.proves("S18")
+@pytest.mark.parametrize("losses", [0, 1, 2, 3])
+def test_a_recovery_also_after_it_was_lost_again(peer: ScriptedDestination, start: Start, losses: int) -> None:
+    """Lost when the first bitmap is half said, after the bitmaps, and after the acknowledgement."""
+    outgoing = broken_off(peer, start)
+    for loss in range(losses):
+        outgoing.recover(peer.dial)
+        peer.begin(is_recovery=True)
+        if loss == 0:
+            peer.say(ReceivedBitmap("pc.ram", 256), BitmapPiece(memoryview(bytes(100))))
+        else:
+            peer.say_bitmap("pc.ram")
+            peer.say_bitmap("pc.rom")
+            peer.read_until(PostcopyResume)
+            if loss == 2:
+                peer.say(ResumeAck())
+                assert outgoing.ledger.wait(Fact.RESUME_ACK, timeout_s=WAIT_S, round_no=3)
+        peer.close()
+        paused(outgoing, loss + 2)
+    outgoing.recover(peer.dial)
+    recovered(peer, outgoing, losses + 1)
+
+
+def test_a_recovery_may_begin_in_the_moment_in_which_the_loss_is_told(peer: ScriptedDestination, start: Start) -> None:
+    image = make_image({"pc.ram": 2000, "pc.rom": 4})
+    outgoing = start(image, AT_ONCE)
+    again = threading.Event()
+
+    def on_fact(fact: Fact) -> None:
+        if fact is Fact.LINK_LOST and not again.is_set():
+            again.set()
+            outgoing.recover(peer.dial)
+
+    outgoing.ledger.listen(on_fact)
+    switch_over(peer)
+    assert outgoing.ledger.wait(Fact.PACKAGE_LOADED, timeout_s=WAIT_S)
+    peer.close()
+    assert again.wait(WAIT_S)
+    recovered(peer, outgoing, 1)
+
+
+@pytest.mark.proves("S53")
+def test_a_recovery_never_ends_without_a_word(peer: ScriptedDestination, start: Start) -> None:
+    """A destination that waits for one takes such a connection for its end (QEMU 7.2 and 11.1)."""
+    outgoing = broken_off(peer, start)
+    dialled, go_on = threading.Event(), threading.Event()
+
+    def dial() -> socket.socket:
+        dialled.set()
+        assert go_on.wait(WAIT_S)
+        return peer.dial()
+
+    outgoing.recover(dial)
+    assert dialled.wait(WAIT_S)
+    outgoing.cut()
+    go_on.set()
+    paused(outgoing, 2)
+    peer.begin(is_recovery=True)
+    assert peer.read_until(AskBitmap) == AskBitmap("pc.ram")
+    outgoing.recover(peer.dial)
+    recovered(peer, outgoing, 2)
+
+
+def test_a_recovery_that_nobody_answers(peer: ScriptedDestination, start: Start) -> None:
+    outgoing = broken_off(peer, start)
+
+    def refuse() -> socket.socket:
+        raise ConnectionRefusedError("nobody is there")
+
+    outgoing.recover(refuse)
+    assert "nobody is there" in str(outgoing.ledger.log.entry(Fact.LINK_LOST, 1)) or paused(outgoing, 2)
+    outgoing.recover(peer.dial)
+    recovered(peer, outgoing, 2)
+
+
+@pytest.mark.parametrize("lie", ["twice", "unknown", "size", "end", "early-ack"])
+def test_lies_in_a_recovery_pause_it_again(peer: ScriptedDestination, start: Start, lie: str) -> None:
+    """A bitmap that counted for another block would leave pages unsent for ever."""
+    outgoing = broken_off(peer, start)
+    outgoing.recover(peer.dial)
+    peer.begin(is_recovery=True)
+    match lie:
+        case "twice":
+            peer.say_bitmap("pc.ram")
+            peer.say_bitmap("pc.ram")
+        case "unknown":
+            peer.say(ReceivedBitmap("pc.bios", 8))
+        case "size":
+            peer.say(ReceivedBitmap("pc.rom", 16))
+        case "end":
+            peer.say(ReceivedBitmap("pc.rom", 8), BitmapPiece(memoryview(bytes(8))))
+            peer.sock.sendall(bytes(8))
+        case _:
+            peer.say(ResumeAck())
+    assert isinstance(paused(outgoing, 2).error, WireError)
+    outgoing.recover(peer.dial)
+    recovered(peer, outgoing, 2)
+
+
+def test_a_stand_in_sends_a_host_page_that_came_in_part_as_a_whole(peer: ScriptedDestination) -> None:
+    image = make_image({"pc.ram": (1024, 512), "pc.rom": 4})
+    outgoing = Outgoing.broken(image, options=AT_ONCE)
+    assert outgoing.outcome().status is S.POSTCOPY_PAUSED
+    for block in image:
+        peer.take(block.wire)
+    peer._decoder.ram.blocks.update({block.name: block.wire for block in image})
+    peer._decoder._sections[image.ram_section_id] = Section("ram")
+    outgoing.recover(peer.dial)
+    peer.begin(is_recovery=True)
+    peer.have["pc.ram"][5:300] = True
+    peer.say_bitmap("pc.ram")
+    peer.say_bitmap("pc.rom")
+    peer.have["pc.ram"][:] = False  # as the real one: it was never placed
+    peer.read_until(PostcopyResume)
+    peer.say(ResumeAck())
+    peer.read_until(EndOfSections)
+    assert outgoing.ledger.wait(Fact.ALL_SENT, timeout_s=WAIT_S)
+    complete(peer, outgoing)
+    assert outgoing.stop().threads_left == ()
+    image.close()
+
+
+# --- stops --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.proves("S12")
+@pytest.mark.parametrize("channels", [0, 2])
+@pytest.mark.parametrize("how", ["stop", "cut"])
+def test_a_peer_that_never_reads(peer: ScriptedDestination, start: Start, how: str, channels: int) -> None:
+    outgoing = start(make_image({"pc.ram": 60_000}), OutgoingOptions(channels=channels))
+    assert outgoing.ledger.wait(Fact.SETUP_DONE, timeout_s=WAIT_S)
+    if how == "stop":
+        assert outgoing.stop(timeout_s=WAIT_S).threads_left == ()
+    else:
+        outgoing.cut()
+    failed(outgoing)
+
+
+PHASES = [
+    "dial",
+    "setup",
+    "ping",
+    "device-state",
+    "package",
+    "proof",
+    "serve",
+    "wait-shut",
+    "recover",
+    "bitmaps",
+    "ack",
+]
+
+
+@pytest.mark.proves("S12", "S17")
+@pytest.mark.parametrize("phase", PHASES)
+def test_it_stops_in_every_phase(peer: ScriptedDestination, start: Start, phase: str) -> None:
+    image = make_image(BLOCKS)
+    options = AT_ONCE
+    if phase == "device-state":
+        image.is_device_state_whole = False
+    if phase == "ping":
+        options = OutgoingOptions(postcopy="at-once", preempt=True)  # which waits for the first answer
+    if phase in ("serve", "recover", "bitmaps", "ack"):
+        image.blocks["pc.ram"].have[7] = False
+    if phase == "dial":
+        dialled, go_on = threading.Event(), threading.Event()
+
+        def dial() -> socket.socket:
+            dialled.set()
+            assert go_on.wait(WAIT_S)
+            return peer.dial()
+
+        outgoing = Outgoing(image, options=options)
+        outgoing.start(dial)
+        assert dialled.wait(WAIT_S)
+        assert outgoing.stop(timeout_s=0.01).threads_left == ("outgoing-main-0",)
+        go_on.set()
+        assert outgoing.ledger.wait(Fact.ERROR, timeout_s=WAIT_S)
+        assert outgoing.stop().threads_left == ()
+        return
+    outgoing = start(image, options)
+    if phase in ("setup", "ping", "device-state"):
+        assert outgoing.ledger.wait(Fact.SETUP_DONE, timeout_s=WAIT_S)
+    elif phase == "package":
+        peer.read_until(PackageEnd)
+    else:
+        switch_over(peer)
+        assert outgoing.ledger.wait(Fact.PACKAGE_LOADED, timeout_s=WAIT_S)
+        if phase == "wait-shut":
+            peer.read_until(EndOfSections)
+        if phase in ("recover", "bitmaps", "ack"):
+            outgoing.cut()
+            paused(outgoing)
+            outgoing.recover(peer.dial)
+            peer.begin(is_recovery=True)
+            if phase != "recover":
+                peer.say_bitmap("pc.ram")
+            if phase == "ack":
+                peer.say_bitmap("pc.rom")
+                peer.read_until(PostcopyResume)
+    assert outgoing.stop(timeout_s=WAIT_S).threads_left == ()
+    committed = phase in ("proof", "serve", "wait-shut", "recover", "bitmaps", "ack")
+    assert outgoing.outcome().status is (S.POSTCOPY_PAUSED if committed else S.FAILED)
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 4096, struct.pack(">HHI", 2, 4, 1) * 40_000, bytes(1 << 16)])
+def test_a_peer_that_never_stops_talking(peer: ScriptedDestination, start: Start, garbage: bytes) -> None:
+    """Nobody waits for the end of what it says: other orders are heard meanwhile."""
+    outgoing = start(make_image({"pc.ram": 60_000}))
+    talking = threading.Event()
+
+    def talk() -> None:
+        try:
+            while not talking.is_set():
+                peer.sock.sendall(garbage)
+        except OSError:
+            pass
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    assert outgoing.stop(timeout_s=WAIT_S).threads_left == ()
+    talking.set()
+    peer.sock.shutdown(socket.SHUT_RDWR)
+    talker.join(WAIT_S)
+    failed(outgoing)
+
+
+def test_an_image_that_cannot_be_read(peer: ScriptedDestination, start: Start) -> None:
+    class Unreadable:
+        def read(self, first: int, count: int) -> Any:
+            raise OSError("its process is gone")
+
+        def close(self) -> None:
+            pass
+
+    image = make_image(BLOCKS)
+    image.blocks["pc.ram"].store = Unreadable()  # type: ignore[assignment]
+    assert "its process is gone" in str(failed(start(image)).error)
+
+
+def test_a_defect_of_ours_is_told_too(peer: ScriptedDestination) -> None:
+    """However a thread ends, whoever waits for its end hears of it."""
+    caught: list[Any] = []
+    before = threading.excepthook
+    threading.excepthook = caught.append
+    try:
+        image = make_image(BLOCKS)
+
+        def dial() -> socket.socket:
+            raise ZeroDivisionError
+
+        outgoing = Outgoing(image)
+        outgoing.start(dial)
+        assert "defect" in str(failed(outgoing).error)
+        outgoing.stop()
+        image.close()
+    finally:
+        threading.excepthook = before
+    assert caught[0].exc_type is ZeroDivisionError
