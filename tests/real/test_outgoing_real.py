@@ -158,6 +158,7 @@ def make_run() -> Iterator[Callable[..., Run]]:
 # --- precopy ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("31", "32", "33", "45", "46")
 @pytest.mark.proves("S26")
 @pytest.mark.parametrize("description", ["kept", "empty"])
 @pytest.mark.parametrize(("source", "there"), WAYS)
@@ -170,6 +171,7 @@ def test_a_precopy(make_run: Callable[..., Run], source: str, there: str, descri
     run.finish()
 
 
+@pytest.mark.conforms("43")
 @pytest.mark.proves("S87")
 @pytest.mark.parametrize(("source", "there"), WAYS)
 def test_a_precopy_with_multifd(make_run: Callable[..., Run], source: str, there: str) -> None:
@@ -178,6 +180,7 @@ def test_a_precopy_with_multifd(make_run: Callable[..., Run], source: str, there
     run.finish()
 
 
+@pytest.mark.conforms("27")
 @pytest.mark.parametrize("there", VERSIONS)
 @pytest.mark.parametrize(
     "options", [NEVER, AT_ONCE, OutgoingOptions(channels=2)], ids=["precopy", "postcopy", "multifd"]
@@ -201,6 +204,7 @@ def test_a_guest_with_several_blocks(make_run: Callable[..., Run], there: str) -
 # --- postcopy -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("33", "34", "37", "46")
 @pytest.mark.proves("S25", "S28")
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 @pytest.mark.parametrize(("source", "there"), WAYS)
@@ -210,6 +214,7 @@ def test_a_postcopy_at_once(make_run: Callable[..., Run], source: str, there: st
     run.finish()
 
 
+@pytest.mark.conforms("37", "38")
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 @pytest.mark.parametrize("there", VERSIONS)
 def test_a_guest_that_runs_while_its_memory_follows(make_run: Callable[..., Run], there: str, preempt: bool) -> None:
@@ -227,6 +232,7 @@ def test_a_guest_that_runs_while_its_memory_follows(make_run: Callable[..., Run]
     assert run.outgoing.outcome().requests > 0
 
 
+@pytest.mark.conforms("35")
 @pytest.mark.parametrize("there", VERSIONS)
 def test_a_postcopy_after_a_precopy_part(make_run: Callable[..., Run], there: str) -> None:
     run = make_run(there, there)
@@ -243,6 +249,7 @@ def test_a_postcopy_after_a_precopy_part(make_run: Callable[..., Run], there: st
     run.finish()
 
 
+@pytest.mark.conforms("43")
 @pytest.mark.skipif(NEWEST == OLDEST, reason="only newer versions take multifd and postcopy together")
 @pytest.mark.parametrize("machine", ["pc", OLD_MACHINE])
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
@@ -264,6 +271,7 @@ def half_way(run: Run, options: OutgoingOptions) -> None:
     run.peer.until_status("postcopy-active")
 
 
+@pytest.mark.conforms("40")
 @pytest.mark.proves("S18")
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
 @pytest.mark.parametrize("there", VERSIONS)
@@ -314,6 +322,7 @@ def test_a_connection_that_is_lost_again_before_it_has_resumed(make_run: Callabl
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("41")
 @pytest.mark.proves("S26", "S30", "S53")
 @pytest.mark.parametrize("there", VERSIONS)
 def test_a_destination_that_is_lost_before_it_has_loaded_loses_nothing(

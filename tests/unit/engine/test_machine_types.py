@@ -43,6 +43,7 @@ def test_a_goodbye_is_wanted_since_10_0() -> None:
     assert [m.wants_multifd_goodbye(f"pc-q35-{each}") for each in ("9.2", "10.0")] == [False, True]
 
 
+@pytest.mark.conforms("33")
 def test_the_switchover_command_is_sent_only_to_who_surely_knows_it() -> None:
     """QEMU 7.2 has machine types without a version too, and ends at a command that it does not know."""
     machines = ["pc-q35-9.2", "pc-q35-10.0", "pc-q35-11.1", "microvm", ""]

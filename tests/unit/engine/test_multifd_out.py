@@ -97,6 +97,7 @@ def one() -> Iterator[Channels]:
     made.close()
 
 
+@pytest.mark.conforms("43")
 def test_the_channels_decode_to_the_pages_and_a_sync_stands_behind_what_came_before_it(two: Channels) -> None:
     image = make_image({"pc.ram": 700})
     block = image.blocks["pc.ram"]

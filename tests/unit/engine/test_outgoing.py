@@ -86,6 +86,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsPair:
     return TlsPair(tmp_path_factory.mktemp("tls"))
 
 
+@pytest.mark.conforms("46")
 @pytest.mark.proves("S87", "S88")
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("machine", [OLD, NEW])

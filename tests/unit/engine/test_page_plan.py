@@ -99,6 +99,7 @@ def test_a_change_in_a_later_window_goes_with_the_same_round_and_one_before_with
 # --- discards -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.conforms("35")
 @given(blocks_with_marks())
 def test_discards_cover_exactly_what_will_be_sent(blocks: list[ImageBlock]) -> None:
     stale = [~block.sent | block.dirty | ~block.have for block in blocks]
@@ -159,6 +160,7 @@ class Judge:
         self.order.append((block.name, chunk.first))
 
 
+@pytest.mark.conforms("36")
 @settings(max_examples=100, deadline=None)
 @given(blocks_with_marks(), STEPS, st.integers(0, 20), st.integers(1, 20))
 def test_every_page_goes_exactly_once_in_whole_host_pages_whatever_is_asked(
@@ -224,6 +226,7 @@ def test_a_request_of_many_pages_goes_in_chunks_without_what_is_on_its_way() -> 
     assert all_of(service.next_urgent) == [(2, 3), (6, 4)]
 
 
+@pytest.mark.conforms("38")
 def test_what_is_asked_for_twice_is_told_and_sent_once() -> None:
     block = block_of(8)
     block.have[3] = False
