@@ -30,6 +30,7 @@ def test_the_version_is_at_the_end_of_the_name(machine: str, version: tuple[int,
         (m.has_flush_per_section, "8.0", "8.1"),
         (m.has_early_preempt, "7.2", "8.0"),
         (m.has_legacy_zero_pages, "8.2", "9.0"),
+        (m.has_switchover_ack, "11.0", "11.1"),
     ],
 )
 def test_old_ways_end_with_a_version(question: object, last_with: str, first_without: str) -> None:

@@ -306,3 +306,42 @@ def test_old_neighbourhoods_are_forgotten() -> None:
     all_of(service.next_urgent)
     assert len(all_of(service.next_near)) == limits.ENGINE_SERVICE_NEAR_MAX
     assert service.left == limits.ENGINE_SERVICE_NEAR_MAX
+
+
+def test_what_waits_may_be_sent_by_the_background_first() -> None:
+    block = block_of(8)
+    block.have[3] = False
+    service = service_of(block, near_pages=0, chunk_pages=8)
+    service.ask(block, 3, 1, at_s=0.0)
+    service.ask(block, 5, 1, at_s=0.0)
+    service.ask(block, 6, 2, at_s=0.0)
+    block.have[3] = True
+    assert all_of(service.next_background) == [(0, 8)]
+    service.look_again()
+    assert all_of(service.next_urgent) == []
+    assert not service.is_waiting
+
+
+def test_marks_that_were_asked_for_and_sent_meanwhile_are_not_searched_again() -> None:
+    pages = 2 * limits.ENGINE_SERVICE_QUEUE_MAX
+    block, other = block_of(pages), block_of(4, name="other")
+    service = service_of(block, other, near_pages=0, chunk_pages=pages)
+    for page in range(0, pages, 2):
+        service.ask(block, page, 1, at_s=0.0)
+    service.ask(other, 0, 1, at_s=0.0)
+    assert sum(count for _, count in all_of(service.next_background)) == pages + 4
+    assert all_of(service.next_urgent) == []
+
+
+def test_the_background_looks_far_for_the_last_page() -> None:
+    pages = 3 * 4096
+    block = block_of(pages)
+    block.sent[:-1] = True
+    assert all_of(service_of(block).next_background) == [(pages - 1, 1)]
+
+
+def test_a_row_of_discards_begins_at_the_last_page_if_everything_was_sent() -> None:
+    """QEMU 11 hangs when postcopy begins without any discard."""
+    block = block_of(4)
+    block.sent[:] = True
+    assert [(each.block, each.ranges) for each in discards([block])] == [("ram", ((3 * PAGE_BYTES, PAGE_BYTES),))]

@@ -10,10 +10,17 @@ from tests.wire_streams import device, join, package, precopy, zeros
 from vmferry.wire import events
 from vmferry.wire.encode import encode, encode_package
 from vmferry.wire.events import (
+    BitmapChunk,
+    Configuration,
+    Description,
     EndOfSections,
+    Header,
+    MultifdInit,
+    MultifdPacket,
     OpaqueDevices,
     Packaged,
     PackageEnd,
+    SectionStart,
     SwitchoverAck,
     ZeroRun,
     to_raw,
@@ -38,6 +45,26 @@ def test_the_examples_of_the_protocol() -> None:
     assert join([first]) == bytes.fromhex("0200000002")  # a PART of section 2
     assert join([second])[:15].hex() == "0000000000000008" + "0670632e72616d"
     assert join(device(3, "timer", b"x"))[:19].hex() == "0400000003" + "0574696d6572" + "00000000" + "00000001"
+
+
+def test_the_beginning_and_the_end_of_a_stream() -> None:
+    assert join([Header()]) == b"QEVM\x00\x00\x00\x03"
+    assert join([Configuration("pc")]) == bytes.fromhex("0700000002") + b"pc"
+    assert join([SectionStart(2, "ram", 0, 4)]) == bytes.fromhex("0100000002" + "0372616d" + "00000000" + "00000004")
+    assert join([BitmapChunk(0x01)]) == b"\x01"
+    assert join([Description(b"{}")]) == bytes.fromhex("0600000002") + b"{}"
+
+
+def test_a_multifd_channel_begins_with_its_number() -> None:
+    raw = join([MultifdInit(3, b"u" * 16)])
+    assert raw == bytes.fromhex("1122334400000001") + b"u" * 16 + b"\x03" + bytes(39)
+
+
+def test_a_packet_tells_its_pages_from_its_zero_pages_and_from_leftovers() -> None:
+    offsets = np.array([4096, 8192, 12288, 0], np.uint64)
+    packet = MultifdPacket(0, 4, 2, 1, 8192, 7, None, b"ram", offsets)
+    assert packet.normal_offsets.tolist() == [4096, 8192]
+    assert packet.zero_offsets.tolist() == [12288]
 
 
 def test_a_run_may_be_a_single_named_page() -> None:
