@@ -371,7 +371,7 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         *(link.call("peer-has", {"vm": vm}, deadline_s=3.0) for link in agent.peers.links.values()),
         return_exceptions=True,
     )
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, str, bool]] = []
     silent: list[str] = []
     awaiting = []
     for host, answer in zip(agent.peers.links, answers, strict=True):
@@ -380,13 +380,13 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         elif isinstance(answer, BaseException):
             raise answer
         elif answer.get("has"):
-            found.append((int(answer["generation"]), host))
+            found.append((int(answer["generation"]), host, bool(answer.get("sends"))))
         elif answer.get("awaits"):
             awaiting.append(host)
     if found:
-        generation, host = max(found)
-        # What brought it there was conducted here, and nothing has moved it since.
-        was_ours = current is not None and current.wanted.generation == generation
+        generation, host, sends = max(found)
+        # What brought it there was conducted here, and nothing has moved it since, nor is about to.
+        was_ours = current is not None and current.wanted.generation == generation and not sends
         return None if of_job and was_ours else host
     if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
         return None
