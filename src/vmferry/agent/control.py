@@ -131,6 +131,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         if objection is not None:
             raise UsageError(f"{text}: {objection}")
         options[option.name] = value
+    _check_postcopy(arguments)
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
@@ -149,6 +150,20 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
+
+
+def _check_postcopy(arguments: MigrateArguments) -> None:
+    """Raises UsageError for a start of postcopy that cannot be meant."""
+    wishes = {"passes": arguments.postcopy_after_passes, "ms": arguments.postcopy_after_ms}
+    given = {unit: value for unit, value in wishes.items() if value is not None}
+    for unit, value in given.items():
+        if value < 0:
+            raise UsageError(f"postcopy after {value} {unit} is not possible; 0 means at once")
+    if given and arguments.mode == Mode.PRECOPY:
+        raise UsageError(
+            "a precopy never switches to postcopy, so it cannot be said when",
+            hint="say --mode postcopy, or leave out --postcopy-after and --postcopy-after-passes",
+        )
 
 
 async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
@@ -323,6 +338,8 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
         raise CommandNotFound(name)
     decoded = decode(name, row.arguments, arguments)
     vm = getattr(decoded, "vm", "")
+    if row.at_vm and not vm and not getattr(decoded, "job", ""):
+        raise UsageError(f"{name} needs the name of a VM", hint="'vmferry ls' shows every VM on every known host")
     if row.at_vm and vm and forward:
         host = await _where(agent, vm, of_job=row.of_job)
         if host is not None:
@@ -371,7 +388,7 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         *(link.call("peer-has", {"vm": vm}, deadline_s=3.0) for link in agent.peers.links.values()),
         return_exceptions=True,
     )
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, str, bool]] = []
     silent: list[str] = []
     awaiting = []
     for host, answer in zip(agent.peers.links, answers, strict=True):
@@ -380,13 +397,13 @@ async def _where(agent: Agent, vm: str, *, of_job: bool) -> str | None:
         elif isinstance(answer, BaseException):
             raise answer
         elif answer.get("has"):
-            found.append((int(answer["generation"]), host))
+            found.append((int(answer["generation"]), host, bool(answer.get("sends"))))
         elif answer.get("awaits"):
             awaiting.append(host)
     if found:
-        generation, host = max(found)
-        # What brought it there was conducted here, and nothing has moved it since.
-        was_ours = current is not None and current.wanted.generation == generation
+        generation, host, sends = max(found)
+        # What brought it there was conducted here, and nothing has moved it since, nor is about to.
+        was_ours = current is not None and current.wanted.generation == generation and not sends
         return None if of_job and was_ours else host
     if current is not None or any(wire["vm"] == vm for wire in agent.results.values()):
         return None

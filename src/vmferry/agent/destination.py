@@ -16,6 +16,7 @@ Rule 3: the QEMU is killed in RENOUNCE only, under its guard: `cont` was never w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -245,11 +246,15 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.fail(QemuError(f"the destination's QEMU ended: {words or 'no reason given'}", side="destination"))
 
     async def _ask_source_if_orphaned(self) -> None:
-        """A place that waits in vain asks whether it is still wanted; only a clear no ends it."""
-        now_s = self.clock.now_s()
-        if now_s - self.heard_source_s < ORPHAN_S or Fact.COMMITTED in self.facts:
+        """A place that waits in vain asks whether it is still wanted."""
+        if self.clock.now_s() - self.heard_source_s >= ORPHAN_S:
+            await self.ask_source()
+
+    async def ask_source(self) -> None:
+        """Asks the source whether this place is still wanted; only a clear no ends it, and none after the commit."""
+        if Fact.COMMITTED in self.facts:
             return
-        self.heard_source_s = now_s
+        self.heard_source_s = self.clock.now_s()
         try:
             link = self.context.peers.link(self.place.source)
             answer = await link.call("peer-wanted", {"job": self.job}, deadline_s=2.0)
@@ -257,7 +262,18 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             log.info("job=%s vm=%s command=peer-wanted result=%s", self.job, self.vm, error)
             return
         if not answer.get("wanted", True):
-            self.note(Fact.RELEASE, text="the source's agent does not know the job any more", by="source agent")
+            self.note(Fact.RELEASE, text="the source's agent does not want it any more", by="source agent")
+
+    async def is_given_up(self, *, deadline_s: float) -> bool:
+        """Whether this place is over. One that its source could not release, as this agent or the link was away, ends
+        here and not only when it has waited in vain: who was told to try again may do so at once."""
+        if not self.ended.is_set():
+            await self.ask_source()
+        if Fact.RELEASE in self.facts:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):
+                    await self.ended.wait()
+        return self.ended.is_set()
 
     # --- outputs ---
 

@@ -67,13 +67,15 @@ async def _hello(agent: Agent, who: str | None, arguments: dict[str, Any]) -> di
 
 
 async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Whether a VM of this name is here, is awaited here, or is being brought here by a command at this moment."""
+    """Whether a VM of this name is here, is sent from here, is awaited here, or is being brought here by a command at
+    this moment."""
     vm = str(arguments["vm"])
-    kept, place = agent.vms.get(vm), agent.place_of(vm)
+    kept, place, current = agent.vms.get(vm), agent.place_of(vm), agent.attempts.get(vm)
     return {
         "has": kept is not None,
         "generation": kept.generation if kept else 0,
         "awaits": place is not None and not place.ended.is_set(),
+        "sends": current is not None and not current.ended.is_set(),
         "doing": agent.claims.doing(vm),
     }
 
@@ -112,7 +114,7 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     if vm in agent.vms:
         raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
     other = agent.place_of(vm)
-    if other is not None and not other.ended.is_set():
+    if other is not None and not await other.is_given_up(deadline_s=RELEASE_WAIT_S):
         raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")
     ca_pem = arguments.get("ca_pem")
     if ca_pem is None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from vmferry.agent.source import SourceAttempt
 
 REPORT_S = 5.0
+GIVE_UP_S = 2.0
+"""Within REPORT_S, as is the question before it."""
 GUEST_QUESTIONS: Final = (
     ("query-status", None),
     ("query-migrate", None),
@@ -124,6 +126,9 @@ class Planner:
         """The answer to another agent's `peer-report`."""
         disks = [DiskRef(**disk) for disk in arguments.get("disks", ())]
         accel, vm = str(arguments["accel"]), str(arguments["vm"])
+        place = self.agent.place_of(vm)
+        if place is not None:  # of an earlier attempt: what nobody wants any more hinders nothing
+            await place.is_given_up(deadline_s=GIVE_UP_S)
         report = await self.host_report(disks, accel=accel, vm=vm)
         return dict(msgspec.to_builtins(report, str_keys=True))
 

@@ -68,12 +68,17 @@ async def _free_name(agent: Agent, name: str) -> None:
         await forget(agent, kept)  # it powered off or died; its name is free again
     place = agent.place_of(name)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
-        raise Busy(f"{agent.config.name} has a VM named {name} already", side="client", retry="after-fix")
+        raise _taken(agent.config.name, name)
     for host, answer in await _elsewhere(agent, name):
         if answer.get("has") or answer.get("awaits"):
-            raise Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix")
+            raise _taken(host, name)
         if answer.get("doing"):
             raise Busy(f"on {host}, {name} is being {answer['doing']} at this very moment", side="client", hint=HINT)
+
+
+def _taken(host: str, name: str) -> Busy:
+    hint = f"take another name; 'vmferry status {name}' shows who has this one"
+    return Busy(f"{host} has a VM named {name} already", side="client", retry="after-fix", hint=hint)
 
 
 async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
@@ -166,7 +171,8 @@ async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
 async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.AdoptedVm) -> None:
     for kept in agent.vms.values():
         if kept.identity == found.identity:
-            raise Busy(f"that QEMU is kept already, as {kept.name}", side="client", retry="no")
+            hint = f"nothing is left to do: 'vmferry status {kept.name}' shows it"
+            raise Busy(f"that QEMU is kept already, as {kept.name}", side="client", retry="no", hint=hint)
     kinds = await asyncio.to_thread(vm_adopt.host_kinds, found)
     machine = machines.attach_process(arguments.vm, found.identity, arguments.qmp, clock=agent.clock)
     if machine is None:

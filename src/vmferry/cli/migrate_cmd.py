@@ -12,7 +12,16 @@ from typing import Any
 from vmferry.cli import client as agent_client
 from vmferry.cli.main import report_error
 from vmferry.cli.render import ProgressLine, objection_lines, timeline_lines
-from vmferry.errors import AgentUnreachable, PlanRefused, UnknownVm, UsageError, from_wire
+from vmferry.errors import (
+    AgentUnreachable,
+    Busy,
+    CancelRefused,
+    PlanRefused,
+    UnknownVm,
+    UsageError,
+    VmferryError,
+    from_wire,
+)
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.units import parse_time_ms
@@ -146,7 +155,7 @@ def plan(arguments: Namespace) -> int:
 
 
 def cancel(arguments: Namespace) -> int:
-    """Asks for the cancel and waits for the end. 0: cancelled (or it was over already and ended so)."""
+    """Asks for the cancel and waits for the end. 0: cancelled, now or before."""
     with agent_client.connect(arguments.socket) as client:
         brief = agent_client.execute(client, "vm-cancel", {"vm": arguments.vm})
         wire = (
@@ -154,14 +163,25 @@ def cancel(arguments: Namespace) -> int:
             if brief["over"]
             else follow(client, arguments.vm, brief["job"], patience_s=5.0, quiet=arguments.json)
         )
+    error = None if (wire["status"], wire["outcome"]) == ("cancelled", "source") else _why_not_cancelled(wire)
     if arguments.json:
-        print(json.dumps(wire))
-    else:
-        print(wire["sentence"])
-    cancelled = wire["status"] == "cancelled" and wire["outcome"] == "source"
-    if cancelled:
+        print(json.dumps(wire if error is None else {**wire, "error": error.to_wire()}))
+        return 0 if error is None else error.exit_code
+    print(wire["sentence"])
+    if error is None:
         return 0
-    return from_wire(wire["error"]).exit_code if wire.get("error") else 0
+    sys.stdout.flush()
+    report_error(error, as_json=False)
+    return error.exit_code
+
+
+def _why_not_cancelled(wire: dict[str, Any]) -> VmferryError:
+    """What the migration ended with, or that it ended well, or that it has not ended yet."""
+    if wire.get("error"):
+        return from_wire(wire["error"])
+    if wire["over"]:
+        return CancelRefused(f"nothing is left to cancel: {wire['sentence']}", guest="running-on-destination")
+    return Busy(f"the cancel is not over yet: {wire['sentence']}", guest="unknown")
 
 
 def change(arguments: Namespace) -> int:

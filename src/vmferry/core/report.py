@@ -149,7 +149,7 @@ def job_wire(
     """Everything about one attempt as one JSON object; the same while it runs and after it ended."""
     derived: Derived = derive_source(log)
     error = None if not over and outcome is Outcome.PENDING else ending_error(log, outcome, cause=cause)
-    if over and error is not None and row is not None and not error.hint:
+    if error is not None and row is not None and not error.hint:
         error.hint = row.action
     wire: dict[str, Any] = {
         "job": job,

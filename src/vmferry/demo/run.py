@@ -37,6 +37,18 @@ class DemoWish:
     clear_text: bool
     as_json: bool
 
+    def words(self) -> list[str]:
+        """What follows on the command line of the migration."""
+        words = ["--clear-text"] if self.clear_text else []
+        match self.mode:
+            case "postcopy":
+                # The guest is so small that its first pass would leave nothing for afterwards, and be a precopy.
+                return ["--mode", "postcopy", "--set", "downtime-limit=1ms", *words]
+            case "auto":
+                return words
+            case mode:
+                return ["--mode", mode, *words]
+
     def guest(self) -> GuestWish:
         """Raises UsageError."""
         try:
@@ -69,10 +81,9 @@ def run_demo(wish: DemoWish) -> tuple[dict[str, Any], int]:
             say(
                 f"It works: a tick every {guest.tick_ms} ms, {guest.dirty_mib_per_s} MiB of memory rewritten per "
                 f"second, and blocks written to its disk. It checks all of them over and over.\n\n"
-                f"$ vmferry migrate {VM} host-b" + (f" --mode {wish.mode}" if wish.mode != "auto" else "")
+                f"$ {' '.join(['vmferry migrate', VM, 'host-b', *wish.words()])}"
             )
-            words = ["--mode", wish.mode] + (["--clear-text"] if wish.clear_text else [])
-            moved = guests.move(pair, pair.a, VM, *words, show=not wish.as_json)
+            moved = guests.move(pair, pair.a, VM, *wish.words(), show=not wish.as_json)
             return _verdict(pair, guest, before, here, moved, say)
 
 

@@ -231,3 +231,20 @@ async def test_two_wants_at_the_same_moment_are_one(make_site: MakeSite) -> None
     assert [type(answer) for answer in answers].count(Busy) == 1
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.proves("S13")
+async def test_a_cancel_from_the_host_that_the_guest_came_from_reaches_the_way_back(make_site: MakeSite) -> None:
+    """1. `a` has sent the guest to `b`  2. on its way back it has no place on `a` yet  3. the cancel is said on `a`."""
+    site = await make_site()
+    await site.migrate()
+    await site.settle()
+    site.crash_at("b", Fact.MIGRATE)
+    attempt = await site.migrate(to="a")
+    brief = await site.command("a", "vm-cancel", vm="g")
+    assert brief["job"] == attempt.job
+    assert Fact.CANCEL in attempt.facts
+    await site.restart("b")
+    await site.settle()
+    assert site.attempt("b").wire()["status"] == "cancelled"
+    await site.check("b")

@@ -14,7 +14,7 @@ import pytest
 from vmferry.agent import peer_commands
 from vmferry.agent.claims import Claims
 from vmferry.core.facts import Fact
-from vmferry.errors import Busy, VmferryError
+from vmferry.errors import Busy, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.testing.fake_site import MakeSite, Site
 from vmferry.vm import adopt as vm_adopt
@@ -195,3 +195,38 @@ async def test_a_name_is_not_used_where_a_guest_is_awaited(make_site: MakeSite) 
                 await site.command(host, "vm-run", path=spec(site, "web1"))
     assert [p.vm for p in site.director.puppets] == ["g"]
     assert Fact.MIGRATE not in [fact for _, fact in site.noted]
+
+
+@pytest.mark.parametrize("command", ["vm-status", "vm-stop", "vm-cancel", "vm-start-postcopy", "job-status"])
+async def test_a_name_that_is_empty_is_no_fault_inside_the_agent(make_site: MakeSite, command: str) -> None:
+    site = await make_site()
+    with pytest.raises(UsageError, match=f"{command} needs the name of a VM"):
+        await site.command("a", command, vm="")
+
+
+async def test_a_name_that_is_taken_is_not_worth_waiting_for(make_site: MakeSite) -> None:
+    site = await make_site()
+    for host in ("a", "b"):
+        with pytest.raises(Busy, match="a has a VM named g already") as refused:
+            await site.command(host, "vm-run", path=spec(site, "g"))
+        assert "another name" in refused.value.hint
+
+
+@pytest.mark.parametrize("command", ["vm-migrate", "vm-plan"])
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"postcopy_after_passes": -1},
+        {"postcopy_after_ms": -1},
+        {"postcopy_after_passes": 2, "mode": "precopy"},
+        {"postcopy_after_ms": 2, "mode": "precopy"},
+    ],
+    ids=str,
+)
+async def test_a_start_of_postcopy_that_cannot_be_meant(
+    make_site: MakeSite, command: str, wish: dict[str, Any]
+) -> None:
+    site = await make_site()
+    with pytest.raises(UsageError, match="postcopy"):
+        await site.command("a", command, vm="g", destination="b", **wish)
+    assert "g" not in site.agents["a"].attempts

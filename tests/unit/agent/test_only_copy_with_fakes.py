@@ -217,11 +217,8 @@ async def test_a_place_stays_wanted_when_the_source_cannot_say_that_the_guest_is
     assert not site.director.newest("b").is_gone
 
 
-async def test_a_place_that_was_left_behind_is_released_when_the_guest_runs_at_the_source(
-    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def left_behind(site: Site) -> None:
     """1. the place is made  2. the source's agent restarts, and the link breaks  3. the job ends as never begun."""
-    site = await make_site()
     site.crash_at("a", Fact.PREPARED)
     await site.migrate()
     await site.noted_by("a", Fact.PREPARED)
@@ -229,6 +226,40 @@ async def test_a_place_that_was_left_behind_is_released_when_the_guest_runs_at_t
     await site.restart("a")
     await site.until(lambda: site.attempt().job in site.agents["a"].results)
     assert not site.place().ended.is_set()
+
+
+async def test_a_place_that_was_left_behind_is_released_when_the_guest_runs_at_the_source(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    await left_behind(site)
     await asks_whether_it_is_wanted(site, monkeypatch)
     await site.settle()
     await site.check("a")
+
+
+@pytest.mark.proves("S13")
+async def test_a_place_that_was_left_behind_is_no_hindrance_to_the_next_migration(make_site: MakeSite) -> None:
+    """Whoever is told that he may try again does not have to wait until the place has waited in vain."""
+    site = await make_site()
+    await left_behind(site)
+    before = site.place()
+    site.join()
+    attempt = await site.migrate()
+    await site.settle()
+    assert before.ended.is_set()
+    assert attempt.wire()["outcome"] == "destination"
+    await site.check("b")
+
+
+async def test_a_place_that_is_still_wanted_is_one(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.director.script("a", {"active": "hold"})
+    await site.migrate()
+    await site.noted_by("b", Fact.HEADER_SEEN)
+    wish = {"vm": "g", "job": "0" * 32, "ca_pem": None, "clear_text": True}
+    with pytest.raises(Busy, match="b has a place for g from job"):
+        await site.agents["a"].peers.link("b").call("peer-prepare", wish)
+    site.director.go("a", "active")
+    await site.settle()
+    await site.check("b")

@@ -145,13 +145,14 @@ def test_without_a_row_there_is_no_reason_and_no_action() -> None:
     assert (shown["row"], shown["why"], shown["action"]) == (None, "", "")
 
 
-def test_at_the_end_the_action_of_the_row_is_the_hint_unless_the_error_has_a_better_one() -> None:
+def test_the_action_of_the_row_is_the_hint_unless_the_error_has_a_better_one() -> None:
     died = wire(Outcome.LOST, row=ROWS["G-died"])
     assert died["error"]["hint"] == ROWS["G-died"].action
     hinted = wire(Outcome.SOURCE, row=ROWS["G-died"], cause=PlanRefused("no", hint="free a disk").to_wire())
     assert hinted["error"]["hint"] == "free a disk"
     going_on = wire(Outcome.UNCERTAIN, over=False, row=ROWS["G-uncertain"])
-    assert going_on["error"]["hint"] == ""
+    # Who waits no longer is told this error: the next action belongs to it before the end, too.
+    assert going_on["error"]["hint"] == ROWS["G-uncertain"].action
 
 
 def test_a_pending_attempt_has_an_error_only_when_it_is_over() -> None:
