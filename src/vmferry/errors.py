@@ -83,6 +83,7 @@ class UsageError(VmferryError):
 
     exit_code = 2
     code = "usage"
+    default_hint = "mend the command line; 'vmferry COMMAND --help' explains it"
 
 
 class SpecError(VmferryError):
@@ -214,6 +215,9 @@ class QemuError(VmferryError):
     exit_code = 17
     code = "qemu"
     default_side = "source"
+    default_hint = (
+        "look at QEMU's own log in the VM's directory ('vmferry status NAME' shows where), and at 'vmferry doctor'"
+    )
 
 
 class CancelRefused(VmferryError):
@@ -223,6 +227,7 @@ class CancelRefused(VmferryError):
     code = "cancel-refused"
     default_side = "source"
     default_retry = "no"
+    default_hint = "let it arrive ('vmferry watch NAME'); after that it can be moved back"
 
 
 class Unfit(VmferryError):

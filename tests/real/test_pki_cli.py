@@ -40,6 +40,7 @@ def test_one_command_makes_everything_and_twice_is_once(tmp_path: Path) -> None:
         (["../evil=10.0.0.1"], "../evil"),
         (["host-a=10.0.0.1", "--days", "0"], "days"),
         (["host-a=10.0.0.1", "--days", "soon"], "soon"),
+        (["host-a=10.0.0.1", "host-b="], "'host-b=' is not a host"),
     ],
 )
 def test_what_is_refused_writes_nothing(words: list[str], text: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def pki(arguments: Namespace) -> int:
     hosts: dict[str, list[str]] = {}
     for text in arguments.hosts:
         name, equals, addresses = text.partition("=")
-        if not name or (not equals and not arguments.renew):
+        if not name or (not addresses.strip(",") and (equals or not arguments.renew)):
             raise UsageError(f"{text!r} is not a host; write HOST=ADDRESS, for example host-a=10.0.0.1")
         hosts[name] = [a for a in addresses.split(",") if a]
     directory = Path(arguments.directory)
