@@ -228,6 +228,30 @@ def test_p26_a_source_that_failed_and_sticks_still_feeds_the_guest_that_ran(star
     assert went_on(before, destination.memory())
 
 
+def test_a_source_that_qemu_started_again_is_no_source_of_pages(start: Starter) -> None:
+    """A newer QEMU that has sent its last page takes its guest back when the connection breaks, though the other runs.
+    What it has changed since must not reach the destination, also when it was stopped meanwhile."""
+    small: dict[str, Any] = {"ram_mib": 16, "touch_mib": 6}  # so that the relay takes all of it
+    source, destination = start(NEWEST, **small), start(NEWEST, incoming=True, **small)
+    for guest in (source, destination):
+        guest.peer.set_up("postcopy-ram")
+    destination.peer.migrate_incoming(f"unix:{destination.peer.folder}/in")
+    with Relay(f"{destination.peer.folder}/in") as relay:
+        relay.to_target.throttle(4 * MIB)
+        source.peer.migrate("tcp:{}:{}".format(*relay.address))
+        source.peer.until_status("active")
+        source.peer.execute("migrate-start-postcopy")
+        destination.peer.until_runstate("running")
+        source.peer._until(lambda: source.peer.execute("query-migrate")["ram"]["remaining"] == 0, "everything sent", 60)
+        relay.cut()
+        source.peer.until_status("failed")
+        destination.peer.until_status("postcopy-paused")
+    assert source.peer.until_runstate("running") == destination.peer.runstate == "running"
+    source.peer.execute("stop")
+    with pytest.raises(RescueRefused, match="has run since"):
+        source.with_machine(rescue_feed.require_still)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_destination_that_dies_while_it_is_fed_is_told_and_the_memory_is_still_there(
     version: str, start: Starter

@@ -174,6 +174,11 @@ def _require_unserved(attempt: SourceAttempt) -> None:
         raise RescueRefused(f"{attempt.vm}: its source's QEMU still serves the pages itself", retry="no")
 
 
+def _was_paused(attempt: SourceAttempt) -> bool:
+    """Whether its guest stood still before its memory moved, so that no end of the attempt starts it."""
+    return not attempt.wanted.running_before or (attempt.plan is not None and attempt.plan.stops_first)
+
+
 async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:
     """The memory to serve from, and whether the caller has to close it."""
     machine = attempt.machine
@@ -186,7 +191,7 @@ async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:
                 hint="only memory in a shared file (memory-backend-memfd or -file, share=on) outlives its process",
             )
         return attempt.memory, False
-    await rescue_feed.require_still(machine)
+    await rescue_feed.require_still(machine, was_paused=_was_paused(attempt))
     found = await guest_memory.find(machine)
     return await asyncio.to_thread(guest_memory.read_living, found), True
 
@@ -203,7 +208,7 @@ async def _feed(
     for section in rescue_feed.sections_to_try(version):
         _require_unserved(attempt)  # asked again: each try makes the destination give its connection up
         if not attempt.machine.is_gone:
-            await rescue_feed.require_still(attempt.machine)
+            await rescue_feed.require_still(attempt.machine, was_paused=_was_paused(attempt))
         begun_s = agent.clock.now_s()
         dial = _giving(await _dial(agent, attempt))
         outcome = await rescue_feed.serve(

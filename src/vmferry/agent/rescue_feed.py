@@ -3,11 +3,12 @@
 Theory of operation
 -------------------
 The source's QEMU is dead and left its RAM file behind, or it lives and does not serve any more (failed, stuck). Its
-guest was stopped for good before the destination's began, so its memory is what the destination lacks. `serve` speaks
+guest was stopped before the destination's began, so its memory is what the destination lacks, unless it ran again:
+QEMU 10.2 and newer start it by themselves when a postcopy breaks behind its last page. `serve` speaks
 the source's part on connections that somebody made; `feed` makes them to a QEMU of this host.
 
 Rule 1: only a destination in postcopy-paused is fed: QEMU itself says that nobody serves it.
-Rule 2: the memory of a living source is read only while its guest stands still.
+Rule 2: the memory of a living source is read only while its guest stands still, and has done so since the switchover.
 Rule 3: nothing is taken from the source: reading changes nothing, and the same memory may be read again.
 Rule 4: the number of RAM's section is tried out when nobody knows the source's version: a destination that does not
         know a section pauses again, and keeps what it has.
@@ -44,6 +45,10 @@ RAM_SECTIONS = (1, 2, 3, 0)
 SECTION_CHANGED = (9, 1)
 """The first QEMU whose RAM has the first number (see `engine.stand_in_sender`)."""
 
+_STILL = frozenset({"finish-migrate", "postmigrate"})
+"""Run states of a guest that QEMU stopped at the switchover. Nothing leads back to them: whoever ran since and was
+stopped again is "paused"."""
+
 Dial = Callable[[], socket.socket]
 
 
@@ -66,18 +71,24 @@ def job_tls(directory: Path, server_name: str) -> Tls:
     return Tls(context, server_name)
 
 
-async def require_still(source: Machine | None) -> None:
-    """Raises RescueRefused when the source's process lives and its guest may run, QemuError when QEMU does not say."""
+async def require_still(source: Machine | None, *, was_paused: bool = False) -> None:
+    """Raises RescueRefused when the source's process lives and its guest runs, or may have run since the switchover.
+
+    `was_paused`: it was paused when its memory began to move, so QEMU never starts it by itself, and "paused" is where
+    a failure leaves it. Raises QemuError when QEMU does not say.
+    """
     if source is None or source.is_gone:
         return
     state = await source.run_state()
-    if state == "running":
-        raise RescueRefused(
-            f"{source.vm}: the source's guest runs, so its memory is not what the destination lacks",
-            guest="unknown",
-            retry="no",
-            hint="two copies of this guest may be running: find out which one is right, and stop the other",
-        )
+    if state in _STILL or (was_paused and state == "paused"):
+        return
+    what = "runs" if state == "running" else f"is {state}, so it has run since the switchover"
+    raise RescueRefused(
+        f"{source.vm}: the source's guest {what}; its memory is not what the destination lacks",
+        guest="unknown",
+        retry="no",
+        hint="two copies of this guest have run: find out which one is right, and end the other",
+    )
 
 
 async def serve(

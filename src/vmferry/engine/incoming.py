@@ -110,12 +110,18 @@ class Incoming:
         self._wake()
 
     def give_proof(self) -> None:
-        """Lets the source know that the device state is loaded (after `hold_proof`). There is no way back."""
+        """Lets the source know that the device state is loaded (after `hold_proof`). No way back for this side.
+
+        That is no leave to run the guest: see the decision 0017, "Two words that may be lost".
+        """
         self._shared.proof_ordered.set()
         self._wake()
 
     def give_result(self) -> None:
-        """Lets the source know that everything is here and safe (after `hold_result`). There is no way back."""
+        """Lets the source know that everything is here and safe (after `hold_result`). No way back for this side.
+
+        That is no leave to run the guest: see the decision 0017, "Two words that may be lost".
+        """
         self._shared.result_ordered.set()
         self._wake()
 

@@ -29,7 +29,7 @@ class IncomingOptions:
 
     `channels`: multifd channels, 0 for none.
     `hold_proof`: the answer to ping 0x42 waits for `give_proof`. Until then a source of QEMU 10.2 or newer stays in
-        postcopy-device and can take its guest back.
+        postcopy-device and can take its guest back. (It may do so later, too: see the decision 0017.)
     `hold_result`: the final word to the source waits for `give_result`: store what came first.
     `ack_switchover`: the source has switchover-ack on; said only to machine types up to 11.0 (protocol, 7.6).
     `stragglers_s`: so long a postcopy whose main channel has ended waits for the next page of the preempt channel.

@@ -326,9 +326,15 @@ class Relay:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def cut(self, *, reset: bool = False) -> None:
-        """End every connection there is, with FIN or RST, without passing on what is queued."""
-        for connection in list(self._connections):
+    def cut(self, *, reset: bool = False, number: int | None = None) -> None:
+        """End every connection there is, with FIN or RST, without passing on what is queued.
+
+        `number`: only one of them, counted from 0 in the order in which they came, and round and round.
+        """
+        connections = list(self._connections)
+        if number is not None and connections:
+            connections = [connections[number % len(connections)]]
+        for connection in connections:
             connection.cut(reset=reset)
 
     def half_close(self, direction: Direction) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmferry.agent import rescue
+from vmferry.agent import rescue, rescue_feed
 from vmferry.agent.machine import Machine
 from vmferry.clock import SystemClock
 from vmferry.core.rescue import Evidence, NeverRan
@@ -332,3 +332,27 @@ async def test_trouble_with_putting_back_does_not_hide_the_rescue(qemu: FakeQemu
 
     qemu.before["migrate"] = refuse_from_now_on
     assert (await rescue.throw_away(qemu.machine)).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("run_state", "was_paused", "text"),
+    [
+        ("finish-migrate", False, ""),
+        ("postmigrate", False, ""),
+        ("paused", True, ""),
+        ("paused", False, "has run since"),  # QEMU started it after the migration broke, and somebody stopped it
+        ("io-error", False, "has run since"),
+        ("running", False, "runs"),
+        ("running", True, "runs"),
+    ],
+)
+async def test_pages_come_only_from_a_guest_that_has_stood_still_since_the_switchover(
+    run_state: str, was_paused: bool, text: str
+) -> None:
+    source = FakeQemu(word="failed", run_state=run_state)
+    if not text:
+        await rescue_feed.require_still(source.machine, was_paused=was_paused)
+        return
+    with pytest.raises(RescueRefused, match=text) as refused:
+        await rescue_feed.require_still(source.machine, was_paused=was_paused)
+    assert (refused.value.guest, refused.value.retry) == ("unknown", "no")

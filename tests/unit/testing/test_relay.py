@@ -137,6 +137,15 @@ def test_cut_and_connect_again(peers: Peers, reset: bool) -> None:
     target.close()
 
 
+def test_cut_one_of_several(peers: Peers) -> None:
+    client, target = peers.connect()
+    with client, target:
+        peers.relay.cut(number=3)  # the second of two
+        assert is_over(client)
+        peers.client.sendall(b"still here")
+        assert receive(peers.target, 10) == b"still here"
+
+
 @pytest.mark.proves("S86")
 def test_half_close(peers: Peers) -> None:
     peers.relay.half_close(peers.relay.to_target)
