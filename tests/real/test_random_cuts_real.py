@@ -97,7 +97,7 @@ class Arrival:
     def begin(self) -> None:
         """Until the cut, or until there is nothing left to cut."""
         set_up(self.source, self.plan)
-        if self.plan.bytes_per_s:
+        if self.plan.bytes_per_s and self.plan.is_postcopy:  # a precopy might never end
             # By itself: a network that is slow takes all pages from it soon, and the cut would not meet any.
             limits = dict.fromkeys(("max-bandwidth", "max-postcopy-bandwidth"), self.plan.bytes_per_s)
             self.source.execute("migrate-set-parameters", limits)
@@ -370,7 +370,8 @@ class Departure:
             assert Fact.PACKAGE_LOADED in self.log
             assert self.outgoing.outcome().status is S.POSTCOPY_PAUSED
             if self.peer.until_status("postcopy-paused", "completed") == "completed":
-                assert net.has_swallowed_the_result
+                # The result was lost in the network, or lay unread before this side when it was cut.
+                assert net.has_swallowed_the_result or self.plan.way == "owner"
                 return self._goes_on("moved, and the endpoint does not know")
             return self._recover()
         assert self.outgoing.outcome().status is S.FAILED
