@@ -30,6 +30,7 @@ from vmferry.agent import channel as channels
 from vmferry.agent import guest_memory, rescue, rescue_feed
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.source import SourceAttempt
+from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
 from vmferry.core.view import Grant, Source, Target, source_view
@@ -175,8 +176,10 @@ def _require_unserved(attempt: SourceAttempt) -> None:
 
 
 def _was_paused(attempt: SourceAttempt) -> bool:
-    """Whether its guest stood still before its memory moved, so that no end of the attempt starts it."""
-    return not attempt.wanted.running_before or (attempt.plan is not None and attempt.plan.stops_first)
+    """Whether its guest stood still before the switchover, so that no end of the attempt starts it."""
+    if not attempt.wanted.running_before or (attempt.plan is not None and attempt.plan.stops_first):
+        return True
+    return Fact.POSTCOPY_TOLD in attempt.facts and hazards.goes_back_after_grant(attempt.machine.version)
 
 
 async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:

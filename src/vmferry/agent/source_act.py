@@ -16,6 +16,7 @@ from vmferry.agent import channel as channels
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
+from vmferry.core import hazards
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
@@ -56,8 +57,7 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
         case Effect.START:
             await _start(attempt)
         case Effect.START_POSTCOPY:
-            await attempt.machine.execute("migrate-start-postcopy")
-            attempt.note(Fact.POSTCOPY_TOLD)
+            await _start_postcopy(attempt)
         case Effect.MAKE_SURE:
             attempt.hear_target(await _call(attempt, "peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
@@ -250,9 +250,23 @@ async def _start(attempt: SourceAttempt) -> None:
         # At once: a poll later a small guest would have arrived without it.
         why = "the guest was stopped first" if plan.stops_first else "at once, as it was asked for"
         attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
-        await machine.execute("migrate-start-postcopy")
-        attempt.note(Fact.POSTCOPY_TOLD)
+        await _start_postcopy(attempt)
     attempt.refresh()
+
+
+async def _start_postcopy(attempt: SourceAttempt) -> None:
+    """The switch. Raises QemuError; the guest then runs as before, or is started again as one that stands still."""
+    machine = attempt.machine
+    stops = hazards.goes_back_after_grant(machine.version)
+    if stops:
+        await machine.execute("stop", deadline_s=CONT_S)  # of one that stands still already it changes nothing
+    try:
+        await machine.execute("migrate-start-postcopy")
+    except QmpCommandError:
+        if stops and attempt.wanted.running_before and not (attempt.plan and attempt.plan.stops_first):
+            await machine.execute("cont", deadline_s=CONT_S)  # memory goes on moving without the switch
+        raise
+    attempt.note(Fact.POSTCOPY_TOLD)
 
 
 async def _reconnect(attempt: SourceAttempt) -> None:

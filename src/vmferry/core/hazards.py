@@ -1,5 +1,7 @@
-"""What real QEMUs do to guests under TCG while they migrate, and how vmferry keeps the guests whole. Pure.
+"""What real QEMUs do to guests while they migrate, and how vmferry keeps the guests whole. Pure.
 
+Writes that are lost, under TCG only
+------------------------------------
 Under KVM the kernel logs every write. Under TCG, QEMU's own translated code has to report the first write to each
 page after the page was sent, and QEMU forgets that in two cases; a write that is not reported is lost, and the
 guest goes on with an older content of that page.
@@ -14,6 +16,14 @@ guest goes on with an older content of that page.
 
 So a TCG guest on QEMU 9.0 or newer moves in precopy without postcopy-ram, or, when postcopy was asked for by name,
 is stopped first and switched over at once. No version is known that mends the second case.
+
+A guest that runs twice, since 10.2
+-----------------------------------
+A source that loses its channel after its last page of a postcopy and before the destination's result calls that a
+failure since 10.2, and puts its guest back into the run state that it had before the switchover. The destination runs
+the guest by then. A guest that was running would run twice, unless a lock on its disks is refused. So it is stopped by
+us in the moment of the switch, before QEMU does it: what QEMU goes back to is then a paused guest. Until 10.1 the
+source stays in postcopy-paused.
 """
 
 from __future__ import annotations
@@ -26,6 +36,8 @@ TCG_COHERENT_SINCE: Final = (9, 0)
 """Before it case 1, from it on case 2."""
 TCG_STEP_BYTES: Final = 256 * 1024
 """Case 1 needs memory that is a multiple of this."""
+
+GOES_BACK_SINCE: Final = (10, 2)
 
 WHY_PRECOPY: Final = (
     "the guest runs under TCG, where this QEMU loses writes of a guest that runs while postcopy stands by"
@@ -46,6 +58,12 @@ def precopy_loses_writes(accelerator: str | None, version: tuple[int, ...] | Non
 def standby_loses_writes(accelerator: str | None, version: tuple[int, ...] | None) -> bool:
     """Case 2: with postcopy-ram on, this guest must not run while its memory moves."""
     return accelerator == "tcg" and (version is None or version[:2] >= TCG_COHERENT_SINCE)
+
+
+def goes_back_after_grant(version: tuple[int, ...] | None) -> bool:
+    """This source's QEMU may set its guest running again although the destination runs it: it must have been paused
+    before the switch to postcopy."""
+    return version is None or version[:2] >= GOES_BACK_SINCE
 
 
 def stops_first(mode: Mode, accelerator: str | None, version: tuple[int, ...] | None) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent.machine import Machine
+from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.errors import CancelRefused, OptionLocked
@@ -100,4 +102,28 @@ async def test_a_precopy_is_not_switched_by_hand_before_a_restart_nor_after_it(m
         await site.restart("a")
     site.director.go("a", "active")
     await site.settle()
+    await site.check("b")
+
+
+@pytest.mark.proves("S42")
+@pytest.mark.parametrize(("version", "stops"), [("7.2", False), ("11.1", True)])
+async def test_a_source_that_may_go_back_is_paused_before_the_switch_to_postcopy(
+    version: str, stops: bool, make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it goes back to is then a paused guest, and not a second one that runs."""
+    monkeypatch.setattr(hazards, "standby_loses_writes", lambda *_: False)  # as under KVM
+    said: list[str] = []
+    execute = Machine.execute
+
+    async def listen(machine: Machine, command: str, *more: Any, **options: Any) -> Any:
+        said.append(command)
+        return await execute(machine, command, *more, **options)
+
+    monkeypatch.setattr(Machine, "execute", listen)
+    site = await make_site(version)
+    attempt = await site.migrate(mode="postcopy", postcopy_after_passes=0)
+    await site.settle()
+    assert attempt.wire()["mode"] == "postcopy"
+    before = said[: said.index("migrate-start-postcopy")]
+    assert ("stop" in before) is stops
     await site.check("b")

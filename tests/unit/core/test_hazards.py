@@ -43,3 +43,10 @@ def test_newer_ones_lose_them_while_postcopy_stands_by(
     mode: Mode, accelerator: str, version: tuple[int, int, int] | None, stops: bool
 ) -> None:
     assert hazards.stops_first(mode, accelerator, version) is stops
+
+
+@pytest.mark.parametrize(
+    ("version", "goes_back"), [(None, True), ((7, 2, 22), False), ((10, 1, 9), False), ((10, 2, 0), True), (NEW, True)]
+)
+def test_newer_ones_go_back_from_the_end_of_a_postcopy(version: tuple[int, int, int] | None, goes_back: bool) -> None:
+    assert hazards.goes_back_after_grant(version) is goes_back
