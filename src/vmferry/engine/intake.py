@@ -13,8 +13,9 @@ The commit. Until then the source may take its guest back, and this side may for
     postcopy, source >= 10.2       our answer to ping 0x42 (`hold_proof`)
     postcopy, older source         the package itself
 A word counts as given when all of it has left; a connection that breaks before cannot have carried it.
-After the commit the source has no guest any more, so this side never says SHUT with an error: it would start a guest
-there that may run here (protocol, 7.3 and 15.3). Trouble then only closes the connection, which pauses both sides.
+After the commit this side never says SHUT with an error: it would start a guest there that may run here (protocol, 7.3
+and 15.3). Trouble then only closes the connection, which pauses both sides; but a source of 10.2 or newer that has sent
+its last page goes back even then (`core.hazards`), so its owner pauses its guest before the switch.
 
 Rule 1: facts are posted when they are true: a fact about a message after it was written, an end after everything
         is ready for the next connection.
