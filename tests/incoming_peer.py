@@ -166,8 +166,9 @@ def rig(**options: Any) -> Iterator[Rig]:
             source.flush()
     left = [each.name for each in threading.enumerate() if each not in threads]
     assert left == []
-    assert _descriptors() == descriptors
-    assert _memory_files() == files
+    # Fewer: what an earlier test had left to the garbage collector went meanwhile.
+    assert _descriptors() <= descriptors
+    assert _memory_files() <= files
 
 
 def _descriptors() -> set[str]:

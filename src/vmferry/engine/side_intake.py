@@ -111,6 +111,22 @@ class MultifdIntake(SideIntake):
         self._packet: MultifdPacket | None = None
         self._left = 0  # normal pages of the packet that are still to come
 
+    def _loop(self) -> None:
+        """This thread only reads, so its reads wait in the kernel: the pages of a packet come in one call."""
+        if self.wire.is_tls:
+            super()._loop()
+            return
+        self.wire.block()
+        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
+        self._digest(memoryview(self._first))
+        self._read_past_slab()
+        while not self.shared.stopping.is_set():
+            count = self.wire.read_into(slab[: self._wanted_bytes()])
+            if not count:
+                return
+            self._digest(slab[:count])
+            self._read_past_slab()
+
     def _digest(self, data: memoryview) -> bool:
         self._counters.bytes += len(data)
         self._decoder.feed(data)
@@ -154,9 +170,7 @@ class MultifdIntake(SideIntake):
     def _read_to_place(self, block: ImageBlock, first: int, count: int) -> None:
         place, done, marked = block.place(first, count), 0, 0
         while marked < count:
-            got = self.wire.read_much(place[done:])
-            if got == 0:
-                raise Gone("closed in the middle of a packet")
+            got = self.wire.read_much(place[done:]) if self.wire.is_tls else self.wire.read_whole(place[done:])
             if got is None:
                 self.wire.wait(readable=True)
                 continue
@@ -165,6 +179,8 @@ class MultifdIntake(SideIntake):
             whole = done // PAGE_BYTES - marked
             block.placed(first + marked, whole)
             marked += whole
+            if marked < count and (got == 0 or not self.wire.is_tls):
+                raise Gone("closed in the middle of a packet")
         self._counters.pages += count
         self._decoder.skip_pages(count)
         self._left -= count

@@ -161,6 +161,26 @@ class Wire:
         except (OSError, ValueError) as error:
             raise Gone(str(error)) from error
 
+    def block(self) -> None:
+        """From now on reads wait, for an owner that does nothing else; a cut ends them. Not under TLS."""
+        assert self._tls is None
+        self._plain.setblocking(True)
+
+    def read_whole(self, view: memoryview) -> int:
+        """After `block`: fills the view in one call, without the interpreter; fewer bytes: the connection has ended.
+
+        Raises Gone."""
+        done = 0
+        while done < len(view):
+            try:
+                got = self._plain.recv_into(view[done:], 0, socket.MSG_WAITALL)
+            except OSError as error:
+                raise Gone(str(error)) from error
+            if got == 0:
+                break
+            done += got
+        return done
+
     def read_much(self, view: memoryview) -> int | None:
         """As `read_into`, but goes on until nothing is there any more or the view is full."""
         count = self.read_into(view)
