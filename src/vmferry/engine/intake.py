@@ -342,9 +342,11 @@ class MainIntake:
             now_s = self.shared.clock.now_s()
             if self.wire.is_cut or (until_s is not None and now_s >= until_s):
                 raise Gone("it was cut" if self.wire.is_cut else "the source is gone, and not all channels came")
-            if until_s is None and self.wire.is_hung_up() and not self.shared.barrier.has_all:
+            is_gone = self.wire.is_hung_up()
+            if until_s is None and is_gone and not self.shared.barrier.has_all:
                 until_s = now_s + self.shared.options.stragglers_s
-            self.wire.wait_for_hangup(self.shared.waker, timeout_s=None if until_s is None else until_s - now_s)
+            left_s = None if until_s is None else until_s - now_s
+            self.wire.wait_for_hangup(self.shared.waker, is_known=is_gone, timeout_s=left_s)
 
     def _on_configuration(self, event: Configuration) -> None:
         if "x-ignore-shared" in (event.capabilities or ()):

@@ -241,11 +241,15 @@ class Wire:
         poll.register(self._sock.fileno(), select.POLLRDHUP)
         return any(what & _HANGUP for _, what in poll.poll(0))
 
-    def wait_for_hangup(self, waker: Waker, *, timeout_s: float | None = None) -> None:
-        """Until the waker was called (it is cleared), the time is over, or the peer has just closed."""
+    def wait_for_hangup(self, waker: Waker, *, is_known: bool, timeout_s: float | None = None) -> None:
+        """Until the waker was called (it is cleared), the time is over, or the peer has closed.
+
+        `is_known`: the caller has seen that it has (`is_hung_up`). It is so for ever then and would end every wait.
+        Asked here, the answer could be newer than the caller's: a close in between would be waited for in vain.
+        """
         poll = select.poll()
         poll.register(waker.fd, POLL_IN)
-        if not self.is_hung_up():  # else it is so for ever, and there would be nothing to wait for
+        if not is_known:
             poll.register(self._sock.fileno(), select.POLLRDHUP)
         for ready, _ in poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
             if ready == waker.fd:

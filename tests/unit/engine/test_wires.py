@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_waiting_for_the_waker_alone_hears_no_closed_connection() -> None:
     with pytest.raises(BlockingIOError):
         os.eventfd_read(waker.fd)  # it was cleared, so it was the waker that ended the wait
     waker.wake()
-    wire.wait_for_hangup(waker, timeout_s=30)
+    wire.wait_for_hangup(waker, is_known=True, timeout_s=30)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(waker.fd)
     waker.close()
@@ -148,3 +149,19 @@ def test_a_broken_barrier_lets_everybody_go() -> None:
     assert len(errors) == 1
     with pytest.raises(Gone):
         barrier.try_pass(0)
+
+
+def test_a_close_between_the_look_and_the_wait_is_not_waited_for_in_vain() -> None:
+    """1. the owner looks: the peer is there  2. the peer closes  3. the owner waits for that."""
+    near, far = socket.socketpair()
+    wire, waker = Wire(near), Waker()
+    try:
+        is_known = wire.is_hung_up()
+        far.close()
+        began_s = time.monotonic()
+        wire.wait_for_hangup(waker, is_known=is_known, timeout_s=20)
+        assert time.monotonic() - began_s < 10
+        assert wire.is_hung_up()
+    finally:
+        wire.close()
+        waker.close()
