@@ -62,11 +62,11 @@ def test_an_adopted_qemu_moves_and_comes_back(
     assert pair.b.ok("migrate", "legacy", "host-b")["outcome"] == "destination"
     guest.process.wait(20)
     with pair.b.console("legacy") as console:
-        console.wait_bytes(2, timeout_s=20)
+        console.wait_bytes(4, timeout_s=30)
     assert pair.running_on("legacy") == ["host-b"]
     assert pair.a.ok("migrate", "legacy", "host-a")["outcome"] == "destination"
     with pair.a.console("legacy") as console:
-        console.wait_bytes(2, timeout_s=20)
+        console.wait_bytes(4, timeout_s=30)
     letters = guest.serial.read_bytes() + pair.letters(pair.b.vm_directory("legacy"), pair.a.vm_directory("legacy"))
     assert count_passes(letters) > 6
 

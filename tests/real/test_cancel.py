@@ -62,7 +62,7 @@ def moves_at_once(pair: TwoAgents) -> None:
     wire = pair.a.ok("migrate", "web1", "host-b", "--mode", "precopy")
     assert wire["outcome"] == "destination"
     with pair.b.console("web1") as console:
-        console.wait_bytes(2, timeout_s=20)
+        console.wait_bytes(3, timeout_s=30)
     assert count_passes(pair.letters(here, pair.b.vm_directory("web1"))) > 2
     assert pair.a.qemus() == {}
 

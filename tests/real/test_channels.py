@@ -62,7 +62,7 @@ def test_a_destination_that_reads_nothing_holds_the_source_back_and_no_agent(
         wire = follow.end()
     assert (wire["status"], wire["outcome"]) == ("completed", "destination")
     with pair.b.console("web1") as console:
-        console.wait_bytes(2, timeout_s=20)
+        console.wait_bytes(4, timeout_s=30)
     assert count_passes(pair.letters(here, pair.b.vm_directory("web1"))) > 3
 
 
@@ -75,6 +75,6 @@ def test_postcopy_with_a_channel_of_its_own_for_urgent_pages(make_pair: MakePair
     wire = pair.a.ok("migrate", "web1", "host-b", *words)
     assert (wire["mode"], wire["status"], wire["outcome"]) == ("postcopy", "completed", "destination")
     with pair.b.console("web1") as console:
-        console.wait_bytes(2, timeout_s=20)
+        console.wait_bytes(4, timeout_s=30)
     assert count_passes(pair.letters(here, pair.b.vm_directory("web1"))) > 3
     assert pair.a.qemus() == {}

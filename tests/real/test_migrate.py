@@ -48,10 +48,10 @@ with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire, 
 """
 
 
-def passes_on(host: AgentHost, vm: str, more: int = 2) -> None:
-    """Waits until the boot-sector guest has written more letters on this host."""
+def passes_on(host: AgentHost, vm: str, more: int = 4) -> None:
+    """Waits until the boot-sector guest has written more letters on this host, however fast it was moved."""
     with host.console(vm) as console:
-        console.wait_bytes(len(b"".join(c.data for c in console.chunks())) + more, timeout_s=20)
+        console.wait_bytes(len(b"".join(c.data for c in console.chunks())) + more, timeout_s=30)
 
 
 def walked(host: AgentHost, vm: str, walks: int = 2) -> None:
