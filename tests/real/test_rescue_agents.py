@@ -106,7 +106,7 @@ def test_a_guest_whose_source_died_in_postcopy_is_fed_from_what_it_left_behind(
     assert ended["outcome"] == "destination"
     there = pair.b.vm_directory("web1")
     with pair.b.console("web1") as console:
-        console.wait_bytes(3, timeout_s=20)
+        console.wait_bytes(4, timeout_s=30)
     assert count_passes(letters + (there / "serial.log").read_bytes()) > 3
     assert pair.b.status("web1")["run_state"] == "running"
     assert pair.a.qemus() == {}
