@@ -34,7 +34,7 @@ from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
 from vmferry.core.view import Grant, Source, Target, source_view
-from vmferry.errors import GuestHeld, QemuError, RescueRefused, UnknownVm
+from vmferry.errors import QemuError, RescueRefused, UnknownVm
 from vmferry.pki import job_credentials
 
 if TYPE_CHECKING:
@@ -231,17 +231,10 @@ async def _feed(
                 "notes": [],
             }
         log.warning("job=%s vm=%s tool=feed section=%d result=%s", attempt.job, attempt.vm, section, outcome.error)
-        if not outcome.is_acknowledged or (outcome.error is not None and outcome.error.retry == "no"):
+        if not rescue_feed.is_worth_another_number(outcome):
             break
     assert outcome is not None, "there is a number to try"
-    raise GuestHeld(
-        f"{attempt.vm}: {attempt.wanted.destination} did not get every page and waits as before",
-        side="destination",
-        guest="unknown",
-        retry="no" if outcome.error is not None and outcome.error.retry == "no" else "yes",
-        hint="nothing is lost by that; the same command may be given again",
-        cause=outcome.error,
-    )
+    raise rescue_feed.unfed(attempt.vm, attempt.wanted.destination, outcome)
 
 
 def _giving(sock: socket.socket) -> rescue_feed.Dial:

@@ -132,6 +132,23 @@ def sections_to_try(source_version: tuple[int, int] | None) -> tuple[int, ...]:
     return RAM_SECTIONS
 
 
+def is_worth_another_number(outcome: ErrandOutcome) -> bool:
+    """Whether a wrong number of RAM's section may have ended it, so that another one should be tried."""
+    return outcome.is_acknowledged and (outcome.error is None or outcome.error.retry != "no")
+
+
+def unfed(vm: str, destination: str, outcome: ErrandOutcome) -> GuestHeld:
+    """The destination did not get every page; it waits as before, and nothing is lost."""
+    return GuestHeld(
+        f"{vm}: {destination} did not get every page and waits as before",
+        side="destination",
+        guest="unknown",
+        retry="no" if outcome.error is not None and outcome.error.retry == "no" else "yes",
+        hint="nothing is lost by that; the same command may be given again",
+        cause=outcome.error,
+    )
+
+
 @rescue.told_as("unknown")
 async def feed(
     destination: Machine,
@@ -168,17 +185,10 @@ async def feed(
             state = await destination.run_state()
             return RescueReport("feed", destination.vm, str(word), state, ms, outcome.bytes, outcome.pages)
         log.warning("vm=%s tool=feed section=%d result=%s", destination.vm, section, outcome.error)
-        if not outcome.is_acknowledged or (outcome.error is not None and outcome.error.retry == "no"):
-            break  # no wrong number did that
+        if not is_worth_another_number(outcome):
+            break
     assert outcome is not None, "there is a number to try"
-    raise GuestHeld(
-        f"{destination.vm}: the destination did not get every page and waits as before",
-        side="destination",
-        guest="unknown",
-        retry="no" if outcome.error is not None and outcome.error.retry == "no" else "yes",
-        hint="nothing is lost by that; the same command may be given again",
-        cause=outcome.error,
-    )
+    raise unfed(destination.vm, "the destination", outcome)
 
 
 @contextlib.asynccontextmanager

@@ -113,19 +113,9 @@ class MultifdIntake(SideIntake):
 
     def _loop(self) -> None:
         """This thread only reads, so its reads wait in the kernel: the pages of a packet come in one call."""
-        if self.wire.is_tls:
-            super()._loop()
-            return
-        self.wire.block()
-        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
-        self._digest(memoryview(self._first))
-        self._read_past_slab()
-        while not self.shared.stopping.is_set():
-            count = self.wire.read_into(slab[: self._wanted_bytes()])
-            if not count:
-                return
-            self._digest(slab[:count])
-            self._read_past_slab()
+        if not self.wire.is_tls:
+            self.wire.block()
+        super()._loop()
 
     def _digest(self, data: memoryview) -> bool:
         self._counters.bytes += len(data)
@@ -168,19 +158,12 @@ class MultifdIntake(SideIntake):
             self._read_to_place(self._block_of(plain[0]), int(plain[1][0]) // PAGE_BYTES, count)
 
     def _read_to_place(self, block: ImageBlock, first: int, count: int) -> None:
-        place, done, marked = block.place(first, count), 0, 0
-        while marked < count:
-            got = self.wire.read_much(place[done:]) if self.wire.is_tls else self.wire.read_whole(place[done:])
-            if got is None:
-                self.wire.wait(readable=True)
-                continue
-            done += got
-            self._counters.bytes += got
-            whole = done // PAGE_BYTES - marked
-            block.placed(first + marked, whole)
-            marked += whole
-            if marked < count and (got == 0 or not self.wire.is_tls):
-                raise Gone("closed in the middle of a packet")
+        place = block.place(first, count)
+        got = self.wire.read_whole(place)
+        self._counters.bytes += got
+        block.placed(first, got // PAGE_BYTES)
+        if got < len(place):
+            raise Gone("closed in the middle of a packet")
         self._counters.pages += count
         self._decoder.skip_pages(count)
         self._left -= count

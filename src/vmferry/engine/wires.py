@@ -94,6 +94,7 @@ class Wire:
         self._registered = 0
         self._waker_fd: int | None = None
         self._is_open = True
+        self._is_blocking = False
         self.is_cut = False
         """Somebody called `cut`."""
 
@@ -150,10 +151,10 @@ class Wire:
             else:
                 return
 
-    def read_into(self, view: memoryview) -> int | None:
+    def read_into(self, view: memoryview, *, flags: int = 0) -> int | None:
         """Bytes read; 0: the peer has closed; None: nothing is there now. Raises Gone."""
         try:
-            return self._sock.recv_into(view)
+            return self._sock.recv_into(view, 0, flags)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except ssl.SSLEOFError:
@@ -165,26 +166,27 @@ class Wire:
         """From now on reads wait, for an owner that does nothing else; a cut ends them. Not under TLS."""
         assert self._tls is None
         self._plain.setblocking(True)
+        self._is_blocking = True
 
     def read_whole(self, view: memoryview) -> int:
-        """After `block`: fills the view in one call, without the interpreter; fewer bytes: the connection has ended.
+        """Fills the view; after `block` in one call, without the interpreter. Fewer bytes: the connection has ended.
 
         Raises Gone."""
         done = 0
         while done < len(view):
-            try:
-                got = self._plain.recv_into(view[done:], 0, socket.MSG_WAITALL)
-            except OSError as error:
-                raise Gone(str(error)) from error
-            if got == 0:
+            got = self.read_into(view[done:], flags=0 if self._tls is not None else socket.MSG_WAITALL)
+            if got is None:
+                self.wait(readable=True)
+            elif got == 0:
                 break
-            done += got
+            else:
+                done += got
         return done
 
     def read_much(self, view: memoryview) -> int | None:
-        """As `read_into`, but goes on until nothing is there any more or the view is full."""
+        """As `read_into`, but goes on until nothing is there any more or the view is full. After `block`: the same."""
         count = self.read_into(view)
-        if not count:
+        if not count or self._is_blocking:
             return count
         while count < len(view):
             try:
