@@ -55,10 +55,13 @@ async def disks(host: str, paths: Iterable[str]) -> list[dict[str, Any]]:
     def look() -> list[dict[str, Any]]:
         found = []
         for path in paths:
-            line: dict[str, Any] = {"path": path, "seen_from": host, "writers": None, "elsewhere": None}
+            line: dict[str, Any] = {"path": path, "seen_from": host, "writers": None}
+            line |= {"forbidden_by": None, "elsewhere": None}
             try:
                 locks = image_locks.image_locks(path)
                 line["writers"] = [{"pid": w.pid, "command": w.command} for w in locks.writers]
+                forbids = [holder for holder in locks.holders if "write" in holder.forbids and not holder.is_writer]
+                line["forbidden_by"] = [{"pid": holder.pid, "command": holder.command} for holder in forbids]
                 line["elsewhere"] = None if locks.foreign is None else "write" in locks.foreign
             except OSError as error:
                 line["trouble"] = str(error)

@@ -12,6 +12,7 @@ A fence is the third way to be sure of the other side, beside its own word and t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable
 
@@ -28,8 +29,12 @@ from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
 
 log = logging.getLogger("vmferry.agent")
 
-SLOWEST = 1
-"""Bytes per second: not a page more."""
+SLOWEST = 10
+"""Bytes per second: QEMU then sends a page in each tenth of one. Less is rounded to 0, which is no limit at all."""
+RATE_WINDOW_S = 0.12
+"""What is left of the tenth in which the limit was set still goes at the old pace."""
+MARGIN_BYTES = 256 << 10
+"""At ten pages a second this lasts six of them: longer than a destination takes to end."""
 RESULT_S = 3.0
 
 
@@ -88,10 +93,13 @@ async def keep_pages_left(attempt: SourceAttempt) -> None:
     if source_view(attempt.facts, attempt.readings).source is not Source.POSTCOPY:
         return
     await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": SLOWEST})
-    before = await _remaining(attempt)
-    if before is not None and before == 0:
+    await asyncio.sleep(RATE_WINDOW_S)
+    left = await _remaining(attempt)
+    if left is not None and left < MARGIN_BYTES:
+        # Too near to the end to be sure: then it shall have its end. The destination has what it needs for that.
+        await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
         await rescue.until_word(machine, rescue.is_out_of_postcopy, deadline_s=RESULT_S)
-        attempt.refresh()
+    attempt.refresh()
 
 
 async def _remaining(attempt: SourceAttempt) -> int | None:

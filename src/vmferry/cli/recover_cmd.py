@@ -74,7 +74,10 @@ def _lines(wire: dict[str, Any]) -> list[str]:
 def _disk(disk: dict[str, Any]) -> str:
     if disk["writers"] is None:
         return f"disk {disk['path']}: who has it is not known ({disk.get('trouble', 'no answer')})"
-    holders = [f"{w['command']} (process {w['pid']}) on {disk['seen_from']}" for w in disk["writers"]]
+    holders = [
+        f"held for writing by {w['command']} (process {w['pid']}) on {disk['seen_from']}" for w in disk["writers"]
+    ]
+    holders += [f"nobody may write, says {w['command']} (process {w['pid']})" for w in disk["forbidden_by"] or ()]
     if disk["elsewhere"]:
         holders.append("somebody on another host")
-    return f"disk {disk['path']}: {'held for writing by ' + ', '.join(holders) if holders else 'nobody writes'}"
+    return f"disk {disk['path']}: {', '.join(holders) if holders else 'nobody has it for writing'}"
