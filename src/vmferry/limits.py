@@ -126,9 +126,10 @@ ENGINE_BITMAP_CHUNKS_MAX = 65536
 # What a source reads of its return path at a time: page requests of 12 bytes, and bitmaps in a recovery.
 ENGINE_RETURN_PATH_BYTES = 64 << 10
 
-# What lies unsent in the kernel while pages are served on demand: 64 pages, which a requested page waits behind
-# (Linux doubles the number for its own bookkeeping, so half of it is asked for).
-ENGINE_SERVICE_SOCKET_BYTES = 128 << 10
+# What the kernel may hold while pages are served on demand (Linux doubles the number for its own bookkeeping). It says
+# "room" when a unix connection holds less than a quarter of that, or TCP less than two thirds: up to there the
+# background fills, and the rest is for pages that were asked for.
+ENGINE_SERVICE_SOCKET_BYTES = 256 << 10
 
 # What lies unsent in a local connection's kernel during a precopy: four writes, so that neither end waits for the
 # other to be scheduled. With the system's 208 KiB a busy machine needs a half longer; with 4 MiB the caches suffer.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -314,6 +316,21 @@ def test_a_request_is_answered_before_what_was_not_asked_for(peer: ScriptedDesti
     peer.read_until(EndOfSections)
     complete(peer, outgoing)
     assert outgoing.outcome().request_p50_us is not None
+
+
+def test_a_request_finds_room_that_the_background_left(peer: ScriptedDestination, start: Start) -> None:
+    """The destination reads nothing at all, and yet what it asks for is written, one after the other."""
+    outgoing = start(make_image({"pc.ram": 60_000}), AT_ONCE)
+    switch_over(peer)
+    for number in range(1, 11):
+        page = 60_000 - 100 * number
+        peer.say(RequestPages(page * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+        until_s = time.monotonic() + WAIT_S
+        while outgoing.outcome().requests_served < number:
+            assert time.monotonic() < until_s, f"request {number} waits for room"
+            os.sched_yield()
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
 
 
 @pytest.mark.conforms("42")
