@@ -117,6 +117,11 @@ ENGINE_CONNECTIONS_MAX = 24
 # TLS with a peer on the same network takes 5 ms.
 ENGINE_HANDSHAKE_S = 10.0
 
+# From the last byte sent to the destination's word that it has everything: it loads its devices in milliseconds, those
+# of VFIO in seconds, and an owner that stores the guest first may need minutes. Only a destination that lost what one
+# of several connections carried says nothing at all.
+ENGINE_RESULT_S = 600.0
+
 # No thread of an endpoint does anything long between two looks at its orders: a slab takes a millisecond.
 ENGINE_STOP_S = 5.0
 

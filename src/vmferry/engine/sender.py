@@ -165,7 +165,7 @@ class MainSender:
         else:
             self._begin()
             self._send_all()
-        self._await(lambda: self._answer.has_result)
+        self._await_result()
 
     def _close(self) -> None:
         if self.end is not SentEnd.COMPLETE:
@@ -214,6 +214,16 @@ class MainSender:
     def _await(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._wait_and_hear()
+
+    def _await_result(self) -> None:
+        """The destination's final word. What one of several connections lost may keep it waiting for ever."""
+        until_s = time.monotonic() + self.out.options.result_s
+        while not self._answer.has_result:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise Gone(f"it has not said in {self.out.options.result_s:.0f} s that it has everything")
+            self._wire.wait(readable=True, timeout_s=left_s, waker=self.out.waker)
+            self._answer.hear()
 
     def _wait_and_hear(self) -> None:
         self._wait()

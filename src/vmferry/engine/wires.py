@@ -55,7 +55,13 @@ class Waker:
     def close(self) -> None:
         """Closes the descriptor; a `wake` that comes later does nothing. Not while another thread may be in `wake`."""
         fd, self.fd = self.fd, -1
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        """An endpoint that nobody stopped: nobody has it any more, nor its threads, so nobody calls `wake`."""
+        if getattr(self, "fd", -1) >= 0:
+            self.close()
 
 
 class Wire:

@@ -115,6 +115,14 @@ def test_a_destination_that_fails_after_everything_was_sent(
     failed(outgoing)
 
 
+def test_a_destination_that_never_says_its_final_word_is_given_up(peer: ScriptedDestination, start: Start) -> None:
+    """As one does that waits at a barrier for what a multifd channel lost."""
+    outgoing = start(options=OutgoingOptions(result_s=0.05))
+    peer.read_until(Description)
+    assert "has not said" in str(failed(outgoing).error)
+    assert Fact.ALL_SENT in outgoing.ledger.log
+
+
 def test_after_the_final_word_nothing_is_read(peer: ScriptedDestination, start: Start) -> None:
     outgoing = start()
     peer.read_until(Description)
