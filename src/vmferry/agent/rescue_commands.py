@@ -34,7 +34,7 @@ from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
 from vmferry.core.view import Grant, Source, Target, source_view
-from vmferry.errors import QemuError, RescueRefused, UnknownVm
+from vmferry.errors import RescueRefused, UnknownVm, VmferryError
 from vmferry.pki import job_credentials
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ def _was_paused(attempt: SourceAttempt) -> bool:
 async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:
     """The memory to serve from, and whether the caller has to close it."""
     machine = attempt.machine
+    if attempt.has_run_since:
+        raise rescue_feed.ran_again(attempt.vm, "has run since the switchover")
     if machine.is_gone:
         if attempt.memory is None:
             raise RescueRefused(
@@ -258,16 +260,18 @@ async def _dial(agent: Agent, attempt: SourceAttempt) -> socket.socket:
 async def remember(attempt: SourceAttempt) -> None:
     """Keeps what of the source's memory would outlive its QEMU, while that still answers. Changes nothing.
 
-    Called when the destination runs and pages are still here: from now on both sides are needed. Trouble is a line in
-    the log: the migration does not need this.
+    Called when the destination runs and pages are still here: from now on both sides are needed. Also when an agent
+    began anew in the middle of that, when the guest may have run here meanwhile: then there is nothing to keep.
+    Trouble is a line in the log: the migration does not need this.
     """
     try:
+        await rescue_feed.require_still(attempt.machine, was_paused=_was_paused(attempt))
         found = await guest_memory.find(attempt.machine)
         memory = await asyncio.to_thread(guest_memory.remember, found)
-    except (QemuError, OSError) as error:
+    except (VmferryError, OSError) as error:
         log.info("job=%s vm=%s effect=remember-memory result=%s", attempt.job, attempt.vm, error)
         return
-    if attempt.ended.is_set() or attempt.memory is not None:
+    if attempt.ended.is_set() or attempt.has_run_since or attempt.memory is not None:
         memory.close()
         return
     attempt.memory = memory

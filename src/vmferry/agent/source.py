@@ -85,6 +85,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.cancel_tries = 0
         self.memory: Memory | None = None
         """What would outlive the source's QEMU, kept while a destination that runs needs it."""
+        self._memory_asked = False
+        self.has_run_since = False
+        """The guest was seen running here after the switchover: its memory is not what the destination lacks."""
         self.rescuing = False
         """A rescue tool speaks with QEMU: what it says is not about this attempt, and no effect may come between."""
         self.fd_given = False
@@ -185,6 +188,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                     self.measured.marks.append((at_s, "STOP on the source"))
             case "RESUME":
                 self._run_state = "running"
+                self._note_running()
                 self._set_cpus()
             case "MIGRATION_PASS":
                 self.measured.passes = int(event.data.get("pass", 0))
@@ -230,7 +234,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 offset_s = self.context.clock_offset_s(self.wanted.destination)
                 self.measured.resume_s = float(facts["resume_s"]) - offset_s
                 self.measured.marks.append((self.measured.resume_s, "RESUME on the destination"))
-            if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
+            if not self._memory_asked and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
+                self._memory_asked = True  # once in the life of an agent: the descriptors end with it
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
         if facts.get("died"):
@@ -249,6 +254,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         if new != self.readings:
             self.readings = new
             self.wake()
+
+    def _note_running(self) -> None:
+        """QEMU 10.2 and newer may set the guest running again when a postcopy breaks behind its last page."""
+        if self._run_state == "running" and Fact.PACKAGE_SENT in self.facts:
+            self.has_run_since = True
+            self.forget_memory()
 
     def _set_cpus(self) -> None:
         self.set_readings(
@@ -281,6 +292,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                 state = await self.machine.run_state(deadline_s=SILENT_S)
                 if heard == self._events_heard:  # else it is asked again: the event woke the loop
                     self._run_state = state
+                    self._note_running()
                     self._set_cpus()
         except QmpTimeout:
             self._stale = True

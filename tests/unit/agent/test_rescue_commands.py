@@ -40,6 +40,9 @@ class FakeAttempt:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     rescuing: bool = False
     refreshed: int = 0
+    has_run_since: bool = False
+    memory: Any = None
+    machine: Any = field(default_factory=lambda: SimpleNamespace(is_gone=True, version=(11, 1, 0)))
 
     def refresh(self) -> None:
         assert not self.rescuing
@@ -147,6 +150,19 @@ async def test_a_vm_that_is_not_here_is_unknown() -> None:
 async def test_nobody_is_fed_who_is_served_or_does_not_run(facts: tuple[Fact, ...], source: Source, text: str) -> None:
     with pytest.raises(RescueRefused, match=text):
         await rescue_commands.feed(FakeAgent(*facts, source=source).agent, FeedArguments(vm="web1"))
+
+
+@pytest.mark.parametrize(
+    ("ran", "text", "guest"), [(True, "has run since the switchover", "unknown"), (False, "nothing of its", "lost")]
+)
+async def test_a_source_that_ran_again_before_it_died_feeds_nobody(ran: bool, text: str, guest: str) -> None:
+    """Its file is still there, and holds what another copy of the guest wrote."""
+    made = FakeAgent(*GRANTED, Fact.RUN_ACKED, source=Source.GONE)
+    made.attempt.has_run_since = ran
+    made.attempt.memory = object() if ran else None
+    with pytest.raises(RescueRefused, match=text) as caught:
+        await rescue_commands.feed(made.agent, FeedArguments(vm="web1"))
+    assert caught.value.guest == guest
 
 
 def test_the_likeliest_number_of_ram_s_section_comes_first() -> None:
