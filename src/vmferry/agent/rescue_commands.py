@@ -153,6 +153,7 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
         raise RescueRefused(f"{vm} has no migration of this host that is not settled", guest="unknown", retry="no")
     with at_work(agent, vm) as tell:
         _require_unserved(attempt)
+        _require_one_connection(attempt)
         memory, is_ours = await _memory_of(attempt)
         try:
             report = await _feed(agent, attempt, memory, tell)
@@ -173,6 +174,20 @@ def _require_unserved(attempt: SourceAttempt) -> None:
         )
     if found.source not in UNSERVED:
         raise RescueRefused(f"{attempt.vm}: its source's QEMU still serves the pages itself", retry="no")
+
+
+def _require_one_connection(attempt: SourceAttempt) -> None:
+    """A QEMU with these capabilities takes no descriptor for its recovery, and agents give it nothing else."""
+    wanted = attempt.wanted
+    several = "multifd" if wanted.multifd_channels else "postcopy-preempt"
+    if wanted.multifd_channels or wanted.options.get("postcopy-preempt") is True:
+        raise RescueRefused(
+            f"{attempt.vm}: with {several} its destination waits for several connections, which is not done between "
+            "hosts",
+            guest="unknown",
+            retry="no",
+            hint="nothing was done: the destination waits as before and keeps what it has",
+        )
 
 
 def _was_paused(attempt: SourceAttempt) -> bool:

@@ -27,6 +27,8 @@ GRANTED = (*COMMITTED, Fact.GRANT_SENT)
 @dataclass
 class FakeWanted:
     destination: str = "host-b"
+    multifd_channels: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,6 +165,19 @@ async def test_a_source_that_ran_again_before_it_died_feeds_nobody(ran: bool, te
     with pytest.raises(RescueRefused, match=text) as caught:
         await rescue_commands.feed(made.agent, FeedArguments(vm="web1"))
     assert caught.value.guest == guest
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [(FakeWanted(multifd_channels=2), "multifd"), (FakeWanted(options={"postcopy-preempt": True}), "postcopy-preempt")],
+)
+async def test_between_hosts_a_destination_that_waits_for_several_connections_is_not_fed(
+    wanted: FakeWanted, text: str
+) -> None:
+    made = FakeAgent(*GRANTED, Fact.RUN_ACKED, source=Source.GONE)
+    made.attempt.wanted = wanted
+    with pytest.raises(RescueRefused, match=f"with {text} its destination"):
+        await rescue_commands.feed(made.agent, FeedArguments(vm="web1"))
 
 
 def test_the_likeliest_number_of_ram_s_section_comes_first() -> None:
