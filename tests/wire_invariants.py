@@ -26,7 +26,7 @@ DECODERS: Final[tuple[Any, ...]] = (
     lambda: PreemptDecoder(BLOCKS),
 )
 MAIN, LENIENT, RECOVERY, RETURN_PATH, MULTIFD, PREEMPT = range(len(DECODERS))
-SLABS: Final = (1, 7, 64, 4099, 4105, 65536)
+SLABS: Final = (1, 7, 64, 4099, 4105, 65536, 16)
 Outcome = tuple[bytes, str | None, int | None]
 
 
@@ -38,7 +38,11 @@ def run(kind: int, data: bytes, slab: int) -> Outcome:
     try:
         for at in range(0, len(data), slab):
             piece = bytearray(data[at : at + slab])
-            decoder.feed(piece)
+            lone = decoder.lone_request(memoryview(piece)) if isinstance(decoder, ReturnPathDecoder) else None
+            if lone is not None:
+                out += b"".join(bytes(part) for part in encode(lone))
+            else:
+                decoder.feed(piece)
             _collect(decoder, out, inflate)
             piece[:] = bytes(len(piece))  # nothing may look at it any more
         if hasattr(decoder, "finish"):

@@ -38,6 +38,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
         "src/vmferry/vm/probe.py",
         "vmferry.pki",
     ): "doctor's list also says whether the certificates are good",
+    ("sleep", f"{AGENT}/way_back.py", "keep_pages_left"): "a window of QEMU's own rate limit, which it tells nobody of",
     ("late-import", f"{AGENT}/guest_memory.py", "vmferry.engine"): _RESTS,
     ("late-import", f"{AGENT}/guest_memory.py", "vmferry.wire"): _RESTS,
     ("late-import", f"{AGENT}/rescue.py", "vmferry.engine"): _RESTS,

@@ -117,6 +117,11 @@ ENGINE_CONNECTIONS_MAX = 24
 # TLS with a peer on the same network takes 5 ms.
 ENGINE_HANDSHAKE_S = 10.0
 
+# From the last byte sent to the destination's word that it has everything: it loads its devices in milliseconds, those
+# of VFIO in seconds, and an owner that stores the guest first may need minutes. Only a destination that lost what one
+# of several connections carried says nothing at all.
+ENGINE_RESULT_S = 600.0
+
 # No thread of an endpoint does anything long between two looks at its orders: a slab takes a millisecond.
 ENGINE_STOP_S = 5.0
 
@@ -126,9 +131,10 @@ ENGINE_BITMAP_CHUNKS_MAX = 65536
 # What a source reads of its return path at a time: page requests of 12 bytes, and bitmaps in a recovery.
 ENGINE_RETURN_PATH_BYTES = 64 << 10
 
-# What lies unsent in the kernel while pages are served on demand: 64 pages, which a requested page waits behind
-# (Linux doubles the number for its own bookkeeping, so half of it is asked for).
-ENGINE_SERVICE_SOCKET_BYTES = 128 << 10
+# What the kernel may hold while pages are served on demand (Linux doubles the number for its own bookkeeping). It says
+# "room" when a unix connection holds less than a quarter of that, or TCP less than two thirds: up to there the
+# background fills, and the rest is for pages that were asked for.
+ENGINE_SERVICE_SOCKET_BYTES = 256 << 10
 
 # What lies unsent in a local connection's kernel during a precopy: four writes, so that neither end waits for the
 # other to be scheduled. With the system's 208 KiB a busy machine needs a half longer; with 4 MiB the caches suffer.

@@ -35,7 +35,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
 from vmferry.core.table import Remedy
 from vmferry.core.view import Grant, Source, Target, source_view
-from vmferry.errors import QemuError, RescueRefused, UnknownVm, UsageError
+from vmferry.errors import RescueRefused, UnknownVm, UsageError, VmferryError
 from vmferry.pki import job_credentials
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
         raise RescueRefused(f"{vm} has no migration of this host that is not settled", guest="unknown", retry="no")
     async with at_work(agent, vm) as tell:
         _require_unserved(attempt)
+        _require_one_connection(attempt)
         memory, is_ours = await _memory_of(attempt)
         try:
             report = await _feed(agent, attempt, memory, tell)
@@ -241,6 +242,20 @@ def _require_unserved(attempt: SourceAttempt) -> None:
         raise RescueRefused(f"{attempt.vm}: its source's QEMU still serves the pages itself", retry="no")
 
 
+def _require_one_connection(attempt: SourceAttempt) -> None:
+    """A QEMU with these capabilities takes no descriptor for its recovery, and agents give it nothing else."""
+    wanted = attempt.wanted
+    several = "multifd" if wanted.multifd_channels else "postcopy-preempt"
+    if wanted.multifd_channels or wanted.options.get("postcopy-preempt") is True:
+        raise RescueRefused(
+            f"{attempt.vm}: with {several} its destination waits for several connections, which is not done between "
+            "hosts",
+            guest="unknown",
+            retry="no",
+            hint="nothing was done: the destination waits as before and keeps what it has",
+        )
+
+
 def _was_paused(attempt: SourceAttempt) -> bool:
     """Whether its guest stood still before the switchover, so that no end of the attempt starts it."""
     if not attempt.wanted.running_before or (attempt.plan is not None and attempt.plan.stops_first):
@@ -251,6 +266,8 @@ def _was_paused(attempt: SourceAttempt) -> bool:
 async def _memory_of(attempt: SourceAttempt) -> tuple[Memory, bool]:
     """The memory to serve from, and whether the caller has to close it."""
     machine = attempt.machine
+    if attempt.has_run_since:
+        raise rescue_feed.ran_again(attempt.vm, "has run since the switchover")
     if machine.is_gone:
         if attempt.memory is None:
             raise RescueRefused(
@@ -324,16 +341,18 @@ async def _dial(agent: Agent, attempt: SourceAttempt) -> socket.socket:
 async def remember(attempt: SourceAttempt) -> None:
     """Keeps what of the source's memory would outlive its QEMU, while that still answers. Changes nothing.
 
-    Called when the destination runs and pages are still here: from now on both sides are needed. Trouble is a line in
-    the log: the migration does not need this.
+    Called when the destination runs and pages are still here: from now on both sides are needed. Also when an agent
+    began anew in the middle of that, when the guest may have run here meanwhile: then there is nothing to keep.
+    Trouble is a line in the log: the migration does not need this.
     """
     try:
+        await rescue_feed.require_still(attempt.machine, was_paused=_was_paused(attempt))
         found = await guest_memory.find(attempt.machine)
         memory = await asyncio.to_thread(guest_memory.remember, found)
-    except (QemuError, OSError) as error:
+    except (VmferryError, OSError) as error:
         log.info("job=%s vm=%s effect=remember-memory result=%s", attempt.job, attempt.vm, error)
         return
-    if attempt.ended.is_set() or attempt.memory is not None:
+    if attempt.ended.is_set() or attempt.has_run_since or attempt.memory is not None:
         memory.close()
         return
     attempt.memory = memory

@@ -82,9 +82,13 @@ async def require_still(source: Machine | None, *, was_paused: bool = False) -> 
     state = await source.run_state()
     if state in _STILL or (was_paused and state == "paused"):
         return
-    what = "runs" if state == "running" else f"is {state}, so it has run since the switchover"
-    raise RescueRefused(
-        f"{source.vm}: the source's guest {what}; its memory is not what the destination lacks",
+    raise ran_again(source.vm, "runs" if state == "running" else f"is {state}, so it has run since the switchover")
+
+
+def ran_again(vm: str, what: str) -> RescueRefused:
+    """The source's guest did not stay as it was at the switchover."""
+    return RescueRefused(
+        f"{vm}: the source's guest {what}; its memory is not what the destination lacks",
         guest="unknown",
         retry="no",
         hint="two copies of this guest have run: find out which one is right, and end the other",

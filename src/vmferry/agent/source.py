@@ -106,6 +106,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The newest loss of the channel, as the destination counts them, that was healed from here."""
         self.broken_since_s: float | None = None
         """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
+        self._memory_asked = False
+        self.has_run_since = False
+        """The guest was seen running here after the switchover: its memory is not what the destination lacks."""
         self.fd_given = False
         """The channel's descriptor is in QEMU's hands under its name."""
         self._qemu_word: str | None = None
@@ -206,6 +209,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                     self.measured.marks.append((at_s, "STOP on the source"))
             case "RESUME":
                 self._run_state = "running"
+                self._note_running()
                 self._set_cpus()
             case "MIGRATION_PASS":
                 self.measured.passes = int(event.data.get("pass", 0))
@@ -251,7 +255,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 offset_s = self.context.clock_offset_s(self.wanted.destination)
                 self.measured.resume_s = float(facts["resume_s"]) - offset_s
                 self.measured.marks.append((self.measured.resume_s, "RESUME on the destination"))
-            if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
+            if not self._memory_asked and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
+                self._memory_asked = True  # once in the life of an agent: the descriptors end with it
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
         cut_off = int(facts.get("cut_off", 0))
@@ -319,6 +324,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         limit_ms = self.policy.retry_for_ms
         self.set_readings(is_patient=limit_ms is None or tried_s * 1000 < limit_ms)
 
+    def _note_running(self) -> None:
+        """QEMU 10.2 and newer may set the guest running again when a postcopy breaks behind its last page."""
+        if self._run_state == "running" and Fact.PACKAGE_SENT in self.facts:
+            self.has_run_since = True
+            self.forget_memory()
+
     def _set_cpus(self) -> None:
         self.set_readings(
             cpus=cpus_from(self._run_state, running_before=self.wanted.running_before, source=self.readings.source)
@@ -351,6 +362,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                 state = await self.machine.run_state(deadline_s=SILENT_S)
                 if heard == self._events_heard:  # else it is asked again: the event woke the loop
                     self._run_state = state
+                    self._note_running()
                     self._set_cpus()
         except QmpTimeout:
             self._stale = True

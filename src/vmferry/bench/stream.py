@@ -210,6 +210,7 @@ class Bed:
             outcome = endpoint.outcome()
             return {
                 "requests": outcome.requests,
+                "timed": outcome.requests_served,
                 "p50_us": outcome.request_p50_us or 0.0,
                 "p99_us": outcome.request_p99_us or 0.0,
                 "resume_ms": (resumed_s - began_s) * 1000,

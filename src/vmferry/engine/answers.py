@@ -71,12 +71,12 @@ class Answers:
         """Blocks whose bitmap was asked for and has not come."""
         self.is_resume_put = False
 
-    def hear(self) -> None:
-        """Reads what the destination says, without waiting. Raises Gone or WireError."""
+    def hear(self, *, is_ready: bool = True) -> None:
+        """Reads what the destination says (if `is_ready`), without waiting. Raises Gone or WireError."""
         if self._out.stopping:
             raise Gone("this side stopped")
         self._check()
-        if self.has_result:
+        if self.has_result or not is_ready:
             return
         count = self._wire.read_into(self._slab)
         if count is None:
@@ -84,6 +84,10 @@ class Answers:
         if count == 0:
             raise Gone("the destination closed the connection")
         self._heard_s = time.perf_counter()
+        request = self._decoder.lone_request(self._slab[:count])
+        if request is not None:
+            self._on_request(request)
+            return
         self._decoder.feed(self._slab[:count])
         while not self.has_result:
             event = self._decoder.next()

@@ -167,7 +167,7 @@ class MainIntake:
 
     def _read(self, slab: memoryview) -> None:
         may_read = not self._is_input_over and not self._voice.is_full
-        count = self.wire.read_much(slab) if may_read else None
+        count = self.wire.read_much(slab[: self._decoder.best_read(len(slab))]) if may_read else None
         if count is None:
             left_s = self._patience_s - self.shared.clock.now_s() if self._owed > 0 else None
             self.wire.wait(

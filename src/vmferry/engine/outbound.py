@@ -23,6 +23,8 @@ class OutgoingOptions:
 
     `postcopy`: the destination has postcopy-ram on; "at-once" switches before any page was sent, "on-order" when the
     owner says so, "never" cannot.
+    `result_s`: so long the destination has for its final word, once everything was sent; then the connection is taken
+    for lost. Longer for a destination whose owner holds its word back (`IncomingOptions.hold_result`).
     `near_pages`: how many pages behind one that was asked for go next. `chunk_pages`: at most so many in one go.
     """
 
@@ -32,6 +34,7 @@ class OutgoingOptions:
     near_pages: int = 16
     chunk_pages: int = 16
     handshake_s: float = limits.ENGINE_HANDSHAKE_S
+    result_s: float = limits.ENGINE_RESULT_S
 
 
 @dataclass

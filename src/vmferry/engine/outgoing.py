@@ -43,7 +43,7 @@ OnAbsent = Callable[[ImageBlock, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class OutgoingOutcome:
-    """How it ended, or stands. Times in µs; None if no page was asked for."""
+    """How it ended, or stands. Times in µs, of the pages that were asked for before they had left; None without any."""
 
     status: MigrationStatus
     error: VmferryError | None
@@ -52,6 +52,8 @@ class OutgoingOutcome:
     request_p50_us: float | None
     request_p99_us: float | None
     threads_left: tuple[str, ...] = ()
+    requests_served: int = 0
+    """Those whose times are known."""
 
 
 def _nobody(block: ImageBlock, first: int, count: int) -> None:
@@ -153,7 +155,7 @@ class Outgoing:
         sent = self._bytes_before + (0 if self._sender is None else self._sender.sent_bytes)
         threads = [] if self._sender is None else [self._thread, *self._sender.threads]
         left = tuple(thread.name for thread in threads if thread is not None and thread.is_alive())
-        return OutgoingOutcome(self.ledger.status, self.error, sent, out.requests, p50, p99, left)
+        return OutgoingOutcome(self.ledger.status, self.error, sent, out.requests, p50, p99, left, len(times))
 
     def cut(self) -> None:
         """Breaks all connections. Before the commit that is a failure, after it a pause."""

@@ -12,8 +12,9 @@ The commit. Before it the image stays the guest's only home; after it the destin
 A connection that breaks earlier is a failure, and the image is whole; one that breaks later waits for a recovery.
 
 Rule 1: in postcopy this thread alone takes pages from the `PageService`, so a page leaves once.
-Rule 2: nothing but pages of a chunk stands between a request that was read and its page: chunks and what the socket
-        holds (`ENGINE_SERVICE_SOCKET_BYTES`) are small.
+Rule 2: a requested page never waits for room that the background took: the background writes one small chunk, and
+        only when the connection says that there is room, which it says long before it is full
+        (`ENGINE_SERVICE_SOCKET_BYTES`). A request always finds the rest.
 Rule 3: whatever happens, `run` returns and says how in `end`; it says so in the ledger when everything is closed, so
         whoever hears it may go on at once.
 Rule 4: every connection is either known to `cut` or never used.
@@ -38,7 +39,7 @@ from vmferry.engine.multifd_out import MultifdOut
 from vmferry.engine.outbound import Outbound, OutgoingOptions
 from vmferry.engine.outlet import RUN_PAGES, Outlet, pages_of
 from vmferry.engine.page_plan import Chunk, Numbers, PageService, discards, pages_due, ranges_of, round_windows
-from vmferry.engine.wires import Gone, Wire
+from vmferry.engine.wires import POLL_OUT, Gone, Wire
 from vmferry.errors import MigrationFailed, VmferryError
 from vmferry.wire.encode import encode_package
 from vmferry.wire.errors import WireError
@@ -164,7 +165,7 @@ class MainSender:
         else:
             self._begin()
             self._send_all()
-        self._await(lambda: self._answer.has_result)
+        self._await_result()
 
     def _close(self) -> None:
         if self.end is not SentEnd.COMPLETE:
@@ -214,17 +215,28 @@ class MainSender:
         while not condition():
             self._wait_and_hear()
 
+    def _await_result(self) -> None:
+        """The destination's final word. What one of several connections lost may keep it waiting for ever."""
+        until_s = time.monotonic() + self.out.options.result_s
+        while not self._answer.has_result:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise Gone(f"it has not said in {self.out.options.result_s:.0f} s that it has everything")
+            self._wire.wait(readable=True, timeout_s=left_s, waker=self.out.waker)
+            self._answer.hear()
+
     def _wait_and_hear(self) -> None:
         self._wait()
         self._answer.hear()
 
-    def _wait(self) -> None:
-        """Until the destination says something, there is room for what waits, or the waker was called."""
+    def _wait(self, *, for_room: bool = False) -> int:
+        """Until the destination says something, there is room for what waits (or any, `for_room`), or the waker was
+        called. What the main connection is ready for, as `Wire.wait` says it."""
         waker, urgent = self.out.waker, self._urgent
+        writable = for_room or self._main.is_full
         if urgent is not None and urgent.is_full:
-            self._wire.wait_with(urgent.wire, writable=self._main.is_full, waker=waker)
-        else:
-            self._wire.wait(readable=True, writable=self._main.is_full, waker=waker)
+            return self._wire.wait_with(urgent.wire, writable=writable, waker=waker)
+        return self._wire.wait(readable=True, writable=writable, waker=waker)
 
     def _drain(self, outlet: Outlet) -> None:
         """Writes all that waits, of the preempt channel too. Raises Gone."""
@@ -436,20 +448,22 @@ class MainSender:
         service, main, urgent = self._service, self._main, self._urgent
         assert service is not None
         self._put(SectionPart(self.out.image.ram_section_id, last=False))
+        has_more = True  # as far as is known, there are pages that nobody has to bring first
         while service.left or main.is_full or (urgent is not None and urgent.is_full):
-            self._answer.hear()
+            ready = self._wait(for_room=has_more)
+            self._answer.hear(is_ready=bool(ready & ~POLL_OUT))
             if self.out.pages_came:
                 self.out.pages_came = False  # before looking: what comes from here on says so again
                 service.look_again()
             self._serve_urgent(service)
-            if not main.offer():
-                self._wait()
-                continue
-            chunk = service.next_near() or service.next_background()
-            if chunk is not None:
-                self._put_chunk(main, chunk)
-            elif service.left or (urgent is not None and urgent.is_full):
-                self._wait()
+            if not ready & POLL_OUT:
+                has_more = True
+            elif main.offer():
+                chunk = service.next_near() or service.next_background()
+                has_more = chunk is not None
+                if chunk is not None:
+                    self._put_chunk(main, chunk)
+                    main.offer()
         self._end_ram_body(is_barrier=False)
         self._put(SectionPart(self.out.image.ram_section_id, last=True))
         self._end_ram_body(is_barrier=False)
@@ -468,7 +482,7 @@ class MainSender:
     def _serve_urgent(self, service: PageService) -> None:
         """Everything that somebody waits for; stops only for a socket that is full."""
         outlet = self._urgent or self._main
-        while outlet.offer():
+        while not outlet.is_full or outlet.offer():
             if self._unnoted:
                 now_s = time.perf_counter()
                 self.out.service_s.extend([now_s - asked_s for asked_s in self._unnoted])
@@ -482,6 +496,9 @@ class MainSender:
 
     def _put_chunk(self, outlet: Outlet, chunk: Chunk) -> None:
         """A host page may be of a GiB: it goes in pieces, with nothing in between."""
+        if chunk.pages <= RUN_PAGES:
+            outlet.put_pages(chunk.block, chunk.first, chunk.pages)
+            return
         stop = chunk.first + chunk.pages
         for at in range(chunk.first, stop, RUN_PAGES):
             if at > chunk.first:

@@ -107,6 +107,7 @@ class MultifdIntake(SideIntake):
         super().__init__(shared, wire, first)
         self._blocks: dict[str, RamBlock] = {}
         self._decoder = MultifdDecoder(self._blocks)
+        self._head = bytearray(self._decoder.head_bytes)
         self._inflater = PageInflater()
         self._packet: MultifdPacket | None = None
         self._left = 0  # normal pages of the packet that are still to come
@@ -151,11 +152,30 @@ class MultifdIntake(SideIntake):
 
     def _read_past_slab(self) -> None:
         """Plain pages that lie side by side go from the socket to their place: half of the work is copying."""
-        while (plain := self._decoder.plain_pages()) is not None:
-            count = leading_run(plain[1])
-            if count < limits.ENGINE_DIRECT_PAGES:
+        is_plain_wire = not self.wire.is_tls
+        while not self.shared.stopping.is_set():
+            if (plain := self._decoder.plain_pages()) is not None:
+                count = leading_run(plain[1])
+                if count < limits.ENGINE_DIRECT_PAGES:
+                    return
+                self._read_to_place(self._block_of(plain[0]), int(plain[1][0]) // PAGE_BYTES, count)
+                self._decoder.skip_pages(count)
+                self._left -= count
+                self._sync_if_due()
+            elif not (is_plain_wire and self._decoder.is_at_head and self._read_packet()):
                 return
-            self._read_to_place(self._block_of(plain[0]), int(plain[1][0]) // PAGE_BYTES, count)
+
+    def _read_packet(self) -> bool:
+        """A whole head, and its pages if they lie side by side. False: the connection has ended."""
+        head = self._head
+        got = self.wire.read_whole(memoryview(head))
+        row = self._decoder.take_row(head) if got == len(head) else None
+        if row is None:
+            self._digest(memoryview(head)[:got])
+            return got == len(head)
+        self._counters.bytes += got
+        self._read_to_place(self._block_of(row[0]), row[1], row[2])
+        return True
 
     def _read_to_place(self, block: ImageBlock, first: int, count: int) -> None:
         place = block.place(first, count)
@@ -165,9 +185,7 @@ class MultifdIntake(SideIntake):
         if got < len(place):
             raise Gone("closed in the middle of a packet")
         self._counters.pages += count
-        self._decoder.skip_pages(count)
-        self._left -= count
-        self._sync_if_due()
+        self.shared.image.announce_pages()
 
     def _on_introduction(self, channel: int) -> None:
         if not self.shared.barrier.introduce(channel):

@@ -55,7 +55,13 @@ class Waker:
     def close(self) -> None:
         """Closes the descriptor; a `wake` that comes later does nothing. Not while another thread may be in `wake`."""
         fd, self.fd = self.fd, -1
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        """An endpoint that nobody stopped: nobody has it any more, nor its threads, so nobody calls `wake`."""
+        if getattr(self, "fd", -1) >= 0:
+            self.close()
 
 
 class Wire:
@@ -118,18 +124,22 @@ class Wire:
             except PermissionError:  # only root goes beyond the system's limit
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count_bytes)
 
-    def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> None:
+    def wait_with(self, other: Wire, *, writable: bool, waker: Waker) -> int:
         """Until something is to be read here, there is room at `other` (or here, if `writable`), or the waker was
-        called (it is cleared)."""
+        called (it is cleared). What is ready here, as `wait` says it."""
         if self._tls is not None and self._tls.pending():
-            return
+            return POLL_IN
         poll = select.poll()
         poll.register(self._sock.fileno(), POLL_IN | (POLL_OUT if writable else 0))
         poll.register(other._sock.fileno(), POLL_OUT)
         poll.register(waker.fd, POLL_IN)
-        for ready, _ in poll.poll():
+        here = 0
+        for ready, what in poll.poll():
             if ready == waker.fd:
                 waker.clear()
+            elif ready == self._sock.fileno():
+                here = what
+        return here
 
     def handshake(self, *, timeout_s: float, waker: Waker | None = None) -> None:
         """TLS's handshake; nothing without TLS. Raises Gone, with what went wrong."""
@@ -218,13 +228,14 @@ class Wire:
         writable: bool = False,
         timeout_s: float | None = None,
         waker: Waker | None = None,
-    ) -> None:
+    ) -> int:
         """Until the connection is ready, the waker was called (it is cleared), or the time is over.
 
+        Returns what the connection is ready for: 0, or POLL_OUT, or something else, which only a read tells.
         Who wants neither to read nor to write waits for the waker alone, also when the connection has ended.
         """
         if readable and self._tls is not None and self._tls.pending():
-            return
+            return POLL_IN
         wanted = (POLL_IN if readable else 0) | (POLL_OUT if writable else 0)
         fd = self._sock.fileno()
         if fd < 0:
@@ -233,9 +244,13 @@ class Wire:
         if waker is not None and self._waker_fd is None:
             self._waker_fd = waker.fd
             self._poll.register(waker.fd, POLL_IN)
-        for ready, _ in self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
-            if waker is not None and ready == waker.fd:
+        here = 0
+        for ready, what in self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
+            if ready == fd:
+                here = what
+            elif waker is not None:
                 waker.clear()
+        return here
 
     def is_hung_up(self) -> bool:
         """Whether the peer has closed; what it said before may still be there to read."""

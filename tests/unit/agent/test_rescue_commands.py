@@ -27,6 +27,8 @@ GRANTED = (*COMMITTED, Fact.GRANT_SENT)
 @dataclass
 class FakeWanted:
     destination: str = "host-b"
+    multifd_channels: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,6 +42,9 @@ class FakeAttempt:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     is_held_back: bool = False
     refreshed: int = 0
+    has_run_since: bool = False
+    memory: Any = None
+    machine: Any = field(default_factory=lambda: SimpleNamespace(is_gone=True, version=(11, 1, 0)))
 
     async def hold_back(self) -> None:
         self.is_held_back = True
@@ -154,6 +159,32 @@ async def test_a_vm_that_is_not_here_is_unknown() -> None:
 async def test_nobody_is_fed_who_is_served_or_does_not_run(facts: tuple[Fact, ...], source: Source, text: str) -> None:
     with pytest.raises(RescueRefused, match=text):
         await rescue_commands.feed(FakeAgent(*facts, source=source).agent, FeedArguments(vm="web1"))
+
+
+@pytest.mark.parametrize(
+    ("ran", "text", "guest"), [(True, "has run since the switchover", "unknown"), (False, "nothing of its", "lost")]
+)
+async def test_a_source_that_ran_again_before_it_died_feeds_nobody(ran: bool, text: str, guest: str) -> None:
+    """Its file is still there, and holds what another copy of the guest wrote."""
+    made = FakeAgent(*GRANTED, Fact.RUN_ACKED, source=Source.GONE)
+    made.attempt.has_run_since = ran
+    made.attempt.memory = object() if ran else None
+    with pytest.raises(RescueRefused, match=text) as caught:
+        await rescue_commands.feed(made.agent, FeedArguments(vm="web1"))
+    assert caught.value.guest == guest
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [(FakeWanted(multifd_channels=2), "multifd"), (FakeWanted(options={"postcopy-preempt": True}), "postcopy-preempt")],
+)
+async def test_between_hosts_a_destination_that_waits_for_several_connections_is_not_fed(
+    wanted: FakeWanted, text: str
+) -> None:
+    made = FakeAgent(*GRANTED, Fact.RUN_ACKED, source=Source.GONE)
+    made.attempt.wanted = wanted
+    with pytest.raises(RescueRefused, match=f"with {text} its destination"):
+        await rescue_commands.feed(made.agent, FeedArguments(vm="web1"))
 
 
 def test_the_likeliest_number_of_ram_s_section_comes_first() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -111,6 +113,14 @@ def test_a_destination_that_fails_after_everything_was_sent(
     else:
         peer.say(said)
     failed(outgoing)
+
+
+def test_a_destination_that_never_says_its_final_word_is_given_up(peer: ScriptedDestination, start: Start) -> None:
+    """As one does that waits at a barrier for what a multifd channel lost."""
+    outgoing = start(options=OutgoingOptions(result_s=0.05))
+    peer.read_until(Description)
+    assert "has not said" in str(failed(outgoing).error)
+    assert Fact.ALL_SENT in outgoing.ledger.log
 
 
 def test_after_the_final_word_nothing_is_read(peer: ScriptedDestination, start: Start) -> None:
@@ -314,6 +324,21 @@ def test_a_request_is_answered_before_what_was_not_asked_for(peer: ScriptedDesti
     peer.read_until(EndOfSections)
     complete(peer, outgoing)
     assert outgoing.outcome().request_p50_us is not None
+
+
+def test_a_request_finds_room_that_the_background_left(peer: ScriptedDestination, start: Start) -> None:
+    """The destination reads nothing at all, and yet what it asks for is written, one after the other."""
+    outgoing = start(make_image({"pc.ram": 60_000}), AT_ONCE)
+    switch_over(peer)
+    for number in range(1, 11):
+        page = 60_000 - 100 * number
+        peer.say(RequestPages(page * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+        until_s = time.monotonic() + WAIT_S
+        while outgoing.outcome().requests_served < number:
+            assert time.monotonic() < until_s, f"request {number} waits for room"
+            os.sched_yield()
+    peer.read_until(EndOfSections)
+    complete(peer, outgoing)
 
 
 @pytest.mark.conforms("42")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import ssl
@@ -11,6 +12,9 @@ import time
 import pytest
 
 from vmferry.engine.barrier import Barrier, Gate
+from vmferry.engine.image import Image
+from vmferry.engine.incoming import Incoming
+from vmferry.engine.outgoing import Outgoing
 from vmferry.engine.wires import Gone, Waker, Wire
 from vmferry.wire.errors import WireError
 
@@ -30,6 +34,16 @@ def test_a_waker_that_was_closed_touches_nobody_elses_descriptor() -> None:
     with pytest.raises(BlockingIOError):
         os.eventfd_read(other)
     os.close(other)
+
+
+def test_endpoints_that_nobody_stopped_keep_no_descriptor() -> None:
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    ends: list[Incoming | Outgoing] = [Incoming(Image()), Outgoing(Image())]
+    assert len(os.listdir("/proc/self/fd")) > before
+    ends.clear()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_reading_much_takes_what_is_there_and_then_tells_of_the_end() -> None:

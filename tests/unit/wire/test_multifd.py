@@ -19,12 +19,13 @@ from vmferry.wire.events import (
     MultifdPacket,
     MultifdPages,
     MultifdPayload,
+    RamBlock,
 )
 from vmferry.wire.multifd import SYNC, ZLIB, ZSTD, MultifdDecoder, PageInflater, make_packet, make_sync
 
 NONE = np.zeros(0, np.uint64)
 INIT = join([MultifdInit(0)])
-OFFSETS = pages([1, 2]).offsets
+OFFSETS, PAGES = pages([1, 2]).offsets, pages([1, 2]).pages
 
 
 def decode(data: bytes, slab: int = 1 << 20) -> list[Event]:
@@ -224,6 +225,90 @@ def test_what_is_wanted_ends_where_no_copy_is_needed() -> None:
         data = data[size:]
         assert decoder.wanted_bytes == wanted
         assert (decoder.plain_pages() is None) == (wanted in (54, 1344, 3996))
+
+
+def after_a_packet() -> MultifdDecoder:
+    """A decoder that knows a block from the packet before."""
+    decoder = MultifdDecoder(BLOCKS)
+    decoder.feed(INIT + join([make_packet(BLOCK, OFFSETS, NONE, number=0), MultifdPages(BLOCK, OFFSETS, PAGES)]))
+    drain(decoder)
+    return decoder
+
+
+def test_a_row_is_taken_without_the_decoder_only_if_it_would_say_the_same() -> None:
+    """Every byte of a head, changed in every bit: never a row that is something else, and a row of most."""
+    row = (np.arange(5, 25) * 4096).astype(np.uint64)
+    good = join([make_packet(BLOCK, row, NONE, number=7)])
+    assert after_a_packet().take_row(good) == (BLOCK, 5, 20)
+    rows = 0
+    for at in range(len(good)):
+        for bit in range(8):
+            head = bytearray(good)
+            head[at] ^= 1 << bit
+            decoder = after_a_packet()
+            found = decoder.take_row(head)
+            if found is None:
+                continue
+            rows += 1
+            slow = after_a_packet()
+            slow.feed(bytes(head))
+            (packet,) = drain(slow)
+            assert (packet.block, packet.flags, packet.normal, packet.zero) == (BLOCK, 0, 20, 0)
+            assert packet.normal_offsets.tolist() == row.tolist()
+            slow.skip_pages(20)
+            for each in (decoder, slow):  # both stand behind the packet
+                each.feed(bytes(12))
+            errors = []
+            for each in (decoder, slow):
+                with pytest.raises(WireError) as caught:
+                    each.next()
+                errors.append((caught.value.offset, caught.value.reason))
+            assert errors[0] == errors[1]
+    assert rows == 8 * (8 + 8 * (128 - 20)) + 1  # its number, leftovers of the table, and a table of size 0
+
+
+@pytest.mark.parametrize(
+    "numbers", [range(60, 64), range(4), [1], [2, 4], [3, 2]], ids=["last", "first", "one", "gap", "down"]
+)
+def test_what_is_a_row(numbers: list[int]) -> None:
+    offsets = np.array(numbers, np.uint64) * np.uint64(4096)
+    head = join([make_packet(BLOCK, offsets, NONE, number=1)])
+    found = after_a_packet().take_row(head)
+    assert found == (None if list(numbers) in ([2, 4], [3, 2]) else (BLOCK, numbers[0], len(numbers)))
+
+
+def test_what_is_no_row() -> None:
+    head = join([make_packet(BLOCK, OFFSETS, NONE, number=1)])
+    fresh = MultifdDecoder(BLOCKS)
+    fresh.feed(INIT)
+    drain(fresh)
+    assert fresh.take_row(head) is None  # no packet has named a block
+    assert after_a_packet().take_row(head[:-1]) is None
+    assert after_a_packet().take_row(join([make_sync(number=1)])) is None
+    assert after_a_packet().take_row(join([make_packet(BLOCK, OFFSETS, NONE, number=1, flags=SYNC)])) is None
+    assert after_a_packet().take_row(join([make_packet(BLOCK, OFFSETS, OFFSETS + 4096 * 9, number=1)])) is None
+    beyond = join([make_packet(BLOCK, (np.arange(63, 65) * 4096).astype(np.uint64), NONE, number=1)])
+    assert after_a_packet().take_row(beyond) is None
+    torn = after_a_packet()
+    torn.feed(head[:10])
+    drain(torn)
+    assert torn.take_row(head) is None
+    with_payload = after_a_packet()
+    with_payload.feed(head)
+    drain(with_payload)
+    assert with_payload.take_row(head) is None
+
+
+def test_rows_of_a_large_block() -> None:
+    """The table that they are compared with is made again where they leave it."""
+    large = RamBlock("pc.ram", 1 << 40)
+    decoder = MultifdDecoder({"pc.ram": large})
+    decoder.feed(INIT + join([make_packet(large, OFFSETS, NONE, number=0), MultifdPages(large, OFFSETS, PAGES)]))
+    drain(decoder)
+    for first in (4090, 4096, 0, 8191, (1 << 28) - 128):
+        offsets = (np.arange(first, first + 128, dtype=np.uint64)) * np.uint64(4096)
+        head = join([make_packet(large, offsets, NONE, number=1)])
+        assert decoder.take_row(head) == (large, first, 128)
 
 
 def test_compressed_pages_have_no_place_of_their_own() -> None:

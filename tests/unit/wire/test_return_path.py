@@ -47,6 +47,25 @@ def test_there_and_back_whole_and_in_bytes() -> None:
     assert [each for each in found if not isinstance(each, BitmapPiece)] == [*EVENTS[:4], *EVENTS[5:]]
 
 
+def test_a_lone_request_takes_the_shorter_way_and_nothing_else_does() -> None:
+    named, short = join([RequestPages(4096, 8192, "pc.ram")]), join([RequestPages(0, 4096)])
+    decoder = ReturnPathDecoder()
+    assert decoder.lone_request(memoryview(short)) is None  # no request has named a block yet
+    decoder.feed(named)
+    assert len(drain(decoder)) == 1
+    assert decoder.lone_request(memoryview(short)) == RequestPages(0, 4096)
+    for other in (short * 2, short[:-1], join([Pong(1)]), join([RequestPages(0, 4096, "abc")]), short[:-4] + bytes(4)):
+        assert decoder.lone_request(memoryview(other)) is None
+    decoder.feed(short[:5])
+    assert drain(decoder) == []
+    assert decoder.lone_request(memoryview(short)) is None  # it would be put into the middle of another
+    decoder.feed(short[5:] + bytes(4))
+    with pytest.raises(WireError) as caught:
+        drain(decoder)
+    assert caught.value.offset == len(named) + 2 * len(short)
+    assert decoder.lone_request(memoryview(short)) is None
+
+
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [

@@ -43,6 +43,7 @@ from vmferry.wire.events import (
     OpaqueDevices,
     Packaged,
     PackageEnd,
+    PageRun,
     Ping,
     PostcopyAdvise,
     PostcopyListen,
@@ -308,3 +309,24 @@ EARLY = join([*opening()[:4], *device(3, "e", b"")])
 )
 def test_truncations(data: bytes) -> None:
     assert refused(data, LENIENT, finish=True) == "truncated"
+
+
+def test_the_advice_for_a_reader_ends_slabs_with_pages() -> None:
+    run = join([pages(range(20), named=False)])
+    data = join([SectionPart(2, last=False), pages([63])]) + run
+    decoder = StreamDecoder()
+    assert decoder.best_read(10_000) == 10_000  # nothing is known of what comes
+    decoder.feed(join(opening()))
+    drain(decoder)
+    decoder.feed(data[: -len(run) + 100])
+    drain(decoder)
+    at = len(data) - len(run) + 100
+    assert decoder.best_read(10_000) == 2 * (8 + SIZE) - 100
+    assert decoder.best_read(5000) == 5000  # too short for that
+    while at < len(data):
+        wanted = decoder.best_read(10_000)
+        decoder.feed(data[at : at + wanted])
+        at += wanted
+        assert all(isinstance(each, PageRun) for each in drain(decoder))
+        assert decoder.unread_bytes == 0
+    assert at == len(data)
