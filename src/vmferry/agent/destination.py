@@ -20,7 +20,7 @@ import contextlib
 import logging
 from typing import Any
 
-from vmferry.agent.channel import Channel, ChannelListener, cut_what_was_let_go
+from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
@@ -58,8 +58,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.machine: Machine | None = None
         self.credentials: JobCredentials | None = None
         self.peer_ca: bytes | None = None
-        self.listener: ChannelListener | None = None
-        self.channels: list[Channel] = []
+        self.listener: ChannelDoor | None = None
+        self.channels: list[ChannelEnd] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.rounds = 0
         """How often the channel was made anew."""

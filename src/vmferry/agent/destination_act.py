@@ -6,8 +6,7 @@ import asyncio
 import logging
 from typing import Any, assert_never
 
-from vmferry.agent import channel as channels
-from vmferry.agent import machine as machines
+from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.source_act import CHANNEL_NAME, set_options
@@ -52,7 +51,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     definition = VmDefinition.from_wire(place.definition)
     argv = definition.incoming_argv(attempt.runtime, context.config.qemu)
     make_directory(attempt.runtime.directory)
-    launching = asyncio.create_task(machines.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
+    launching = asyncio.create_task(context.host.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
     try:
         await asyncio.sleep(0)  # the process is there; what does not need it is made while it starts
         credentials = _make_credentials(attempt)
@@ -77,9 +76,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
         offer["uri"] = await _listen_inside(attempt)
     else:
         first, last = context.config.migration_ports
-        listener = await channels.ChannelListener.open(
-            attempt.job, [context.config.data_address], ports=range(first, last + 1)
-        )
+        listener = await context.host.open_channels(attempt.job, [context.config.data_address], range(first, last + 1))
         attempt.listener = listener
         offer["token"] = listener.expect("main").token.hex()
         offer["addresses"] = [list(address) for address in listener.addresses]
@@ -155,7 +152,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     elif word != "postcopy-paused":
         raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
     first, last = config.migration_ports
-    listener = await channels.ChannelListener.open(attempt.job, [config.data_address], ports=range(first, last + 1))
+    listener = await attempt.context.host.open_channels(attempt.job, [config.data_address], range(first, last + 1))
     if attempt.listener is not None:
         await attempt.listener.close()
     attempt.listener = listener
@@ -166,7 +163,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     return {"channel": name, "token": ticket.token.hex(), "addresses": [list(a) for a in listener.addresses]}
 
 
-async def _accept_again(attempt: DestinationAttempt, listener: channels.ChannelListener, name: str) -> None:
+async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str) -> None:
     machine = attempt.machine
     assert machine is not None
     try:

@@ -16,12 +16,10 @@ Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest t
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from vmferry.agent import machine as machines
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import prune_logs
 from vmferry.agent.source import SourceAttempt
@@ -32,7 +30,6 @@ from vmferry.core.facts import Fact
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
 from vmferry.pki import job_credentials
-from vmferry.vm import spawn as vm_spawn
 from vmferry.vm.spawn import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ async def restore(agent: Agent) -> None:
     state = replay(agent.journal.read())
     for identity in state.retired:
         # Journalled after the destination ran the guest and had every page; the agent died before it ended this one.
-        if vm_spawn.kill(ProcessIdentity(**identity)):
+        if agent.host.kill(ProcessIdentity(**identity)):
             log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
     for body in state.vms.values():
         await _attach(agent, KeptVm.from_journal(body))
@@ -67,7 +64,7 @@ async def restore(agent: Agent) -> None:
 
 
 async def _attach(agent: Agent, kept: KeptVm) -> None:
-    kept.machine = machines.attach_process(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
+    kept.machine = agent.host.attach(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     if kept.machine is None:
         log.warning("vm=%s pid=%d result=gone since the agent last ran", kept.name, kept.identity.pid)
     else:
@@ -150,7 +147,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         }  # fmt: skip
         return
     attempt = DestinationAttempt(agent, place)
-    identity = find_qemu(place.directory)
+    identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
     if kept is not None and kept.generation == place.generation and kept.machine is not None:
         attempt.use(kept.machine)
@@ -159,7 +156,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         attempt.note(Fact.TARGET_RAN, by="journal")
         attempt.note(Fact.RUN_ACKED, by="journal")
     elif identity is not None:
-        machine = machines.attach_process(place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock)
+        machine = agent.host.attach(place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock)
         if machine is not None:
             attempt.use(machine)
     if job.committed_generation is not None:
@@ -182,22 +179,6 @@ async def _may_have_run(attempt: DestinationAttempt) -> bool:
     except QemuError as error:
         log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
         return True
-
-
-def find_qemu(directory: str) -> ProcessIdentity | None:
-    """The process whose command line has this runtime directory: an agent may die between starting a QEMU
-    and writing down which process it is."""
-    needle = f"{directory}/".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            cmdline = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue  # it ended meanwhile
-        if needle in cmdline and b"qmp.sock" in cmdline:
-            return vm_spawn.identify(int(entry.name))
-    return None
 
 
 def _remove_left_overs(agent: Agent) -> None:

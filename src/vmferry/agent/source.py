@@ -17,7 +17,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vmferry.agent.channel import Channel, cut_what_was_let_go
+from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
@@ -78,7 +78,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.outcome_at_end: Outcome | None = None
         self.credentials: JobCredentials | None = None
         self.offer: dict[str, Any] = {}
-        self.channels: list[Channel] = []
+        self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
         self.progress = Progress()

@@ -233,7 +233,7 @@ async def _start(attempt: SourceAttempt) -> None:
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
     else:
         ticket = channels.Ticket(attempt.job, "main", bytes.fromhex(offer["token"]))
-        channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+        channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
         attempt.channels.append(channel)
         await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
         attempt.fd_given = True
@@ -282,7 +282,7 @@ async def _reconnect(attempt: SourceAttempt) -> None:
     attempt.set_readings(target_answers=True)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
-    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+    channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
     attempt.channels.append(channel)
     await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
     channel.entrust(machine.pid)
