@@ -295,6 +295,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "committed": Fact.COMMITTED in self.facts,
             # Told only once this host keeps the guest durably: who hears it may ask for the guest here at once.
             "ran": Fact.RUN_ACKED in self.facts,
+            "whole": Fact.ALL_SENT in self.facts,
             "in_doubt": view.ran is Ran.UNKNOWN or (view.ran is Ran.YES and Fact.RUN_ACKED not in self.facts),
             "refused": refused,
             "refused_text": refused_entry.text if refused_entry else "",

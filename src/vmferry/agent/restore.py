@@ -143,7 +143,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         ran = job.ended is not None and job.ended.get("outcome") == "destination"
         agent.known_jobs[job.job] = {
             "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
-            "loaded": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
+            "loaded": ran, "whole": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
         }  # fmt: skip
         return
     attempt = DestinationAttempt(agent, place)

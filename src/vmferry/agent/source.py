@@ -33,7 +33,7 @@ from vmferry.core.options import Mode
 from vmferry.core.report import Measured, job_wire
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Readings, Source, Step, cpus_from, source_view, source_word
+from vmferry.core.view import Readings, Source, Step, Want, cpus_from, source_view, source_word
 from vmferry.errors import (
     CancelRefused,
     HostUnreachable,
@@ -234,12 +234,22 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
         if facts.get("died"):
+        if facts.get("whole") and (facts.get("ran") or self._waits_broken()):
+            # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it is in postcopy-paused
+            # for ever: the other side is completed and takes no recovery. A source in postcopy-paused cannot have run
+            # since; in any other word than that one, only a destination that runs proves it.
+            for fact in (Fact.ALL_SENT, Fact.PEER_ACK):
+                self.note(fact, text="the destination's agent", by="destination agent")
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
             self.note(Fact.TARGET_GONE, text=str(facts.get("text", "")), by="destination agent")
         self.wake()
 
     def set_readings(self, **changes: Any) -> None:
+    def _waits_broken(self) -> bool:
+        view = source_view(self.facts, self.readings)
+        return view.source is Source.BROKEN and view.want is Want.GO
+
         """Replaces readings; wakes the loop if anything is new."""
         new = Readings(
             source=changes.get("source", self.readings.source),

@@ -278,7 +278,14 @@ async def _reconnect(attempt: SourceAttempt) -> None:
     if (await machine.migration()).get("status") != "postcopy-paused":
         # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
         await machine.execute("migrate-pause", oob=True)
-    offer = await _call(attempt, "peer-reconnect", deadline_s=PREPARE_S)
+    try:
+        offer = await _call(attempt, "peer-reconnect", deadline_s=PREPARE_S)
+    except HostUnreachable:
+        raise
+    except VmferryError:
+        # It is there and will not wait for a channel: that it renounced, or has every page, is why, and leads on.
+        attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
+        raise
     attempt.set_readings(target_answers=True)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))

@@ -283,8 +283,12 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
     source, cpus = readings.source, readings.cpus
     if Fact.SOURCE_GONE in log:
         source, cpus = (Source.RETIRED if Fact.ALL_SENT in log else Source.GONE), Cpus.UNKNOWN
-    elif Fact.ALL_SENT in log and source in (Source.BACK, Source.BROKEN):
-        source = Source.DONE  # a stand-in has fed the destination from its memory; QEMU itself does not know it
+    elif Fact.ALL_SENT in log and (
+        source is Source.BACK or (source is Source.BROKEN and (not back or Fact.RUN_ACKED in log))
+    ):
+        # The destination has every page, from a stand-in or with the result lost, and QEMU itself does not know it. But
+        # a guest that is to run here again must be led out of postcopy-paused first.
+        source = Source.DONE
     return SourceView(
         want=Want.BACK if back else Want.GO,
         step=_step(log),

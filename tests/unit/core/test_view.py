@@ -155,6 +155,14 @@ def test_a_source_whose_pages_a_stand_in_served_has_given_everything_away(source
     assert source_view(FactLog(), Readings(source=source)).source is source
 
 
+@pytest.mark.parametrize("back", [F.CANCEL, F.ERROR])
+def test_a_guest_that_is_to_run_here_again_must_be_led_out_of_postcopy_first(back: Fact) -> None:
+    """QEMU starts nothing in postcopy-paused, whoever has every page."""
+    broken = Readings(source=Source.BROKEN)
+    assert source_view(log_of(F.ALL_SENT, back), broken).source is Source.BROKEN
+    assert source_view(log_of(F.ALL_SENT, F.RUN_ACKED, back), broken).source is Source.DONE
+
+
 @pytest.mark.parametrize(
     ("facts", "ran"),
     [
