@@ -7,6 +7,7 @@ docstring; `SourceAttempt.on_trouble` turns the exception into a fact or a readi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -408,8 +409,10 @@ async def _clean_up(attempt: SourceAttempt) -> None:
 async def _restore_source(attempt: SourceAttempt) -> None:
     """The options that QEMU had before, and no credentials object."""
     machine = attempt.machine
-    if attempt.fd_given and Fact.STARTED not in attempt.facts:
-        await machine.execute("closefd", {"fdname": CHANNEL_NAME})
+    if attempt.plan is None or (attempt.fd_given and Fact.STARTED not in attempt.facts):
+        # Without a plan the attempt was taken over from an agent that may have died before it said `migrate`.
+        with contextlib.suppress(QmpCommandError):
+            await machine.execute("closefd", {"fdname": CHANNEL_NAME})
     deadline_s = attempt.clock.now_s() + SETTLE_S
     while (await machine.migration()).get("status") in ("failing", "cancelling"):
         if attempt.clock.now_s() > deadline_s:
