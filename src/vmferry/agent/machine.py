@@ -63,6 +63,19 @@ class Connect(Protocol):
     ) -> QmpClient: ...
 
 
+class EndedProcess:
+    """A process that had ended before anybody could hold it."""
+
+    async def wait_exit(self) -> int | None:
+        return None
+
+    def kill(self) -> None:
+        raise ProcessLookupError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class PidfdProcess:
     """A process of this host. Owns its pidfd."""
 
@@ -247,3 +260,10 @@ def attach_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: 
     if pidfd is None:
         return None
     return Machine(vm, identity, qmp_path, process=PidfdProcess(pidfd), clock=clock)
+
+
+def ended(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine:
+    """The machine of a process that is known to be gone."""
+    machine = Machine(vm, identity, qmp_path, process=EndedProcess(), clock=clock)
+    machine._gone.set()
+    return machine

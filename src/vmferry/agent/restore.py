@@ -7,7 +7,8 @@ For every job that has no end, an attempt is made with the facts that the journa
 
 * a commit without a known answer counts as sent, so only the destination's word leads back;
 * QEMU's own status word tells how far the rest got, through the same funnel as its events (`observe`);
-* a job that QEMU never began ends as failed ("the agent restarted"), and its place is released.
+* a job that QEMU never began ends as failed ("the agent restarted"), and its place is released;
+* a QEMU that ended meanwhile is a fact (SOURCE_GONE), as if it had ended just now.
 
 Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest the journal gave away for good (exactly
         that process, by its identity); everything else is the first tick's to decide.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmferry.agent import machine as machines
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import prune_logs
 from vmferry.agent.source import SourceAttempt
@@ -82,9 +84,11 @@ async def _source(agent: Agent, job: JobState) -> None:
         agent.results[job.job] = job.ended
         return
     kept = agent.vms.get(wanted.vm)
-    if kept is None or kept.machine is None or kept.machine.is_gone:
-        await _source_without_qemu(agent, job, wanted, gone=kept is not None)
+    if kept is None:
+        await _given_away(agent, job, wanted)
         return
+    if kept.machine is None:
+        kept.machine = machines.ended(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
     if job.cancel_wanted:
@@ -108,29 +112,32 @@ async def _source(agent: Agent, job: JobState) -> None:
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
-    elif word in NOT_BEGUN:
+    if kept.machine.is_gone:
+        # The destination may have the only copy, or run the guest: it is asked before anything is said.
+        attempt.note(Fact.SOURCE_GONE, text="it ended while no agent ran", by="kernel")
+        attempt.set_readings(target_answers=False)
+    elif job.committed_generation is None and word in NOT_BEGUN:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
     attempt.hear_word(word)
     agent.run_attempt(attempt)
 
 
-async def _source_without_qemu(agent: Agent, job: JobState, wanted: Wanted, *, gone: bool) -> None:
-    """The QEMU is gone. If the VM was given away (no KEPT), it was retired after the destination ran."""
-    outcome, text = ("lost", "its QEMU ended while no agent ran") if gone else ("destination", "")
+async def _given_away(agent: Agent, job: JobState, wanted: Wanted) -> None:
+    """The VM is not kept here any more: its QEMU was retired after the destination ran it with every page."""
     ended = {
         "job": job.job,
         "vm": wanted.vm,
         "source": agent.config.name,
         "destination": wanted.destination,
         "mode": wanted.mode,
-        "status": "failed" if gone else "completed",
-        "outcome": outcome,
+        "status": "completed",
+        "outcome": "destination",
         "over": True,
         "downtime_ms": None,
         "total_ms": None,
         "timeline": [],
-        "error": MigrationFailed(text, guest="lost").to_wire() if gone else None,
-        "sentence": f"{wanted.vm}: {text}." if gone else f"{wanted.vm} runs on {wanted.destination}.",
+        "error": None,
+        "sentence": f"{wanted.vm} runs on {wanted.destination}.",
         "notes": ["the source's agent restarted on the way; times are not known"],
     }
     await agent.journal.append(Entry.ENDED, job.job, ended)

@@ -67,7 +67,8 @@ class SourceAttempt(AttemptLoop[Effect]):
     def __init__(self, context: Context, wanted: Wanted, kept: KeptVm) -> None:
         super().__init__(job=wanted.job, vm=wanted.vm, clock=context.clock)
         self.context, self.wanted, self.kept = context, wanted, kept
-        self.machine: Machine = kept.require_machine()
+        assert kept.machine is not None, "a VM that is kept was started, here or before"
+        self.machine: Machine = kept.machine  # its process may be gone, which the loop then finds
         self.readings = Readings()
         self.measured = Measured(started_s=wanted.wanted_s or context.clock.wall_s())
         self.plan: Plan | None = None
@@ -233,23 +234,23 @@ class SourceAttempt(AttemptLoop[Effect]):
             if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
-        if facts.get("died"):
         if facts.get("whole") and (facts.get("ran") or self._waits_broken()):
             # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it is in postcopy-paused
             # for ever: the other side is completed and takes no recovery. A source in postcopy-paused cannot have run
             # since; in any other word than that one, only a destination that runs proves it.
             for fact in (Fact.ALL_SENT, Fact.PEER_ACK):
                 self.note(fact, text="the destination's agent", by="destination agent")
+        if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
             self.note(Fact.TARGET_GONE, text=str(facts.get("text", "")), by="destination agent")
         self.wake()
 
-    def set_readings(self, **changes: Any) -> None:
     def _waits_broken(self) -> bool:
         view = source_view(self.facts, self.readings)
         return view.source is Source.BROKEN and view.want is Want.GO
 
+    def set_readings(self, **changes: Any) -> None:
         """Replaces readings; wakes the loop if anything is new."""
         new = Readings(
             source=changes.get("source", self.readings.source),

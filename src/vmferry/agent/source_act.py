@@ -22,6 +22,7 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
 from vmferry.core.options import Mode, differences
+from vmferry.core.table import Outcome
 from vmferry.core.view import Source, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
@@ -336,10 +337,7 @@ async def cut(attempt: SourceAttempt) -> None:
 
 async def _retire(attempt: SourceAttempt) -> None:
     """Ends the source's QEMU: the destination runs the guest. Journalled first, so that a restart agrees."""
-    attempt.kept.is_leaving = True
-    await attempt.context.journal.append(
-        Entry.FORGOTTEN, attempt.vm, {"job": attempt.job, "identity": asdict(attempt.machine.identity)}
-    )
+    await _forget(attempt)
     attempt.measured.ended_s = attempt.clock.wall_s()
     try:
         attempt.count(await attempt.machine.migration())  # the last word on bytes and times
@@ -348,6 +346,14 @@ async def _retire(attempt: SourceAttempt) -> None:
     await attempt.machine.quit()
     attempt.note(Fact.SOURCE_RETIRED)
     attempt.note(Fact.SOURCE_GONE, by="kernel")
+
+
+async def _forget(attempt: SourceAttempt) -> None:
+    """This host does not keep the guest any more. Durable when this returns; raises Unfit."""
+    await attempt.context.journal.append(
+        Entry.FORGOTTEN, attempt.vm, {"job": attempt.job, "identity": asdict(attempt.machine.identity)}
+    )
+    attempt.kept.is_leaving = True
 
 
 def _note_target_lost(attempt: SourceAttempt) -> None:
@@ -383,6 +389,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
     """Gives back everything of the attempt and journals its end. A trouble here keeps nobody from ending."""
     outcome = attempt.row().outcome
     view = source_view(attempt.facts, attempt.readings)
+    if outcome is Outcome.DESTINATION and not attempt.kept.is_leaving:
+        await _forget(attempt)  # its QEMU ended before anybody retired it
     for channel in attempt.channels:
         channel.cut()
         channel.close()
