@@ -23,6 +23,8 @@ from vmferry.testing.sim.kernel import SimProcess
 from vmferry.testing.sim.qemu import SimQemu
 from vmferry.testing.sim.trace import Trace
 
+_ARRIVED = frozenset({MigrationStatus.COMPLETED, MigrationStatus.COLO})
+
 
 @dataclass(eq=False)
 class Copy:
@@ -174,6 +176,8 @@ class Oracle:
         place = {"source": wire["source"], "destination": wire["destination"]}.get(outcome)
         if place is not None and not self._is_there(str(place)):
             self.trace.violate(f"job {job} ended with the guest at {place}, which is not so")
+        if (outcome == "destination") is not (wire["status"] in _ARRIVED) and outcome != "lost":
+            self.trace.violate(f"job {job} ended as {wire['status']} with the guest at its {outcome}")
         if outcome == "lost" and any(c.is_running for c in self.copies.values()):
             self.trace.violate(f"job {job} ended as lost while the guest runs")
 

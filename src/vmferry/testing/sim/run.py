@@ -8,6 +8,7 @@ Theory of operation
    person who takes the action that a row names, and only such a one
 4. the guest must run on exactly one side, or be lost with every complete copy of it, by faults; nobody may be left
    with a process, a connection or a file of the migration
+5. a guest that runs is moved once more, to the other side, without any fault
 
 Rule 1: `run(seed)` gives the same trace in every process on every machine.
 """
@@ -149,6 +150,7 @@ class Course:
                 site.start(host)
         await self._until_settled()
         self._judge()
+        await self._move_once_more()
 
     async def _begin(self) -> None:
         site, scenario = self.site, self.scenario
@@ -211,6 +213,24 @@ class Course:
             return
         self._since[key] = (row.label, self.site.loop.time())  # again after as long, if it did not help
         self.site.command(host, f"rescue-{tool[1]}", vm=VM)
+
+    async def _move_once_more(self) -> None:
+        """A guest that was handed back is one that can be moved: nothing of the trouble is left in its way."""
+        site, was_at = self.site, self.outcome
+        if site.trace.violations or was_at not in HOSTS or self._open():
+            return
+        site.trace.tell("PHASE", f"once more, from {was_at}")
+        answer = self.injector.migrate(was_at, mode="precopy")
+        await pass_s(READY_S)
+        await self._until_settled()
+        if answer.error is not None:
+            site.trace.violate(f"the guest on {was_at} cannot be moved any more: {answer.error}")
+            return
+        self._judge()
+        if self.outcome == was_at:
+            wire = site.oracle.ended_jobs.get(self.injector.job) or {}
+            site.trace.violate(f"without any fault the guest stayed on {was_at}: {wire.get('error')}")
+        self.outcome = was_at
 
     # --- the end ---
 
