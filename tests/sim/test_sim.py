@@ -23,6 +23,7 @@ REPRODUCED = ("32", "435")
 
 
 @pytest.mark.parametrize("first", range(0, SHARE, CHUNK))
+@pytest.mark.proves("S13", "S35", "S36", "S42", "S53", "S55", "S58")
 def test_no_seed_breaks_what_must_hold(first: int) -> None:
     for number in range(first, first + CHUNK):
         verdict = run(str(number))

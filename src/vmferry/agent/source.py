@@ -89,7 +89,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.rescuing = False
         """A rescue tool speaks with QEMU: what it says is not about this attempt, and no effect may come between."""
         self.fd_given = False
-        """The channel's descriptor is in QEMU's hands under its name."""
+        """The channel's descriptor may be in QEMU's hands under its name."""
         self._qemu_word: str | None = None
         self._run_state: str | None = None
         self._events_heard = 0

@@ -237,8 +237,8 @@ async def _start(attempt: SourceAttempt) -> None:
         ticket = channels.Ticket(attempt.job, "main", bytes.fromhex(offer["token"]))
         channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
         attempt.channels.append(channel)
+        attempt.fd_given = True  # before it is known: a QEMU that does not answer in time may take it later
         await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
-        attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
     clear = "in clear text, as it was asked for by name" if attempt.wanted.clear_text else ""
@@ -417,8 +417,9 @@ async def _clean_up(attempt: SourceAttempt) -> None:
 async def _restore_source(attempt: SourceAttempt) -> None:
     """The options that QEMU had before, and no credentials object."""
     machine = attempt.machine
-    if attempt.plan is None or (attempt.fd_given and Fact.STARTED not in attempt.facts):
-        # Without a plan the attempt was taken over from an agent that may have died before it said `migrate`.
+    if attempt.plan is None or attempt.fd_given:
+        # Without a plan the attempt was taken over from an agent that may have died before it said `migrate`. After
+        # `migrate` QEMU has no descriptor of that name any more, and says so.
         with contextlib.suppress(QmpCommandError):
             await machine.execute("closefd", {"fdname": CHANNEL_NAME})
     deadline_s = attempt.clock.now_s() + SETTLE_S
