@@ -170,6 +170,8 @@ class Course:
             site.hosts["a"].script["dirty"] = True
         self.injector.begin()
         more: dict[str, Any] = {"mode": scenario.mode, "settings": list(scenario.settings)}
+        if scenario.clear_text:
+            more["clear_text"] = True
         if scenario.multifd:
             more["multifd"] = scenario.multifd
         if scenario.postcopy_after_passes is not None:
@@ -300,6 +302,9 @@ class Course:
         sockets = [s.label for p in site.kernel.processes if p.host == name and not p.is_dead for s in p.held]
         left += [label for label in sockets if label.startswith("stream")]
         left += [path.name for path in agent.job_directory.iterdir()]
+        for qemu in site.qemus(name):
+            left += [f"object {what}" for what in qemu.state.objects]
+            left += [f"descriptor {what}" for what in qemu.state.descriptors]
         kept = {Path(k.directory).name for k in agent.vms.values()}
         for path in sorted(agent.vm_directory.iterdir()):
             if path.name not in kept and any(entry.suffix != ".log" for entry in path.iterdir()):

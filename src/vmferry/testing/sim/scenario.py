@@ -93,6 +93,8 @@ class Scenario:
     restart_all: bool
     """In the end every agent is restarted, and not only those that are dead."""
     postcopy_after_passes: int | None = None
+    clear_text: bool = False
+    """Asked for by name; else the job has credentials of its own."""
 
 
 def draw(seed: str) -> Scenario:
@@ -117,6 +119,7 @@ def draw(seed: str) -> Scenario:
         faults=tuple(_fault(chance) for _ in range(count)),
         restart_all=chance.random() < 0.5,
         postcopy_after_passes=chance.choice((None, 1, 0)) if mode == "postcopy" else None,
+        clear_text=chance.random() < 0.4,
     )
 
 

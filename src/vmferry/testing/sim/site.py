@@ -6,9 +6,14 @@ Rule 2: an agent's life is a process: `crash` ends it between any two steps, `st
 
 from __future__ import annotations
 
+import atexit
+import functools
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from vmferry.agent import control
 from vmferry.agent.agent import Agent
 from vmferry.agent.config import Address, AgentConfig, PeerConfig
 from vmferry.errors import VmferryError
+from vmferry.pki import authority
 from vmferry.testing.fake_profile import PROFILES
 from vmferry.testing.sim.disk import Disk
 from vmferry.testing.sim.host import Installed, SimClock, SimHost
@@ -28,7 +34,17 @@ from vmferry.testing.sim.trace import Trace
 
 HOSTS = ("a", "b")
 PORT = 7600
+MADE = datetime(2026, 1, 1, tzinfo=UTC)
 VM = "g"
+
+
+@functools.cache
+def certificates() -> Path:
+    """The authority's folder, made once in a process: an agent reads its own at its start."""
+    directory = Path(tempfile.mkdtemp(prefix="vfpki"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    authority.init(directory, {host: (f"10.0.0.{number}",) for number, host in enumerate(HOSTS, 1)}, now=MADE)
+    return directory
 
 
 @dataclass(eq=False)
@@ -132,7 +148,7 @@ class Site:
             runtime_dir=self.directory / host,
             listen=Address(host, PORT),
             migration_ports=(0, 0),
-            clear_text=True,
+            pki_dir=certificates() / host,
             peers={other: PeerConfig(other, (Address(other, PORT),))},
             qemu="qemu",
         )

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from vmferry.pki.authority import AGENT_URI
 from vmferry.testing.sim.kernel import SimProcess, Socket
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """The certificate that the other side would have shown: TLS itself is other rings' to test."""
+
+    host: str
+
+    def getpeercert(self) -> dict[str, Any]:
+        """As `ssl` gives it."""
+        return {"subjectAltName": (("URI", f"{AGENT_URI}{self.host}"),)}
 
 
 class ByteTransport(asyncio.Transport):
@@ -47,7 +60,8 @@ class ByteTransport(asyncio.Transport):
         self.close()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        shown = Shown(self._sock.path.target)
+        return {"ssl_object": shown, "peercert": shown.getpeercert()}.get(name, default)
 
     def can_write_eof(self) -> bool:
         return False
