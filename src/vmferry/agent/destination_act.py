@@ -243,8 +243,10 @@ async def _drop_credentials(attempt: DestinationAttempt) -> None:
     if attempt.machine is None or attempt.machine.is_gone:
         return
     creds = job_credentials.tls_creds_object(attempt.job, "destination", attempt.context.job_directory)
-    try:
-        await attempt.machine.execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""})
-        await attempt.machine.execute("object-del", {"id": creds["id"]})
-    except VmferryError as error:
-        log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
+    unset = ("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""})
+    # Each is sent whatever becomes of the other: a QEMU that does not answer in time carries them out later.
+    for command, arguments in (unset, ("object-del", {"id": creds["id"]})):
+        try:
+            await attempt.machine.execute(command, arguments)
+        except VmferryError as error:
+            log.info("job=%s vm=%s command=%s result=%s", attempt.job, attempt.vm, command, error)
