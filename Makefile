@@ -4,7 +4,7 @@ PYTHON := python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup check cover test real demo bench docs
+.PHONY: help venv setup check cover test real sim demo bench docs
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: setup venv ## all of it: what CI runs
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python tools/coverage_by_module.py
 	@$(BIN)/python tools/run_real.py
+
+sim: venv ## real agents on a clock, a net and QEMUs that are values: SEED=7 (that one), SEEDS=200 (so many), JSON=1
+	@$(BIN)/python -m vmferry.testing.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) --first $(or $(FIRST),0) --jobs $(or $(JOBS),1)) $(if $(JSON),--json)
 
 demo: setup venv ## two hosts on this machine, and a guest that moves between them
 	@$(BIN)/vmferry demo

@@ -24,11 +24,12 @@ from typing import Any
 
 from vmferry import __version__
 from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act
-from vmferry.agent import machine as machines
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
+from vmferry.agent.host import Host, Listening, LocalHost
+from vmferry.agent.machine import Machine
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
@@ -38,7 +39,7 @@ from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.table import Outcome
 from vmferry.errors import NotTrusted
-from vmferry.jobs.journal import Entry, Journal
+from vmferry.jobs.journal import Entry, JournalStore
 from vmferry.pki import tls
 from vmferry.qmp.codec import Event
 from vmferry.qmp.server import QmpServer
@@ -60,10 +61,11 @@ RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED", "RE
 class Agent:
     """A running agent. Made by `start`, ended by `close`."""
 
-    def __init__(self, config: AgentConfig, *, clock: Clock | None = None) -> None:
+    def __init__(self, config: AgentConfig, *, clock: Clock | None = None, host: Host | None = None) -> None:
         self.config = config
         self.clock: Clock = clock or SystemClock()
-        self.journal = Journal(config.journal_path)
+        self.host: Host = host or LocalHost()
+        self.journal: JournalStore = self.host.open_journal(config.journal_path)
         self.job_directory = config.runtime_dir / "jobs"
         self.vm_directory = config.runtime_dir / "vms"
         for directory in (config.runtime_dir, self.job_directory, self.vm_directory):
@@ -80,7 +82,9 @@ class Agent:
         self.results: dict[str, dict[str, Any]] = {}
         """Ended source jobs, by id: what `status` shows."""
         context = None if self._is_clear else tls.client_context(self._pki)
-        self.peers = Peers(config.peers, context, clock=self.clock, on_event=self.on_peer_event)
+        self.peers = Peers(
+            config.peers, context, clock=self.clock, on_event=self.on_peer_event, connect=self.host.connect
+        )
         self.control_server = QmpServer(
             self._on_control, version=VERSION, clock=self.clock, name="control", prompt=PROMPT_FOR_PEOPLE
         )
@@ -90,7 +94,7 @@ class Agent:
         self.planner = Planner(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
-        self._listener: asyncio.Server | None = None
+        self._listener: Listening | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._places_by_vm: dict[str, str] = {}
 
@@ -112,13 +116,13 @@ class Agent:
 
     async def start(self) -> None:
         """Restores what the journal says, then listens. Raises Unfit, Busy or NotTrusted; nothing is changed."""
-        await self.control_server.listen_unix(str(self.config.control_socket))
+        await self.host.listen_for_people(self.control_server, self.config.control_socket)
         try:
             await restore(self)
             if self.config.listen is not None:
                 context = None if self._is_clear else tls.server_context(self._pki)
-                self._listener = await asyncio.start_server(
-                    self._on_connection, self.config.listen.host, self.config.listen.port, ssl=context
+                self._listener = await self.host.listen_for_agents(
+                    self._on_connection, self.config.listen.host, self.config.listen.port, context
                 )
         except BaseException:
             await self.control_server.close()
@@ -258,11 +262,11 @@ class Agent:
         job = self._places_by_vm.get(vm)
         return self.places.get(job) if job else None
 
-    async def launch(self, name: str, argv: list[str], runtime: RuntimePaths) -> machines.Machine:
+    async def launch(self, name: str, argv: list[str], runtime: RuntimePaths) -> Machine:
         """A new QEMU. Raises SpecError with QEMU's words; nothing is left then."""
         make_directory(runtime.directory)
         try:
-            return await machines.launch(name, argv, runtime, clock=self.clock)
+            return await self.host.launch(name, argv, runtime, clock=self.clock)
         except BaseException:
             remove_directory(Path(runtime.directory), keep_logs=False)
             raise

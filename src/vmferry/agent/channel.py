@@ -36,7 +36,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from vmferry.agent import descriptors
 from vmferry.errors import HostUnreachable, NotTrusted, Unfit, VmferryError
@@ -98,6 +98,40 @@ class TcpInfo:
     received_bytes: int
     unsent_bytes: int
     delivery_bytes_per_s: int
+
+
+class ChannelEnd(Protocol):
+    """One end of a connected channel, as attempts use it; `Channel` says what each means."""
+
+    name: str
+
+    def fileno(self) -> int: ...
+
+    @property
+    def is_entrusted(self) -> bool: ...
+
+    @property
+    def is_cut(self) -> bool: ...
+
+    def entrust(self, pid: int) -> bool: ...
+
+    def is_held_by(self, pid: int) -> bool: ...
+
+    def cut(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ChannelDoor(Protocol):
+    """Where a job's channels arrive, as attempts use it; `ChannelListener` says what each means."""
+
+    addresses: tuple[Address, ...]
+
+    def expect(self, channel: str) -> Ticket: ...
+
+    async def arrived(self, channel: str, *, deadline_s: float) -> ChannelEnd: ...
+
+    async def close(self) -> None: ...
 
 
 class Channel:
@@ -217,7 +251,7 @@ class Channel:
                 connection.close()
 
 
-def cut_what_was_let_go(channels: Iterable[Channel], pid: int) -> None:
+def cut_what_was_let_go(channels: Iterable[ChannelEnd], pid: int) -> None:
     """Rule 2's duty of an owner whose channels could not be entrusted: where QEMU let go, the peer must learn it."""
     for channel in channels:
         if not channel.is_entrusted and not channel.is_cut and not channel.is_held_by(pid):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmferry.agent.config import AgentConfig
+from vmferry.agent.host import Host
 from vmferry.agent.peers import Peers
 from vmferry.clock import Clock
 from vmferry.core.table import Outcome
-from vmferry.jobs.journal import Journal
+from vmferry.jobs.journal import JournalStore
 from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Context(Protocol):
 
     config: AgentConfig
     clock: Clock
-    journal: Journal
+    journal: JournalStore
+    host: Host
     peers: Peers
     job_directory: Path
     """Where credentials of jobs lie."""

@@ -20,8 +20,9 @@ import contextlib
 import logging
 from typing import Any
 
-from vmferry.agent.channel import Channel, ChannelListener, cut_what_was_let_go
+from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
+from vmferry.agent.host import Freezes
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import destination_findings
@@ -38,7 +39,6 @@ from vmferry.jobs.journal import Entry
 from vmferry.pki.job_credentials import JobCredentials
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpTimeout
-from vmferry.vm.freeze import Freezer
 from vmferry.vm.runtime import RuntimePaths
 
 log = logging.getLogger("vmferry.agent")
@@ -60,11 +60,11 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.machine: Machine | None = None
         self.credentials: JobCredentials | None = None
         self.peer_ca: bytes | None = None
-        self.listener: ChannelListener | None = None
-        self.channels: list[Channel] = []
+        self.listener: ChannelDoor | None = None
+        self.channels: list[ChannelEnd] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
-        self.freezer: Freezer | None = None
+        self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
         self.cpu_threads: tuple[int, ...] = ()
         """The vCPUs' thread ids: asked for while QEMU answers, needed when it does not."""

@@ -6,8 +6,7 @@ import asyncio
 import logging
 from typing import Any, assert_never
 
-from vmferry.agent import channel as channels
-from vmferry.agent import machine as machines
+from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.source_act import CHANNEL_NAME, set_options
@@ -20,7 +19,6 @@ from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.vm import hardware
-from vmferry.vm.freeze import Freezer
 
 log = logging.getLogger("vmferry.agent")
 
@@ -61,7 +59,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     definition = VmDefinition.from_wire(place.definition)
     argv = definition.incoming_argv(attempt.runtime, context.config.qemu)
     make_directory(attempt.runtime.directory)
-    launching = asyncio.create_task(machines.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
+    launching = asyncio.create_task(context.host.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
     try:
         await asyncio.sleep(0)  # the process is there; what does not need it is made while it starts
         credentials = _make_credentials(attempt)
@@ -86,9 +84,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
         offer["uri"] = await _listen_inside(attempt)
     else:
         first, last = context.config.migration_ports
-        listener = await channels.ChannelListener.open(
-            attempt.job, [context.config.data_address], ports=range(first, last + 1)
-        )
+        listener = await context.host.open_channels(attempt.job, [context.config.data_address], range(first, last + 1))
         attempt.listener = listener
         offer["token"] = listener.expect("main").token.hex()
         offer["addresses"] = [list(address) for address in listener.addresses]
@@ -165,7 +161,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
         raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
     await attempt.until_cut_off(deadline_s=PAUSE_S)
     first, last = config.migration_ports
-    listener = await channels.ChannelListener.open(attempt.job, [config.data_address], ports=range(first, last + 1))
+    listener = await attempt.context.host.open_channels(attempt.job, [config.data_address], range(first, last + 1))
     if attempt.listener is not None:
         await attempt.listener.close()
     attempt.listener = listener
@@ -178,7 +174,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
 
 
-async def _accept_again(attempt: DestinationAttempt, listener: channels.ChannelListener, name: str) -> None:
+async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str) -> None:
     machine, recovering = attempt.machine, attempt.recovering
     assert machine is not None
     channel = None
@@ -258,7 +254,7 @@ async def _freeze(attempt: DestinationAttempt) -> None:
         await _learn_threads(attempt)
     if not attempt.cpu_threads:
         raise QemuError(f"{attempt.vm}: which threads are its CPUs is not known", guest="running-on-destination")
-    freezer = Freezer(machine.pid)
+    freezer = attempt.context.host.freezer(machine.pid)
     for _ in range(FREEZE_TRIES):
         await freezer.freeze(attempt.cpu_threads)
         if not answered or await _answers(attempt):
@@ -323,8 +319,10 @@ async def _drop_credentials(attempt: DestinationAttempt) -> None:
     if attempt.machine is None or attempt.machine.is_gone:
         return
     creds = job_credentials.tls_creds_object(attempt.job, "destination", attempt.context.job_directory)
-    try:
-        await attempt.machine.execute("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""})
-        await attempt.machine.execute("object-del", {"id": creds["id"]})
-    except VmferryError as error:
-        log.info("job=%s vm=%s command=object-del result=%s", attempt.job, attempt.vm, error)
+    unset = ("migrate-set-parameters", {"tls-creds": "", "tls-hostname": ""})
+    # Each is sent whatever becomes of the other: a QEMU that does not answer in time carries them out later.
+    for command, arguments in (unset, ("object-del", {"id": creds["id"]})):
+        try:
+            await attempt.machine.execute(command, arguments)
+        except VmferryError as error:
+            log.info("job=%s vm=%s command=%s result=%s", attempt.job, attempt.vm, command, error)

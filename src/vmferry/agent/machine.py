@@ -3,8 +3,8 @@
 Theory of operation
 -------------------
 A QEMU outlives the agent (own session, see `vm.spawn`); a restarted agent attaches again over the QMP socket.
-The machine watches the process by a pidfd, so its end is seen at once and never mistaken for a silent QMP. When
-the session breaks and the process lives, `reattach` connects again.
+The machine watches the process by a pidfd (`Process`), so its end is seen at once and never mistaken for a silent
+QMP. When the session breaks and the process lives, `reattach` connects again.
 
 Rule 1: `is_gone` is true only after the kernel said that the process ended.
 Rule 2: `kill` is carried out for whoever holds a row that asks for it; nothing here kills on its own account.
@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from vmferry.clock import Clock
 from vmferry.errors import QemuError
@@ -42,22 +42,78 @@ COMMAND_S = 5.0
 EventHandler = Callable[[Event], None]
 
 
+class Process(Protocol):
+    """A process as the kernel lets somebody hold it: by a name that no other process can take over."""
+
+    async def wait_exit(self) -> int | None:
+        """Until it has ended; its status if the kernel tells."""
+
+    def kill(self) -> None:
+        """SIGKILL. Raises ProcessLookupError when it has ended."""
+
+    def close(self) -> None:
+        """Gives the hold up; the process is not touched. May be called twice."""
+
+
+class Connect(Protocol):
+    """How to get a QMP session at a path: `qmp.client.connect_unix`."""
+
+    async def __call__(
+        self, path: str, *, name: str | None = None, on_event: EventHandler | None = None, deadline_s: float = ...
+    ) -> QmpClient: ...
+
+
+class EndedProcess:
+    """A process that had ended before anybody could hold it."""
+
+    async def wait_exit(self) -> int | None:
+        return None
+
+    def kill(self) -> None:
+        raise ProcessLookupError
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class PidfdProcess:
+    """A process of this host. Owns its pidfd."""
+
+    def __init__(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+
+    async def wait_exit(self) -> int | None:
+        return await vm_spawn.wait_exit(self._pidfd)
+
+    def kill(self) -> None:
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
 class Machine:
     """A QEMU process and the session with it. Lives on the agent's loop; `close` ends the session only."""
 
-    def __init__(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, pidfd: int | None, clock: Clock) -> None:
-        """`pidfd` None: the process is gone already; it answers nothing and never comes back."""
+    def __init__(
+        self,
+        vm: str,
+        identity: ProcessIdentity,
+        qmp_path: str,
+        *,
+        process: Process,
+        clock: Clock,
+        connect: Connect = qmp_client.connect_unix,
+    ) -> None:
         self.vm, self.identity, self.qmp_path, self.clock = vm, identity, qmp_path, clock
         self.client: QmpClient | None = None
         self.on_event: EventHandler | None = None
         self.on_gone: Callable[[], None] | None = None
-        self._pidfd = -1 if pidfd is None else pidfd
+        self._process, self._connect = process, connect
         self._gone = asyncio.Event()
-        self._watch: asyncio.Task[None] | None = None
-        if pidfd is None:
-            self._gone.set()
-        else:
-            self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
+        self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
         self._attaching = asyncio.Lock()
 
     @property
@@ -87,7 +143,7 @@ class Machine:
                 return self.client
             if self.is_gone:
                 raise QemuError(f"the QEMU of {self.vm} (process {self.pid}) is gone", guest="unknown")
-            self.client = await qmp_client.connect_unix(
+            self.client = await self._connect(
                 self.qmp_path, name=f"the QEMU of {self.vm}", on_event=self.hear, deadline_s=deadline_s
             )
             return self.client
@@ -152,7 +208,7 @@ class Machine:
         """SIGKILL to exactly this process; True once the kernel says that it is gone."""
         if not self.is_gone:
             try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._process.kill()
             except ProcessLookupError:
                 log.debug("vm=%s pid=%d was gone before the kill", self.vm, self.pid)
         return await self.wait_gone(deadline_s=deadline_s)
@@ -160,17 +216,14 @@ class Machine:
     async def close(self) -> None:
         """Ends the session and the watching. The process is not touched."""
         self.on_event = self.on_gone = None
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        self._watch.cancel()
+        await asyncio.gather(self._watch, return_exceptions=True)
         if self.client is not None:
             await self.client.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        self._process.close()
 
     async def _watch_exit(self) -> None:
-        status = await vm_spawn.wait_exit(self._pidfd)
+        status = await self._process.wait_exit()
         log.info("vm=%s pid=%d result=exited status=%s", self.vm, self.pid, status)
         self._gone.set()
         if self.on_gone is not None:
@@ -195,7 +248,7 @@ async def launch(
                 await asyncio.sleep(SOCKET_POLL_S)
 
     spawned, client = await vm_spawn.start(argv, runtime=runtime, ready=connected, timeout_s=deadline_s)
-    machine = Machine(vm, spawned.identity, runtime.qmp_path, pidfd=spawned.pidfd, clock=clock)
+    machine = Machine(vm, spawned.identity, runtime.qmp_path, process=PidfdProcess(spawned.pidfd), clock=clock)
     machine.client = client
     client.subscribe(machine.hear)
     return machine
@@ -206,9 +259,11 @@ def attach_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: 
     pidfd = vm_spawn.open_process(identity)
     if pidfd is None:
         return None
-    return Machine(vm, identity, qmp_path, pidfd=pidfd, clock=clock)
+    return Machine(vm, identity, qmp_path, process=PidfdProcess(pidfd), clock=clock)
 
 
-def gone_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine:
-    """The machine of a process that is known to be gone: it only says so."""
-    return Machine(vm, identity, qmp_path, pidfd=None, clock=clock)
+def ended(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine:
+    """The machine of a process that is known to be gone."""
+    machine = Machine(vm, identity, qmp_path, process=EndedProcess(), clock=clock)
+    machine._gone.set()
+    return machine

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vmferry.agent.config import PeerConfig
@@ -45,18 +45,27 @@ its meaning; an agent speaks its own and the one before."""
 PROTOCOLS_SPOKEN = frozenset({PROTOCOL, PROTOCOL - 1} - {0})
 
 PeerEvent = Callable[[str, Event], None]
+Connect = Callable[[str, int, ssl.SSLContext | None], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
 class PeerLink:
     """The link to one peer; lives on the agent's loop."""
 
-    def __init__(self, peer: PeerConfig, context: ssl.SSLContext | None, *, clock: Clock, on_event: PeerEvent) -> None:
+    def __init__(
+        self,
+        peer: PeerConfig,
+        context: ssl.SSLContext | None,
+        *,
+        clock: Clock,
+        on_event: PeerEvent,
+        connect: Connect,
+    ) -> None:
         self.peer, self.clock = peer, clock
         self.clock_offset_s: float | None = None
         """The peer's wall clock minus ours, measured at connect to half a round trip."""
         self.round_trip_s: float | None = None
         self._context = context
-        self._on_event = on_event
+        self._on_event, self._connect = on_event, connect
         self._client: QmpClient | None = None
         self._dialling = asyncio.Lock()
         self._failed_at_s = float("-inf")
@@ -122,7 +131,7 @@ class PeerLink:
         raise failure
 
     async def _dial(self, host: str, port: int) -> QmpClient:
-        reader, writer = await asyncio.open_connection(host, port, ssl=self._context)
+        reader, writer = await self._connect(host, port, self._context)
         try:
             tune(writer.get_extra_info("socket"))
             if self._context is not None:
@@ -177,7 +186,10 @@ class PeerLink:
             await client.close()
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket | None) -> None:
+    """What an agents' link needs of the kernel; a connection that is no socket (a simulated one) needs nothing."""
+    if sock is None:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
@@ -193,8 +205,12 @@ class Peers:
         *,
         clock: Clock,
         on_event: PeerEvent,
+        connect: Connect,
     ) -> None:
-        self.links = {name: PeerLink(peer, context, clock=clock, on_event=on_event) for name, peer in peers.items()}
+        self.links = {
+            name: PeerLink(peer, context, clock=clock, on_event=on_event, connect=connect)
+            for name, peer in peers.items()
+        }
 
     def link(self, name: str) -> PeerLink:
         """Raises UnknownHost, naming the hosts that are known."""

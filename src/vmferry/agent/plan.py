@@ -30,7 +30,7 @@ from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
 from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
 from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
 from vmferry.pki import job_credentials
-from vmferry.vm import image_locks, probe, probe_host, probe_qemu
+from vmferry.vm import image_locks, probe, probe_qemu
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -109,7 +109,7 @@ class Planner:
         if self._facts is None or (self._facts.done() and self._facts.exception() is not None):
             config = self.agent.config
             self._facts = asyncio.create_task(
-                probe_qemu.qemu_facts(config.qemu, state_directory=config.state_dir), name="probe-qemu"
+                self.agent.host.qemu_facts(config.qemu, config.state_dir), name="probe-qemu"
             )
             self.agent.keep_task(self._facts)
 
@@ -141,7 +141,7 @@ class Planner:
             name=config.name,
             agent_version=__version__,
             qemu_binary=config.qemu,
-            memory_available_bytes=probe_host.memory().available_bytes,
+            memory_available_bytes=agent.host.memory_available_bytes(),
             userfaultfd=self._uffd(),
             disks={disk.path: _disk_report(disk, config.name) for disk in disks},
             vms=frozenset(agent.vms) | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
@@ -151,7 +151,7 @@ class Planner:
         )
         first, last = config.migration_ports
         if first and config.listen is not None:
-            free = probe_host.free_port(first, last, address=config.data_address)
+            free = agent.host.free_port(first, last, config.data_address)
             report = replace(report, ports_free={first if free is None else free: free is not None})
         try:
             facts = await self.qemu_facts()
@@ -171,7 +171,7 @@ class Planner:
 
     def _uffd(self) -> bool | None:
         if self._userfaultfd is None:
-            self._userfaultfd = probe_host.userfaultfd().works
+            self._userfaultfd = self.agent.host.has_userfaultfd()
         return self._userfaultfd
 
     # --- one plan ---

@@ -23,9 +23,10 @@ from vmferry.agent import channel as channels
 from vmferry.agent import rescue
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.facts import Fact
-from vmferry.errors import QemuError
+from vmferry.errors import HostUnreachable, QemuError, VmferryError
 
 OFFER_S = 10.0
+TARGET_S = 1.5
 DIAL_S = 5.0
 TAKEN_S = 10.0
 HANDSHAKE_S = 20.0
@@ -43,11 +44,18 @@ async def reconnect(attempt: SourceAttempt) -> None:
     if (await machine.migration()).get("status") != "postcopy-paused":
         # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
         await machine.execute("migrate-pause", oob=True)
-    offer = await _ask(attempt, "peer-reconnect", deadline_s=OFFER_S)
+    try:
+        offer = await _ask(attempt, "peer-reconnect", deadline_s=OFFER_S)
+    except HostUnreachable:
+        raise
+    except VmferryError:
+        # It is there and will not wait for a channel: that it renounced, or has every page, is why, and leads on.
+        attempt.hear_target(await _ask(attempt, "peer-target", deadline_s=TARGET_S))
+        raise
     attempt.set_readings(target_answers=True)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
-    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+    channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
     attempt.channels.append(channel)
     try:
         await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))

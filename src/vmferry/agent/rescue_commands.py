@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import fences, guest_memory, rescue, rescue_feed
+from vmferry.agent import fences, guest_memory, rescue_feed
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
@@ -142,7 +142,8 @@ async def _lead_out(agent: Agent, arguments: RescueArguments, tool: Tool) -> dic
     if vm not in agent.vms:
         raise UnknownVm(f"{agent.config.name} has no VM named {vm}")
     machine = agent.vms[vm].require_machine()
-    body = rescue.bring_back if tool is Tool.BRING_BACK else rescue.throw_away
+    tools = agent.host.rescue
+    body = tools.bring_back if tool is Tool.BRING_BACK else tools.throw_away
     async with at_work(agent, vm) as tell:
         proof = proof_for(agent, vm, tool, never_ran=arguments.never_ran)
         # With an attempt its table starts the guest, once the tool is done: it knows whether it ran before.

@@ -7,7 +7,8 @@ For every job that has no end, an attempt is made with the facts that the journa
 
 * a commit without a known answer counts as sent, so only the destination's word leads back;
 * QEMU's own status word tells how far the rest got, through the same funnel as its events (`observe`);
-* a job that QEMU never began ends as failed ("the agent restarted"), and its place is released.
+* a job that QEMU never began ends as failed ("the agent restarted"), and its place is released;
+* a QEMU that ended meanwhile is a fact (SOURCE_GONE), as if it had ended just now.
 
 Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest the journal gave away for good (exactly
         that process, by its identity); everything else is the first tick's to decide.
@@ -16,7 +17,6 @@ Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest t
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,7 +32,6 @@ from vmferry.core.facts import Fact
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
 from vmferry.pki import job_credentials
-from vmferry.vm import spawn as vm_spawn
 from vmferry.vm.spawn import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ async def restore(agent: Agent) -> None:
     state = replay(agent.journal.read())
     for identity in state.retired:
         # Journalled after the destination ran the guest and had every page; the agent died before it ended this one.
-        if vm_spawn.kill(ProcessIdentity(**identity)):
+        if agent.host.kill(ProcessIdentity(**identity)):
             log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
     for body in state.vms.values():
         await _attach(agent, KeptVm.from_journal(body))
@@ -67,7 +66,7 @@ async def restore(agent: Agent) -> None:
 
 
 async def _attach(agent: Agent, kept: KeptVm) -> None:
-    kept.machine = machines.attach_process(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
+    kept.machine = agent.host.attach(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     if kept.machine is None:
         log.warning("vm=%s pid=%d result=gone since the agent last ran", kept.name, kept.identity.pid)
     else:
@@ -86,11 +85,11 @@ async def _source(agent: Agent, job: JobState) -> None:
         return
     kept = agent.vms.get(wanted.vm)
     if kept is None:
-        await _source_without_qemu(agent, job, wanted)
+        await _given_away(agent, job, wanted)
         return
     if kept.machine is None:
         # It died while no agent ran. What the destination has may be the only copy: it is asked, as in any attempt.
-        kept.machine = machines.gone_process(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
+        kept.machine = machines.ended(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
     attempt.apply_policy(wanted.policy.changed(job.policy))
@@ -130,8 +129,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     agent.run_attempt(attempt)
 
 
-async def _source_without_qemu(agent: Agent, job: JobState, wanted: Wanted) -> None:
-    """The VM was given away (no KEPT), and its QEMU retired after the destination ran."""
+async def _given_away(agent: Agent, job: JobState, wanted: Wanted) -> None:
+    """The VM is not kept here any more: its QEMU was retired after the destination ran it with every page."""
     ended = {
         "job": job.job,
         "vm": wanted.vm,
@@ -158,12 +157,12 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         ran = job.ended is not None and job.ended.get("outcome") == "destination"
         agent.known_jobs[job.job] = {
             "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
-            "loaded": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
+            "loaded": ran, "whole": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
         }  # fmt: skip
         return
     attempt = DestinationAttempt(agent, place)
     attempt.policy = place.policy.changed(job.policy)
-    identity = find_qemu(place.directory)
+    identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
     if kept is not None and kept.generation == place.generation and kept.machine is not None:
         attempt.use(kept.machine)
@@ -172,7 +171,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         attempt.note(Fact.TARGET_RAN, by="journal")
         attempt.note(Fact.RUN_ACKED, by="journal")
     elif identity is not None:
-        machine = machines.attach_process(place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock)
+        machine = agent.host.attach(place.vm, identity, attempt.runtime.qmp_path, clock=agent.clock)
         if machine is not None:
             attempt.use(machine)
     if job.committed_generation is not None:
@@ -195,22 +194,6 @@ async def _may_have_run(attempt: DestinationAttempt) -> bool:
     except QemuError as error:
         log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
         return True
-
-
-def find_qemu(directory: str) -> ProcessIdentity | None:
-    """The process whose command line has this runtime directory: an agent may die between starting a QEMU
-    and writing down which process it is."""
-    needle = f"{directory}/".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            cmdline = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue  # it ended meanwhile
-        if needle in cmdline and b"qmp.sock" in cmdline:
-            return vm_spawn.identify(int(entry.name))
-    return None
 
 
 def _remove_left_overs(agent: Agent) -> None:

@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vmferry.agent import fences
-from vmferry.agent.channel import Channel, cut_what_was_let_go
+from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
@@ -78,8 +78,8 @@ class SourceAttempt(AttemptLoop[Effect]):
     def __init__(self, context: Context, wanted: Wanted, kept: KeptVm) -> None:
         super().__init__(job=wanted.job, vm=wanted.vm, clock=context.clock)
         self.context, self.wanted, self.kept = context, wanted, kept
-        assert kept.machine is not None, "a guest that moves has, or had, a process"
-        self.machine: Machine = kept.machine
+        assert kept.machine is not None, "a VM that is kept was started, here or before"
+        self.machine: Machine = kept.machine  # its process may be gone, which the loop then finds
         self.readings = Readings()
         self.measured = Measured(started_s=wanted.wanted_s or context.clock.wall_s())
         self.plan: Plan | None = None
@@ -90,7 +90,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.outcome_at_end: Outcome | None = None
         self.credentials: JobCredentials | None = None
         self.offer: dict[str, Any] = {}
-        self.channels: list[Channel] = []
+        self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
         self.progress = Progress()
@@ -110,7 +110,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.has_run_since = False
         """The guest was seen running here after the switchover: its memory is not what the destination lacks."""
         self.fd_given = False
-        """The channel's descriptor is in QEMU's hands under its name."""
+        """The channel's descriptor may be in QEMU's hands under its name."""
         self._qemu_word: str | None = None
         self._run_state: str | None = None
         self._events_heard = 0
@@ -263,6 +263,10 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.set_readings(target_is_cut_off=cut_off > self.healed_round)
         if facts.get("whole"):
             self.note(Fact.TARGET_WHOLE, by="destination agent")
+            # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it waits for ever, or calls
+            # it a failure. A guest that runs there with every page has arrived all the same.
+            for fact in (Fact.ALL_SENT, Fact.PEER_ACK) if facts.get("ran") else ():
+                self.note(fact, text="the destination's agent", by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):

@@ -7,6 +7,7 @@ docstring; `SourceAttempt.on_trouble` turns the exception into a fact or a readi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
 from vmferry.core.options import Mode, differences
+from vmferry.core.table import Outcome
 from vmferry.core.view import Source, is_fenced, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
@@ -259,10 +261,10 @@ async def _start(attempt: SourceAttempt) -> None:
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
     else:
         ticket = channels.Ticket(attempt.job, "main", bytes.fromhex(offer["token"]))
-        channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+        channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
         attempt.channels.append(channel)
+        attempt.fd_given = True  # before it is known: a QEMU that does not answer in time may take it later
         await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
-        attempt.fd_given = True
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
     clear = "in clear text, as it was asked for by name" if attempt.wanted.clear_text else ""
@@ -333,10 +335,7 @@ async def cut(attempt: SourceAttempt) -> None:
 
 async def _retire(attempt: SourceAttempt) -> None:
     """Ends the source's QEMU: the destination runs the guest. Journalled first, so that a restart agrees."""
-    attempt.kept.is_leaving = True
-    await attempt.context.journal.append(
-        Entry.FORGOTTEN, attempt.vm, {"job": attempt.job, "identity": asdict(attempt.machine.identity)}
-    )
+    await _forget(attempt)
     attempt.measured.ended_s = attempt.clock.wall_s()
     try:
         attempt.count(await attempt.machine.migration())  # the last word on bytes and times
@@ -345,6 +344,14 @@ async def _retire(attempt: SourceAttempt) -> None:
     await attempt.machine.quit()
     attempt.note(Fact.SOURCE_RETIRED)
     attempt.note(Fact.SOURCE_GONE, by="kernel")
+
+
+async def _forget(attempt: SourceAttempt) -> None:
+    """This host does not keep the guest any more. Durable when this returns; raises Unfit."""
+    await attempt.context.journal.append(
+        Entry.FORGOTTEN, attempt.vm, {"job": attempt.job, "identity": asdict(attempt.machine.identity)}
+    )
+    attempt.kept.is_leaving = True
 
 
 def _note_target_lost(attempt: SourceAttempt) -> None:
@@ -380,6 +387,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
     """Gives back everything of the attempt and journals its end. A trouble here keeps nobody from ending."""
     outcome = attempt.row().outcome
     view = source_view(attempt.facts, attempt.readings)
+    if outcome is Outcome.DESTINATION and not attempt.kept.is_leaving:
+        await _forget(attempt)  # its QEMU ended before anybody retired it
     for channel in attempt.channels:
         channel.cut()
         channel.close()
@@ -416,8 +425,11 @@ async def _clean_up(attempt: SourceAttempt) -> None:
 async def _restore_source(attempt: SourceAttempt) -> None:
     """The options that QEMU had before, and no credentials object."""
     machine = attempt.machine
-    if attempt.fd_given and Fact.STARTED not in attempt.facts:
-        await machine.execute("closefd", {"fdname": CHANNEL_NAME})
+    if attempt.plan is None or attempt.fd_given:
+        # Without a plan the attempt was taken over from an agent that may have died before it said `migrate`. After
+        # `migrate` QEMU has no descriptor of that name any more, and says so.
+        with contextlib.suppress(QmpCommandError):
+            await machine.execute("closefd", {"fdname": CHANNEL_NAME})
     deadline_s = attempt.clock.now_s() + SETTLE_S
     while (await machine.migration()).get("status") in ("failing", "cancelling"):
         if attempt.clock.now_s() > deadline_s:

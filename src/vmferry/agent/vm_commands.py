@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmferry import __version__
-from vmferry.agent import machine as machines
 from vmferry.agent.claims import HINT
 from vmferry.agent.directories import remove_directory
+from vmferry.agent.machine import Machine
 from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
 from vmferry.errors import Busy, QemuError, SpecError, UsageError, VmferryError
@@ -174,7 +174,7 @@ async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.Adopte
             hint = f"nothing is left to do: 'vmferry status {kept.name}' shows it"
             raise Busy(f"that QEMU is kept already, as {kept.name}", side="client", retry="no", hint=hint)
     kinds = await asyncio.to_thread(vm_adopt.host_kinds, found)
-    machine = machines.attach_process(arguments.vm, found.identity, arguments.qmp, clock=agent.clock)
+    machine = agent.host.attach(arguments.vm, found.identity, arguments.qmp, clock=agent.clock)
     if machine is None:
         raise QemuError(f"the process behind {arguments.qmp} has just ended")
     try:
@@ -198,7 +198,7 @@ async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.Adopte
 
 
 async def _definition_of_adopted(
-    arguments: AdoptArguments, machine: machines.Machine, found: vm_adopt.AdoptedVm, kinds: dict[str, Any]
+    arguments: AdoptArguments, machine: Machine, found: vm_adopt.AdoptedVm, kinds: dict[str, Any]
 ) -> VmDefinition:
     known = await machine.execute("query-machines")
     aliases = {m["alias"]: m["name"] for m in known if "alias" in m}

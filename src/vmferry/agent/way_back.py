@@ -58,14 +58,24 @@ async def bring_back(attempt: SourceAttempt) -> None:
     """Raises as `rescue.bring_back`; the guest is then whole and paused as before, and it is tried again."""
     for channel in attempt.channels:
         channel.cut()  # a recovery that hangs half-way ends, and with it what would refuse the tool
-    report = await _unless_over(attempt, rescue.bring_back(attempt.machine, proof_of(attempt, Effect.BRING_BACK)))
+    report = await _unless_over(
+        attempt,
+        attempt.context.host.rescue.bring_back(
+            attempt.machine, proof_of(attempt, Effect.BRING_BACK), then_run=False, tell=rescue.tell_nobody
+        ),
+    )
     if report is not None:
         attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
 
 
 async def throw_away(attempt: SourceAttempt) -> None:
     """Raises as `rescue.throw_away`; the guest is then whole and paused as before, and it is tried again."""
-    report = await _unless_over(attempt, rescue.throw_away(attempt.machine, proof_of(attempt, Effect.THROW_AWAY)))
+    report = await _unless_over(
+        attempt,
+        attempt.context.host.rescue.throw_away(
+            attempt.machine, proof_of(attempt, Effect.THROW_AWAY), then_run=False, tell=rescue.tell_nobody
+        ),
+    )
     if report is not None:
         attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vmferry.errors import Unfit
 
@@ -144,6 +144,19 @@ def replay(entries: Iterable[Written]) -> Replayed:
 
 KEEP_ENDED_JOBS = 200
 """Results of ended jobs that are kept over a restart; older ones are forgotten with their entries."""
+
+
+class JournalStore(Protocol):
+    """A journal as an agent uses it; `Journal` is the one on a disk."""
+
+    async def append(self, kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        """Adds one entry; it is durable when this returns. Raises Unfit: then the entry is not there."""
+
+    def read(self) -> list[Written]:
+        """All entries, oldest first."""
+
+    def close(self) -> None:
+        """Gives the journal back."""
 
 
 class Journal:

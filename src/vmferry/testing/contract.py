@@ -19,7 +19,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vmferry.qmp import client as qmp_client
 from vmferry.qmp.client import QmpClient
@@ -43,11 +43,18 @@ async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.005)
 
 
-class Side:
-    """One QEMU and the session with it."""
+class End(Protocol):
+    """One end of a connection that can be given to a QEMU: a socket, or the simulator's idea of one."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class Side:
+    """One QEMU and the session with it. `RealSide` is a process; the simulator has another one."""
+
+    def __init__(self) -> None:
         self.seen: list[str] = []
         """Status words, and STOP, RESUME, SHUTDOWN, in their order."""
         self._client: QmpClient | None = None
@@ -64,17 +71,9 @@ class Side:
         """The newer behaviour: postcopy-device, failing."""
         return self.client.version >= (10, 2, 0)
 
-    async def attach(self, path: Path) -> None:
-        """Connects as soon as the process listens."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                try:
-                    self._client = await qmp_client.connect_unix(str(path), on_event=self._on_event)
-                except QmpDisconnected:
-                    assert self.process.poll() is None, "QEMU ended at its start"
-                    await asyncio.sleep(0.005)  # a socket file has no event
-                else:
-                    return
+    def use(self, client: QmpClient) -> None:
+        """The session is there."""
+        self._client = client
 
     async def execute(self, name: str, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
         """One command."""
@@ -117,14 +116,18 @@ class Side:
 
     async def kill(self) -> None:
         """A crash."""
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
+        raise NotImplementedError
+
+    async def ended(self) -> int:
+        """The exit status, once the process has ended by itself."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """What was seen so far does not count any more."""
         self.seen.clear()
 
-    def _on_event(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
+        """For whoever makes the session."""
         if event.name == "MIGRATION":
             self.seen.append(str(event.data["status"]))
         elif event.name in ("STOP", "RESUME", "SHUTDOWN"):
@@ -132,17 +135,50 @@ class Side:
         self._moved.set()
 
 
+class RealSide(Side):
+    """A program that runs."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        super().__init__()
+        self.process = process
+
+    async def attach(self, path: Path) -> None:
+        """Connects as soon as the process listens."""
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                try:
+                    self.use(await qmp_client.connect_unix(str(path), on_event=self.on_event))
+                except QmpDisconnected:
+                    assert self.process.poll() is None, "QEMU ended at its start"
+                    await asyncio.sleep(0.005)  # a socket file has no event
+                else:
+                    return
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+    async def ended(self) -> int:
+        return await asyncio.to_thread(self.process.wait, DEADLINE_S)
+
+
 class Pair:
     """A running source and a waiting destination."""
 
     def __init__(self, source: Side, destination: Side) -> None:
         self.source, self.destination = source, destination
-        self._channel: socket.socket | None = None
+        self.channel: End | None = None
         """The source's end. The other end is the destination's alone, so that its death is seen as it is."""
         self.may_answer = asyncio.Event()
         """With `holds_answers`: from now on the source hears what the destination says."""
-        self._pumps: list[asyncio.Task[None]] = []
-        self._relay: tuple[socket.socket, ...] = ()
+
+    def connected(self) -> tuple[End, End]:
+        """A connection: the source's end and the destination's."""
+        raise NotImplementedError
+
+    def held_back(self, far: End) -> End:
+        """The destination's end of a channel whose answers wait for `may_answer`."""
+        raise NotImplementedError
 
     async def begin(
         self,
@@ -160,10 +196,10 @@ class Pair:
         await self._set(self.source, {**common, "pause-before-switchover": pause})
         rate = SLOW_BYTES_PER_S if slow else FAST_BYTES_PER_S
         await self.source.execute("migrate-set-parameters", {"max-bandwidth": rate})
-        left, right = _connected()
-        self._channel = left
+        left, right = self.connected()
+        self.channel = left
         if holds_answers:
-            right = self._relayed(right)
+            right = self.held_back(right)
         await self._give(self.destination, right)
         right.close()
         arguments: dict[str, Any] = {"uri": "fd:channel"}
@@ -172,15 +208,6 @@ class Pair:
         await self.destination.execute("migrate-incoming", arguments)
         await self._give(self.source, left)
         await self.source.execute("migrate", {"uri": "fd:channel"})
-
-    def _relayed(self, far: socket.socket) -> socket.socket:
-        """The destination's end of a channel that goes through this process, which keeps the answers for a while."""
-        near, right = _connected()
-        self._relay = (far, near)
-        for end in self._relay:
-            end.setblocking(False)
-        self._pumps = [asyncio.create_task(_pump(far, near)), asyncio.create_task(_pump(near, far, self.may_answer))]
-        return right
 
     async def faster(self) -> None:
         """Ends `slow`."""
@@ -193,10 +220,10 @@ class Pair:
 
     async def again(self) -> None:
         """A second channel for a broken postcopy."""
-        left, right = _connected()
-        assert self._channel is not None, "begin first"
-        self._channel.close()
-        self._channel = left
+        left, right = self.connected()
+        assert self.channel is not None, "begin first"
+        self.channel.close()
+        self.channel = left
         await self._give(self.destination, right)
         right.close()
         await self.destination.execute("migrate-recover", {"uri": "fd:channel"}, oob=True)
@@ -205,19 +232,12 @@ class Pair:
 
     def cut(self) -> None:
         """Ends the channel for both."""
-        assert self._channel is not None, "begin first"
-        with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_RDWR)
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Ends both processes."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        for end in self._relay:
-            end.close()
-        if self._channel is not None:
-            self._channel.close()
+        if self.channel is not None:
+            self.channel.close()
         for side in (self.source, self.destination):
             await side.client.close()
             await side.kill()
@@ -226,8 +246,43 @@ class Pair:
         states = [{"capability": name, "state": state} for name, state in wanted.items()]
         await side.execute("migrate-set-capabilities", {"capabilities": states})
 
-    async def _give(self, side: Side, connection: socket.socket) -> None:
+    async def _give(self, side: Side, connection: End) -> None:
         await side.execute("getfd", {"fdname": "channel"}, fds=(connection.fileno(),))
+
+
+class RealPair(Pair):
+    """Over real sockets."""
+
+    def __init__(self, source: Side, destination: Side) -> None:
+        super().__init__(source, destination)
+        self._pumps: list[asyncio.Task[None]] = []
+        self._relay: tuple[socket.socket, ...] = ()
+
+    def connected(self) -> tuple[socket.socket, socket.socket]:
+        return _connected()
+
+    def held_back(self, far: End) -> socket.socket:
+        """Through this process, which keeps the answers for a while."""
+        assert isinstance(far, socket.socket)
+        near, right = _connected()
+        self._relay = (far, near)
+        for end in self._relay:
+            end.setblocking(False)
+        self._pumps = [asyncio.create_task(_pump(far, near)), asyncio.create_task(_pump(near, far, self.may_answer))]
+        return right
+
+    def cut(self) -> None:
+        assert isinstance(self.channel, socket.socket), "begin first"
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)
+
+    async def close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for end in self._relay:
+            end.close()
+        await super().close()
 
 
 Check = Callable[[Pair], Awaitable[None]]
@@ -261,10 +316,10 @@ def argv(program: Path, directory: Path, *, incoming: bool) -> list[str]:
     return [*arguments, "-incoming", "defer"] if incoming else arguments
 
 
-def _start(program: Path, directory: Path, *, incoming: bool) -> Side:
+def _start(program: Path, directory: Path, *, incoming: bool) -> RealSide:
     with (directory / f"{'in' if incoming else 'out'}.log").open("ab") as log:
         command = argv(program, directory, incoming=incoming)
-        return Side(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        return RealSide(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
 
 
 @contextlib.asynccontextmanager
@@ -273,7 +328,7 @@ async def pair_of(source: Path, destination: Path, directory: Path) -> AsyncIter
     sides = [_start(source, directory, incoming=False), _start(destination, directory, incoming=True)]
     try:
         await asyncio.gather(sides[0].attach(directory / "out.sock"), sides[1].attach(directory / "in.sock"))
-        pair = Pair(*sides)
+        pair = RealPair(*sides)
     except BaseException:
         for side in sides:
             await side.kill()
@@ -432,7 +487,7 @@ async def cut_in_active(pair: Pair) -> None:
         await pair.destination.until("failed")
         assert await pair.destination.run_state() == "inmigrate"
     else:
-        assert await asyncio.to_thread(pair.destination.process.wait, DEADLINE_S) == 1
+        assert await pair.destination.ended() == 1
 
 
 async def yank_ends_it(pair: Pair) -> None:
@@ -507,8 +562,8 @@ async def descriptors_are_named(pair: Pair) -> None:
     """`fd:` of an unknown name is refused; closefd takes a name once."""
     assert await pair.source.refused("migrate", {"uri": "fd:nothing"})
     assert await pair.source.refused("getfd", {"fdname": "channel"})
-    left, right = _connected()
-    with left, right:
+    left, right = pair.connected()
+    with contextlib.closing(left), contextlib.closing(right):
         await pair.source.execute("getfd", {"fdname": "channel"}, fds=(left.fileno(),))
     await pair.source.execute("closefd", {"fdname": "channel"})
     assert await pair.source.refused("closefd", {"fdname": "channel"})
@@ -517,7 +572,7 @@ async def descriptors_are_named(pair: Pair) -> None:
 async def quit_is_told(pair: Pair) -> None:
     """SHUTDOWN, then the process ends with 0."""
     await pair.source.execute("quit")
-    assert await asyncio.to_thread(pair.source.process.wait, DEADLINE_S) == 0
+    assert await pair.source.ended() == 0
 
 
 CHECKS: dict[str, Check] = {

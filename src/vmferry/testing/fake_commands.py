@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vmferry.testing.fake_incoming import Incoming
-from vmferry.testing.fake_link import Link, from_descriptor
+from vmferry.testing.fake_link import Link
 from vmferry.testing.fake_outgoing import IN_POSTCOPY, OVER, WIRE_BYTES, Outgoing
 from vmferry.testing.fake_state import Refused, State
 
@@ -157,14 +154,14 @@ class Commands:
             raise Refused("No file descriptor supplied via SCM_RIGHTS")
         old = self.state.descriptors.pop(str(arguments["fdname"]), None)
         if old is not None:
-            os.close(old)
+            self.state.outside.close_descriptor(old)
         self.state.descriptors[str(arguments["fdname"])] = self.received.pop(0)
 
     async def _do_closefd(self, arguments: dict[str, Any]) -> None:
         found = self.state.descriptors.pop(str(arguments["fdname"]), None)
         if found is None:
             raise Refused(f"File descriptor named '{arguments['fdname']}' not found")
-        os.close(found)
+        self.state.outside.close_descriptor(found)
 
     async def _do_object_add(self, arguments: dict[str, Any]) -> None:
         if arguments["id"] in self.state.objects:
@@ -189,7 +186,7 @@ class Commands:
         if out is not None and state.word != "setup":
             left = max(0, WIRE_BYTES - state.sent_bytes)
             empty_pages = self._memory_bytes // 4096 * (WIRE_BYTES - left) // WIRE_BYTES
-            info["total-time"] = int((time.monotonic() - out.started_s) * 1000)
+            info["total-time"] = int((state.outside.now_s() - out.started_s) * 1000)
             info["setup-time"] = 1
             info["ram"] = {
                 "transferred": state.sent_bytes, "total": self._memory_bytes, "remaining": left, "page-size": 4096,
@@ -212,7 +209,7 @@ class Commands:
             raise Refused(_BUSY)
         if state.run_state == "inmigrate":
             raise Refused("Guest is waiting for an incoming migration")
-        if state.run_state in ("postmigrate", "finish-migrate"):
+        if state.run_state == "postmigrate":
             raise Refused("Can't migrate the vm that was paused due to previous migration")
         self.incoming = None
         self.outgoing = Outgoing(state, connect)
@@ -288,10 +285,10 @@ class Commands:
             descriptor = self.state.descriptors.pop(rest, None)
             if descriptor is None:
                 raise Refused(f"File descriptor named '{rest}' has not been found")
-            return lambda: from_descriptor(descriptor)
+            return lambda: self.state.outside.open_link(descriptor)
         if kind == "tcp":
             host, _, port = rest.rpartition(":")
-            return lambda: _connect(host, int(port))
+            return lambda: self.state.outside.connect(host, int(port))
         raise Refused(f"unknown migration protocol: {arguments.get('uri')}")
 
     async def _acceptor(self, arguments: dict[str, Any]) -> Callable[[], Awaitable[Link]]:
@@ -299,28 +296,12 @@ class Commands:
         if kind != "tcp":
             return self._opener(arguments)
         host, _, port = rest.rpartition(":")
-        links: asyncio.Queue[Link] = asyncio.Queue()
-
-        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            links.put_nowait(Link(reader, writer))
-
         try:
-            server = await asyncio.start_server(met, host, int(port), family=socket.AF_INET)
+            bound, first = await self.state.outside.listen(host, int(port))
         except OSError as error:
             raise Refused(f"Failed to find an available port: {error.strerror}") from error
-        bound = server.sockets[0].getsockname()
         self._addresses = [{"type": "inet", "host": bound[0], "port": str(bound[1])}]
-
-        async def first() -> Link:
-            link = await links.get()
-            server.close()
-            return link
-
         return first
-
-
-async def _connect(host: str, port: int) -> Link:
-    return Link(*await asyncio.open_connection(host, port))
 
 
 def _machines(names: tuple[str, ...]) -> list[dict[str, Any]]:

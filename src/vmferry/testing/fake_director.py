@@ -75,6 +75,8 @@ class Director:
         """A program to be used as the QEMU of `host`."""
         path = self.directory / f"qemu-{host}-{profile}"
         source = Path(vmferry.__file__).parent.parent
+        if path.exists():
+            return path  # a shell may be reading it at this moment
         path.write_text(
             "#!/bin/sh\n"
             f"export VMFERRY_FAKE_PROFILE={profile} VMFERRY_FAKE_HOST={host} PYTHONPATH={source}\n"

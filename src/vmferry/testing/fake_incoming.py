@@ -8,8 +8,6 @@ ends the process unless it was told to stay. Autostart is not modelled: a fake i
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -67,6 +65,8 @@ class Incoming:
                     raise
                 await self._paused()
         self.state.set_word("completed")
+        assert self.link is not None
+        self.link.close()
 
     async def _take(self, message: dict[str, Any]) -> None:
         state, link = self.state, self.link
@@ -112,6 +112,8 @@ class Incoming:
     async def _paused(self) -> None:
         state = self.state
         while True:
+            if self.link is not None:
+                self.link.close()
             state.set_word("postcopy-paused")
             accept = await self._recovered.get()
             self.link = await accept()
@@ -128,10 +130,10 @@ class Incoming:
     def _fail(self, text: str) -> None:
         state = self.state
         state.error_desc = text
-        print(f"qemu-system-x86_64: {text}", file=sys.stderr, flush=True)
+        state.outside.complain(text)
         if self.link is not None:
             self.link.send("result", ok=False)
             self.link.close()
         state.set_word("failed")
         if self._exits:
-            asyncio.get_running_loop().call_later(0.01, os._exit, 1)
+            state.outside.exit_soon(1)

@@ -14,6 +14,7 @@ import contextlib
 import json
 import socket
 import struct
+from abc import ABC, abstractmethod
 from typing import Any
 
 _LENGTH = struct.Struct("!I")
@@ -23,19 +24,24 @@ class LinkLost(Exception):
     """The other end is gone, or somebody cut the connection."""
 
 
-class Link:
-    """One connection. Lives on one loop."""
+class Link(ABC):
+    """One connection, whatever carries it. Lives on one loop."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self) -> None:
         self.lost = asyncio.Event()
-        self._reader, self._writer = reader, writer
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._task = asyncio.create_task(self._read(), name="fake-link")
 
+    @abstractmethod
     def send(self, kind: str, **more: Any) -> None:
         """Queues one message; on a lost link it goes nowhere."""
-        text = json.dumps({"kind": kind, **more}).encode()
-        self._writer.write(_LENGTH.pack(len(text)) + text)
+
+    @abstractmethod
+    def cut(self) -> None:
+        """Ends the connection for both sides, as a shutdown of the socket does."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives this side's descriptor up, after what was sent has left."""
 
     async def receive(self) -> dict[str, Any]:
         """The next message. Raises LinkLost once the link has ended and all that came before it was taken."""
@@ -48,14 +54,25 @@ class Link:
         got.cancel()
         raise LinkLost
 
+
+class SocketLink(Link):
+    """A link over a connected socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        super().__init__()
+        self._reader, self._writer = reader, writer
+        self._task = asyncio.create_task(self._read(), name="fake-link")
+
+    def send(self, kind: str, **more: Any) -> None:
+        text = json.dumps({"kind": kind, **more}).encode()
+        self._writer.write(_LENGTH.pack(len(text)) + text)
+
     def cut(self) -> None:
-        """Ends the connection for both sides, as a shutdown of the socket does."""
         with contextlib.suppress(OSError):
             self._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self.lost.set()
 
     def close(self) -> None:
-        """Gives this side's descriptor up, after what was sent has left."""
         self._writer.close()
         self._task.cancel()
         self.lost.set()
@@ -68,6 +85,6 @@ class Link:
         self.lost.set()
 
 
-async def from_descriptor(descriptor: int) -> Link:
+async def from_descriptor(descriptor: int) -> SocketLink:
     """A link over a connected socket, owned from now on."""
-    return Link(*await asyncio.open_connection(sock=socket.socket(fileno=descriptor)))
+    return SocketLink(*await asyncio.open_connection(sock=socket.socket(fileno=descriptor)))

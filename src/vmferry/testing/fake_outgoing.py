@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -45,7 +44,7 @@ class Outgoing:
         self.continued = asyncio.Event()
         self.postcopy_wanted = asyncio.Event()
         self.is_cancelled = False
-        self.started_s = time.monotonic()
+        self.started_s = state.outside.now_s()
         self.stopped_s: float | None = None
         self.downtime_ms: int | None = None
         self.postcopy_bytes_left = WIRE_BYTES
@@ -158,7 +157,7 @@ class Outgoing:
     async def _stop(self) -> None:
         """The guest stops; with the capability QEMU then waits for leave. It notices no lost link here."""
         state = self.state
-        self.stopped_s = time.monotonic()
+        self.stopped_s = state.outside.now_s()
         self._run_state_before = state.run_state
         state.set_run_state("finish-migrate")
         if not state.capabilities["pause-before-switchover"]:
@@ -215,9 +214,10 @@ class Outgoing:
         answer = await self._expect("result")
         if not answer["ok"]:
             raise Ended("Sibling indicated error 1")
-        await self._step("completed")
+        # With the result in hand the other side may close: it is not missed any more.
+        await self.state.step("completed", lost=self.ended)
         assert self.stopped_s is not None
-        self.downtime_ms = int((time.monotonic() - self.stopped_s) * 1000)
+        self.downtime_ms = int((self.state.outside.now_s() - self.stopped_s) * 1000)
         self.state.set_run_state("postmigrate")
         self.state.set_word("completed")
 
@@ -227,6 +227,7 @@ class Outgoing:
         while True:
             state.audible.set()
             self._the_link().cut()
+            self._the_link().close()
             state.set_word("postcopy-paused")
             self.ended.clear()
             connect = await self._resumed.get()
@@ -252,8 +253,8 @@ class Outgoing:
         if not self.is_cancelled:
             state.error_desc = text or "Unable to write to socket: Broken pipe"
             state.set_word("failing" if has_failing else "failed")
-        if self.stopped_s is not None:
-            state.set_run_state(self._run_state_before)
+        if self.stopped_s is not None and not state.script.get("relock"):
+            state.set_run_state(self._run_state_before)  # else it cannot take its disks back, and stays as it is
         await state.step("cleanup")
         if self.is_cancelled:
             state.set_word("cancelled")

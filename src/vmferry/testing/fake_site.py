@@ -24,6 +24,7 @@ from vmferry.agent import control
 from vmferry.agent.agent import Agent
 from vmferry.agent.config import Address, AgentConfig, PeerConfig
 from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.host import LocalHost
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.source import SourceAttempt
 from vmferry.clock import Clock, SystemClock
@@ -32,6 +33,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.pki import authority
 from vmferry.testing.fake_director import Director
+from vmferry.testing.fake_rescue import SocketRescue
 from vmferry.testing.relay import Relay
 
 SETTLE_S = 10.0
@@ -120,6 +122,8 @@ class Site:
         other = "b" if host == "a" else "a"
         ports = {"a": 7601, "b": 7602}
         seen_at = {"a": 7601, "b": 7603}
+        machine_room = LocalHost()
+        machine_room.rescue = SocketRescue()
         agent = Agent(
             AgentConfig(
                 name=host,
@@ -134,6 +138,7 @@ class Site:
                 **self._settings.get(host, {}),
             ),
             clock=self._clock,
+            host=machine_room,
         )
         self._hook(host, agent)
         self.agents[host] = agent

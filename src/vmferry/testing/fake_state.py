@@ -13,7 +13,8 @@ does what the script says there:
 * `{"show": WORD}`: the status becomes WORD, and then as `hold`.
 
 Other keys of a script: `cont` (refuse it with this text), `refuse` and `wrong` (option to text, option to the value
-that is read back), `dirty` (memory never converges), `cancel` (`failed`: as 7.2 does at times).
+that is read back), `dirty` (memory never converges), `cancel` (`failed`: as 7.2 does at times), `relock` (a source
+that gave its disks away cannot take them back, with this text).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vmferry.testing.fake_outside import Outside, OwnProcess
 from vmferry.testing.fake_profile import Profile
 
 
@@ -102,20 +103,21 @@ class Director:
             if "go" in message:
                 self.going(message["go"]).set()
             if message.get("die"):
-                die(self)
+                die(self, OwnProcess())
 
 
-def die(director: Director) -> None:
+def die(director: Director, outside: Outside) -> None:
     """As a crash: nothing is flushed, nobody is told but the director."""
     director.tell({"running": False})
-    os.kill(os.getpid(), signal.SIGKILL)
+    outside.die()
 
 
 class State:
     """One fake QEMU. Lives on one loop; the monitor's commands and the migration's tasks share it."""
 
-    def __init__(self, profile: Profile, director: Director) -> None:
+    def __init__(self, profile: Profile, director: Director, outside: Outside | None = None) -> None:
         self.profile, self.director = profile, director
+        self.outside: Outside = outside or OwnProcess()
         self.run_state = "prelaunch"
         self.word: str | None = None
         """The migration's status; None: never had one."""
@@ -169,7 +171,7 @@ class State:
         self.director.tell({"step": name, "word": self.word})
         action = self.script.get("steps", {}).get(name)
         if action == "die":
-            die(self.director)
+            die(self.director, self.outside)
         elif action == "fail":
             raise StepFailed(f"scripted failure at {name}")
         elif action == "silent":

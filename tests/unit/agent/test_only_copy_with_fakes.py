@@ -14,6 +14,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.errors import Busy
 from vmferry.jobs.journal import Entry
+from vmferry.qmp.errors import QmpCommandError
 from vmferry.testing.fake_site import MakeSite, Site
 
 LOCK = 'Failed to get "write" lock'
@@ -262,3 +263,86 @@ async def test_a_place_that_is_still_wanted_is_one(make_site: MakeSite) -> None:
     site.director.go("a", "active")
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.proves("S36", "S53")
+async def test_a_source_that_died_before_its_agent_came_back_asks_the_destination_first(make_site: MakeSite) -> None:
+    """It was told to be lost, and the place waited for ever for a source that had ended the job."""
+    site = await make_site()
+    await loaded_and_never_told(site)
+    await site.restart("a")
+    await site.settle()
+    assert site.attempt().wire()["outcome"] == "destination", "it held everything, so it was told to run it"
+    await site.check("b")
+
+
+@pytest.mark.proves("S36", "S123")
+async def test_a_source_that_died_after_it_gave_everything_ends_well_when_its_agent_comes_back(
+    make_site: MakeSite,
+) -> None:
+    site = await make_site()
+    site.crash_at("a", Fact.GRANT_SENT)
+    await site.migrate()
+    site.director.script("b")
+    await site.noted_by("a", Fact.GRANT_SENT)
+    await site.noted_by("b", Fact.LOADED)
+    await site.place().grant(site.place().place.generation)  # what a had sent arrives
+    await site.noted_by("b", Fact.RUN_ACKED)
+    source = site.director.newest("a")
+    await site.director.kill(source)
+    await site.restart("a")
+    await site.settle()
+    assert site.attempt().wire()["outcome"] == "destination"
+    await site.check("b")
+    await site.restart("a")
+    assert "g" not in site.agents["a"].vms, "and it is forgotten, although nobody retired its QEMU"
+
+
+@pytest.mark.parametrize("source", ["7.2", "11.1"])
+@pytest.mark.proves("S36", "S123")
+async def test_a_result_that_was_lost_with_the_channel_is_told_by_the_destination(
+    make_site: MakeSite, source: str
+) -> None:
+    """1. the last page is there  2. the channel breaks before the source hears so: it waits in postcopy-paused for a
+    destination that is completed and takes no recovery."""
+    site = await make_site(source)
+    site.director.script("b", {"in-pages": "hold"})
+    attempt = await site.migrate(mode="postcopy")
+    await site.director.reached("b", "in-pages")
+    await site.noted_by("a", Fact.RUN_ACKED)
+    for channel in attempt.channels:
+        channel.cut()
+    await site.settle()
+    assert Fact.LINK_LOST in attempt.facts
+    assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("completed", "destination")
+    await site.check("b")
+
+
+@pytest.mark.proves("S36")
+async def test_a_restarted_source_hears_that_the_place_it_would_reconnect_to_was_given_up(make_site: MakeSite) -> None:
+    """7.2 waits in postcopy-paused before the destination has loaded anything, and its agent has not committed yet."""
+    site = await make_site("7.2")
+    site.director.script("b", {"in-load": "hold"})
+    site.crash_at("a", Fact.CONTINUE)
+    attempt = await site.migrate(mode="postcopy")
+    await site.director.reached("b", "in-load")
+    for channel in attempt.channels:
+        channel.cut()
+    await site.noted_by("b", Fact.CLEANUP)
+    await site.restart("a")
+    await site.until_row(site.attempt(), "B-postcopy-lost")
+    assert "rescue NAME bring-back" in site.attempt().row().action
+    assert Fact.TARGET_GONE in site.attempt().facts
+
+
+async def test_a_descriptor_that_a_dead_agent_gave_to_its_qemu_is_taken_back(make_site: MakeSite) -> None:
+    site = await make_site()
+    site.crash_at("a", Fact.STARTED)
+    await site.migrate()
+    await site.noted_by("a", Fact.STARTED)
+    await site.restart("a")
+    await site.settle()
+    await site.check("a")
+    machine = site.agents["a"].vms["g"].require_machine()
+    with pytest.raises(QmpCommandError, match="not found"):
+        await machine.execute("closefd", {"fdname": source_act.CHANNEL_NAME})

@@ -1,0 +1,193 @@
+"""What an agent uses of the host that it runs on: processes, connections, disk. Its one door to the operating system.
+
+`LocalHost` is the machine that the agent runs on; the simulator (`testing.sim`) brings hosts of its own, so that the
+agent itself, its attempts, loops and commands are the same code there and here.
+
+Rule 1: nothing here decides: every method does one thing that the kernel, or another program, does for us.
+Rule 2: files of runtime directories and of credentials are used directly; a directory is a directory everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from vmferry.agent import channel as channels
+from vmferry.agent import machine as machines
+from vmferry.agent import rescue
+from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
+from vmferry.agent.machine import Machine
+from vmferry.agent.processes import find_qemu
+from vmferry.clock import Clock
+from vmferry.core.rescue import NeverRan
+from vmferry.jobs.journal import Journal, JournalStore
+from vmferry.qmp.server import QmpServer
+from vmferry.vm import probe_host, probe_qemu
+from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.freeze import Freezer
+from vmferry.vm.probe_qemu import QemuFacts
+from vmferry.vm.runtime import RuntimePaths
+from vmferry.vm.spawn import ProcessIdentity
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OnConnection = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Listening(Protocol):
+    """Somebody accepts connections until `close`."""
+
+    def close(self) -> None: ...
+
+
+class Freezes(Protocol):
+    """Threads of one process, stopped from outside. See `vm.freeze`."""
+
+    async def freeze(self, threads: Iterable[int]) -> None: ...
+
+    async def thaw(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class RescueTools(Protocol):
+    """The tools that lead a QEMU out of where it stands still. Raise RescueRefused, GuestHeld, QemuError."""
+
+    async def bring_back(
+        self, machine: Machine, proof: NeverRan, *, then_run: bool, tell: rescue.OnProgress
+    ) -> rescue.RescueReport: ...
+
+    async def throw_away(
+        self, machine: Machine, proof: NeverRan, *, then_run: bool, tell: rescue.OnProgress
+    ) -> rescue.RescueReport: ...
+
+
+class Host(Protocol):
+    """A host as its agent uses it."""
+
+    rescue: RescueTools
+
+    # --- disk ---
+
+    def open_journal(self, path: Path) -> JournalStore:
+        """The agent's journal. Raises Unfit when another agent has it or it is damaged."""
+
+    # --- connections ---
+
+    async def listen_for_people(self, server: QmpServer, path: Path) -> None:
+        """Serves the control socket. Raises Busy or Unfit."""
+
+    async def listen_for_agents(
+        self, serve: OnConnection, host: str, port: int, context: ssl.SSLContext | None
+    ) -> Listening:
+        """Serves other agents. Raises OSError when the address cannot be bound."""
+
+    async def connect(self, host: str, port: int, context: ssl.SSLContext | None) -> Streams:
+        """A connection to another agent. Raises OSError."""
+
+    async def open_channels(self, job: str, hosts: Sequence[str], ports: Iterable[int]) -> ChannelDoor:
+        """Where the sources of a job's channels may come. Raises Unfit."""
+
+    async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
+        """A channel to another host. Raises HostUnreachable or NotTrusted."""
+
+    # --- processes ---
+
+    async def launch(self, vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock) -> Machine:
+        """A new QEMU. Raises SpecError with its words or QemuError; no process is left then."""
+
+    def attach(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine | None:
+        """The machine of exactly this process, or None if it is gone."""
+
+    def find_qemu(self, directory: str) -> ProcessIdentity | None:
+        """The QEMU that was started with this runtime directory, or None."""
+
+    def kill(self, identity: ProcessIdentity) -> bool:
+        """SIGKILL to exactly this process; False when it was gone already."""
+
+    def freezer(self, pid: int) -> Freezes:
+        """What stops threads of this process from outside."""
+
+    # --- what the host can do ---
+
+    async def qemu_facts(self, qemu: str, state_directory: Path) -> QemuFacts:
+        """What the program can do. Raises QemuError when there is none."""
+
+    def memory_available_bytes(self) -> int:
+        """Room for guests."""
+
+    def has_userfaultfd(self) -> bool | None:
+        """Whether the kernel lets a guest run before its memory is here; None: not known."""
+
+    def free_port(self, first: int, last: int, address: str) -> int | None:
+        """A port on which nobody listens, or None."""
+
+
+class LocalRescue:
+    """The tools of `agent.rescue`."""
+
+    async def bring_back(
+        self, machine: Machine, proof: NeverRan, *, then_run: bool, tell: rescue.OnProgress
+    ) -> rescue.RescueReport:
+        return await rescue.bring_back(machine, proof, then_run=then_run, tell=tell)
+
+    async def throw_away(
+        self, machine: Machine, proof: NeverRan, *, then_run: bool, tell: rescue.OnProgress
+    ) -> rescue.RescueReport:
+        return await rescue.throw_away(machine, proof, then_run=then_run, tell=tell)
+
+
+class LocalHost:
+    """The machine that this program runs on."""
+
+    def __init__(self) -> None:
+        self.rescue: RescueTools = LocalRescue()
+
+    def open_journal(self, path: Path) -> JournalStore:
+        return Journal(path)
+
+    async def listen_for_people(self, server: QmpServer, path: Path) -> None:
+        await server.listen_unix(str(path))
+
+    async def listen_for_agents(
+        self, serve: OnConnection, host: str, port: int, context: ssl.SSLContext | None
+    ) -> Listening:
+        return await asyncio.start_server(serve, host, port, ssl=context)
+
+    async def connect(self, host: str, port: int, context: ssl.SSLContext | None) -> Streams:
+        return await asyncio.open_connection(host, port, ssl=context)
+
+    async def open_channels(self, job: str, hosts: Sequence[str], ports: Iterable[int]) -> ChannelDoor:
+        return await ChannelListener.open(job, hosts, ports=ports)
+
+    async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
+        return await channels.dial(addresses, ticket, deadline_s=deadline_s)
+
+    async def launch(self, vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock) -> Machine:
+        return await machines.launch(vm, argv, runtime, clock=clock)
+
+    def attach(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine | None:
+        return machines.attach_process(vm, identity, qmp_path, clock=clock)
+
+    def find_qemu(self, directory: str) -> ProcessIdentity | None:
+        return find_qemu(directory)
+
+    def freezer(self, pid: int) -> Freezes:
+        return Freezer(pid)
+
+    def kill(self, identity: ProcessIdentity) -> bool:
+        return vm_spawn.kill(identity)
+
+    async def qemu_facts(self, qemu: str, state_directory: Path) -> QemuFacts:
+        return await probe_qemu.qemu_facts(qemu, state_directory=state_directory)
+
+    def memory_available_bytes(self) -> int:
+        return probe_host.memory().available_bytes
+
+    def has_userfaultfd(self) -> bool | None:
+        return probe_host.userfaultfd().works
+
+    def free_port(self, first: int, last: int, address: str) -> int | None:
+        return probe_host.free_port(first, last, address=address)

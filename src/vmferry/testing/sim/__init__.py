@@ -1,0 +1,1 @@
+"""The simulator: real agents on a clock, a net and QEMUs that are values. See `run`."""

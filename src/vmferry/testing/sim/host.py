@@ -1,0 +1,406 @@
+"""A simulated host, as the agent's `Host`: its processes, its connections, its disk.
+
+Rule 1: a `SimHost` belongs to one life of an agent; what outlives agents (disk, QEMUs, paths) is the site's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
+from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
+from vmferry.agent.machine import Machine
+from vmferry.clock import Clock
+from vmferry.errors import HostUnreachable, QemuError, SpecError, Unfit
+from vmferry.jobs.journal import JournalStore
+from vmferry.qmp.client import EventCallback, QmpClient
+from vmferry.qmp.errors import QmpDisconnected
+from vmferry.qmp.server import QmpServer
+from vmferry.testing.fake_profile import Profile
+from vmferry.testing.sim.disk import Disk, SimJournal
+from vmferry.testing.sim.kernel import Kernel, SimProcess, Socket
+from vmferry.testing.sim.loop import pass_s
+from vmferry.testing.sim.qemu import SimQemu, connect_monitor
+from vmferry.testing.sim.rescue import SimRescue
+from vmferry.testing.sim.streams import ByteTransport
+from vmferry.vm import spawn as vm_spawn
+from vmferry.vm.probe_qemu import CpuModel, QemuFacts
+from vmferry.vm.runtime import RuntimePaths
+from vmferry.vm.spawn import ProcessIdentity
+
+BOOT_ID = "simulated"
+POLL_S = 0.005
+LAUNCH_S = 20.0
+MEMORY_BYTES = 64 << 30
+
+
+class SimClock:
+    """Virtual time. `ahead_s`: how wrong the host's date is."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self.now_s = now_s
+        self.ahead_s = 0.0
+
+    def wall_s(self) -> float:
+        """The date, as this host believes it."""
+        return 1.8e9 + self.now_s() + self.ahead_s
+
+
+class HeldProcess:
+    """A QEMU as its agent holds it."""
+
+    def __init__(self, process: SimProcess, by_agent: Callable[[SimProcess], None]) -> None:
+        self._process, self._by_agent = process, by_agent
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = loop.create_future()
+        owner = process.kernel.current()
+        if process.is_dead:
+            self._ended.set_result(None)
+        else:
+            process.on_death.append(lambda: owner.call(self._end))
+
+    async def wait_exit(self) -> int | None:
+        await asyncio.shield(self._ended)
+        return self._process.status
+
+    def kill(self) -> None:
+        if self._process.is_dead:
+            raise ProcessLookupError
+        self._by_agent(self._process)
+        self._process.die()
+
+    def close(self) -> None:
+        """There is no descriptor to give back."""
+
+    def _end(self) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+class SimChannel:
+    """One end of a migration channel."""
+
+    def __init__(self, kernel: Kernel, agent: SimProcess, name: str, sock: Socket) -> None:
+        self.name = name
+        self._kernel, self._agent, self._sock = kernel, agent, sock
+        self._descriptor = kernel.give(agent, sock)
+        self._is_ours = True
+        self._is_cut = False
+        self._pid = 0
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    @property
+    def is_entrusted(self) -> bool:
+        return self._pid > 0
+
+    @property
+    def is_cut(self) -> bool:
+        return self._is_cut
+
+    def entrust(self, pid: int) -> bool:
+        self._pid = pid
+        self._give_up()
+        return True
+
+    def is_held_by(self, pid: int) -> bool:
+        return any(holder.pid == pid for holder in self._sock.holders)
+
+    def cut(self) -> None:
+        self._is_cut = True
+        if self._is_ours or self.is_held_by(self._pid):
+            self._sock.shut("cut")
+
+    def close(self) -> None:
+        self._is_cut = True
+        self._give_up()
+        self._pid = 0
+
+    def _give_up(self) -> None:
+        if self._is_ours:
+            self._is_ours = False
+            self._kernel.close(self._descriptor)
+
+
+class SimDoor:
+    """Where a job's channels arrive. The greeting is the ticket itself: its bytes are `agent.channel`'s own tests' to
+    show."""
+
+    def __init__(self, kernel: Kernel, agent: SimProcess, job: str) -> None:
+        self._kernel, self._agent, self._job = kernel, agent, job
+        self._tickets: dict[str, Ticket] = {}
+        self._arrivals: dict[str, asyncio.Future[SimChannel]] = {}
+        port = kernel.listen(agent, 0, self._accept, f"stream {job}")
+        self.addresses: tuple[Address, ...] = ((agent.host, port),)
+
+    def expect(self, channel: str) -> Ticket:
+        ticket = Ticket(self._job, channel, channel.encode().ljust(32, b"\0"))
+        self._tickets[channel] = ticket
+        self._arrivals[channel] = asyncio.get_running_loop().create_future()
+        return ticket
+
+    async def arrived(self, channel: str, *, deadline_s: float) -> ChannelEnd:
+        arrival = self._arrivals[channel]
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(arrival)
+        except TimeoutError as error:
+            self._tickets.pop(channel, None)
+            if arrival.cancel():
+                del self._arrivals[channel]
+                sentence = f"the source did not open the {channel} channel of job {self._job} in {deadline_s:g} s"
+                raise HostUnreachable(sentence, side="source") from error
+        del self._arrivals[channel]
+        return arrival.result()
+
+    async def close(self) -> None:
+        for address in self.addresses:
+            self._kernel.unlisten(address, self._agent)
+        self._tickets.clear()
+        for arrival in self._arrivals.values():
+            if not arrival.cancel() and not arrival.cancelled():
+                arrival.result().close()
+        self._arrivals.clear()
+
+    def _accept(self, sock: Socket) -> None:
+        sock.read(self._agent, lambda payload: self._greeted(sock, payload), lambda reason: sock.let_go(self._agent))
+
+    def _greeted(self, sock: Socket, payload: object) -> None:
+        assert isinstance(payload, Ticket)
+        ticket = self._tickets.pop(payload.channel, None)
+        arrival = self._arrivals.get(payload.channel)
+        if ticket != payload or arrival is None or arrival.done():
+            sock.let_go(self._agent)
+            return
+        sock.unread()
+        sock.send("welcome")
+        arrival.set_result(SimChannel(self._kernel, self._agent, payload.channel, sock))
+
+
+@dataclass(eq=False)
+class Installed:
+    """What a host has, whoever its agent is."""
+
+    name: str
+    profile: Profile
+    disk: Disk
+    clock: SimClock
+    script: dict[str, object]
+    """Of every QEMU of this host (see `fake_state`)."""
+    qemus: list[SimQemu]
+
+
+@dataclass(eq=False)
+class Listens:
+    """A listener to be closed."""
+
+    kernel: Kernel
+    process: SimProcess
+    port: int
+
+    def close(self) -> None:
+        self.kernel.unlisten((self.process.host, self.port), self.process)
+
+
+class SimFreezer:
+    """On this host nobody may trace: a guest that cannot be frozen goes on, as the product must bear."""
+
+    async def freeze(self, threads: Iterable[int]) -> None:
+        raise QemuError("this host lets nobody trace", side="destination", guest="running-on-destination")
+
+    async def thaw(self) -> None:
+        """Nothing was stopped."""
+
+    async def close(self) -> None:
+        """Nothing was stopped."""
+
+
+class SimHost:
+    """A host as one agent process uses it."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        agent: SimProcess,
+        installed: Installed,
+        *,
+        start_qemu: Callable[[str, list[str]], SimQemu],
+        by_agent: Callable[[SimProcess], None],
+    ) -> None:
+        self._kernel, self._agent, self._installed = kernel, agent, installed
+        self._start_qemu, self._by_agent = start_qemu, by_agent
+        self.rescue: RescueTools = SimRescue(kernel, agent)
+        self.people: QmpServer | None = None
+
+    # --- disk ---
+
+    def open_journal(self, path: Path) -> JournalStore:
+        return SimJournal(self._installed.disk, self._agent, path)
+
+    # --- connections ---
+
+    async def listen_for_people(self, server: QmpServer, path: Path) -> None:
+        self.people = server
+
+    async def listen_for_agents(
+        self, serve: OnConnection, host: str, port: int, context: ssl.SSLContext | None
+    ) -> Listening:
+        def accept(sock: Socket) -> None:
+            transport = ByteTransport(self._agent, sock)
+            work = serve(transport.reader, transport.writer)
+            assert asyncio.iscoroutine(work)
+            self._agent.spawn(work, "peer-session")
+
+        self._kernel.listen(self._agent, port, accept, "agents")
+        return Listens(self._kernel, self._agent, port)
+
+    async def connect(self, host: str, port: int, context: ssl.SSLContext | None) -> Streams:
+        transport = ByteTransport(self._agent, await self._kernel.connect(self._agent, host, port, "agents"))
+        return transport.reader, transport.writer
+
+    async def open_channels(self, job: str, hosts: Sequence[str], ports: Iterable[int]) -> ChannelDoor:
+        try:
+            return SimDoor(self._kernel, self._agent, job)
+        except OSError as error:
+            raise Unfit(f"the migration channel cannot listen: {error}", side="destination") from error
+
+    async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
+        host, port = addresses[0]
+        sock: Socket | None = None
+        welcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def settle(is_welcome: bool) -> None:
+            if not welcome.done():
+                welcome.set_result(is_welcome)
+
+        try:
+            async with asyncio.timeout(deadline_s):
+                sock = await self._kernel.connect(self._agent, host, port, "stream")
+                sock.read(self._agent, lambda payload: settle(True), lambda reason: settle(False))
+                sock.send(ticket)
+                if not await welcome:
+                    raise ConnectionResetError(104, "hung up on the greeting")
+        except (OSError, TimeoutError) as error:
+            if sock is not None:
+                sock.let_go(self._agent)
+            sentence = f"the {ticket.channel} channel cannot be opened: {error or 'no answer'}"
+            raise HostUnreachable(
+                sentence, hint="check that the migration ports are open at the destination"
+            ) from error
+        except BaseException:
+            if sock is not None:
+                sock.let_go(self._agent)
+            raise
+        sock.unread()
+        return SimChannel(self._kernel, self._agent, ticket.channel, sock)
+
+    def freezer(self, pid: int) -> SimFreezer:
+        return SimFreezer()
+
+    # --- processes ---
+
+    async def launch(self, vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock) -> Machine:
+        qemu = self._start_qemu(self._installed.name, argv)
+        end_s = clock.now_s() + LAUNCH_S
+        try:
+            while True:
+                if qemu.process.is_dead:
+                    words = vm_spawn.tail_log(runtime.log_path) or f"no reason given, exit status {qemu.process.status}"
+                    raise SpecError(f"QEMU refused to start: {words}")
+                try:
+                    client = await connect_monitor(
+                        self._kernel, self._agent, qemu, name=f"the QEMU of {vm}", on_event=None, deadline_s=10.0
+                    )
+                    break
+                except QmpDisconnected:
+                    if clock.now_s() >= end_s:
+                        raise
+                    await pass_s(POLL_S)
+        except BaseException:
+            if not qemu.process.is_dead:
+                self._by_agent(qemu.process)
+                qemu.process.die()
+            raise
+        machine = self._machine(vm, qemu, clock)
+        machine.client = client
+        client.subscribe(machine.hear)
+        return machine
+
+    def attach(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine | None:
+        qemu = self._by_identity(identity)
+        return None if qemu is None else self._machine(vm, qemu, clock)
+
+    def find_qemu(self, directory: str) -> ProcessIdentity | None:
+        found = [q for q in self._installed.qemus if q.directory == directory and not q.process.is_dead]
+        return _identity(found[0]) if found else None
+
+    def kill(self, identity: ProcessIdentity) -> bool:
+        qemu = self._by_identity(identity)
+        if qemu is None:
+            return False
+        self._by_agent(qemu.process)
+        qemu.process.die()
+        return True
+
+    def _by_identity(self, identity: ProcessIdentity) -> SimQemu | None:
+        found = [q for q in self._installed.qemus if q.process.pid == identity.pid and not q.process.is_dead]
+        return found[0] if found else None
+
+    def _machine(self, vm: str, qemu: SimQemu, clock: Clock) -> Machine:
+        async def connect(
+            path: str, *, name: str | None = None, on_event: EventCallback | None = None, deadline_s: float = 10.0
+        ) -> QmpClient:
+            return await connect_monitor(
+                self._kernel, self._agent, qemu, name=name or path, on_event=on_event, deadline_s=deadline_s
+            )
+
+        return Machine(
+            vm,
+            _identity(qemu),
+            qemu.line.qmp_path,
+            process=HeldProcess(qemu.process, self._by_agent),
+            clock=clock,
+            connect=connect,
+        )
+
+    # --- what the host can do ---
+
+    async def qemu_facts(self, qemu: str, state_directory: Path) -> QemuFacts:
+        return facts_of(self._installed.profile)
+
+    def memory_available_bytes(self) -> int:
+        return MEMORY_BYTES
+
+    def has_userfaultfd(self) -> bool | None:
+        return True
+
+    def free_port(self, first: int, last: int, address: str) -> int | None:
+        return first
+
+
+def _identity(qemu: SimQemu) -> ProcessIdentity:
+    return ProcessIdentity(qemu.process.pid, qemu.process.pid, BOOT_ID)
+
+
+def facts_of(profile: Profile) -> QemuFacts:
+    """What a probe of the fake gives (`tests/unit/testing/test_fake_qemu.py` asks the program itself)."""
+    models = tuple(CpuModel(name, (), True) for name in ("max", "qemu64"))
+    return QemuFacts(
+        binary="qemu",
+        version=profile.version,
+        package=profile.package,
+        machines=tuple(sorted(profile.machines)),
+        deprecated_machines=(),
+        aliases={"q35": profile.machines[0]},
+        default_machine=profile.machines[0],
+        capabilities=tuple(sorted(profile.capabilities())),
+        parameters=tuple(sorted(profile.parameters())),
+        cpus={"tcg": models},
+        postcopy=True,
+        postcopy_refusal="",
+    )

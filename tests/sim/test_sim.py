@@ -1,0 +1,69 @@
+"""Seeds of the simulator: what must hold holds in each, and each is the same in every process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from vmferry.testing.sim.__main__ import main
+from vmferry.testing.sim.run import run, run_scenario
+from vmferry.testing.sim.scenario import KINDS, Fault, Trigger, draw
+
+MANY = 5000
+SHARE = 100
+"""As many as take some ten seconds; `make sim SEEDS=5000` runs more."""
+CHUNK = 20
+REPRODUCED = ("32", "435")
+"""With restarts, cuts, refusals and a recovery in them."""
+
+
+@pytest.mark.parametrize("first", range(0, SHARE, CHUNK))
+@pytest.mark.proves("S13", "S35", "S36", "S42", "S53", "S55", "S58")
+def test_no_seed_breaks_what_must_hold(first: int) -> None:
+    for number in range(first, first + CHUNK):
+        verdict = run(str(number))
+        assert verdict.ok, "\n".join([*verdict.trace, *verdict.violations, f"make sim SEED={number}"])
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(7200)
+def test_no_seed_of_many_breaks_what_must_hold() -> None:
+    failed = [verdict for verdict in map(run, map(str, range(SHARE, MANY))) if not verdict.ok]
+    assert not failed, "\n".join(f"make sim SEED={verdict.seed}: {verdict.violations}" for verdict in failed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_fault_is_really_done(kind: str) -> None:
+    everything = {"way": "both", "share": 0.3, "latency_s": 0.2, "times": 1, "by_s": 5.0, "step": "device"}
+    fault = Fault(kind, Trigger(text="step active"), for_s=1.0, more=everything)
+    calm = draw("calm")
+    slow = replace(calm, mode="precopy", settings=("max-bandwidth=1000000",), multifd=0, dirty=False, faults=(fault,))
+    verdict = run_scenario(slow)
+    assert verdict.faults == [str(fault)]
+    assert verdict.ok, verdict.violations
+
+
+def traced(seed: str, hash_seed: str) -> bytes:
+    command = [sys.executable, "-m", "vmferry.testing.sim", "--seed", seed, "--trace"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("seed", REPRODUCED)
+def test_a_seed_gives_the_same_trace_in_every_process(seed: str) -> None:
+    first, second = traced(seed, "1"), traced(seed, "2")
+    assert len(first.splitlines()) > 50
+    assert first == second
+
+
+def test_one_seed_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {"seed", "ok", "faults", "virtual_ms", "outcome", "violations"} <= told.keys()
+    assert told["ok"]
+    assert told["outcome"] in ("a", "b")
