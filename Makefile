@@ -4,7 +4,7 @@ PYTHON := python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup check cover test real demo bench docs
+.PHONY: help venv setup check cover test real model demo bench docs
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: setup venv ## all of it: what CI runs
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python tools/coverage_by_module.py
 	@$(BIN)/python tools/run_real.py
+
+model: venv ## every interleaving of what decides, with faults, and of small mistakes in it (minutes)
+	@$(BIN)/vmferry model
 
 demo: setup venv ## two hosts on this machine, and a guest that moves between them
 	@$(BIN)/vmferry demo
