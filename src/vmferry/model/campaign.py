@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Final
 
 from vmferry.model.explore import Explorer, Result, Violation
@@ -73,12 +74,17 @@ def run_setting(rules: Rules, setting: Setting) -> Result:
     return Explorer(rules, setting).run()
 
 
+@cache
+def _known(rules: Rules, setting: Setting) -> frozenset[str]:
+    """What breaks without any mutant: it shows nothing about one."""
+    return frozenset(v.what for v in run_setting(rules, setting).violations)
+
+
 def run_mutant(rules: Rules, mutant: Mutant) -> Caught:
     """Explores with the mutant until something breaks that does not break without it."""
     began_s, states = time.perf_counter(), 0
     for setting in mutant.settings:
-        known = frozenset(v.what for v in run_setting(rules, setting).violations)
-        result = Explorer(mutant.of(rules), setting, first_only=True, known=known).run()
+        result = Explorer(mutant.of(rules), setting, first_only=True, known=_known(rules, setting)).run()
         states += result.states
         if result.violations:
             return Caught(mutant.name, result.violations[0], states, time.perf_counter() - began_s)

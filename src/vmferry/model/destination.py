@@ -116,7 +116,7 @@ def act(kit: Kit, w: World, effect: DestinationEffect) -> Iterator[Step]:
         case DestinationEffect.SPAWN:
             there = w._replace(d_word="setup", d_machine="ok", d_listens=True)
             yield "destination agent starts a paused QEMU", done(kit.note_destination(there, Fact.LISTENING))
-            if w.faults:
+            if kit.may_fail(w, "start"):
                 failed = kit.note_destination(w._replace(faults=w.faults - 1), Fact.ERROR)
                 yield "fault: the destination's QEMU cannot be started", done(failed)
         case DestinationEffect.START_CPUS:

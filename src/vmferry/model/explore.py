@@ -10,6 +10,7 @@ that every run ends there, as a run cannot stay for ever where a way out is open
 
 from __future__ import annotations
 
+import gc
 import time
 from array import array
 from collections import deque
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
 from vmferry.model import destination, invariants, outside, qemu, restart, source
 from vmferry.model.logs import TooManyRounds
 from vmferry.model.rules import Kit, Rules
@@ -86,6 +88,16 @@ class Explorer:
     def run(self) -> Result:
         """Explores. Raises StateLimit."""
         began_s = time.perf_counter()
+        gc.disable()  # millions of tuples without a cycle: looking for some takes longer than all the rest
+        try:
+            self._run()
+        finally:
+            gc.enable()
+        self.result.seconds = time.perf_counter() - began_s
+        self.result.states = len(self.worlds)
+        return self.result
+
+    def _run(self) -> None:
         self.kit = Kit(self.rules, self.setting)
         self.result = Result(self.setting.name)
         first = self.setting.first()
@@ -98,9 +110,6 @@ class Explorer:
         self._explore()
         if not (self.first_only and self.result.violations):
             self._liveness()
-        self.result.seconds = time.perf_counter() - began_s
-        self.result.states = len(self.worlds)
-        return self.result
 
     def _explore(self) -> None:
         index = 0
@@ -165,6 +174,8 @@ class Explorer:
         for n in queue:
             good[n] = 1
         self.result.settled = len(queue)
+        if not any(w.s_result == Outcome.DESTINATION.value for w in self.worlds):
+            self._found("L2: the guest never arrives, whatever goes well", 0)
         while queue:
             edge = heads[queue.popleft()]
             while edge >= 0:

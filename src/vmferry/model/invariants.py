@@ -27,6 +27,7 @@ from vmferry.model.world import (
 
 BUSY: Final = ("setup", "active", "pre-switchover", "device", "postcopy-device", "postcopy-active", "failing",
                "cancelling")  # fmt: skip
+ENDS: Final = (MigrationStatus.COMPLETED, MigrationStatus.FAILED, MigrationStatus.CANCELLED)
 GIVEN: Final = ("completed", "postcopy-active", "postcopy-paused", "postcopy-recover", "dead")
 
 
@@ -62,6 +63,12 @@ def on_state(kit: Kit, w: World) -> Iterator[str]:
         over = logs.has(w.s_log, Fact.CLEANUP)
         if over and w.s_word in BUSY:
             yield f"I8: the attempt counts as over while the source's QEMU is in {w.s_word}"
+        if over and kit.rules.source_status(logs.log_of(w.s_log)) not in ENDS:
+            yield "L2: the attempt is over and its status is none of those that end one"
+        if w.s_heard == "postcopy-active" and not over and not logs.has(w.s_log, Fact.PACKAGE_LOADED):
+            yield "I9: postcopy-active without the proof of loading"
+        if w.s_heard == "postcopy-active" and not over and not logs.has(w.s_log, Fact.PACKAGE_SENT):
+            yield "I9: postcopy-active, and no package was sent"
         if over is not is_over(logs.log_of(w.s_log)):
             yield "I8: a new attempt may begin before this one is cleaned up"
         if logs.has(w.s_log, Fact.TARGET_GONE) and (destination_alive(w) or w.d_ran):
@@ -99,6 +106,8 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
 def _on_end(kit: Kit, w: World, after: World) -> Iterator[str]:
     """The verdict of an ended job is what is so."""
     result = after.s_result
+    if w.cancel == "accepted" and result == Outcome.DESTINATION.value:
+        yield "I10: an accepted cancel ended with the guest on the destination"
     if result == Outcome.SOURCE.value and (not source_alive(after) or after.d_ran):
         yield "verdict: the job ended with the guest on the source, where it is not"
     if result == Outcome.SOURCE.value and source_alive(after) and not _as_owner_wants(kit, after):
@@ -122,7 +131,7 @@ def is_settled(kit: Kit, w: World) -> bool:
     place_over = not place_at_work(w)
     if w.s_result and w.s_stage not in ("journal",):
         if w.s_result == Outcome.DESTINATION.value:
-            return True
+            return place_over
         if w.s_result in (Outcome.SOURCE.value, Outcome.LOST.value):
             return place_over or _tells(kit.destination(w).row)
         return False

@@ -8,13 +8,15 @@ and one push are on their way; both may arrive at any later time, or be lost.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmferry.core.facts import Fact
 from vmferry.model import destination, logs, restart, source
 from vmferry.model.rules import Kit, source_at_work
 from vmferry.model.world import (
+    C_NONE,
+    C_SENT,
     D_COMMITTED,
     DOWN,
     S_CANCEL,
@@ -39,10 +41,12 @@ def network(kit: Kit, w: World) -> Iterator[Step]:
         yield f"a late {w.stray} is lost", w._replace(stray="")
         if w.link and w.d_log != DOWN:
             yield f"a late {w.stray} arrives", destination.serve(kit, w._replace(stray=""), w.stray, awaited=False)
-    if w.push is None and w.link and w.d_log > 0 and source_at_work(w):
-        news = destination.told(kit, w)
-        if source.hear_target(kit, w, news) != w:
-            yield "destination agent pushes what it knows", w._replace(push=news)
+    if w.d_news and w.push is None:
+        told = w._replace(d_news=False, push=destination.told(kit, w)) if w.link and source_at_work(w) else w
+        if told.push is not None and source.hear_target(kit, told, told.push) != told:
+            yield "destination agent pushes what it knows", told
+        else:
+            yield "destination agent pushes nothing new", w._replace(d_news=False)
         kit.problems.clear()
     if w.push is not None:
         yield "a push is lost", w._replace(push=None)
@@ -98,14 +102,16 @@ def _rescue(kit: Kit, w: World, tool: str) -> Iterator[Step]:
 
 def faults(kit: Kit, w: World) -> Iterator[Step]:
     """Everything that may go wrong now, one fault each."""
-    if not w.faults:
-        return
-    for name, after in _faults(kit, w._replace(faults=w.faults - 1)):
-        yield f"fault: {name}", after
+    if w.faults:
+        less = w._replace(faults=w.faults - 1)
+        for kind, body in KINDS.items():
+            if body is not None and kit.setting.allows(kind):
+                for name, after in body(less):
+                    yield f"fault: {name}", after
 
 
-def _faults(kit: Kit, w: World) -> Iterator[Step]:
-    if w.s_log != DOWN and w.s_log != 0:
+def _crashes(w: World) -> Iterator[Step]:
+    if w.s_log not in (DOWN, 0):
         yield "the source's agent dies", restart.source_dies(w)
     if w.d_log not in (DOWN, 0):
         yield "the destination's agent dies", restart.destination_dies(w)
@@ -114,26 +120,31 @@ def _faults(kit: Kit, w: World) -> Iterator[Step]:
         if w.s_log != DOWN:
             yield "the source's host fails and starts again", restart.source_dies(source.quit_qemu(w))
     if destination_alive(w):
-        yield "the destination's QEMU dies", destination.killed(w)._replace(d_cont=w.d_cont if w.d_stage else 0)
+        yield "the destination's QEMU dies", destination.killed(w)
         if w.d_log != DOWN:
             yield "the destination's host fails and starts again", restart.destination_dies(destination.killed(w))
+
+
+def _stream(w: World) -> Iterator[Step]:
     if w.channel == "up":
         yield "the stream is cut", w._replace(channel="cut")
-        if source_alive(w) and w.s_word in CAN_HANG and not w.s_hung:
-            yield "the source's QEMU hangs", w._replace(s_hung=True)
-    if destination_alive(w) and not w.d_hung and w.d_log not in (DOWN, 0):
+        if w.d_word == "active" and w.s_word in ("active", "device", "postcopy-device"):
+            yield "the destination cannot load", w._replace(d_word="failed")
+
+
+def _hangs(w: World) -> Iterator[Step]:
+    if source_alive(w) and w.s_word in CAN_HANG and w.channel == "up" and not w.s_hung:
+        yield "the source's QEMU hangs", w._replace(s_hung=True)
+    if destination_alive(w) and w.d_log not in (DOWN, 0) and not w.d_hung:
         yield "the destination's QEMU hangs", w._replace(d_hung=True)
-    if w.channel == "up" and w.d_word == "active" and w.s_word in ("active", "device", "postcopy-device"):
-        yield "the destination cannot load", w._replace(d_word="failed")
-    yield from _network_faults(w)
     if w.d_stage == "cont" and w.d_cont:
-        yield (
-            "the answer to cont is not awaited long enough",
-            destination.done(w)._replace(d_cont=w.d_cont if w.d_cont == 1 else 0, d_machine="silent"),
-        )
+        # A cont that is still to be carried out is carried out later; an answer that comes too late is not read.
+        late = w.d_cont if w.d_cont == C_SENT else C_NONE
+        unheard = destination.done(w)._replace(d_cont=late, d_machine="silent")
+        yield "the answer to cont is not awaited long enough", unheard
 
 
-def _network_faults(w: World) -> Iterator[Step]:
+def _network(w: World) -> Iterator[Step]:
     if w.link:
         yield "the link of the agents is down", w._replace(link=False)
     if w.s_stage in ("sent", "served"):
@@ -141,6 +152,19 @@ def _network_faults(w: World) -> Iterator[Step]:
     if w.s_stage == "sent" and w.request and w.request not in source.QUESTIONS and not w.stray:
         yield "the call is late", source.unreachable(w)._replace(stray=w.request)
         yield "the call comes twice", w._replace(stray=w.request)
+
+
+KINDS: Final[dict[str, Callable[[World], Iterator[Step]] | None]] = {
+    "crash": _crashes,
+    "stream": _stream,
+    "hang": _hangs,
+    "network": _network,
+    "storage": None,
+    "journal": None,
+    "start": None,
+}
+"""Kinds of faults. Those without a function happen where a step is taken: a refused `cont`, a full disk, a QEMU that
+does not start."""
 
 
 def stale_grant(kit: Kit, w: World) -> Iterator[Step]:

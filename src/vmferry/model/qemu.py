@@ -2,8 +2,9 @@
 
 Abstractions: memory is one step each for "all passes" and "all pages"; device state is one step; the destination's own
 `postcopy-device` is left out; `failing` and `cancelling` last as long as they like; a hung QEMU neither answers nor
-goes on. A source that loses its channel after the last page and before the result either goes back to the run state
-that it had before the switchover (10.2 and later) or stays in postcopy-paused (before): both happen here.
+goes on. A source that loses its channel after the last page and before the result goes back to the run state that it
+had before the switchover. QEMUs before 10.2, which wait for no proof and stay in postcopy-paused there, are not
+modelled.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
     else:
         yield from _apart(w)
     if not w.s_hung:
-        yield from _endings(w)
+        yield from _endings(kit, w)
     if w.d_cont == C_SENT and destination_alive(w) and not w.d_hung:
         yield from _cont(kit, w)
 
@@ -81,7 +82,6 @@ def _apart(w: World) -> Iterator[Step]:
             yield "the source's QEMU gives up", w._replace(s_word="failing")
         elif w.s_word == "postcopy-active" and w.d_word == "completed":
             yield "the source's QEMU goes back after its last page", w._replace(s_word="failing")
-            yield "the source's QEMU pauses after its last page", w._replace(s_word="postcopy-paused")
         elif w.s_word in IN_POSTCOPY:
             yield "the source's QEMU pauses", w._replace(s_word="postcopy-paused")
     if destination_alive(w) and not w.d_hung:
@@ -91,7 +91,7 @@ def _apart(w: World) -> Iterator[Step]:
             yield "the destination's QEMU pauses", w._replace(d_word="postcopy-paused")
 
 
-def _endings(w: World) -> Iterator[Step]:
+def _endings(kit: Kit, w: World) -> Iterator[Step]:
     for going, over in (("failing", "failed"), ("cancelling", "cancelled")):
         if w.s_word != going:
             continue
@@ -102,7 +102,7 @@ def _endings(w: World) -> Iterator[Step]:
             yield f"the source's QEMU has {over} and sticks: its disks are locked", cut
         else:
             yield f"the source's QEMU has {over} and goes back", back(cut)
-            if w.faults and w.lock == "none":
+            if w.lock == "none" and kit.may_fail(w, "storage"):
                 yield f"fault: the source's QEMU has {over} and its storage refuses", cut._replace(faults=w.faults - 1)
 
 
@@ -123,7 +123,7 @@ def _cont(kit: Kit, w: World) -> Iterator[Step]:
             "the destination's guest runs",
             w._replace(d_cont=C_DONE, d_run="running", d_ran=True, lock="off" if w.lock == "off" else "dst"),
         )
-    if w.faults:
+    if kit.may_fail(w, "storage"):
         less = w._replace(d_cont=C_REFUSED, faults=w.faults - 1)
         yield "fault: storage refuses the destination's cont", less
         if w.lock == "none":

@@ -46,8 +46,8 @@ def destination_dies(w: World) -> World:
     """The same for the destination's agent. A `cont` that it wrote is still carried out."""
     waiting = w.s_stage == "served" or (w.s_stage == "answered" and w.s_answer != "unreachable")
     return w._replace(
-        d_log=DOWN, d_machine="", d_sees_running=False, d_doing="", d_stage="", d_listens=False, push=None,
-        d_cont=w.d_cont if w.d_cont == C_SENT else C_NONE, request="", stray="",
+        d_log=DOWN, d_machine="", d_sees_running=False, d_doing="", d_stage="", d_listens=False, d_news=False,
+        push=None, d_cont=w.d_cont if w.d_cont == C_SENT else C_NONE, request="", stray="",
         s_stage="answered" if waiting or w.request else w.s_stage,
         s_answer="unreachable" if waiting or w.request else w.s_answer,
     )  # fmt: skip

@@ -80,6 +80,10 @@ class Kit:
         """True if the mutant at hand does not keep this promise of the environment."""
         return promise in self.rules.broken
 
+    def may_fail(self, w: World, kind: str) -> bool:
+        """A fault of this kind may happen now."""
+        return w.faults > 0 and self.setting.allows(kind)
+
     def source(self, w: World) -> Choice:
         """What the source's agent would decide now."""
         key = (w.s_log, w.s_source, w.s_cpus, w.s_answers)
@@ -130,7 +134,7 @@ class Kit:
         mask = w.d_log
         for fact in facts:
             mask = self._note("destination", mask, fact)
-        return w if mask == w.d_log else w._replace(d_log=mask)
+        return w if mask == w.d_log else w._replace(d_log=mask, d_news=mask > 0)
 
     def _note(self, side: str, mask: Mask, what: Fact | tuple[Fact, int]) -> Mask:
         key = (side, mask, what)

@@ -232,7 +232,7 @@ def _continue(kit: Kit, w: World) -> World:
 def _commit(kit: Kit, w: World) -> Iterator[Step]:
     journal = w.s_journal if kit.breaks("committed before it is said") else w.s_journal | S_COMMITTED
     yield "source agent commits", done(kit.note_source(w._replace(s_journal=journal), Fact.COMMITTED))
-    if w.faults:
+    if kit.may_fail(w, "journal"):
         failed = kit.note_source(w._replace(faults=w.faults - 1), Fact.ERROR)
         yield "fault: the source's journal cannot be written", done(failed)
 
@@ -266,7 +266,7 @@ def _resume(kit: Kit, w: World) -> Iterator[Step]:
         return
     runs = w._replace(s_run="running", lock="off" if w.lock == "off" else "src", s_cpus="AS_BEFORE", d_stale=True)
     yield "source agent starts the guest again", hear(kit, done(kit.note_source(runs, Fact.SOURCE_RESUMED)))
-    if w.faults and w.s_run != "running" and w.lock != "src":
+    if w.s_run != "running" and w.lock != "src" and kit.may_fail(w, "storage"):
         yield "fault: storage refuses the source's cont", hear(kit, done(w._replace(faults=w.faults - 1)))
 
 
@@ -303,7 +303,7 @@ def quit_qemu(w: World) -> World:
 
 def _end(kit: Kit, w: World) -> Iterator[Step]:
     yield "source agent journals the end", rests(done(w))
-    if w.faults:
+    if kit.may_fail(w, "journal"):
         kept = done(w)._replace(faults=w.faults - 1)
         yield "fault: the source's journal cannot be written at the end", kept._replace(s_stage="unwritten")
 

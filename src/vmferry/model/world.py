@@ -96,6 +96,8 @@ class World(NamedTuple):
     d_doing: str = ""
     d_stage: str = ""
     d_listens: bool = False
+    d_news: bool = False
+    """Facts came that it has not pushed yet; it pushes each once."""
     d_journal: int = 0
     # Messages.
     request: str = ""
@@ -126,14 +128,19 @@ class Setting:
     faults: int = 2
     cancels: int = 1
     kinds: frozenset[str] = frozenset()
-    """Only these kinds of faults; empty: all."""
+    """Only these kinds of faults, of `outside.KINDS`; empty: all."""
 
     @property
     def name(self) -> str:
         parts = [self.mode, "locks" if self.locks else "no locks"]
         if self.owner_paused:
             parts.append("paused by its owner")
-        return f"{', '.join(parts)}, {self.faults} faults, {self.cancels} cancels"
+        only = f" of {' and '.join(sorted(self.kinds))}" if self.kinds else ""
+        return f"{', '.join(parts)}, {self.faults} faults{only}, {self.cancels} cancels"
+
+    def allows(self, kind: str) -> bool:
+        """True if faults of this kind happen here."""
+        return not self.kinds or kind in self.kinds
 
     def first(self) -> World:
         """The state in which the migration was asked for and journalled."""
