@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
@@ -54,14 +54,24 @@ class Report:
             "mutants_caught": len(self.caught) - len(missed),
             "mutants_missed": missed,
             "seconds": round(self.seconds, 1),
-            "settings": [
-                {"setting": r.setting, "states": r.states, "transitions": r.transitions, "depth": r.depth,
-                 "settled": r.settled, "seconds": round(r.seconds, 1), "out_of_rounds": r.out_of_rounds}
-                for r in self.results
-            ],
+            "settings": [result_wire(r) for r in self.results],
             "schedules": [violation_wire(v) for r in self.results for v in r.violations],
             "mutant_schedules": {c.mutant: violation_wire(c.violation) for c in self.caught if c.violation},
         }  # fmt: skip
+
+
+def result_wire(result: Result) -> dict[str, Any]:
+    """One exploration in numbers; `cpu_seconds` is what it would take on an idle machine."""
+    return {
+        "setting": result.setting,
+        "states": result.states,
+        "transitions": result.transitions,
+        "depth": result.depth,
+        "settled": result.settled,
+        "out_of_rounds": result.out_of_rounds,
+        "seconds": round(result.seconds, 1),
+        "cpu_seconds": round(result.cpu_seconds, 1),
+    }
 
 
 def violation_wire(violation: Violation) -> dict[str, Any]:
@@ -106,16 +116,16 @@ def run(
     with ProcessPoolExecutor(max_workers=max(1, processes)) as pool:
         explored = [pool.submit(run_setting, rules, setting) for setting in chosen]
         tried = [pool.submit(run_mutant, rules, mutant) for mutant in mutants]
-        for exploration in explored:
+        for exploration in as_completed(explored):
             result = exploration.result()
-            report.results.append(result)
             tell(
                 f"{result.setting}: {result.states} states, {len(result.violations)} violations, {result.seconds:.0f} s"
             )
-        for trial in tried:
+        for trial in as_completed(tried):
             caught = trial.result()
-            report.caught.append(caught)
             what = caught.violation.what if caught.violation else "NOT CAUGHT"
             tell(f"mutant {caught.mutant}: {what} ({caught.seconds:.1f} s)")
+    report.results = [exploration.result() for exploration in explored]
+    report.caught = [trial.result() for trial in tried]
     report.seconds = time.perf_counter() - began_s
     return report

@@ -141,7 +141,8 @@ def is_settled(kit: Kit, w: World) -> bool:
 def _tells(row: object) -> bool:
     action = str(getattr(row, "action", ""))
     waits = getattr(row, "do", None) is None and getattr(row, "limit_ms", None) is None
-    return waits and bool(action) and not action.startswith("none needed")
+    # A run ends where the link is up again: who is told to bring it back is not told anything then.
+    return waits and bool(action) and not action.startswith(("none needed", "bring the link"))
 
 
 def _heard(kit: Kit, w: World) -> bool:

@@ -35,6 +35,7 @@ from vmferry.model.rules import Rules
 from vmferry.model.world import Setting
 
 PLAIN: Final = Setting("precopy", locks=False, faults=0, cancels=1)
+STRAIGHT: Final = Setting("precopy", locks=False, faults=0, cancels=0)
 POSTCOPY: Final = Setting("postcopy", locks=False, faults=0, cancels=0)
 LOCKED: Final = Setting("precopy", locks=True, faults=1, cancels=0, kinds=frozenset({"storage"}))
 CRASH: Final = Setting("precopy", locks=False, faults=1, cancels=0, kinds=frozenset({"crash"}))
@@ -51,7 +52,7 @@ class Mutant:
 
     name: str
     of: Callable[[Rules], Rules]
-    settings: tuple[Setting, ...] = (PLAIN,)
+    settings: tuple[Setting, ...] = (STRAIGHT,)
 
 
 @cache
@@ -177,30 +178,31 @@ class _Without:
 
 
 IDLE_ROWS: Final[tuple[tuple[str, Setting], ...]] = (
-    ("P-plan", PLAIN), ("P-prepare", PLAIN), ("P-configure", PLAIN), ("P-start", PLAIN), ("P-back-clean", PLAIN),
-    ("M-postcopy", POSTCOPY), ("M-sure", PLAIN), ("M-continue", PLAIN), ("M-qemu-ends", STREAM), ("C-commit", PLAIN),
-    ("C-grant", PLAIN), ("B-cancel", PLAIN), ("B-resume", PLAIN), ("B-clean", PLAIN),
-    ("G-ran-retire", PLAIN), ("G-ran-clean", PLAIN), ("G-ran-broken", CUT), ("G-uncertain", NETWORK),
-    ("G-again", NETWORK), ("G-start-refused", LOCKED), ("G-back-release", LOCKED), ("G-gone-resume", LOCKED),
-    ("G-gone-clean", LOCKED), ("D-spawn", PLAIN), ("D-start", PLAIN), ("D-failed", STREAM), ("D-renounce", PLAIN),
-    ("D-running", PLAIN), ("D-ran", PAUSED),
+    ("P-plan", STRAIGHT), ("P-prepare", STRAIGHT), ("P-configure", STRAIGHT), ("P-start", STRAIGHT),
+    ("P-back-clean", STRAIGHT), ("M-postcopy", POSTCOPY), ("M-sure", STRAIGHT), ("M-continue", STRAIGHT),
+    ("M-qemu-ends", STREAM), ("C-commit", STRAIGHT), ("C-grant", STRAIGHT), ("B-cancel", STRAIGHT),
+    ("B-resume", STRAIGHT), ("B-clean", STRAIGHT), ("G-ran-retire", STRAIGHT), ("G-ran-clean", STRAIGHT),
+    ("G-ran-broken", CUT), ("G-uncertain", NETWORK), ("G-again", NETWORK), ("G-start-refused", LOCKED),
+    ("G-back-release", LOCKED), ("G-gone-resume", LOCKED), ("G-gone-clean", LOCKED), ("D-spawn", STRAIGHT),
+    ("D-start", STRAIGHT), ("D-failed", STREAM), ("D-renounce", STRAIGHT), ("D-running", STRAIGHT),
+    ("D-ran", PAUSED),
 )  # fmt: skip
 """Rows that must act, each with the smallest setting that needs it."""
 
 E, D = Effect, DestinationEffect
 SWAPPED: Final[tuple[tuple[str, Effect | DestinationEffect, Setting], ...]] = (
-    ("G-uncertain", E.RESUME_SOURCE, PLAIN),
+    ("G-uncertain", E.RESUME_SOURCE, STRAIGHT),
     ("G-ask", E.RETIRE_SOURCE, CRASH),
-    ("G-again", E.CLEAN_UP, PLAIN),
-    ("B-resume", E.CLEAN_UP, PLAIN),
+    ("G-again", E.CLEAN_UP, STRAIGHT),
+    ("B-resume", E.CLEAN_UP, STRAIGHT),
     ("G-back-release", E.RESUME_SOURCE, LOCKED),
-    ("C-commit", E.SEND_GRANT, PLAIN),
-    ("C-wait-load", E.SEND_GRANT, PLAIN),
-    ("M-memory", E.RETIRE_SOURCE, PLAIN),
-    ("D-load", D.START_CPUS, PLAIN),
-    ("D-wait-grant", D.START_CPUS, PLAIN),
+    ("C-commit", E.SEND_GRANT, STRAIGHT),
+    ("C-wait-load", E.SEND_GRANT, STRAIGHT),
+    ("M-memory", E.RETIRE_SOURCE, STRAIGHT),
+    ("D-load", D.START_CPUS, STRAIGHT),
+    ("D-wait-grant", D.START_CPUS, STRAIGHT),
     ("D-in-doubt", D.RENOUNCE, HANG),
-    ("D-running", D.RENOUNCE, PLAIN),
+    ("D-running", D.RENOUNCE, STRAIGHT),
 )
 """Rows that do something else, without the guard that would stop it."""
 
@@ -226,15 +228,15 @@ def _made() -> tuple[Mutant, ...]:
 
 
 BY_HAND: Final[tuple[Mutant, ...]] = (
-    Mutant("an unknown target counts as gone", OtherView("target", Target.UNKNOWN, Target.GONE), (PLAIN, NETWORK)),
+    Mutant("an unknown target counts as gone", OtherView("target", Target.UNKNOWN, Target.GONE), (STRAIGHT, NETWORK)),
     Mutant("a refused target counts as gone", OtherView("target", Target.REFUSED, Target.GONE), (LOCKED,)),
     Mutant("a loaded target counts as running", OtherView("target", Target.LOADED, Target.RAN)),
     Mutant("a sent grant counts as held", OtherView("grant", Grant.SENT, Grant.HELD)),
     Mutant("an unknown run counts as none", OtherView("ran", Ran.UNKNOWN, Ran.NO), (HANG,)),
     Mutant("a release is not heard", OtherView("wish", Wish.DROP, Wish.KEEP)),
     Mutant("an order is not needed", OtherView("held", Held.NO, Held.YES)),
-    Mutant("the grant has no guard", NoGuard(E.SEND_GRANT)),
-    Mutant("a cancel is accepted at any time", AlwaysCancel()),
+    Mutant("the grant has no guard", NoGuard(E.SEND_GRANT), (PLAIN,)),
+    Mutant("a cancel is accepted at any time", AlwaysCancel(), (PLAIN,)),
     Mutant("completed does not prove that all was sent", Forgets(Fact.ALL_SENT)),
     Mutant("completed does not prove the result", Forgets(Fact.PEER_ACK)),
     Mutant("stopping is not heard", Forgets(Fact.SWITCHOVER)),
@@ -243,16 +245,16 @@ BY_HAND: Final[tuple[Mutant, ...]] = (
     Mutant("the end of the load is not seen there", Forgets(Fact.ALL_SENT, on_source=False)),
     Mutant("the proof of loading is not heard", Forgets(Fact.PACKAGE_LOADED), (POSTCOPY,)),
     Mutant("the destination is not started paused", Breaks("started paused")),
-    Mutant("a grant counts only when it is answered", Breaks("a grant counts before it is sent"), (PLAIN, NETWORK)),
-    Mutant("the commit is not journalled", Breaks("committed before it is said"), (PLAIN,)),
-    Mutant("the grant is not journalled there", Breaks("a grant is durable before it is used"), (PLAIN,)),
+    Mutant("a grant counts only when it is answered", Breaks("a grant counts before it is sent"), (STRAIGHT, NETWORK)),
+    Mutant("the commit is not journalled", Breaks("committed before it is said"), (STRAIGHT,)),
+    Mutant("the grant is not journalled there", Breaks("a grant is durable before it is used"), (STRAIGHT,)),
     Mutant("after a restart a commit does not count as sent", Breaks("a commit counts as sent after a restart"),
            (CRASH,)),
     Mutant("after a restart cont was never written", Breaks("cont may have been written before a restart"), (CRASH,)),
     Mutant("the renounced place is not journalled", Breaks("renounced before it is said"), (CRASH,)),
     Mutant("an order of an older attempt is taken", Breaks("an order carries its generation"), (CRASH,)),
     Mutant("the guest is not stopped before postcopy", Breaks("stopped before postcopy"), (CUT,)),
-    Mutant("a doubt there is not told", Breaks("says that it is in doubt"), (PLAIN, NETWORK)),
+    Mutant("a doubt there is not told", Breaks("says that it is in doubt"), (STRAIGHT, NETWORK)),
     Mutant("the arrived guest is not journalled", Breaks("kept before it is said"), (CRASH,)),
     Mutant("the source does not say that its QEMU is gone", Breaks("says that its QEMU is gone"), (CRASH,)),
     Mutant("postcopy-device counts as the proof", Breaks("waits for the proof"), (POSTCOPY,)),
