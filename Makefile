@@ -4,7 +4,7 @@ PYTHON := python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup check cover test real sim demo bench docs
+.PHONY: help venv setup check cover test real sim model demo bench docs
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: setup venv ## all of it: what CI runs
 
 sim: venv ## real agents on a clock, a net and QEMUs that are values: SEED=7 (that one), SEEDS=200 (so many), JSON=1
 	@$(BIN)/python -m vmferry.testing.sim $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) --first $(or $(FIRST),0) --jobs $(or $(JOBS),1)) $(if $(JSON),--json)
+
+model: venv ## every interleaving of what decides, with faults, and of small mistakes in it (minutes)
+	@$(BIN)/vmferry model
 
 demo: setup venv ## two hosts on this machine, and a guest that moves between them
 	@$(BIN)/vmferry demo

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import commands_doc, conformance, decision_tables, requirements
 from vmferry import errors
 from vmferry.core import migration_status, options, transitions
+from vmferry.model import faults_doc
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
@@ -25,6 +26,7 @@ DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("docs/migration-status.md", migration_status.docs_markdown),
     ("docs/status.md", transitions.docs_markdown),
     ("docs/decision-table.md", decision_tables.docs_markdown),
+    ("docs/faults.md", faults_doc.docs_markdown),
     ("docs/exit-codes.md", errors.docs_markdown),
     ("docs/commands.md", commands_doc.docs_markdown),
     ("docs/requirements.md", requirements.docs_markdown),

@@ -43,6 +43,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "wire": frozenset({"errors", "units", "limits"}),
     **{doer: _BASE | {doer} for doer in _DOERS},
     "engine": _BASE | {"core", "wire"},
+    "model": frozenset({"core"}),
     "agent": _BASE | _DOERS | {"core", "wire", "engine"},
     "cli": _BASE | {"core", "qmp", "pki"},
     "testing": _BASE | _DOERS | {"core", "wire", "engine", "agent"},
@@ -54,6 +55,7 @@ INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
     "src/vmferry/cli/agent_cmd.py": frozenset({"agent"}),
     "src/vmferry/cli/demo_cmd.py": frozenset({"agent", "demo", "bench"}),
     "src/vmferry/cli/inspect_cmd.py": frozenset({"wire"}),
+    "src/vmferry/cli/model_cmd.py": frozenset({"agent", "model"}),
     "src/vmferry/cli/bench_cmd.py": frozenset({"agent", "demo", "bench"}),
 }
 """The commands that run another room instead of asking an agent."""
@@ -65,7 +67,12 @@ IMPURE_MODULES: Final = frozenset({
     "multiprocessing", "os", "pathlib", "platform", "pwd", "random", "resource", "secrets", "select", "shutil",
     "signal", "socket", "sqlite3", "ssl", "subprocess", "sys", "tempfile", "threading", "time", "uuid",
 })  # fmt: skip
-EFFECT_HANDS: Final = ("src/vmferry/agent/source_act.py", "src/vmferry/agent/destination_act.py")
+EFFECT_HANDS: Final = (
+    "src/vmferry/agent/source_act.py",
+    "src/vmferry/agent/destination_act.py",
+    "src/vmferry/model/source.py",  # what the hands do to the model's world
+    "src/vmferry/model/destination.py",
+)
 EFFECT_TYPES: Final = frozenset({"Effect", "DestinationEffect"})
 FACT_WRITERS: Final = (
     "src/vmferry/agent/loop.py",  # note(): the one way in
@@ -79,7 +86,12 @@ STATUS_NAMES: Final = frozenset(
     {"MigrationStatus", "source_status", "destination_status", "derive_source", "derive_destination"}
 )
 STATUS_WORDS: Final = frozenset(status.value for status in MigrationStatus)
-DECIDES_NOTHING: Final = ("src/vmferry/core/", "src/vmferry/testing/", "src/vmferry/agent/observe.py")
+DECIDES_NOTHING: Final = (
+    "src/vmferry/core/",
+    "src/vmferry/model/",
+    "src/vmferry/testing/",
+    "src/vmferry/agent/observe.py",
+)
 
 # Written with classes of one letter, so that this file is not a finding of its own.
 MACHINE_PATH: Final = re.compile(r"(?<![\w.$}~])/(?:[w]ork/(?:main|shared)|[r]oot/|[h]ome/\w|[o]pt/(?:pypi|wheels))")
@@ -231,7 +243,7 @@ def effects(source: Source) -> Iterator[Finding]:
 
 def fact_records(source: Source) -> Iterator[Finding]:
     """Facts come in through the funnel and the attempts, and from nowhere else."""
-    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "testing"):
+    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "model", "testing"):
         return
     for function, node in _with_function(source.tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

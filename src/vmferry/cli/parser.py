@@ -276,6 +276,14 @@ def _add_host_commands(commands: Any) -> None:
 
 
 def _add_demo_and_bench(commands: Any) -> None:
+    model = _command(commands, "model", "model_cmd:model",
+                     "explore every interleaving of what decides, and small mistakes in it", client=False)  # fmt: skip
+    model.add_argument("--no-mutants", action="store_true", help="only what really decides")
+    model.add_argument("--only", metavar="WORD", default="", help="only settings and mutants with this in their name")
+    model.add_argument(
+        "--faults", type=int, metavar="N", help="this many faults in each run, instead of each setting's own"
+    )
+    model.add_argument("--processes", type=int, default=2, metavar="N", help="side by side (default: %(default)s)")
     demo = _command(commands, "demo", "demo_cmd:demo",
                     "boot a real Linux guest, migrate it between two agents, prove that it went on",
                     client=False)  # fmt: skip
