@@ -37,6 +37,7 @@ from vmferry.core.view import DestinationView, Halt, Incoming, Ran, destination_
 from vmferry.errors import Busy, HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki.job_credentials import JobCredentials
+from vmferry.qmp.client import QmpClient
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpTimeout
 from vmferry.vm.runtime import RuntimePaths
@@ -66,6 +67,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.policy = place.policy
         self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
+        self.is_renounced = False
+        """It is durable that the guest never ran here and never will; its QEMU may still be there."""
+        self.unanswered: QmpClient | None = None
+        """The session in which `cont` was written and not answered in time."""
         self.cpu_threads: tuple[int, ...] = ()
         """The vCPUs' thread ids: asked for while QEMU answers, needed when it does not."""
         self.rounds = 0
@@ -264,6 +269,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             info = await machine.migration(deadline_s=2.0)
             self._word = info.get("status")
         self._note_findings(self._word, self._run_state)
+        self._note_late_answer(machine)
         if self._word == "failed":
             self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
 
@@ -278,6 +284,16 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
     def _note_findings(self, word: str | None, run_state: str | None) -> None:
         for fact, round_no, text in destination_findings(word, run_state, self.facts):
             self.note(fact, round_no=round_no, text=text, by="destination QEMU")
+
+    def _note_late_answer(self, machine: Machine) -> None:
+        """QEMU carries the commands of a session out in their order. So once a later question was answered, a `cont`
+        whose own answer came too late has been carried out: a guest that does not run, and did not, was refused."""
+        tries = self.facts.last_round(Fact.START_SENT)
+        if self.unanswered is None or self.unanswered is not machine.client or tries == 0:
+            return
+        if self._run_state == "paused" and self.facts.stamp(Fact.START_REFUSED, tries) is None:
+            self.unanswered = None
+            self.note(Fact.START_REFUSED, round_no=tries, text="cont had no effect, and was answered late", by="agent")
 
     def _note_exit(self) -> None:
         if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:

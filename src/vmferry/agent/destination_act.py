@@ -17,7 +17,7 @@ from vmferry.core.table import Outcome
 from vmferry.errors import HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
-from vmferry.qmp.errors import QmpCommandError
+from vmferry.qmp.errors import QmpCommandError, QmpTimeout
 from vmferry.vm import hardware
 
 log = logging.getLogger("vmferry.agent")
@@ -211,6 +211,9 @@ async def _start_cpus(attempt: DestinationAttempt) -> None:
     except QmpCommandError as error:
         attempt.note(Fact.START_REFUSED, round_no=tries, text=error.desc, by="destination QEMU")
         return
+    except QmpTimeout:
+        attempt.unanswered = machine.client
+        raise
     if await machine.run_state() == "running":
         attempt.note(Fact.TARGET_RAN, text="cont", by="destination QEMU")
     else:
@@ -284,10 +287,15 @@ async def _thaw(attempt: DestinationAttempt) -> None:
 
 
 async def _renounce(attempt: DestinationAttempt) -> None:
-    """Kills the QEMU, which never ran, and makes durable that it never will. Only then is it said."""
+    """Makes durable that the QEMU, which never ran, never will, and kills it. Only then is it said.
+
+    Durable first: 1. an order to start is in the journal, and was refused  2. the QEMU is killed  3. the agent dies
+    4. the next one finds an order and no QEMU, and must take the guest for one that ran and died."""
+    if Fact.TARGET_GONE not in attempt.facts and not attempt.is_renounced:
+        await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
+        attempt.is_renounced = True
     if attempt.machine is not None and not await attempt.machine.kill():
         raise QemuError(f"{attempt.vm}: process {attempt.machine.pid} does not end", side="destination")
-    await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
     attempt.note(Fact.TARGET_GONE, text=attempt.error_text, by="agent")
     await _finish(attempt, Outcome.SOURCE)
 

@@ -21,6 +21,7 @@ Finding = tuple[Fact, int, str]
 PROOF_VERSION = (10, 2)
 """The first QEMU whose source waits for the destination's proof before it says postcopy-active."""
 
+_BEGUN: tuple[Finding, ...] = ((Fact.LISTENING, 0, ""), (Fact.HEADER_SEEN, 0, ""))
 _PACKAGE: Finding = (Fact.PACKAGE_SENT, 0, "")
 
 
@@ -52,7 +53,7 @@ def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
             return _healing(log, Fact.RECONNECTED)
         case _:
             current = open_round(log)
-            return ((Fact.RESUME_ACK, current, ""),) if current else ()
+            return _healing(log, Fact.RECONNECTED, Fact.RESUME_ACK) if current else ()
 
 
 def _unheard_of(word: str, log: FactLog) -> tuple[Finding, ...]:
@@ -90,7 +91,8 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return (*switched, _PACKAGE, *proof, *_rounds(word, log))
         case "completed":
             loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
-            return (*switched, *loaded, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+            healed = _healing(log, Fact.RECONNECTED, Fact.RESUME_ACK) if open_round(log) else ()
+            return (*switched, *loaded, *healed, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
             return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
@@ -114,15 +116,15 @@ def destination_findings(word: str | None, run_state: str | None, log: FactLog) 
         case "setup":
             return ((Fact.LISTENING, 0, ""),)
         case "active":
-            findings = [(Fact.HEADER_SEEN, 0, "")]
+            findings = list(_BEGUN)
         case "postcopy-device":
-            findings = [(Fact.HEADER_SEEN, 0, ""), _PACKAGE]
+            findings = [*_BEGUN, _PACKAGE]
         case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
-            findings = [(Fact.HEADER_SEEN, 0, "")]
+            findings = list(_BEGUN)
             if loaded:
                 findings += [_PACKAGE, (Fact.PACKAGE_LOADED, 0, ""), (Fact.LOADED, 0, ""), *_rounds(word, log)]
         case "completed":
-            findings = [(Fact.HEADER_SEEN, 0, "")]
+            findings = list(_BEGUN)
             if loaded and Fact.PACKAGE_SENT in log:
                 findings += [(Fact.PACKAGE_LOADED, 0, "")]  # it may be over before anybody looked
             if loaded:

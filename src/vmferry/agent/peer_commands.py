@@ -21,6 +21,7 @@ from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
 from vmferry.core.policy import FailurePolicy
 from vmferry.core.table import Outcome
+from vmferry.core.view import Incoming
 from vmferry.errors import Busy, HostUnreachable, NotTrusted, QemuError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import tls
@@ -234,7 +235,7 @@ async def _release(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
         # 1. the source's QEMU sends the last byte and dies  2. its agent wants the place released, and has not heard
         # 3. that this side has loaded: what would be given up is the only copy.
         await place.look_for_error(deadline_s=WHY_WAIT_S)
-        if Fact.LOADED in place.facts:
+        if Fact.LOADED in place.facts or place.incoming() is Incoming.UNKNOWN:
             return place.facts_wire()
     if Fact.TARGET_RAN not in place.facts:
         place.note(Fact.RELEASE, by=who or "source agent")

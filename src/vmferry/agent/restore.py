@@ -92,6 +92,7 @@ async def _source(agent: Agent, job: JobState) -> None:
         kept.machine = machines.ended(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
+    attempt.was_restored = True
     attempt.apply_policy(wanted.policy.changed(job.policy))
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
@@ -116,6 +117,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
+        if job.turned_back:
+            attempt.fail(MigrationFailed("the guest was going back when the agent restarted", side="source"))
         if job.fenced:
             attempt.note(Fact.FENCED, round_no=1, text=job.fenced, by="journal")
     elif word in NOT_BEGUN and not kept.machine.is_gone:
@@ -159,13 +162,18 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
             "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
             "loaded": ran, "whole": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
         }  # fmt: skip
+        left = agent.host.find_qemu(place.directory) if job.renounced and job.ended is None else None
+        if left is not None and agent.host.kill(left):
+            # The agent died between the promise and its keeping.
+            log.warning("job=%s vm=%s pid=%d result=ended: it was given up", job.job, place.vm, left.pid)
         return
     attempt = DestinationAttempt(agent, place)
     attempt.policy = place.policy.changed(job.policy)
     identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
-    if kept is not None and kept.generation == place.generation and kept.machine is not None:
-        attempt.use(kept.machine)
+    if kept is not None and kept.generation == place.generation:
+        # Without a process it died while no agent ran; it had run the guest all the same.
+        attempt.use(kept.machine or machines.ended(kept.name, kept.identity, kept.qmp_path, clock=agent.clock))
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.LOADED, by="journal")
         attempt.note(Fact.TARGET_RAN, by="journal")

@@ -107,6 +107,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.broken_since_s: float | None = None
         """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
         self._memory_asked = False
+        self.was_restored = False
+        """Made by an agent that began anew: what it did not see is asked for."""
         self.has_run_since = False
         """The guest was seen running here after the switchover: its memory is not what the destination lacks."""
         self.fd_given = False
@@ -384,7 +386,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         view = source_view(self.facts, self.readings)
         if view.source not in (Source.BACK, Source.DONE, Source.IDLE, Source.ENDING):
             return False
-        return Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
+        turns_back = Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
+        # An agent that begins anew cannot know whether an earlier one let the guest go on here.
+        return turns_back or self.was_restored
 
     async def ask_word(self) -> None:
         """Hears QEMU's word and counters anew. Raises QmpTimeout or QemuError; nothing is known then."""

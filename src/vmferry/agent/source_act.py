@@ -118,7 +118,13 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
 
 
 async def _resume(attempt: SourceAttempt) -> None:
-    """`cont`. QEMU takes the disks' locks itself or refuses; what a fence holds is given back just before."""
+    """`cont`. QEMU takes the disks' locks itself or refuses; what a fence holds is given back just before.
+
+    1. the commit is in the journal, and not sent  2. the guest goes back and runs here  3. the agent dies  4. the next
+    one reads the commit, and finds a QEMU that has completed: it would send the grant. So the turning back is durable
+    before the guest runs."""
+    if Fact.COMMITTED in attempt.facts and Fact.SOURCE_RESUMED not in attempt.facts:
+        await attempt.context.journal.append(Entry.TURNED_BACK, attempt.job)
     fence, attempt.locks = attempt.locks, None
     if fence is not None:
         fence.release()

@@ -122,8 +122,24 @@ def _guard(**allowed: Enum | tuple[Enum, ...]) -> Guard:
     return Guard({k: frozenset(v if isinstance(v, tuple) else (v,)) for k, v in allowed.items()})
 
 
+_NOT_RUNNING = tuple(c for c in Cpus if c is not Cpus.AS_BEFORE)
+_SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
+_DEAD = (Source.GONE, Source.RETIRED)
+_OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
+_EARLY = tuple(s for s in Step if s is not Step.STARTED)
 _UNSENT = (Grant.NONE, Grant.HELD)
 _IN_POSTCOPY = (Source.POSTCOPY, Source.BROKEN)
+_CANCELLED = (
+    Source.CONNECTING,
+    Source.UNPLUGGING,
+    Source.BUSY,
+    Source.WAITING,
+    Source.SWITCHING,
+    Source.SILENT,
+    Source.UNKNOWN,
+    Source.ENDING,
+)
+"""Not in postcopy: there QEMU refuses it, and a cut would do harm."""
 _NEVER_TOLD = tuple(t for t in Target if t not in (Target.RAN, Target.DIED))
 
 SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
@@ -145,6 +161,7 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
             source=(Source.POSTCOPY, Source.DONE),
             target=(Target.LOADED, Target.REFUSED),
             grant=(Grant.HELD, Grant.SENT),
+            cpus=_NOT_RUNNING,
         ),
         _guard(source=Source.RETIRED, target=(Target.LOADED, Target.REFUSED), grant=(Grant.HELD, Grant.SENT)),
     ),
@@ -152,8 +169,8 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.RELEASE_TARGET: (_guard(),),  # the destination itself refuses when it ran
     Effect.RECONNECT: (_guard(step=Step.STARTED, source=Source.BROKEN),),
     Effect.CANCEL_SOURCE: (
-        _guard(want=Want.BACK, grant=_UNSENT),
-        _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE),
+        _guard(want=Want.BACK, grant=_UNSENT, source=_CANCELLED),
+        _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE, source=_CANCELLED),
     ),
     Effect.RESUME_SOURCE: (
         # Nobody was ever told to start: the destination is fenced by the missing grant.
@@ -171,11 +188,22 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     ),
     Effect.FENCE_TARGET: (_guard(grant=Grant.SENT, target=Target.UNKNOWN),),
     Effect.STOP_SOURCE: (_guard(target=Target.RAN, cpus=Cpus.AS_BEFORE),),
-    Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT),),
+    Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT, cpus=_NOT_RUNNING),),
     Effect.NOTE_TARGET_LOST: (_guard(),),
     Effect.NOTE_TIMEOUT: (_guard(want=Want.GO, grant=(Grant.NONE, Grant.HELD)),),
     Effect.NOTE_QEMU_ERROR: (_guard(),),
-    Effect.CLEAN_UP: (_guard(),),
+    Effect.CLEAN_UP: (
+        # Nothing was sent; the guest is here, or its process died as it may at any time.
+        _guard(want=Want.BACK, step=_EARLY, grant=Grant.NONE, target=_NEVER_TOLD),
+        # It is here again, and settled.
+        _guard(want=Want.BACK, step=Step.STARTED, grant=_UNSENT, target=_NEVER_TOLD, source=_OURS_AGAIN, cpus=_SETTLED),
+        _guard(want=Want.BACK, step=Step.STARTED, target=Target.GONE, source=_OURS_AGAIN, cpus=_SETTLED),
+        # It is there, and nothing of it is needed here.
+        _guard(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
+        # Nobody has it whole.
+        _guard(want=Want.BACK, step=Step.STARTED, grant=_UNSENT, source=_DEAD, target=(Target.ABSENT, Target.GONE)),
+        _guard(want=Want.BACK, step=Step.STARTED, source=_DEAD, target=Target.GONE),
+    ),
 }
 """For each effect the guards of which one must allow it."""
 

@@ -50,6 +50,8 @@ class Entry(StrEnum):
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
+    TURNED_BACK = "turned-back"
+    """Source: the commit had been written and not been sent, and the guest is about to go on here: it never will be."""
     FENCED = "fenced"
     """Source: a silent destination was fenced off; the generation is the source's again."""
     POLICY = "policy"
@@ -85,6 +87,7 @@ class JobState:
     options_before: dict[str, Any] = field(default_factory=dict)
     committed_generation: int | None = None
     renounced: bool = False
+    turned_back: bool = False
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +132,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.options_before = {**entry.body, **job.options_before}
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
+            case Entry.TURNED_BACK if job:
+                job.turned_back = True
             case Entry.FENCED if job:
                 job.fenced = str(entry.body.get("text", "no reason was written down"))
             case Entry.POLICY if job:

@@ -346,3 +346,39 @@ async def test_a_descriptor_that_a_dead_agent_gave_to_its_qemu_is_taken_back(mak
     machine = site.agents["a"].vms["g"].require_machine()
     with pytest.raises(QmpCommandError, match="not found"):
         await machine.execute("closefd", {"fdname": source_act.CHANNEL_NAME})
+
+
+@pytest.mark.proves("S53", "S123")
+async def test_a_guest_that_went_back_after_the_commit_is_not_sent_away_by_the_next_agent(make_site: MakeSite) -> None:
+    """1. the commit is in the journal, QEMU has completed, the grant was not sent  2. the migration is cancelled, and
+    the guest runs here  3. the agent dies  4. the next one reads the commit and finds a completed QEMU."""
+    site = await make_site()
+    site.crash_at("a", Fact.SOURCE_RESUMED)
+
+    def cancel() -> None:
+        if {Fact.COMMITTED, Fact.ALL_SENT} <= {entry.fact for entry in site.attempt().facts}:
+            site.attempt().note(Fact.CANCEL, by="test")
+
+    for fact in (Fact.COMMITTED, Fact.ALL_SENT):  # in this order or the other one
+        site.when("a", fact, cancel)
+    await site.migrate()
+    await site.noted_by("a", Fact.SOURCE_RESUMED)
+    await site.restart("a")
+    await site.settle()
+    assert site.attempt().wire()["outcome"] == "source"
+    await site.check("a")
+
+
+@pytest.mark.proves("S36", "S55")
+async def test_a_place_that_was_given_up_is_not_taken_for_a_guest_that_ran_and_died(make_site: MakeSite) -> None:
+    """1. the start was refused  2. the place is given up: its QEMU is killed  3. its agent dies before the end is
+    written down  4. the next one finds an order to start and no QEMU."""
+    site = await make_site()
+    site.director.script("b", cont=LOCK)
+    site.crash_at("b", Fact.TARGET_GONE)
+    await site.migrate()
+    await site.noted_by("b", Fact.TARGET_GONE)
+    await site.restart("b")
+    await site.settle()
+    assert site.attempt().wire()["outcome"] == "source"
+    await site.check("a")
