@@ -167,7 +167,8 @@ def test_a_policy_of_pause_freezes_the_guest_until_the_channel_is_back(
     boot(pair.a, guests.boot())
     with broken_postcopy(pair, "--on-postcopy-failure", "pause") as there:
         qemu = there.qemu_pid("web1")
-        wait_true(lambda: set(thread_states(qemu)) == {"t"}, why="the CPUs are stopped from outside")
+        wait_true(lambda: "fact=frozen" in there.log(), why="the CPUs are stopped from outside")
+        assert set(thread_states(qemu)) == {"t"}
         took_s = seconds_between(there.log(), "fact=link-lost", "fact=frozen")
         assert took_s < 1.0, took_s
         log = (there.vm_directory("web1") / "serial.log").read_bytes()

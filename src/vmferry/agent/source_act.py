@@ -32,6 +32,7 @@ from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError, QmpTimeout
 from vmferry.vm import hardware
+from vmferry.vm.runtime import RuntimePaths
 
 log = logging.getLogger("vmferry.agent")
 
@@ -376,6 +377,9 @@ def _note_target_lost(attempt: SourceAttempt) -> None:
 async def _note_qemu_error(attempt: SourceAttempt) -> None:
     """The source QEMU's words, and the destination's if it has better ones (it knows the device's name)."""
     text, side = "the source's QEMU is gone", "source"
+    if attempt.machine.is_gone and attempt.kept.directory:
+        words = attempt.context.tail_log(RuntimePaths(attempt.kept.directory))
+        text = f"{text}: {words}" if words else text
     if not attempt.machine.is_gone:
         info = await attempt.machine.migration()
         text = str(info.get("error-desc") or f"the source's QEMU ended the migration ({info.get('status')})")

@@ -322,12 +322,12 @@ def _source(log: FactLog, said: Source) -> Source:
     whole = Fact.ALL_SENT in log or Fact.TARGET_WHOLE in log
     if Fact.SOURCE_GONE in log:
         return Source.RETIRED if whole else Source.GONE
-    if not whole or said not in (Source.BACK, Source.BROKEN):
+    if not whole or said not in (Source.BACK, Source.BROKEN, Source.POSTCOPY):
         return said
     if Fact.RUN_ACKED in log:
-        return Source.DONE  # fed by a stand-in, or its last page arrived before the channel broke
+        return Source.DONE  # fed by a stand-in, or its last page arrived before the channel broke, or it hangs after it
     # A source that went back may run its guest. One without a channel cannot by itself: it has given everything.
-    return Source.POSTCOPY if said is Source.BROKEN else said
+    return said if said is Source.BACK else Source.POSTCOPY
 
 
 def _retry(log: FactLog, readings: Readings, source: Source, target: Target) -> Retry:
