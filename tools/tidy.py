@@ -48,12 +48,14 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "testing": _BASE | _DOERS | {"core", "wire", "engine", "agent"},
     "demo": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing"},
     "bench": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo"},
+    "chaos": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo", "bench"},
 }
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
     "src/vmferry/cli/agent_cmd.py": frozenset({"agent"}),
     "src/vmferry/cli/demo_cmd.py": frozenset({"agent", "demo", "bench"}),
     "src/vmferry/cli/inspect_cmd.py": frozenset({"wire"}),
+    "src/vmferry/cli/chaos_cmd.py": frozenset({"chaos"}),
     "src/vmferry/cli/bench_cmd.py": frozenset({"agent", "demo", "bench"}),
 }
 """The commands that run another room instead of asking an agent."""
@@ -79,7 +81,12 @@ STATUS_NAMES: Final = frozenset(
     {"MigrationStatus", "source_status", "destination_status", "derive_source", "derive_destination"}
 )
 STATUS_WORDS: Final = frozenset(status.value for status in MigrationStatus)
-DECIDES_NOTHING: Final = ("src/vmferry/core/", "src/vmferry/testing/", "src/vmferry/agent/observe.py")
+DECIDES_NOTHING: Final = (
+    "src/vmferry/core/",
+    "src/vmferry/testing/",
+    "src/vmferry/chaos/",
+    "src/vmferry/agent/observe.py",
+)
 
 # Written with classes of one letter, so that this file is not a finding of its own.
 MACHINE_PATH: Final = re.compile(r"(?<![\w.$}~])/(?:[w]ork/(?:main|shared)|[r]oot/|[h]ome/\w|[o]pt/(?:pypi|wheels))")
@@ -222,7 +229,7 @@ def status_comparisons(source: Source) -> Iterator[Finding]:
 
 def effects(source: Source) -> Iterator[Finding]:
     """Only the two hands branch on effects."""
-    if not source.in_package or source.path in EFFECT_HANDS or source.room in ("core", "testing"):
+    if not source.in_package or source.path in EFFECT_HANDS or source.room in ("core", "testing", "chaos"):
         return
     for function, node in _with_function(source.tree):
         if isinstance(node, ast.MatchValue) and _base_name(node.value) in EFFECT_TYPES:
@@ -231,7 +238,7 @@ def effects(source: Source) -> Iterator[Finding]:
 
 def fact_records(source: Source) -> Iterator[Finding]:
     """Facts come in through the funnel and the attempts, and from nowhere else."""
-    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "testing"):
+    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "testing", "chaos"):
         return
     for function, node in _with_function(source.tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

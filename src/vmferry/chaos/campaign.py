@@ -1,0 +1,151 @@
+"""`vmferry chaos`: many runs, two at a time, each on a ground that is used again while it is clean.
+
+Theory of operation
+-------------------
+Cells that need the same kind of ground are cut into portions; each worker takes a portion, makes the ground, and does
+its runs one after the other. A run whose fault was not injected is done again, on a fresh ground. A line per run says
+what became of it.
+
+Rule 1: whatever ends it, also Ctrl-C: the workers stop at the next wait, and take their grounds away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmferry.chaos import report, verdict
+from vmferry.chaos.cells import Cell, by_ground
+from vmferry.chaos.ground import Ground
+from vmferry.chaos.run import Run
+from vmferry.chaos.stage import Stopped
+from vmferry.chaos.verdict import Seen
+from vmferry.errors import Unfit
+from vmferry.testing.host_tools import HostToolError
+from vmferry.testing.hosts import PAIRS
+
+WORKERS = 2
+PORTION = 12
+TRIES = 3
+Say = Callable[[str], None]
+
+
+class Campaign:
+    """Runs cells. `runs` has the result of each, as JSON objects, in the order in which they ended."""
+
+    def __init__(self, cells: Sequence[Cell], *, say: Say, keep_logs: Path | None = None) -> None:
+        self.cells, self.say, self.keep_logs = list(cells), say, keep_logs
+        self.runs: list[dict[str, Any]] = []
+        self.left: list[str] = []
+        self.stop = threading.Event()
+        self._portions: queue.Queue[list[Cell]] = queue.Queue()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def go(self, *, workers: int = WORKERS) -> dict[str, Any]:
+        """Everything; the summary. Raises KeyboardInterrupt when nothing is left behind any more, Unfit when the
+        machine is."""
+        began_s = time.monotonic()
+        for cells in by_ground(self.cells).values():
+            for portion in _batches(cells):
+                self._portions.put(list(portion))
+        session = Path(tempfile.mkdtemp(prefix="vfc-", dir="/tmp"))
+        threads = [threading.Thread(target=self._work, args=(session,), name=f"chaos-{n}") for n in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+            shutil.rmtree(session, ignore_errors=True)
+        if isinstance(self._failure, HostToolError):
+            raise Unfit("this machine is not fit for chaos", cause=self._failure) from self._failure
+        if self._failure is not None:
+            raise self._failure
+        return report.summary(self.runs, seconds=time.monotonic() - began_s)
+
+    def _work(self, session: Path) -> None:
+        try:
+            while not self.stop.is_set():
+                try:
+                    portion = self._portions.get_nowait()
+                except queue.Empty:
+                    return
+                self._do_portion(portion, session)
+        except Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001  the main thread raises it
+            self._failure = error
+            self.stop.set()
+
+    def _do_portion(self, portion: list[Cell], session: Path) -> None:
+        ground: Ground | None = None
+        try:
+            for cell in portion:
+                for _ in range(TRIES):
+                    if self.stop.is_set():
+                        return
+                    ground = ground or Ground(*cell.ground, session, next(self._numbers))
+                    seen = self._one(ground, cell)
+                    if ground.is_broken:
+                        self._give_up(ground, seen)
+                        ground = None
+                    if seen.injected:
+                        break
+                self._note(cell, seen)
+        finally:
+            if ground is not None:
+                self.left += ground.close()
+
+    def _one(self, ground: Ground, cell: Cell) -> Seen:
+        run = Run(ground, cell, f"g{next(self._numbers)}", self.stop)
+        try:
+            return run.go()
+        except (Stopped, HostToolError):
+            raise
+        except Exception as error:  # noqa: BLE001  a run that fails in a new way is a result, and a bug of ours
+            ground.is_broken = True
+            run.seen.injected = False
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            run.seen.why_not = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error}"[:400]
+            return run.seen
+
+    def _give_up(self, ground: Ground, seen: Seen) -> None:
+        if self.keep_logs is not None:
+            folder = self.keep_logs / seen.cell.replace("/", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            for host in (ground.a, ground.b):
+                shutil.copy(host.log_path, folder / f"{host.name}.log")
+        self.left += ground.close()
+
+    def _note(self, cell: Cell, seen: Seen) -> None:
+        with self._lock:
+            wire = verdict.wire(cell, seen)
+            self.runs.append(wire)
+            done = f"[{len(self.runs)}/{len(self.cells)}]"
+            self.say(f"{done} {wire['verdict']:<16} {seen.wall_s:5.1f} s  {cell.name}  {wire['why'][:200]}")
+
+
+def _batches(cells: Sequence[Cell]) -> list[Sequence[Cell]]:
+    return [cells[at : at + PORTION] for at in range(0, len(cells), PORTION)]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """The QEMUs of this machine, source and destination. Raises Unfit when there is none."""
+    found = [pair for pair in PAIRS if all(pair)]
+    if not found:
+        raise Unfit("this machine has no QEMU", hint="run 'make setup' as root")
+    return found

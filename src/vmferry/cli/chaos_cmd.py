@@ -1,0 +1,77 @@
+"""`vmferry chaos`: faults on purpose, on hosts and guests of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from argparse import Namespace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vmferry.cli.demo_cmd import INTERRUPTED, sigterm_interrupts
+from vmferry.errors import UsageError
+
+
+def chaos(arguments: Namespace) -> int:
+    """0: every run that counts ended as it must; 1: some did not."""
+    from vmferry.chaos import campaign, cells
+
+    pairs = campaign.pairs()
+    chosen = cells.select(cells.matrix(pairs, core=arguments.core), arguments.only)
+    if not chosen:
+        raise UsageError(f"no cell is named like {arguments.only!r}", hint="vmferry chaos --list")
+    if arguments.list:
+        print("\n".join(cell.name for cell in chosen))
+        return 0
+    keep = Path(arguments.logs) if arguments.logs else None
+    work = campaign.Campaign(chosen, say=_tell_quietly if arguments.json else _tell, keep_logs=keep)
+    try:
+        with sigterm_interrupts():
+            found = work.go()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; hosts, agents and guests of it are gone\n")
+        if arguments.json:
+            print(json.dumps({"result": "interrupted"}))
+        return INTERRUPTED
+    if arguments.save:
+        _save(Path(arguments.save), found, work.runs, pairs)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        _say_summary(found)
+    return 1 if any(found[key] for key in ("lost", "double", "stuck", "surprises")) else 0
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _tell_quietly(text: str) -> None:
+    """With --json there is one object on standard output; progress goes beside it."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _say_summary(found: dict[str, Any]) -> None:
+    keys = ("runs", "injected", "not_injected", "good", "good_after_action", "lost_by_physics", "lost", "double",
+            "stuck", "surprises", "seconds")  # fmt: skip
+    print("\n" + "   ".join(f"{key.replace('_', ' ')} {found[key]}" for key in keys))
+    for name, got in found["goals"].items():
+        print(f"{name}: {got}")
+
+
+def _save(path: Path, found: dict[str, Any], runs: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> None:
+    """The file from which docs/reliability.md is made; what another command added to it stays."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    saved = {
+        **before,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} CPUs, Linux {platform.release()}, TCG",
+        "pairs": [" -> ".join(pair) for pair in pairs],
+        "chaos": found,
+        "runs": [{k: v for k, v in run.items() if k != "rows"} for run in runs],
+    }
+    path.write_text(json.dumps(saved, indent=1) + "\n")
