@@ -8,6 +8,7 @@ _WANT = "a person's or the policy's want is a fact, and this is where it arrives
 _CHOOSES_COMMAND = (
     "chooses the QMP command that fits QEMU's own state at this moment; whether to act was decided before"
 )
+_HAND = "the hand of an effect of the source's table: records what it proved"
 _LAZY = "start-up time: most commands never need it"
 _RESTS = "an agent at rest has no numpy (60 MB); only a rescue speaks the stream itself"
 _NO_EVENT = "nothing tells that the other end's kernel has received; the test holds without the pause, less sharply"
@@ -27,7 +28,10 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("compares-qemu-word", f"{AGENT}/destination.py", "incoming"): "translates QEMU's word into the table's answer",
     ("compares-qemu-word", f"{AGENT}/destination.py", "_ask"): "knows which words come before the run state settles",
     ("compares-qemu-word", f"{AGENT}/destination_act.py", "reconnect"): _CHOOSES_COMMAND,
-    ("compares-qemu-word", f"{AGENT}/source_act.py", "_reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/reconnect.py", "reconnect"): _CHOOSES_COMMAND,
+    ("records-fact", f"{AGENT}/way_back.py", "bring_back"): _HAND,
+    ("records-fact", f"{AGENT}/way_back.py", "throw_away"): _HAND,
+    ("records-fact", f"{AGENT}/way_back.py", "fence_again"): _HAND,
     ("compares-qemu-word", f"{AGENT}/source_act.py", "_restore_source"): "options can be set only after QEMU's cleanup",
     (
         "direction",

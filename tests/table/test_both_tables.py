@@ -23,6 +23,7 @@ from vmferry.core.view import (
     Held,
     Incoming,
     Ran,
+    Retry,
     Source,
     SourceView,
     Step,
@@ -56,7 +57,7 @@ class Table:
 
 SOURCE = Table(
     "source", SOURCE_ROWS, SOURCE_GUARDS, frozenset(Effect), SourceView,
-    (Want, Step, Source, Cpus, Target, Grant, Change), 28_001, stride=97,
+    (Want, Step, Source, Cpus, Target, Grant, Change, Retry), 100_001, stride=97,
 )  # fmt: skip
 DESTINATION = Table(
     "destination", DESTINATION_ROWS, DESTINATION_GUARDS, frozenset(DestinationEffect), DestinationView,

@@ -9,7 +9,7 @@ import pytest
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Change, Cpus, Grant, Source, SourceView, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Retry, Source, SourceView, Step, Target, Want
 from vmferry.testing.tables import Views, effects_of, views_with
 
 RAN = {Target.RAN, Target.DIED}
@@ -55,8 +55,9 @@ def test_nobody_waits_for_ever_with_the_guest_paused_on_both_sides() -> None:
 
 @pytest.mark.proves("S39", "S46")
 def test_the_grant_is_sent_only_when_the_source_gave_everything_away_and_nobody_wants_it_back() -> None:
+    """Whoever wants it back cannot have it once the source's process is gone (P29): then forward is the only way."""
     for view in where(Effect.SEND_GRANT):
-        assert view.want is Want.GO
+        assert view.want is Want.GO or view.source is Source.RETIRED
         assert view.source in (Source.POSTCOPY, Source.DONE, Source.RETIRED)
         assert view.target in (Target.LOADED, Target.REFUSED)
         assert view.grant in (Grant.HELD, Grant.SENT), "durable in the journal before it is sent"
@@ -65,8 +66,11 @@ def test_the_grant_is_sent_only_when_the_source_gave_everything_away_and_nobody_
 def test_the_commit_comes_before_the_grant_and_after_the_start_of_the_switchover() -> None:
     for view in where(Effect.COMMIT):
         assert view.grant is Grant.NONE
-        assert view.want is Want.GO
-        assert view.source in (Source.SWITCHING, Source.POSTCOPY, Source.DONE)
+        if view.source is Source.RETIRED:
+            assert view.target is Target.LOADED
+        else:
+            assert view.want is Want.GO
+            assert view.source in (Source.SWITCHING, Source.POSTCOPY, Source.DONE)
 
 
 def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
@@ -81,12 +85,47 @@ def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
 def test_a_cancel_before_the_grant_always_ends_with_the_guest_here_or_with_an_action() -> None:
     """With an unsent grant, a living source and a destination that never ran, the table leads back."""
     leads_back = {"P-back-release", "P-back-clean", "B-cancel", "B-ending", "B-resume", "B-release", "B-clean"}
-    waits = {"B-stuck", "B-cpus-unknown", "B-postcopy", "B-postcopy-lost", "B-broken", "X-early-grant"}
+    leads_back |= {"B-stuck", "B-postcopy", "B-postcopy-lost"}
+    waits = {"B-cpus-unknown", "X-early-grant"}
     dead = {Source.GONE, Source.RETIRED}
     for row in SOURCE_ROWS:
         for view in walk().pick(walk().where(row.when), most=len(walk().views)):
             if view.want is Want.BACK and view.grant is not Grant.SENT and view.target not in RAN:
                 assert row.label in leads_back | waits or view.source in dead, (row.label, view)
+
+
+@pytest.mark.proves("S36", "S41", "S59")
+def test_a_source_is_led_out_of_postcopy_only_for_a_destination_that_never_ran_and_never_will() -> None:
+    for effect in (Effect.BRING_BACK, Effect.THROW_AWAY):
+        for view in where(effect):
+            assert view.want is Want.BACK
+            assert view.target not in RAN
+            assert view.grant is not Grant.SENT or view.target is Target.GONE
+
+
+@pytest.mark.proves("S36")
+def test_a_destination_that_is_silent_after_the_grant_is_never_given_up_without_a_fence() -> None:
+    for view in where(Effect.FENCE_TARGET):
+        assert (view.grant, view.target) == (Grant.SENT, Target.UNKNOWN)
+
+
+@pytest.mark.proves("S47")
+def test_a_refused_start_goes_back_again_or_waits_for_a_person_as_the_policy_says() -> None:
+    expected = {Retry.BACK: Effect.NOTE_TARGET_LOST, Retry.AGAIN: Effect.SEND_GRANT, Retry.ASK: None}
+    for retry, effect in expected.items():
+        for source in (Source.POSTCOPY, Source.DONE):
+            view = SourceView(
+                Want.GO, Step.STARTED, source, Cpus.STOPPED, Target.REFUSED, Grant.SENT, Change.NONE, retry
+            )
+            row = next(row for row in SOURCE_ROWS if row.matches(view))
+            assert row.do is effect
+            assert effect is not None or "vmferry cancel NAME" in row.action
+
+
+@pytest.mark.proves("S36")
+def test_nobody_is_connected_to_a_destination_that_is_not_known_to_live() -> None:
+    assert Target.UNKNOWN not in {view.target for view in where(Effect.RECONNECT)}
+    assert Target.GONE not in {view.target for view in where(Effect.RECONNECT)}
 
 
 def test_the_source_is_cancelled_only_before_the_grant_or_after_the_destination_renounced() -> None:

@@ -61,8 +61,11 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.listener: ChannelListener | None = None
         self.channels: list[Channel] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.policy = place.policy
         self.rounds = 0
         """How often the channel was made anew."""
+        self.recovering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when QEMU has taken the newest of them to recover on."""
         self.error_text = ""
         self.error: VmferryError | None = None
         self.resume_s: float | None = None
@@ -148,7 +151,13 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """The QEMU of this place is there."""
         self.machine = machine
         machine.on_event = self.on_qemu_event
-        machine.on_gone = self.wake
+        machine.on_gone = self.on_qemu_gone
+
+    def on_qemu_gone(self) -> None:
+        """The kernel said that this QEMU is gone. Our descriptors would keep the source's stream open."""
+        for channel in self.channels:
+            channel.cut()
+        self.wake()
 
     def on_qemu_event(self, event: Event) -> None:
         """An event of the destination's QEMU."""
@@ -186,6 +195,12 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         orders = self.facts.last_round(Fact.GRANTED)
         if orders <= self.facts.last_round(Fact.START_REFUSED):  # the same order twice is one order
             self.note(Fact.GRANTED, round_no=orders + 1, by=self.place.source)
+
+    async def change_policy(self, changes: dict[str, Any]) -> None:
+        """The job's policies from now on. Durable first. Raises Unfit; nothing is changed then."""
+        await self.context.journal.append(Entry.POLICY, self.job, changes)
+        self.policy = self.policy.changed(changes)
+        self.wake()
 
     # --- looking ---
 
@@ -251,8 +266,9 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             await self.ask_source()
 
     async def ask_source(self) -> None:
-        """Asks the source whether this place is still wanted; only a clear no ends it, and none after the commit."""
-        if Fact.COMMITTED in self.facts:
+        """Asks the source whether this place is still wanted; only a clear no ends it, and none once the guest may have
+        run here. An order to start that QEMU refused leaves it waiting; a source that was fenced meanwhile says no."""
+        if destination_view(self.facts, self.incoming()).ran is not Ran.NO:
             return
         self.heard_source_s = self.clock.now_s()
         try:
@@ -292,6 +308,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "vm": self.vm,
             "generation": self.place.generation,
             "loaded": Fact.LOADED in self.facts,
+            "whole": Fact.ALL_SENT in self.facts and Fact.LOADED in self.facts,
             "committed": Fact.COMMITTED in self.facts,
             # Told only once this host keeps the guest durably: who hears it may ask for the guest here at once.
             "ran": Fact.RUN_ACKED in self.facts,

@@ -161,22 +161,31 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     attempt.listener = listener
     attempt.rounds += 1
     name = f"vmferry-round-{attempt.rounds}"
+    attempt.recovering = asyncio.get_running_loop().create_future()
     ticket = listener.expect(name)
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
     return {"channel": name, "token": ticket.token.hex(), "addresses": [list(a) for a in listener.addresses]}
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: channels.ChannelListener, name: str) -> None:
-    machine = attempt.machine
+    machine, recovering = attempt.machine, attempt.recovering
     assert machine is not None
+    channel = None
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
         attempt.channels.append(channel)
         await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
         channel.entrust(machine.pid)
         await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
+        if not recovering.done():
+            recovering.set_result(None)
     except (HostUnreachable, QemuError) as error:
         log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
+        if channel is not None:
+            channel.cut()  # the source's QEMU would wait in the handshake for a peer that is not there
+        if not recovering.done():
+            recovering.set_exception(error)
+            recovering.exception()  # whoever asks reads it; nobody may
     finally:
         await listener.close()
 

@@ -10,7 +10,8 @@ fresh view. Nothing else acts.
 Rule 1: at most one effect is under way. One that may be interrupted (`interruptible`) is cancelled as soon as
         the table asks for something else; all others end by their own deadline first.
 Rule 2: an effect whose row has not changed is tried again with a growing pause, never in a tight loop.
-Rule 3: an exception of an effect never stops or kills a guest: it becomes a fact, a reading, or a line in the
+Rule 3: while it is held back (a person's rescue is at work) it looks and does nothing.
+Rule 4: an exception of an effect never stops or kills a guest: it becomes a fact, a reading, or a line in the
         log, as `on_trouble` says.
 
 What a restart of the agent loses is only the log; facts that matter are read again from QEMU, the journal and
@@ -54,6 +55,11 @@ class AttemptLoop(ABC, Generic[E]):
         self._last: E | None = None
         self._tries = 0
         self._not_before_s = 0.0
+        self.doing: E | None = None
+        """The effect that is under way."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._held_back = False
 
     @property
     def entered(self) -> str | None:
@@ -108,6 +114,22 @@ class AttemptLoop(ABC, Generic[E]):
         """Makes the loop look again."""
         self._wake.set()
 
+    async def hold_back(self) -> None:
+        """Nothing more is carried out until `go_on`; returns when nothing is under way any more."""
+        self._held_back = True
+        self.wake()
+        await self._idle.wait()
+
+    def go_on(self) -> None:
+        """Ends `hold_back`."""
+        self._held_back = False
+        self.wake()
+
+    @property
+    def is_held_back(self) -> bool:
+        """Somebody else acts on this guest."""
+        return self._held_back
+
     def current_row(self) -> Row[E]:
         """The row that holds now (for status)."""
         return self.row()
@@ -119,7 +141,7 @@ class AttemptLoop(ABC, Generic[E]):
             await self.look()
             row = self._enter(self.row())
             effect = effect_now(row, (self.clock.now_s() - self._row_since_s) * 1000)
-            if effect is not None and self._due(effect) and self.allows(effect):
+            if effect is not None and self._due(effect) and self.allows(effect) and not self._held_back:
                 await self._perform(effect)
                 continue
             await self._sleep(self._pause_s(row, effect))
@@ -160,6 +182,8 @@ class AttemptLoop(ABC, Generic[E]):
         if effect is not self._last:
             self._last, self._tries = effect, 0
         self._tries += 1
+        self.doing = effect
+        self._idle.clear()
         task = asyncio.create_task(self._guarded(effect), name=f"{self.job}-{effect.value}")
         try:
             while not task.done():
@@ -167,7 +191,8 @@ class AttemptLoop(ABC, Generic[E]):
                 waker = asyncio.create_task(self._wake.wait(), name=f"{self.job}-wake")
                 await asyncio.wait({task, waker}, return_when=asyncio.FIRST_COMPLETED)
                 waker.cancel()
-                if not task.done() and self.interruptible(effect) and self.row().do is not effect:
+                is_wanted = self.row().do is effect and not self._held_back
+                if not task.done() and self.interruptible(effect) and not is_wanted:
                     task.cancel()
                     await asyncio.wait({task})
             if not task.cancelled():
@@ -179,6 +204,8 @@ class AttemptLoop(ABC, Generic[E]):
             task.cancel()
             raise
         finally:
+            self.doing = None
+            self._idle.set()
             pause_s = min(RETRY_FIRST_S * 2 ** (self._tries - 1), RETRY_LAST_S)
             self._not_before_s = self.clock.now_s() + pause_s
             self._wake.set()

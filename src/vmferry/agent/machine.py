@@ -45,14 +45,19 @@ EventHandler = Callable[[Event], None]
 class Machine:
     """A QEMU process and the session with it. Lives on the agent's loop; `close` ends the session only."""
 
-    def __init__(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, pidfd: int, clock: Clock) -> None:
+    def __init__(self, vm: str, identity: ProcessIdentity, qmp_path: str, *, pidfd: int | None, clock: Clock) -> None:
+        """`pidfd` None: the process is gone already; it answers nothing and never comes back."""
         self.vm, self.identity, self.qmp_path, self.clock = vm, identity, qmp_path, clock
         self.client: QmpClient | None = None
         self.on_event: EventHandler | None = None
         self.on_gone: Callable[[], None] | None = None
-        self._pidfd = pidfd
+        self._pidfd = -1 if pidfd is None else pidfd
         self._gone = asyncio.Event()
-        self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
+        self._watch: asyncio.Task[None] | None = None
+        if pidfd is None:
+            self._gone.set()
+        else:
+            self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
         self._attaching = asyncio.Lock()
 
     @property
@@ -155,8 +160,9 @@ class Machine:
     async def close(self) -> None:
         """Ends the session and the watching. The process is not touched."""
         self.on_event = self.on_gone = None
-        self._watch.cancel()
-        await asyncio.gather(self._watch, return_exceptions=True)
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
         if self.client is not None:
             await self.client.close()
         if self._pidfd >= 0:
@@ -201,3 +207,8 @@ def attach_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: 
     if pidfd is None:
         return None
     return Machine(vm, identity, qmp_path, pidfd=pidfd, clock=clock)
+
+
+def gone_process(vm: str, identity: ProcessIdentity, qmp_path: str, *, clock: Clock) -> Machine:
+    """The machine of a process that is known to be gone: it only says so."""
+    return Machine(vm, identity, qmp_path, pidfd=None, clock=clock)

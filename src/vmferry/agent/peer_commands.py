@@ -7,6 +7,7 @@ Rule 2: the answer to everything about a place is `facts_wire`, whole.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
 from vmferry.core.facts import Fact
+from vmferry.core.policy import FailurePolicy
 from vmferry.core.table import Outcome
 from vmferry.errors import Busy, HostUnreachable, NotTrusted, QemuError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
@@ -130,6 +132,7 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
         expected=dict(arguments["expected"]),
         multifd=bool(arguments.get("multifd")),
         clear_text=ca_pem is None,
+        policy=msgspec.convert(arguments.get("policy") or {}, FailurePolicy),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
     )
     place = DestinationAttempt(agent, wanted)
@@ -247,6 +250,24 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     return await destination_act.reconnect(place)
 
 
+async def _recovering(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Answers when the QEMU here has taken the channel to recover on. Raises what kept it from that."""
+    place = _place(agent, arguments)
+    if place is None or place.machine is None or place.machine.is_gone:
+        raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    await asyncio.shield(place.recovering)
+    return place.facts_wire()
+
+
+async def _policy(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The job's policies were changed at the source. Durable before the answer."""
+    place = _place(agent, arguments)
+    if place is None:
+        return await _target(agent, who, arguments)
+    await place.change_policy(dict(arguments["policy"]))
+    return place.facts_wire()
+
+
 async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """A destination asks whether its place is still wanted. The answer is no only where the job ended with the guest
     here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy."""
@@ -267,5 +288,7 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-target": _target,
     "peer-release": _release,
     "peer-reconnect": _reconnect,
+    "peer-recovering": _recovering,
+    "peer-policy": _policy,
     "peer-wanted": _wanted,
 }

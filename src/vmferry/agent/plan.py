@@ -30,7 +30,7 @@ from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build
 from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
 from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
 from vmferry.pki import job_credentials
-from vmferry.vm import probe, probe_host, probe_qemu
+from vmferry.vm import image_locks, probe, probe_host, probe_qemu
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -64,6 +64,8 @@ class Plan:
 
     stops_first: bool = False
     """The guest is stopped before its memory moves, and switched over at once (`core.hazards`)."""
+    fence_paths: tuple[str, ...] = ()
+    """The guest's writable images, if both hosts see each other's locks on all of them."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -281,7 +283,24 @@ def _disk_report(disk: DiskRef, host: str) -> DiskReport:
         size_bytes=size if disk.format == "raw" else None,
         format=disk.format,
         identity="shared, as the VM's definition says" if disk.shared else f"{host}:{disk.path}",
+        write_locked=_is_write_locked(disk.path),
     )
+
+
+def _is_write_locked(path: str) -> bool | None:
+    try:
+        found = image_locks.in_use(path)
+    except OSError:
+        return None
+    return None if found is None else "write" in found
+
+
+def _fence_paths(guest: GuestReport, there: HostReport) -> tuple[str, ...]:
+    """The images by whose locks this host can tell whether a QEMU over there runs the guest, or () if it cannot."""
+    writable = [disk.path for disk in guest.disks if not disk.read_only]
+    seen = [there.disks[path] for path in writable if path in there.disks]
+    is_proved = len(seen) == len(writable) and all(disk.write_locked is True for disk in seen)
+    return tuple(writable) if is_proved else ()
 
 
 def _sample(attempt: SourceAttempt, info: dict[str, Any]) -> Sample:
@@ -354,6 +373,7 @@ def _decide(
         objections=blocking,
         remarks=tuple(o for o in found if o.weight is not Weight.BLOCKER),
         stops_first=_stops_first(wanted, here, guest),
+        fence_paths=_fence_paths(guest, there),
         multifd=wanted.multifd_channels > 0 or wanted.options.get("postcopy-preempt") is True,
     )
 

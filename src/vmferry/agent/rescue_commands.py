@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 A VM whose migration this agent conducts has an attempt; its facts are the proof, and its loop is what starts the guest
-when the tool has led QEMU to where that is possible. While a tool is at work the loop does nothing (`rescuing`): to it
+when the tool has led QEMU to where that is possible. While a tool is at work the loop does nothing (`hold_back`): to it
 the words of a QEMU that is being rescued would look like those of a migration that goes on.
 
 A VM without one (adopted in trouble, or an agent that lost its journal) needs a person's word that the other side
@@ -21,7 +21,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,18 +103,18 @@ def proof_for(agent: Agent, vm: str, tool: Tool, *, never_ran: bool) -> NeverRan
     )
 
 
-@contextlib.contextmanager
-def at_work(agent: Agent, vm: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+@contextlib.asynccontextmanager
+async def at_work(agent: Agent, vm: str) -> AsyncIterator[Callable[[dict[str, Any]], None]]:
     """The VM is being rescued; gives what tells the progress. Raises Busy when it is already."""
     with agent.claims.hold(vm, "rescued", side="source"):
         attempt = attempt_of(agent, vm)
         if attempt is not None:
-            attempt.rescuing = True
+            await attempt.hold_back()
         try:
             yield lambda progress: agent.publish("RESCUE", {"vm": vm, **progress})
         finally:
             if attempt is not None:
-                attempt.rescuing = False
+                attempt.go_on()
                 attempt.refresh()
 
 
@@ -134,7 +134,7 @@ async def _lead_out(agent: Agent, arguments: RescueArguments, tool: Tool) -> dic
         raise UnknownVm(f"{agent.config.name} has no VM named {vm}")
     machine = agent.vms[vm].require_machine()
     body = rescue.bring_back if tool is Tool.BRING_BACK else rescue.throw_away
-    with at_work(agent, vm) as tell:
+    async with at_work(agent, vm) as tell:
         proof = proof_for(agent, vm, tool, never_ran=arguments.never_ran)
         # With an attempt its table starts the guest, once the tool is done: it knows whether it ran before.
         then_run = arguments.run and attempt_of(agent, vm) is None
@@ -151,7 +151,7 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
     attempt = attempt_of(agent, vm)
     if attempt is None:
         raise RescueRefused(f"{vm} has no migration of this host that is not settled", guest="unknown", retry="no")
-    with at_work(agent, vm) as tell:
+    async with at_work(agent, vm) as tell:
         _require_unserved(attempt)
         memory, is_ours = await _memory_of(attempt)
         try:

@@ -85,15 +85,21 @@ async def _source(agent: Agent, job: JobState) -> None:
         agent.results[job.job] = job.ended
         return
     kept = agent.vms.get(wanted.vm)
-    if kept is None or kept.machine is None or kept.machine.is_gone:
-        await _source_without_qemu(agent, job, wanted, gone=kept is not None)
+    if kept is None:
+        await _source_without_qemu(agent, job, wanted)
         return
+    if kept.machine is None:
+        # It died while no agent ran. What the destination has may be the only copy: it is asked, as in any attempt.
+        kept.machine = machines.gone_process(kept.name, kept.identity, kept.qmp_path, clock=agent.clock)
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
+    attempt.apply_policy(wanted.policy.changed(job.policy))
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
     word = None
     try:
+        if kept.machine.is_gone:
+            raise QemuError("its process is gone", side="source", guest="unknown")
         word = (await kept.machine.migration(deadline_s=2.0)).get("status")
         if word in ARRIVED and await kept.machine.run_state(deadline_s=2.0) not in GIVEN_AWAY:
             word = None
@@ -111,29 +117,35 @@ async def _source(agent: Agent, job: JobState) -> None:
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
-    elif word in NOT_BEGUN:
+        if job.fenced:
+            attempt.note(Fact.FENCED, round_no=1, text=job.fenced, by="journal")
+    elif word in NOT_BEGUN and not kept.machine.is_gone:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
-    attempt.hear_word(word)
+    if kept.machine.is_gone:
+        # Not known here: whether it began. If it did, the destination knows; if not, that never loads, and says so.
+        attempt.note(Fact.SOURCE_GONE, text="it ended while no agent ran", by="kernel")
+        attempt.set_readings(target_answers=False)
+    else:
+        attempt.hear_word(word)
     agent.run_attempt(attempt)
 
 
-async def _source_without_qemu(agent: Agent, job: JobState, wanted: Wanted, *, gone: bool) -> None:
-    """The QEMU is gone. If the VM was given away (no KEPT), it was retired after the destination ran."""
-    outcome, text = ("lost", "its QEMU ended while no agent ran") if gone else ("destination", "")
+async def _source_without_qemu(agent: Agent, job: JobState, wanted: Wanted) -> None:
+    """The VM was given away (no KEPT), and its QEMU retired after the destination ran."""
     ended = {
         "job": job.job,
         "vm": wanted.vm,
         "source": agent.config.name,
         "destination": wanted.destination,
         "mode": wanted.mode,
-        "status": "failed" if gone else "completed",
-        "outcome": outcome,
+        "status": "completed",
+        "outcome": "destination",
         "over": True,
         "downtime_ms": None,
         "total_ms": None,
         "timeline": [],
-        "error": MigrationFailed(text, guest="lost").to_wire() if gone else None,
-        "sentence": f"{wanted.vm}: {text}." if gone else f"{wanted.vm} runs on {wanted.destination}.",
+        "error": None,
+        "sentence": f"{wanted.vm} runs on {wanted.destination}.",
         "notes": ["the source's agent restarted on the way; times are not known"],
     }
     await agent.journal.append(Entry.ENDED, job.job, ended)
@@ -150,6 +162,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         }  # fmt: skip
         return
     attempt = DestinationAttempt(agent, place)
+    attempt.policy = place.policy.changed(job.policy)
     identity = find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
     if kept is not None and kept.generation == place.generation and kept.machine is not None:

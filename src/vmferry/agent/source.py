@@ -17,6 +17,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vmferry.agent import fences
 from vmferry.agent.channel import Channel, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
@@ -30,10 +31,11 @@ from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact, FactLog
 from vmferry.core.options import Mode
+from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Readings, Source, Step, cpus_from, source_view, source_word
+from vmferry.core.view import Readings, Source, Step, Target, cpus_from, source_view, source_word
 from vmferry.errors import (
     CancelRefused,
     HostUnreachable,
@@ -42,6 +44,7 @@ from vmferry.errors import (
     QemuError,
     VmferryError,
 )
+from vmferry.jobs.journal import Entry
 from vmferry.pki.job_credentials import JobCredentials
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpTimeout
@@ -57,7 +60,15 @@ SILENT_S = 2.0
 """A QMP that has not answered for so long counts as silent; QEMU's main loop may well hang for a second."""
 
 INTERRUPTIBLE = frozenset(
-    {Effect.CHECK_PLAN, Effect.PREPARE, Effect.CONFIGURE, Effect.MAKE_SURE, Effect.ASK_TARGET, Effect.RECONNECT}
+    {
+        Effect.CHECK_PLAN,
+        Effect.PREPARE,
+        Effect.CONFIGURE,
+        Effect.MAKE_SURE,
+        Effect.ASK_TARGET,
+        Effect.RELEASE_TARGET,
+        Effect.RECONNECT,
+    }
 )
 
 
@@ -67,7 +78,8 @@ class SourceAttempt(AttemptLoop[Effect]):
     def __init__(self, context: Context, wanted: Wanted, kept: KeptVm) -> None:
         super().__init__(job=wanted.job, vm=wanted.vm, clock=context.clock)
         self.context, self.wanted, self.kept = context, wanted, kept
-        self.machine: Machine = kept.require_machine()
+        assert kept.machine is not None, "a guest that moves has, or had, a process"
+        self.machine: Machine = kept.machine
         self.readings = Readings()
         self.measured = Measured(started_s=wanted.wanted_s or context.clock.wall_s())
         self.plan: Plan | None = None
@@ -85,8 +97,13 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.cancel_tries = 0
         self.memory: Memory | None = None
         """What would outlive the source's QEMU, kept while a destination that runs needs it."""
-        self.rescuing = False
-        """A rescue tool speaks with QEMU: what it says is not about this attempt, and no effect may come between."""
+        self.policy = wanted.policy
+        self.locks: fences.LocksFence | None = None
+        """The fence that is held, while it is."""
+        self.stamps: dict[str, fences.ImageStamp] = {}
+        """The guest's writable images as they were when the order to start was sent; see `fences`."""
+        self.broken_since_s: float | None = None
+        """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
         self.fd_given = False
         """The channel's descriptor is in QEMU's hands under its name."""
         self._qemu_word: str | None = None
@@ -94,6 +111,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._events_heard = 0
         self._stale = True
         self._polled_s = float("-inf")
+        self.apply_policy(wanted.policy)
         self.note(Fact.MIGRATE, by="person")
         self.machine.on_event = self.on_qemu_event
         self.machine.on_gone = self.on_qemu_gone
@@ -104,7 +122,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         return decide_source(self.facts, self.readings)
 
     def allows(self, effect: Effect) -> bool:
-        return not self.rescuing and source_allows(effect, source_view(self.facts, self.readings))
+        return source_allows(effect, source_view(self.facts, self.readings))
 
     def interruptible(self, effect: Effect) -> bool:
         # A dial may hang for seconds; once QEMU was told to migrate the effect is nearly over.
@@ -166,7 +184,8 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def want_cancel(self) -> bool:
         """Accepts a cancel (True: newly). Raises CancelRefused with the reason when it is too late."""
-        refusal = cancel_refusal(self.facts)
+        view = source_view(self.facts, self.readings)
+        refusal = cancel_refusal(self.facts, was_refused=view.target is Target.REFUSED)
         if refusal is not None:
             raise CancelRefused(f"{self.vm}: {refusal}")
         return Fact.CANCEL not in self.facts
@@ -233,6 +252,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
+        if facts.get("whole"):
+            self.note(Fact.TARGET_WHOLE, by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
@@ -245,10 +266,33 @@ class SourceAttempt(AttemptLoop[Effect]):
             source=changes.get("source", self.readings.source),
             cpus=changes.get("cpus", self.readings.cpus),
             target_answers=changes.get("target_answers", self.readings.target_answers),
+            on_refused_start=changes.get("on_refused_start", self.readings.on_refused_start),
+            is_patient=changes.get("is_patient", self.readings.is_patient),
         )
         if new != self.readings:
             self.readings = new
             self.wake()
+
+    def apply_policy(self, policy: FailurePolicy) -> None:
+        """From now on these policies hold."""
+        self.policy = policy
+        self.set_readings(on_refused_start=policy.on_refused_start)
+        self._count_patience()
+
+    async def fence(self, text: str, *, by: str) -> None:
+        """The destination is fenced off: durable, then a fact. Raises Unfit; nothing follows from the fence then."""
+        await self.context.journal.append(Entry.FENCED, self.job, {"text": text})
+        self.note(Fact.FENCED, round_no=self.facts.last_round(Fact.FENCED) + 1, text=text, by=by)
+
+    def _count_patience(self) -> None:
+        """How long the newest broken channel was tried again, against what the policy says."""
+        if self.readings.source is not Source.BROKEN:
+            self.broken_since_s = None
+        elif self.broken_since_s is None:
+            self.broken_since_s = self.clock.now_s()
+        tried_s = 0.0 if self.broken_since_s is None else self.clock.now_s() - self.broken_since_s
+        limit_ms = self.policy.retry_for_ms
+        self.set_readings(is_patient=limit_ms is None or tried_s * 1000 < limit_ms)
 
     def _set_cpus(self) -> None:
         self.set_readings(
@@ -264,6 +308,7 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     async def look(self) -> None:
         """Asks QEMU what events may have missed: its word when stale or due, its run state when it matters."""
+        self._count_patience()
         if self.machine.is_gone:
             self.note(Fact.SOURCE_GONE, by="kernel")
             return

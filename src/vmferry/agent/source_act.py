@@ -12,7 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Final, assert_never
 
+import msgspec
+
 from vmferry.agent import channel as channels
+from vmferry.agent import fences, reconnect, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
@@ -21,7 +24,7 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
 from vmferry.core.options import Mode, differences
-from vmferry.core.view import Source, source_view
+from vmferry.core.view import Source, is_fenced, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
@@ -71,6 +74,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             )
             attempt.note(Fact.COMMITTED)
         case Effect.SEND_GRANT:
+            if Fact.GRANT_SENT not in attempt.facts and attempt.plan is not None:
+                attempt.stamps = fences.stamps(attempt.plan.fence_paths)
             attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
             attempt.set_readings(target_answers=False)  # and until it is answered nobody knows what is so there
             attempt.hear_target(await _call(attempt, "peer-grant", deadline_s=GRANT_S))
@@ -80,14 +85,17 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             gone = attempt.machine.is_gone
             attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
-            await _reconnect(attempt)
+            await reconnect.reconnect(attempt)
         case Effect.CANCEL_SOURCE:
             await _cancel_source(attempt)
         case Effect.RESUME_SOURCE:
-            await attempt.machine.execute("cont", deadline_s=CONT_S)
-            attempt.note(Fact.SOURCE_RESUMED)
-            attempt.trouble = ""
-            attempt.refresh()
+            await _resume(attempt)
+        case Effect.BRING_BACK:
+            await way_back.bring_back(attempt)
+        case Effect.THROW_AWAY:
+            await way_back.throw_away(attempt)
+        case Effect.FENCE_TARGET:
+            await way_back.fence(attempt)
         case Effect.STOP_SOURCE:
             await attempt.machine.execute("stop", deadline_s=CONT_S)
             attempt.refresh()
@@ -104,6 +112,22 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _clean_up(attempt)
         case _:
             assert_never(effect)
+
+
+async def _resume(attempt: SourceAttempt) -> None:
+    """`cont`. QEMU takes the disks' locks itself or refuses; what a fence holds is given back just before."""
+    fence, attempt.locks = attempt.locks, None
+    if fence is not None:
+        fence.release()
+    try:
+        await attempt.machine.execute("cont", deadline_s=CONT_S)
+    except QmpCommandError:
+        if fence is not None:
+            await way_back.fence_again(attempt, fence)
+        raise
+    attempt.note(Fact.SOURCE_RESUMED)
+    attempt.trouble = ""
+    attempt.refresh()
 
 
 async def _call(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
@@ -151,6 +175,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             expected=plan.options.expected(Role.DESTINATION),
             multifd=plan.multifd,
             run_after=wanted.running_before,
+            policy=msgspec.to_builtins(attempt.policy),
             clear_text=wanted.clear_text,
             **more,
         )
@@ -269,27 +294,6 @@ async def _start_postcopy(attempt: SourceAttempt) -> None:
     attempt.note(Fact.POSTCOPY_TOLD)
 
 
-async def _reconnect(attempt: SourceAttempt) -> None:
-    """One try to join the two QEMUs again over a fresh channel. Raises when it did not come to that; both sides
-    then stay as they are, paused or degraded, and it is tried again."""
-    machine = attempt.machine
-    for channel in attempt.channels:
-        channel.cut()
-    if (await machine.migration()).get("status") != "postcopy-paused":
-        # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
-        await machine.execute("migrate-pause", oob=True)
-    offer = await _call(attempt, "peer-reconnect", deadline_s=PREPARE_S)
-    attempt.set_readings(target_answers=True)
-    addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
-    ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
-    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
-    attempt.channels.append(channel)
-    await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
-    channel.entrust(machine.pid)
-    await machine.execute("migrate", {"uri": f"fd:{channel.name}", "resume": True})
-    attempt.refresh()
-
-
 async def _cancel_source(attempt: SourceAttempt) -> None:
     """First the polite way; a QEMU that hangs, or is still at it when asked again, loses its channel.
 
@@ -388,6 +392,16 @@ async def _clean_up(attempt: SourceAttempt) -> None:
     if attempt.measured.ended_s is None:
         attempt.measured.ended_s = attempt.clock.wall_s()
     attempt.outcome_at_end = outcome
+    if is_fenced(attempt.facts) and Fact.ERROR not in attempt.facts:
+        text = attempt.facts.entries[-1].text
+        for entry in attempt.facts:
+            text = entry.text if entry.fact is Fact.FENCED else text
+        attempt.fail(
+            MigrationFailed(
+                f"{attempt.wanted.destination} was silent after it had been told to start, and was fenced off: {text}",
+                side="destination",
+            )
+        )
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     try:

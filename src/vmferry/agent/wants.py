@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmferry.core.policy import FailurePolicy
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -24,6 +26,7 @@ class Wanted:
     running_before: bool = True
     accept: tuple[str, ...] = ()
     """Codes of blockers that the person takes upon themselves."""
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +45,8 @@ class Place:
     """What must be read back after them."""
     multifd: bool = False
     clear_text: bool = False
+    policy: FailurePolicy = field(default_factory=FailurePolicy)
+    recovery_token: str = ""
+    """Hexadecimal; who shows it may connect the two QEMUs again without asking this agent first."""
     directory: str = ""
     """The QEMU's runtime directory on this host."""

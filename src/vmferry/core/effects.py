@@ -63,6 +63,13 @@ class Effect(Enum):
     """End the attempt inside the source's QEMU: cancel, then yank and cut when it does not obey."""
     RESUME_SOURCE = "resume-source"
     """Start the source's CPUs again (only if the owner had them running)."""
+    BRING_BACK = "bring-back"
+    """Lead the source's QEMU out of postcopy with a stand-in for a destination that never ran the guest."""
+    THROW_AWAY = "throw-away"
+    """Lead the source's QEMU out of finish-migrate with a migration to nobody."""
+    FENCE_TARGET = "fence-target"
+    """The destination is silent: ask once more, and where the disks' locks can prove it, make sure that it does not
+    run the guest and never will."""
     STOP_SOURCE = "stop-source"
     """Stop the source's CPUs because the destination runs the guest."""
     RETIRE_SOURCE = "retire-source"
@@ -110,6 +117,8 @@ def _guard(**allowed: Enum | tuple[Enum, ...]) -> Guard:
     return Guard({k: frozenset(v if isinstance(v, tuple) else (v,)) for k, v in allowed.items()})
 
 
+_UNSENT = (Grant.NONE, Grant.HELD)
+_IN_POSTCOPY = (Source.POSTCOPY, Source.BROKEN)
 _NEVER_TOLD = tuple(t for t in Target if t not in (Target.RAN, Target.DIED))
 
 SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
@@ -120,28 +129,42 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
     Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
-    Effect.COMMIT: (_guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),),
+    Effect.COMMIT: (
+        _guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),
+        # The only copy is there, and its process here is gone: forward is the only way, whatever was wanted.
+        _guard(source=Source.RETIRED, target=Target.LOADED, grant=Grant.NONE),
+    ),
     Effect.SEND_GRANT: (
         _guard(
             want=Want.GO,
-            source=(Source.POSTCOPY, Source.DONE, Source.RETIRED),
+            source=(Source.POSTCOPY, Source.DONE),
             target=(Target.LOADED, Target.REFUSED),
             grant=(Grant.HELD, Grant.SENT),
         ),
+        _guard(source=Source.RETIRED, target=(Target.LOADED, Target.REFUSED), grant=(Grant.HELD, Grant.SENT)),
     ),
     Effect.ASK_TARGET: (_guard(),),
     Effect.RELEASE_TARGET: (_guard(),),  # the destination itself refuses when it ran
     Effect.RECONNECT: (_guard(step=Step.STARTED, source=Source.BROKEN),),
     Effect.CANCEL_SOURCE: (
-        _guard(want=Want.BACK, grant=(Grant.NONE, Grant.HELD)),
+        _guard(want=Want.BACK, grant=_UNSENT),
         _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE),
     ),
     Effect.RESUME_SOURCE: (
         # Nobody was ever told to start: the destination is fenced by the missing grant.
-        _guard(want=Want.BACK, grant=(Grant.NONE, Grant.HELD), target=_NEVER_TOLD, cpus=Cpus.STOPPED),
+        _guard(want=Want.BACK, grant=_UNSENT, target=_NEVER_TOLD, cpus=Cpus.STOPPED),
         # Somebody may have been told: only the proof that it never ran and never will leads back.
         _guard(grant=Grant.SENT, target=Target.GONE, cpus=Cpus.STOPPED),
     ),
+    Effect.BRING_BACK: (
+        _guard(want=Want.BACK, grant=_UNSENT, target=_NEVER_TOLD, source=_IN_POSTCOPY),
+        _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE, source=_IN_POSTCOPY),
+    ),
+    Effect.THROW_AWAY: (
+        _guard(want=Want.BACK, grant=_UNSENT, target=_NEVER_TOLD, cpus=Cpus.STUCK),
+        _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE, cpus=Cpus.STUCK),
+    ),
+    Effect.FENCE_TARGET: (_guard(grant=Grant.SENT, target=Target.UNKNOWN),),
     Effect.STOP_SOURCE: (_guard(target=Target.RAN, cpus=Cpus.AS_BEFORE),),
     Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT),),
     Effect.NOTE_TARGET_LOST: (_guard(),),

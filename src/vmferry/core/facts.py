@@ -108,6 +108,17 @@ class Fact(StrEnum):
     """The destination's agent told the source that the guest runs there."""
     TARGET_GONE = "target-gone"
     """The destination renounced: its QEMU is gone, it never ran and never will."""
+    TARGET_WHOLE = "target-whole"
+    """The destination's agent told the source that its QEMU holds every page: it needs nobody any more."""
+    TRY_AGAIN = "try-again"
+    """A person wants a refused start to be tried again (rounds are those of the refusals)."""
+    FENCED = "fenced"
+    """Nobody said that the destination gave up, and yet it does not run the guest and never will: its locks are
+    held here, or a person says so. Durable before anything follows from it (rounds count the fences)."""
+    FENCE_BROKEN = "fence-broken"
+    """Between the fence and the source's start somebody took a disk: that fence proves nothing any more."""
+    BROUGHT_BACK = "brought-back"
+    """A stand-in led the source's QEMU to where its guest can be started again (text: which tool)."""
     TARGET_DIED = "target-died"
     """The destination's QEMU ran the guest and is gone."""
     SOURCE_GONE = "source-gone"
@@ -127,6 +138,9 @@ ROUNDED: frozenset[Fact] = frozenset(
         Fact.GRANTED,
         Fact.START_SENT,
         Fact.START_REFUSED,
+        Fact.TRY_AGAIN,
+        Fact.FENCED,
+        Fact.FENCE_BROKEN,
         Fact.UNKNOWN_STATUS,
     }
 )

@@ -60,6 +60,7 @@ class DiskReport:
     size_bytes: int | None = None
     format: str | None = None
     identity: str | None = None
+    write_locked: bool | None = None  # seen there while the guest runs here: the hosts see each other's locks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

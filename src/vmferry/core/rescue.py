@@ -89,6 +89,8 @@ class Evidence(Enum):
     """Its QEMU was started paused, never told to run, never seen running, and the kernel says that it is gone."""
     NEVER_GRANTED = "never-granted"
     """The right to run it there is this host's to give, and its journal says that it was not given."""
+    FENCED = "fenced"
+    """It is silent, and a fence keeps it from running the guest (`agent.fences`)."""
     PERSON = "person"
     """A person looked and says so, and nothing that is known here speaks against it."""
 

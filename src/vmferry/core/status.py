@@ -144,13 +144,14 @@ def destination_status(log: FactLog) -> S:
     return derive_destination(log).status
 
 
-def cancel_refusal(log: FactLog) -> str | None:
+def cancel_refusal(log: FactLog, *, was_refused: bool = False) -> str | None:
     """None if a cancel may be accepted now (or changes nothing because the attempt is over), else why not.
 
     The last moment is the grant: once the destination may run the guest, going back would run it twice. A
-    guest that somebody started there by hand is the same case.
+    guest that somebody started there by hand is the same case. `was_refused`: the destination has used its order up,
+    QEMU refused to start, and no other order is on its way: then it has not run and waits for us.
     """
-    if is_over(log) or Fact.TARGET_GONE in log:
+    if was_refused or is_over(log) or Fact.TARGET_GONE in log:
         return None
     if Fact.GRANT_SENT in log:
         return "the destination was told to start the guest; the migration goes forward"

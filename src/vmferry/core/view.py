@@ -118,6 +118,17 @@ class Change(Enum):
     POSTCOPY = "postcopy"
 
 
+class Retry(Enum):
+    """What the user's policy says of the trouble at hand: a start that was refused, or a channel that is broken."""
+
+    AGAIN = "again"
+    """Try again, also for ever. The answer where there is no trouble, too."""
+    BACK = "back"
+    """Give it up: the guest goes back while that is possible."""
+    ASK = "ask"
+    """Keep everything as it is; a person says what next."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceView:
     """The questions that the source's table asks."""
@@ -129,6 +140,7 @@ class SourceView:
     target: Target
     grant: Grant
     change: Change
+    retry: Retry
 
 
 class Wish(Enum):
@@ -190,6 +202,10 @@ class Readings:
     cpus: Cpus = Cpus.UNKNOWN
     target_answers: bool = True
     """False while the destination's agent does not answer."""
+    on_refused_start: Retry = Retry.BACK
+    """The policy for a destination that cannot take its disks (`--on-storage-error`)."""
+    is_patient: bool = True
+    """False once a broken channel was tried again for as long as the policy says."""
 
 
 SOURCE_WORDS: dict[str, Source] = {
@@ -247,8 +263,17 @@ def _step(log: FactLog) -> Step:
     return Step.NEW
 
 
+def is_fenced(log: FactLog) -> bool:
+    """A fence was put up and is not known to be broken."""
+    return log.last_round(Fact.FENCED) > log.last_round(Fact.FENCE_BROKEN)
+
+
 def _target(log: FactLog, *, answers: bool) -> Target:
-    """What the log proves of the destination. Proofs outlive silence; everything else does not."""
+    """What the log proves of the destination. Proofs outlive silence; everything else does not.
+
+    The fence comes first: from there on the guest is the source's, whatever is heard later."""
+    if is_fenced(log):
+        return Target.GONE
     if Fact.TARGET_DIED in log:
         return Target.DIED
     if Fact.TARGET_GONE in log:
@@ -277,22 +302,41 @@ def _change(log: FactLog) -> Change:
     return Change.POSTCOPY if asked else Change.NONE
 
 
+def _source(log: FactLog, said: Source) -> Source:
+    """QEMU's own word, and what is known beside it of pages that the destination needs no more."""
+    whole = Fact.ALL_SENT in log or Fact.TARGET_WHOLE in log
+    if Fact.SOURCE_GONE in log:
+        return Source.RETIRED if whole else Source.GONE
+    if not whole or said not in (Source.BACK, Source.BROKEN):
+        return said
+    if Fact.RUN_ACKED in log:
+        return Source.DONE  # fed by a stand-in, or its last page arrived before the channel broke
+    # A source that went back may run its guest. One without a channel cannot by itself: it has given everything.
+    return Source.POSTCOPY if said is Source.BROKEN else said
+
+
+def _retry(log: FactLog, readings: Readings, source: Source, target: Target) -> Retry:
+    if target is Target.REFUSED:
+        asked = log.last_round(Fact.TRY_AGAIN) >= log.last_round(Fact.START_REFUSED)
+        return Retry.AGAIN if readings.on_refused_start is Retry.ASK and asked else readings.on_refused_start
+    if source is Source.BROKEN and not readings.is_patient:
+        return Retry.ASK
+    return Retry.AGAIN
+
+
 def source_view(log: FactLog, readings: Readings) -> SourceView:
     """The source's questions answered from its facts and readings."""
-    back = Fact.CANCEL in log or Fact.ERROR in log
-    source, cpus = readings.source, readings.cpus
-    if Fact.SOURCE_GONE in log:
-        source, cpus = (Source.RETIRED if Fact.ALL_SENT in log else Source.GONE), Cpus.UNKNOWN
-    elif Fact.ALL_SENT in log and source in (Source.BACK, Source.BROKEN):
-        source = Source.DONE  # a stand-in has fed the destination from its memory; QEMU itself does not know it
+    back = Fact.CANCEL in log or Fact.ERROR in log or is_fenced(log)
+    source, target = _source(log, readings.source), _target(log, answers=readings.target_answers)
     return SourceView(
         want=Want.BACK if back else Want.GO,
         step=_step(log),
         source=source,
-        cpus=cpus,
-        target=_target(log, answers=readings.target_answers),
+        cpus=Cpus.UNKNOWN if Fact.SOURCE_GONE in log else readings.cpus,
+        target=target,
         grant=_grant(log),
         change=_change(log),
+        retry=_retry(log, readings, source, target),
     )
 
 

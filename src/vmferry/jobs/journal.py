@@ -50,6 +50,10 @@ class Entry(StrEnum):
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
+    FENCED = "fenced"
+    """Source: a silent destination was fenced off; the generation is the source's again."""
+    POLICY = "policy"
+    """Source and destination: the job's policies were changed while it ran."""
     RENOUNCED = "renounced"
     """Destination: the guest never ran here in this job and never will."""
     ENDED = "ended"
@@ -81,6 +85,9 @@ class JobState:
     options_before: dict[str, Any] = field(default_factory=dict)
     committed_generation: int | None = None
     renounced: bool = False
+    fenced: str = ""
+    """Why the destination counts as fenced; empty: it does not."""
+    policy: dict[str, Any] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
 
 
@@ -122,6 +129,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.options_before = {**entry.body, **job.options_before}
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
+            case Entry.FENCED if job:
+                job.fenced = str(entry.body.get("text", "no reason was written down"))
+            case Entry.POLICY if job:
+                job.policy = {**job.policy, **entry.body}
             case Entry.RENOUNCED if job:
                 job.renounced = True
             case Entry.ENDED if job:

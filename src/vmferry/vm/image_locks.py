@@ -105,6 +105,53 @@ def image_locks(path: str) -> ImageLocks:
     return ImageLocks(uses, forbids, lock_holders(status.st_dev, status.st_ino))
 
 
+def in_use(path: str) -> frozenset[str] | None:
+    """The permissions that somebody uses, on any host that shares the filesystem's locks; None if it cannot tell.
+
+    Raises OSError when the file cannot be opened."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return _asked(descriptor, USES_BASE)
+    finally:
+        os.close(descriptor)
+
+
+class WriteLock:
+    """A writer's locks on an image, as QEMU takes them: while they are held no QEMU can open it for writing.
+
+    `take` gives one or None when somebody else has the image; `release` gives it back, and so does the end of this
+    process.
+    """
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+
+    @classmethod
+    def take(cls, path: str) -> WriteLock | None:
+        """Raises OSError when the file cannot be opened or its filesystem has no such locks."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        bytes_to_hold = [base + PERMISSIONS.index("write") for base in (USES_BASE, FORBIDS_BASE)]
+        try:
+            # First ours, then a look at the others', as QEMU does it: of two at the same time none gets through.
+            for byte in bytes_to_hold:
+                fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, 0, byte, 1, 0))
+            for base in (USES_BASE, FORBIDS_BASE):
+                found = _asked(descriptor, base)
+                if found is None or "write" in found:
+                    os.close(descriptor)
+                    return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        return cls(path, descriptor)
+
+    def release(self) -> None:
+        """Gives the locks back. A second time changes nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 def lock_holders(device: int, inode: int) -> tuple[LockHolder, ...]:
     """The processes of this host that hold QEMU locks on this file, lowest pid first."""
     found: list[LockHolder] = []

@@ -113,9 +113,8 @@ async def test_an_error_after_the_grant_does_not_cost_the_only_copy(make_site: M
     attempt = await refused_without_a_source(site)
     attempt.fail(OSError("whatever it is"))
     await site.until_outcome(attempt, Outcome.HELD)
-    assert attempt.row().label == "F-back-granted"
-    assert attempt.row().do is None
-    assert "keep the destination's QEMU" in attempt.wire()["action"]
+    assert attempt.row().label == "F-retry-start"
+    assert "the start is tried again" in attempt.wire()["action"]
     assert Fact.RELEASE not in site.place().facts
     assert not site.director.newest("b", incoming=True).is_gone
 

@@ -38,11 +38,17 @@ class FakeAttempt:
     vm: str = "web1"
     wanted: FakeWanted = field(default_factory=FakeWanted)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    rescuing: bool = False
+    is_held_back: bool = False
     refreshed: int = 0
 
+    async def hold_back(self) -> None:
+        self.is_held_back = True
+
+    def go_on(self) -> None:
+        self.is_held_back = False
+
     def refresh(self) -> None:
-        assert not self.rescuing
+        assert not self.is_held_back
         self.refreshed += 1
 
 
@@ -118,15 +124,16 @@ def test_without_a_migration_a_person_must_say_it() -> None:
         proof_for(ended.agent, "web1", Tool.THROW_AWAY, never_ran=False)
 
 
-def test_while_a_tool_is_at_work_the_table_rests_and_nobody_else_begins() -> None:
+async def test_while_a_tool_is_at_work_the_table_rests_and_nobody_else_begins() -> None:
     made = FakeAgent(*COMMITTED)
-    with rescue_commands.at_work(made.agent, "web1") as tell:
-        assert made.attempt.rescuing
+    async with rescue_commands.at_work(made.agent, "web1") as tell:
+        assert made.attempt.is_held_back
         tell({"bytes": 1})
-        with pytest.raises(Busy, match="rescued"), rescue_commands.at_work(made.agent, "web1"):
-            pass
-        assert made.attempt.rescuing
-    assert (made.attempt.rescuing, made.attempt.refreshed) == (False, 1)
+        with pytest.raises(Busy, match="rescued"):
+            async with rescue_commands.at_work(made.agent, "web1"):
+                pass
+        assert made.attempt.is_held_back
+    assert (made.attempt.is_held_back, made.attempt.refreshed) == (False, 1)
     assert made.published == [("RESCUE", {"vm": "web1", "bytes": 1})]
 
 

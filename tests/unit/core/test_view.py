@@ -18,6 +18,7 @@ from vmferry.core.view import (
     Incoming,
     Ran,
     Readings,
+    Retry,
     Source,
     SourceView,
     Step,
@@ -78,7 +79,7 @@ def test_the_cpus_against_what_their_owner_wanted(
 
 def test_a_new_attempt_wants_to_go_and_knows_nothing() -> None:
     assert source_view(FactLog(), Readings()) == SourceView(
-        Want.GO, Step.NEW, Source.IDLE, Cpus.UNKNOWN, Target.ABSENT, Grant.NONE, Change.NONE
+        Want.GO, Step.NEW, Source.IDLE, Cpus.UNKNOWN, Target.ABSENT, Grant.NONE, Change.NONE, Retry.AGAIN
     )
 
 
@@ -150,9 +151,56 @@ def test_a_source_that_is_gone_had_given_everything_away_or_not() -> None:
 @pytest.mark.parametrize("source", Source)
 def test_a_source_whose_pages_a_stand_in_served_has_given_everything_away(source: Source) -> None:
     """Its QEMU goes on saying that it failed or is paused."""
-    served = source_view(log_of(F.ALL_SENT), Readings(source=source)).source
-    assert served is (Source.DONE if source in (Source.BACK, Source.BROKEN) else source)
+    for whole in (F.ALL_SENT, F.TARGET_WHOLE):
+        served = source_view(log_of(whole, F.RUN_ACKED), Readings(source=source)).source
+        assert served is (Source.DONE if source in (Source.BACK, Source.BROKEN) else source)
     assert source_view(FactLog(), Readings(source=source)).source is source
+
+
+@pytest.mark.proves("S55")
+@pytest.mark.parametrize("source", Source)
+def test_a_destination_that_is_whole_and_never_ran_does_not_make_a_source_that_went_back_a_completed_one(
+    source: Source,
+) -> None:
+    """1. the last page arrives  2. the channel breaks before the result  3. the source's QEMU fails and runs its guest
+    again, or stands still without a channel."""
+    found = source_view(log_of(F.TARGET_WHOLE), Readings(source=source)).source
+    assert found is (Source.POSTCOPY if source is Source.BROKEN else source)
+
+
+@pytest.mark.proves("S53")
+def test_a_source_whose_process_died_with_a_whole_destination_had_given_everything_away() -> None:
+    assert source_view(log_of(F.SOURCE_GONE, F.TARGET_WHOLE), Readings()).source is Source.RETIRED
+
+
+@pytest.mark.proves("S36")
+def test_a_fence_makes_a_silent_destination_gone_until_it_is_known_to_be_broken() -> None:
+    up = log_of(F.PREPARE, F.GRANT_SENT).with_fact(F.FENCED, round_no=1)
+    silent = Readings(target_answers=False)
+    assert source_view(log_of(F.PREPARE, F.GRANT_SENT), silent).target is Target.UNKNOWN
+    assert (source_view(up, silent).target, source_view(up, silent).want) == (Target.GONE, Want.BACK)
+    broken = up.with_fact(F.FENCE_BROKEN, round_no=1)
+    assert (source_view(broken, silent).target, source_view(broken, silent).want) == (Target.UNKNOWN, Want.GO)
+    again = source_view(broken.with_fact(F.FENCED, round_no=2), silent)
+    assert again.target is Target.GONE
+
+
+@pytest.mark.proves("S47")
+@pytest.mark.parametrize("policy", Retry)
+def test_what_the_policy_says_of_a_refused_start(policy: Retry) -> None:
+    refused = log_of(F.PREPARE, F.GRANT_SENT).with_fact(F.START_REFUSED, round_no=1)
+    readings = Readings(source=Source.DONE, on_refused_start=policy)
+    assert source_view(refused, readings).retry is policy
+    told = refused.with_fact(F.TRY_AGAIN, round_no=1)
+    assert source_view(told, readings).retry is (Retry.AGAIN if policy is Retry.ASK else policy)
+    assert source_view(told.with_fact(F.START_REFUSED, round_no=2), readings).retry is policy
+
+
+@pytest.mark.proves("S118")
+def test_a_broken_channel_is_tried_again_for_as_long_as_the_policy_says() -> None:
+    for patient, retry in ((True, Retry.AGAIN), (False, Retry.ASK)):
+        assert source_view(FactLog(), Readings(source=Source.BROKEN, is_patient=patient)).retry is retry
+    assert source_view(FactLog(), Readings(source=Source.BUSY, is_patient=False)).retry is Retry.AGAIN
 
 
 @pytest.mark.parametrize(

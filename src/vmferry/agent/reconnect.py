@@ -1,0 +1,71 @@
+"""Joining the two QEMUs of a broken postcopy again: one try, from the source's side.
+
+Theory of operation
+-------------------
+A recovery needs both QEMUs at once, and one that breaks half-way is worse than none: a QEMU before 8.0 never leaves
+it. So the source's QEMU is told to resume only when the destination's has said, over its agent, that it takes this
+very connection:
+
+    1. the source's side is in postcopy-paused, its old channels are cut
+    2. the destination's agent puts its QEMU into postcopy-paused and listens (`peer-reconnect`)
+    3. the source dials; the destination hands the connection to its QEMU: migrate-recover
+    4. the destination's agent says so (`peer-recovering`)
+    5. the source's QEMU: migrate resume. From here on it is theirs, and it is waited for
+
+Rule 1: whatever breaks off, also this try's own end, cuts the channel: nobody waits in a handshake without a peer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmferry.agent import channel as channels
+from vmferry.agent import rescue
+from vmferry.agent.source import SourceAttempt
+from vmferry.core.facts import Fact
+from vmferry.errors import QemuError
+
+OFFER_S = 10.0
+DIAL_S = 5.0
+TAKEN_S = 10.0
+HANDSHAKE_S = 20.0
+"""The bitmaps of a large guest cross the line: 32 KiB for a GiB."""
+_JOINED = frozenset({"postcopy-active", "completed"})
+_OVER = _JOINED | {"postcopy-paused", "failed", "cancelled"}
+
+
+async def reconnect(attempt: SourceAttempt) -> None:
+    """One try. Raises when it did not come to that; both sides then stay as they are, paused or degraded, and it is
+    tried again."""
+    machine = attempt.machine
+    for channel in attempt.channels:
+        channel.cut()
+    if (await machine.migration()).get("status") != "postcopy-paused":
+        # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
+        await machine.execute("migrate-pause", oob=True)
+    offer = await _ask(attempt, "peer-reconnect", deadline_s=OFFER_S)
+    attempt.set_readings(target_answers=True)
+    addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
+    ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
+    channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)
+    attempt.channels.append(channel)
+    try:
+        await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
+        channel.entrust(machine.pid)
+        await _ask(attempt, "peer-recovering", deadline_s=TAKEN_S, channel=channel.name)
+        await machine.execute("migrate", {"uri": f"fd:{channel.name}", "resume": True})
+        word = await rescue.until_word(machine, lambda word: word in _OVER, deadline_s=HANDSHAKE_S)
+        if word not in _JOINED:
+            raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
+    except BaseException:
+        channel.cut()
+        raise
+    finally:
+        attempt.refresh()
+
+
+async def _ask(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
+    link = attempt.context.peers.link(attempt.wanted.destination)
+    granted = Fact.GRANT_SENT in attempt.facts
+    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": granted, **more}
+    return dict(await link.call(command, question, deadline_s=deadline_s))

@@ -1,0 +1,111 @@
+"""The rescue tools as effects of the source's table: what leads the guest's own QEMU back to where it can start.
+
+Theory of operation
+-------------------
+The tools are those that a person has (`rescue`); here the table asks for them, and the proof that they need is the
+guard of the effect, asked at each step on a fresh view. What they achieved is heard from QEMU's own word, like
+everything else, so the row that follows is an ordinary one.
+
+A fence is the third way to be sure of the other side, beside its own word and the grant that was never sent: see
+`fences`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+
+from vmferry.agent import fences, rescue
+from vmferry.agent.fences import Verdict
+from vmferry.agent.source import SourceAttempt
+from vmferry.core.decide import source_allows
+from vmferry.core.effects import Effect
+from vmferry.core.facts import Fact
+from vmferry.core.rescue import Evidence, NeverRan
+from vmferry.core.view import Grant, source_view
+from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
+
+log = logging.getLogger("vmferry.agent")
+
+
+def proof_of(attempt: SourceAttempt, effect: Effect) -> NeverRan:
+    """What the effect's own guard proves of the destination; it is asked again at each step."""
+    host, vm = attempt.wanted.destination, attempt.vm
+
+    def stands() -> bool:
+        return source_allows(effect, source_view(attempt.facts, attempt.readings))
+
+    if source_view(attempt.facts, attempt.readings).grant is not Grant.SENT:
+        return NeverRan(
+            evidence=Evidence.NEVER_GRANTED, text=f"{host} was never given the right to run {vm}", stands=stands
+        )
+    if Fact.FENCED in attempt.facts:
+        return NeverRan(evidence=Evidence.FENCED, text=f"{host} is fenced off from {vm}", stands=stands)
+    return NeverRan(evidence=Evidence.RENOUNCED, text=f"{host} gave {vm} up without having run it", stands=stands)
+
+
+async def bring_back(attempt: SourceAttempt) -> None:
+    """Raises as `rescue.bring_back`; the guest is then whole and paused as before, and it is tried again."""
+    for channel in attempt.channels:
+        channel.cut()  # a recovery that hangs half-way ends, and with it what would refuse the tool
+    report = await _unless_over(attempt, rescue.bring_back(attempt.machine, proof_of(attempt, Effect.BRING_BACK)))
+    if report is not None:
+        attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
+
+
+async def throw_away(attempt: SourceAttempt) -> None:
+    """Raises as `rescue.throw_away`; the guest is then whole and paused as before, and it is tried again."""
+    report = await _unless_over(attempt, rescue.throw_away(attempt.machine, proof_of(attempt, Effect.THROW_AWAY)))
+    if report is not None:
+        attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
+
+
+async def _unless_over(attempt: SourceAttempt, work: Awaitable[rescue.RescueReport]) -> rescue.RescueReport | None:
+    """A refusal says that QEMU is in another state than the row thought: it is looked at anew, and not an error."""
+    try:
+        return await work
+    except RescueRefused as error:
+        log.info("job=%s vm=%s result=%s", attempt.job, attempt.vm, error)
+        attempt.trouble = str(error)
+        return None
+    finally:
+        attempt.refresh()
+
+
+async def fence(attempt: SourceAttempt) -> None:
+    """Makes sure that a silent destination does not run the guest and never will, where that can be proved.
+
+    Raises HostUnreachable where it cannot: nothing is known then, and nothing was done."""
+    link = attempt.context.peers.link(attempt.wanted.destination)
+    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": True}
+    try:
+        attempt.hear_target(dict(await link.call("peer-target", question, deadline_s=fences.ASK_S)))
+        return
+    except (HostUnreachable, NotTrusted) as error:
+        silence = error
+    if attempt.machine.is_gone:
+        raise silence  # there is nothing to go back to
+    locks = fences.LocksFence(attempt.stamps)
+    found = await locks.ask()
+    if found.verdict is not Verdict.FENCED:
+        log.info(
+            "job=%s vm=%s fence=%s verdict=%s text=%s", attempt.job, attempt.vm, locks.name, found.verdict, found.text
+        )
+        raise HostUnreachable(f"{silence}; no fence: {found.text}", side=silence.side, guest="unknown", cause=silence)
+    attempt.locks = locks
+    try:
+        await attempt.fence(found.text, by=locks.name)
+    except BaseException:
+        attempt.locks = None
+        locks.release()
+        raise
+
+
+async def fence_again(attempt: SourceAttempt, locks: fences.LocksFence) -> None:
+    """QEMU could not take the disks that the fence had just given back. If somebody over there has them, there is no
+    fence any more."""
+    found = await locks.ask()
+    if found.verdict is Verdict.FENCED:
+        attempt.locks = locks
+        return
+    attempt.note(Fact.FENCE_BROKEN, round_no=attempt.facts.last_round(Fact.FENCED), text=found.text, by=locks.name)
