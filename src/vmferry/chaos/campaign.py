@@ -28,6 +28,7 @@ from vmferry.chaos.ground import Ground
 from vmferry.chaos.run import Run
 from vmferry.chaos.stage import Stopped
 from vmferry.chaos.verdict import Seen
+from vmferry.demo.setup import signals_wait
 from vmferry.errors import Unfit
 from vmferry.testing.host_tools import HostToolError
 from vmferry.testing.hosts import PAIRS
@@ -67,10 +68,11 @@ class Campaign:
                 while thread.is_alive():
                     thread.join(0.2)
         finally:
-            self.stop.set()
-            for thread in threads:
-                thread.join()
-            shutil.rmtree(session, ignore_errors=True)
+            with signals_wait():  # a second Ctrl-C must not leave half of it behind
+                self.stop.set()
+                for thread in threads:
+                    thread.join()
+                shutil.rmtree(session, ignore_errors=True)
         if isinstance(self._failure, HostToolError):
             raise Unfit("this machine is not fit for chaos", cause=self._failure) from self._failure
         if self._failure is not None:

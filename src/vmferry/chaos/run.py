@@ -28,6 +28,7 @@ OUTCOME_S = 25.0
 SETTLE_S = 1.5
 """How long a row must hold before its named action is taken."""
 ACTION_S = 20.0
+ACTIONS = 2
 GIVE_UP_S = 4.0
 """A row whose action is none of vmferry's commands is waited for so long."""
 LEFT_S = 4.0
@@ -145,12 +146,15 @@ class Run:
             self._take_down(wire)
             if self._is_settled(wire):
                 break
+            self.stage.hurry()
             if wire.get("row") != row:
                 row, since_s = str(wire.get("row")), now_s()
             action = _ACTION.search(self.seen.action)
+            if len(self.seen.taken) >= ACTIONS and now_s() - since_s >= GIVE_UP_S:
+                break
             if self._is_for_a_person(action) and now_s() - since_s >= GIVE_UP_S:
                 break
-            if action is not None and now_s() - since_s >= SETTLE_S and len(self.seen.taken) < 3:
+            if action is not None and now_s() - since_s >= SETTLE_S and len(self.seen.taken) < ACTIONS:
                 self._act(action[1])
                 since_s = now_s()
             self.stage.wait(_after(0.05), 1.0)

@@ -46,6 +46,8 @@ class Stage:
         self.source, self.target = ground.logs["host-a"], ground.logs["host-b"]
         self._rules: list[Rule] = []
         self._begun_slow = False
+        self._pages_slow = False
+        self._done: set[str] = set()
 
     # --- waiting ---
 
@@ -108,6 +110,7 @@ class Stage:
                 wish["postcopy_after_ms"] = 3_600_000
             if self.cell.phase in ("postcopy-active", "postcopy-paused", "granted", "grant"):
                 settings.append(SLOW_PAGES)
+                self._pages_slow = True
         wish["settings"] = settings
         return wish
 
@@ -197,13 +200,11 @@ class Stage:
         return rule
 
     def _brake_pages(self, begin: Callable[[dict[str, Any]], None]) -> None:
-        """In postcopy: from the pause on the stream is slow, so that pages are missing for long."""
-        if self.cell.mode != "postcopy":
-            begin(self.wish())
-            return
-        barrier = self._to_barrier(begin)
-        self.ground.streams.throttle(PAGES_BYTES_PER_S)
-        barrier.release()
+        """In postcopy: once the device state is over the stream is slow, so that pages are missing for long."""
+        begin(self.wish())
+        if self.cell.mode == "postcopy":
+            self.fact(Fact.LOADED, log=self.target)
+            self.ground.streams.throttle(PAGES_BYTES_PER_S)
 
     # --- the way on ---
 
@@ -216,14 +217,23 @@ class Stage:
             self.ground.streams.refuse(refusing=False)
 
     def hurry(self) -> None:
-        """Takes the brakes out of the migration itself. May be refused, as it may be over or its agent dead."""
+        """Takes the brakes out of the migration itself, as far as that is possible now: it may be over, or its agent
+        dead, or in a phase in which no option may change. Again later is harmless."""
         if self.cell.phase in ("cancelling", "failing"):
             return
-        with contextlib.suppress(VmferryError, OSError):
-            if self._begun_slow:
-                self.ground.a.execute("vm-set", vm=self.guest.name, settings=[FAST])
-                if self.cell.mode == "postcopy":
-                    self.ground.a.execute("vm-start-postcopy", vm=self.guest.name)
-        with contextlib.suppress(VmferryError, OSError):
+        vm = self.guest.name
+        if self._begun_slow:
+            self._try("vm-set", vm=vm, settings=[FAST])
             if self.cell.mode == "postcopy":
-                self.ground.a.execute("vm-set", vm=self.guest.name, settings=[FAST_PAGES])
+                self._try("vm-start-postcopy", vm=vm)
+        if self._pages_slow:
+            self._try("vm-set", vm=vm, settings=[FAST_PAGES])
+
+    def _try(self, command: str, **arguments: Any) -> None:
+        """Once with success is enough."""
+        key = f"{command} {arguments}"
+        if key in self._done:
+            return
+        with contextlib.suppress(VmferryError, OSError):
+            self.ground.a.execute(command, **arguments)
+            self._done.add(key)

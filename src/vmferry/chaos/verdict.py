@@ -99,7 +99,7 @@ def judge(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
         return Verdict.DOUBLE, seen.two_writers
     if len(seen.running_on) > 1:
         return Verdict.DOUBLE, f"it runs on {' and '.join(seen.running_on)}"
-    if not seen.running_on:
+    if not seen.running_on or not seen.makes_progress:
         return _stands_still(cell, seen)
     wrong = _wrong(seen)
     if wrong:
@@ -111,7 +111,8 @@ def judge(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
 
 def _stands_still(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
     why = physics(cell, complete_there=seen.complete_there)
-    says = f"outcome {seen.outcome or 'none'}, row {seen.row or 'none'}, action: {seen.action or 'none'}"
+    still = "its CPUs wait for pages; " if seen.running_on else ""
+    says = f"{still}outcome {seen.outcome or 'none'}, row {seen.row or 'none'}, action: {seen.action or 'none'}"
     if seen.taken:
         says += f"; taken: {'; '.join(seen.taken)}"
     if why:
@@ -128,7 +129,6 @@ def _stands_still(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
 def _wrong(seen: Seen) -> list[str]:
     where = {"host-a": "source", "host-b": "destination"}[seen.running_on[0]]
     found = {
-        "the guest makes no progress": not seen.makes_progress,
         f"{seen.wrong_pages} pages are wrong": bool(seen.wrong_pages),
         f"its output is not that of one life: {seen.letters}": bool(seen.letters),
         f"it runs on the {where} and the job says {seen.outcome} ({seen.row})": seen.outcome != where,

@@ -50,7 +50,6 @@ def test_double(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"makes_progress": False},
         {"wrong_pages": 1},
         {"letters": "pass 3 wrote 'B'"},
         {"outcome": "source"},
@@ -71,6 +70,9 @@ def test_a_guest_that_stands_still() -> None:
     assert verdict is Verdict.STUCK
     assert "B-stuck" in why
     assert judge(CUT, dataclasses.replace(still, qemus_left=0))[0] is Verdict.LOST
+    waits = judge(CUT, seen(makes_progress=False))
+    assert waits[0] is Verdict.STUCK
+    assert "its CPUs wait for pages" in waits[1]
 
 
 def test_a_guest_whose_only_copy_died() -> None:
