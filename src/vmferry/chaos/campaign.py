@@ -12,6 +12,7 @@ Rule 1: whatever ends it, also Ctrl-C: the workers stop at the next wait, and ta
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import shutil
 import tempfile
@@ -59,7 +60,7 @@ class Campaign:
         for cells in by_ground(self.cells).values():
             for portion in _batches(cells):
                 self._portions.put(list(portion))
-        session = Path(tempfile.mkdtemp(prefix="vfc-", dir="/tmp"))
+        session = Path(tempfile.mkdtemp(prefix=f"vfc-{os.getpid()}-", dir="/tmp"))
         threads = [threading.Thread(target=self._work, args=(session,), name=f"chaos-{n}") for n in range(workers)]
         for thread in threads:
             thread.start()

@@ -128,6 +128,8 @@ def _faults_everywhere() -> Iterator[Fault]:
 
 CUT_PHASES: Final = ("active", "pre-switchover", "device", "postcopy-device", "grant", "granted", "postcopy-active",
                      "postcopy-paused")  # fmt: skip
+LOCK_PHASE: Final = {"precopy": "device", "postcopy": "postcopy-device"}
+"""The source has let its disks go and the destination has not taken them yet: some QEMUs do that while they load."""
 FULL_PHASES: Final = ("setup", "pre-switchover", "grant")
 
 
@@ -140,8 +142,11 @@ def _makes_sense(fault: Fault, phase: str) -> bool:
         return not (phase == "postcopy-paused" and fault.what != "link")
     if phase == "setup" and fault.what == "target-qemu":
         return True  # it waits for the stream already: its agent's answer is what is held
-    # After the end the source's QEMU is retired: killing it changes nothing, stopping it neither.
-    return not (phase in ("completed", "failing", "cancelling") and fault.kind == "stop")
+    if phase in ("completed", "failing", "cancelling") and fault.kind == "stop":
+        return False
+    # After the end the source's QEMU has quit, and one whose stream broke before it had loaded is gone by itself.
+    gone = "source-qemu" if phase == "completed" else "target-qemu" if phase in ("failing", "cancelling") else ""
+    return fault.what != gone
 
 
 def _cells(pairs: Sequence[tuple[str, str]]) -> Iterator[Cell]:
@@ -159,7 +164,7 @@ def _cells(pairs: Sequence[tuple[str, str]]) -> Iterator[Cell]:
                 yield from (Cell(Fault("strange", message, (how,)), phase, mode, pair) for pair in pairs)
         for disks in ("all", "one"):
             for where in ("target", "both"):
-                yield from (Cell(Fault("lock", disks, (where,)), "grant", mode, pair) for pair in pairs)
+                yield from (Cell(Fault("lock", disks, (where,)), LOCK_PHASE[mode], mode, pair) for pair in pairs)
         for side in ("source", "target"):
             for phase in FULL_PHASES:
                 yield from (Cell(Fault("full", side), phase, mode, pair) for pair in pairs)

@@ -66,6 +66,7 @@ class Doing:
             self._rule = Rule(self.fault.what, "answer", "replace", replace=STRANGE_ANSWERS[how])
         if self._rule is not None:
             self.ground.link.add(self._rule)
+            self.stage.fault_rule = self._rule
             if self.fault.what == "peer-target":
                 # It is asked only when the answer to the order was lost.
                 self.ground.link.add(Rule("peer-grant", "answer", "drop"))
@@ -182,7 +183,7 @@ class Doing:
     def _message(self) -> None:
         """The rule is there since the beginning; the phase's hold is on the same message, or before it."""
         assert self._rule is not None
-        self.done_s = now_s()
+        self.done_s = self._rule.at_s or now_s()
 
     def settle_proof(self) -> None:
         """For faults that happen only after the phase's hold is let go."""
@@ -201,10 +202,12 @@ class Doing:
         folder = self.ground.disks_b if where == "target" else self.ground.disks
         disks = [folder / disk.name for disk in self.guest.disks]
         chosen = disks if self.fault.what == "all" else disks[1:]
+        if where == "both":  # as one who waits for it: the source's own lock must be gone first
+            self.stage.wait(lambda: all(_is_free(disk) for disk in chosen), why="the disks are still the source's")
         for disk in chosen:
             self._stack.callback(os.close, hold_disk(disk))
         self.done_s = now_s()
-        if all(image_locks.image_locks(str(disk)).can_write is False for disk in chosen):
+        if not any(_is_free(disk) for disk in chosen):
             self.proof = f"{len(chosen)} disks are locked"
 
     def _fill(self) -> None:
@@ -237,6 +240,10 @@ def hold_disk(path: Path) -> int:
     for byte in (image_locks.USES_BASE + 1, image_locks.FORBIDS_BASE + 1):
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
     return descriptor
+
+
+def _is_free(disk: Path) -> bool:
+    return image_locks.image_locks(str(disk)).can_write is not False
 
 
 def _go_on(pid: int) -> None:

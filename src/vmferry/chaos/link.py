@@ -18,6 +18,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ class Rule:
     seen: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
     count: int = 0
+    at_s: float = 0.0
+    """When it happened first, wall time."""
 
     def release(self) -> None:
         """Lets go what is held, and what would be."""
@@ -200,6 +203,7 @@ class LinkProxy:
                 if rule.times > 0 and rule.command == command and mine == side:
                     rule.times -= 1
                     rule.count += 1
+                    rule.at_s = rule.at_s or time.time()
                     return rule
         return None
 

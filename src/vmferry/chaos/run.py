@@ -32,7 +32,8 @@ ACTIONS = 2
 GIVE_UP_S = 4.0
 """A row whose action is none of vmferry's commands is waited for so long."""
 LEFT_S = 4.0
-_ACTION = re.compile(r"vmferry ((?:rescue|recover|resolve|migrate|cancel) [^;,.]*)")
+_ACTION = re.compile(r"vmferry ((?:rescue|recover) [^;,.]*)")
+"""Commands that a named action may have. `resolve` is a person's word about a host, which nobody here can give."""
 EOF_S = 0.02
 """A killed QEMU's end is seen when its monitor closes, so much later at most."""
 
@@ -94,13 +95,14 @@ class Run:
     # --- the fault ---
 
     def _inject(self) -> None:
-        before = self.stage.is_in_phase()
+        of_message = self.stage.fault_rule is not None
+        before = of_message or self.stage.is_in_phase()
         self.doing.do()
         after = self.stage.is_in_phase(self.doing.done_s)
         if not before or not after:
             self.seen.why_not = f"the phase was over: {self.stage.status(self.doing.done_s)}"
         in_phase = before and after
-        self.stage.let_go() if self.doing.fault.kind != "reset" else self._let_go_but_refuse()
+        self._let_go()
         if self.cell.fault.what != "source-agent":
             self.stage.hurry()
         end_s = now_s() + self.cell.fault.lasts_s
@@ -112,10 +114,10 @@ class Run:
         self.seen.injected = in_phase
         self.seen.proof = self.doing.proof
 
-    def _let_go_but_refuse(self) -> None:
+    def _let_go(self) -> None:
         self.stage.let_go()
-        if self.cell.fault.what == "stream":
-            self.ground.streams.refuse(refusing=True)
+        if self.cell.fault.kind == "reset" and self.cell.fault.what == "stream":
+            self.ground.streams.refuse(refusing=True)  # until the fault is undone
 
     def _reattach(self) -> None:
         """From the start of the new agent's process until it answers with the VM's state."""
@@ -262,6 +264,7 @@ class Run:
             self.seen.left.append(f"the end: {type(error).__name__}: {error}"[:300])
         if self.seen.left:
             self.ground.is_broken = True
+        self.witness.sample(())
         for disk in self.guest.disks:
             disk.unlink(missing_ok=True)
 

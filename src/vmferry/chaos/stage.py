@@ -48,6 +48,8 @@ class Stage:
         self._begun_slow = False
         self._pages_slow = False
         self._done: set[str] = set()
+        self.fault_rule: Rule | None = None
+        """Where the fault is done to a message: it need not be held, it is the fault that marks the moment."""
 
     # --- waiting ---
 
@@ -79,6 +81,8 @@ class Stage:
         """Whether the facts up to the moment are those of the cell's phase."""
         facts = facts_of(self.source.read(), self.guest.name, before_s=at_s)
         match self.cell.phase:
+            case "grant" if self.fault_rule is not None:
+                return Fact.GRANT_SENT in facts and Fact.RUN_ACKED not in facts
             case "grant":
                 there = facts_of(self.target.read(), self.guest.name, before_s=at_s)
                 return Fact.GRANT_SENT in facts and Fact.RUN_ACKED not in facts and Fact.GRANTED not in there
@@ -142,6 +146,10 @@ class Stage:
                 self._brake_pages(begin)
                 self.wait(rule.seen.is_set, why="no grant was sent")
             case "granted":
+                if self.fault_rule is not None:  # a question that is asked when the order's answer was lost
+                    self._brake_pages(begin)
+                    self.wait(self.fault_rule.seen.is_set, why="nobody asked")
+                    return
                 rule = self._keep(Rule("peer-grant", "answer", "hold-all"))
                 self._brake_pages(begin)
                 self.wait(rule.seen.is_set, why="no grant was sent")
@@ -152,8 +160,10 @@ class Stage:
             case "postcopy-paused":
                 self._brake_pages(begin)
                 self.fact(Fact.RUN_ACKED)
-                streams.cut(refusing=True)
-                self.wait(lambda: self.status() == "postcopy-paused", why="the cut was not seen")
+                streams.cut(refusing=self.fault_rule is None)
+                self.fact(Fact.LINK_LOST)
+                if self.fault_rule is not None:
+                    self.wait(self.fault_rule.seen.is_set, why="nobody reconnected")
             case "completed":
                 begin(self.wish())
                 self.wait(lambda: self.status() == "completed", why="it was not completed")
@@ -171,6 +181,8 @@ class Stage:
                 raise AssertionError(phase)
 
     def _hold(self, command: str, side: str) -> Rule:
+        if self.fault_rule is not None and self.fault_rule.command == command:
+            return self.fault_rule
         return self._keep(Rule(command, side, "hold"))
 
     def _keep(self, rule: Rule) -> Rule:

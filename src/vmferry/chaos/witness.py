@@ -144,7 +144,8 @@ class Witness:
                 for name in set(os.listdir(self.monitors)) - seen:
                     if self._meet(name):
                         seen.add(name)
-            self._sample_locks()
+            with contextlib.suppress(OSError):  # an image that is taken away in this moment
+                self._sample_locks()
 
     def _meet(self, name: str) -> bool:
         """True when there is nothing more to do about this monitor."""

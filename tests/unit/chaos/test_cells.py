@@ -31,7 +31,8 @@ def test_the_core_is_a_part_that_has_every_fault_in_every_mode() -> None:
 def test_everybody_is_killed_in_every_phase(actor: str, mode: str) -> None:
     for which in (EVERY, CORE):
         found = {c.phase for c in which if c.fault == Fault("kill", actor) and c.mode == mode}
-        assert found == set(PHASES_OF[mode])
+        nobody_there = {"source-qemu": {"completed"}, "target-qemu": {"cancelling", "failing"}}
+        assert found == set(PHASES_OF[mode]) - nobody_there.get(actor, set())
 
 
 def test_every_message_and_every_wire_is_there() -> None:
@@ -53,7 +54,7 @@ def test_cells_of_one_ground_run_together() -> None:
     assert sum(len(found) for found in grounds.values()) == len(EVERY)
     storages = {storage for _, storage in grounds}
     assert storages == {"shared", "own", "small"}
-    own = Cell(Fault("lock", "one", ("target",)), "grant", "precopy", PAIRS[0])
+    own = Cell(Fault("lock", "one", ("target",)), "device", "precopy", PAIRS[0])
     assert own.ground == (PAIRS[0], "own")
 
 
