@@ -20,6 +20,7 @@ from vmferry.core.view import (
     Cpus,
     DestinationView,
     Grant,
+    Halt,
     Held,
     Incoming,
     Ran,
@@ -61,7 +62,7 @@ SOURCE = Table(
 )  # fmt: skip
 DESTINATION = Table(
     "destination", DESTINATION_ROWS, DESTINATION_GUARDS, frozenset(DestinationEffect), DestinationView,
-    (Wish, Held, Incoming, Ran), 84,
+    (Wish, Held, Incoming, Ran, Halt), 336,
 )  # fmt: skip
 BOTH = {table.name: table for table in (SOURCE, DESTINATION)}
 each_table = pytest.mark.parametrize("name", BOTH)

@@ -9,7 +9,7 @@ import pytest
 from vmferry.core.destination_rows import DESTINATION_ROWS
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import DestinationView, Held, Incoming, Ran, Wish
+from vmferry.core.view import DestinationView, Halt, Held, Incoming, Ran, Wish
 from vmferry.testing.tables import Views, effects_of, views_with
 
 by_label = pytest.mark.parametrize("row", DESTINATION_ROWS, ids=lambda row: row.label)
@@ -68,7 +68,8 @@ def test_a_guest_that_ran_here_is_never_given_up_whatever_the_source_wants() -> 
     for view in walk().views:
         if view.ran is Ran.YES:
             row = next(row for row in DESTINATION_ROWS if row.matches(view))
-            assert row.do in (DestinationEffect.REPORT_RAN, DestinationEffect.REPORT_DIED), view
+            harmless = (DestinationEffect.REPORT_RAN, DestinationEffect.FREEZE, DestinationEffect.THAW)
+            assert row.do in (*harmless, DestinationEffect.REPORT_DIED), view
 
 
 @by_label
@@ -84,3 +85,11 @@ def test_a_guest_that_runs_without_an_order_is_reported_as_in_doubt_and_left_alo
             row = next(row for row in DESTINATION_ROWS if row.matches(view))
             assert row.label == "X-runs-ungranted"
             assert row.do is None
+
+
+@pytest.mark.proves("S117", "S119", "S127")
+def test_cpus_are_frozen_only_where_the_policy_wants_it_and_let_go_when_it_does_not_any_more() -> None:
+    for view in where(DestinationEffect.FREEZE):
+        assert (view.halt, view.ran) == (Halt.WANTED, Ran.YES)
+    for view in where(DestinationEffect.THAW):
+        assert view.halt is Halt.OVER

@@ -13,19 +13,21 @@ import asyncio
 import dataclasses
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import rescue_commands, vm_commands
+from vmferry.agent import inspection, rescue_commands, vm_commands
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
+from vmferry.core import policy as policies
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
 from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
+from vmferry.core.policy import FailurePolicy, parse_policy
 from vmferry.core.status import is_over, source_status
 from vmferry.errors import Busy, CancelRefused, OptionLocked, UnknownVm, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
@@ -68,6 +70,8 @@ class MigrateArguments:
     postcopy_after_ms: int | None = None
     accept: list[str] = field(default_factory=list)
     """Codes of blockers that the person takes upon themselves."""
+    policy: dict[str, str] = field(default_factory=dict)
+    """What to do in trouble, by the names of `core.policy`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
             raise UsageError(f"{text}: {objection}")
         options[option.name] = value
     _check_postcopy(arguments)
+    policy = FailurePolicy().changed(_policy_changes(arguments.policy))
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
@@ -147,9 +152,21 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         clear_text=arguments.clear_text or agent.config.clear_text,
         postcopy={k: v for k, v in postcopy.items() if v is not None},
         accept=tuple(arguments.accept),
+        policy=policy,
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
+
+
+def _policy_changes(policies: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of `FailurePolicy` in their plain form. Raises UsageError naming what is possible."""
+    changes: dict[str, Any] = {}
+    for name, text in policies.items():
+        try:
+            changes |= parse_policy(name, text)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
+    return changes
 
 
 def _check_postcopy(arguments: MigrateArguments) -> None:
@@ -201,8 +218,12 @@ async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
 
 
 async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
-    """Changes options of the running migration, where their windows allow it. Raises OptionLocked."""
-    for text in arguments.settings:
+    """Changes options and policies of the running migration, options where their windows allow it. Raises
+    OptionLocked, and HostUnreachable when the destination did not hear of a policy: this side has it then."""
+    pairs = [text.partition("=") for text in arguments.settings]
+    changes = _policy_changes({name: value for name, _, value in pairs if name in policies.NAMES})
+    settings = [text for text in arguments.settings if text.partition("=")[0] not in policies.NAMES]
+    for text in settings:
         parse_setting(text)  # a value that can never be set is said to be so, whatever is going on
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
@@ -211,7 +232,7 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
             hint="give options when it starts: vmferry migrate NAME HOST --set NAME=VALUE",
         )
     values: dict[str, Any] = {}
-    for text in arguments.settings:
+    for text in settings:
         option, value = parse_setting(text)
         reason = policy_objection(option, value) or refusal(
             option,
@@ -224,10 +245,13 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
         if reason is not None:
             raise OptionLocked(f"{option.name} cannot change now: {reason}")
         values[option.name] = value
-    await attempt.machine.execute("migrate-set-parameters", values)
+    if values:
+        await attempt.machine.execute("migrate-set-parameters", values)
+    if changes:
+        await attempt.change_policy(changes)
     round_no = attempt.facts.last_round(Fact.SET_OPTION) + 1
     attempt.note(Fact.SET_OPTION, round_no=round_no, text=", ".join(arguments.settings), by="person")
-    return {"set": values}
+    return {"set": {**values, **changes}}
 
 
 async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
@@ -296,6 +320,10 @@ async def _vm_status(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
     return await vm_commands.vm_status(agent, arguments.vm)
 
 
+async def _inspect(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
+    return await inspection.inspect(agent, arguments.vm)
+
+
 async def _stop(agent: Agent, arguments: vm_commands.StopArguments) -> dict[str, Any]:
     return await vm_commands.stop_vm(agent, arguments)
 
@@ -325,6 +353,11 @@ COMMANDS: dict[str, CommandRow] = {
     "rescue-feed": CommandRow(
         rescue_commands.FeedArguments, rescue_commands.feed, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
     ),
+    "vm-inspect": CommandRow(VmArgument, _inspect, at_vm=True, of_job=True, of_place=True),
+    "vm-recover": CommandRow(
+        rescue_commands.FeedArguments, rescue_commands.recover, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
+    ),
+    "vm-resolve": CommandRow(rescue_commands.ResolveArguments, rescue_commands.resolve, at_vm=True, of_job=True),
     "doctor": CommandRow(NoArguments, _doctor),
     "agent-status": CommandRow(NoArguments, _agent_status),
     "query-commands": CommandRow(NoArguments, _commands),

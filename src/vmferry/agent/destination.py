@@ -28,22 +28,24 @@ from vmferry.agent.observe import destination_findings
 from vmferry.agent.wants import Place
 from vmferry.core.decide import decide_destination, destination_allows
 from vmferry.core.effects import DestinationEffect
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, open_round
 from vmferry.core.report import place_wire
 from vmferry.core.status import derive_destination
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Incoming, Ran, destination_view
+from vmferry.core.view import DestinationView, Halt, Incoming, Ran, destination_view
 from vmferry.errors import Busy, HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki.job_credentials import JobCredentials
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpTimeout
+from vmferry.vm.freeze import Freezer
 from vmferry.vm.runtime import RuntimePaths
 
 log = logging.getLogger("vmferry.agent")
 
 LOAD_POLL_S = 0.002
 """Between a status that may mean 'loaded' and the run state that proves it; QEMU has no event for that."""
+CUT_OFF = ("postcopy-paused",)
 ORPHAN_S = 30.0
 """A place whose source says nothing and sends nothing for so long asks the source whether it is still wanted."""
 
@@ -62,6 +64,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.channels: list[Channel] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
+        self.freezer: Freezer | None = None
+        """While it is there the guest's CPUs are stopped from outside."""
+        self.cpu_threads: tuple[int, ...] = ()
+        """The vCPUs' thread ids: asked for while QEMU answers, needed when it does not."""
         self.rounds = 0
         """How often the channel was made anew."""
         self.recovering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -98,10 +104,18 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         return Incoming.LOADED if Fact.LOADED in self.facts else Incoming.LOADING
 
     def row(self) -> Row[DestinationEffect]:
-        return decide_destination(self.facts, self.incoming())
+        return decide_destination(
+            self.facts, self.incoming(), pauses=self.policy.pauses, is_frozen=self.freezer is not None
+        )
+
+    def view(self) -> DestinationView:
+        """The table's questions, answered now."""
+        return destination_view(
+            self.facts, self.incoming(), pauses=self.policy.pauses, is_frozen=self.freezer is not None
+        )
 
     def allows(self, effect: DestinationEffect) -> bool:
-        return destination_allows(effect, destination_view(self.facts, self.incoming()))
+        return destination_allows(effect, self.view())
 
     def interruptible(self, effect: DestinationEffect) -> bool:
         # Only a release ends it half-way: the row changes as soon as the QEMU is there, long before the offer is made.
@@ -196,6 +210,16 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         if orders <= self.facts.last_round(Fact.START_REFUSED):  # the same order twice is one order
             self.note(Fact.GRANTED, round_no=orders + 1, by=self.place.source)
 
+    async def until_cut_off(self, *, deadline_s: float) -> None:
+        """Hears from QEMU itself that it has lost the channel. Raises QemuError when it does not say so in time."""
+        assert self.machine is not None
+        end_s = self.clock.now_s() + deadline_s
+        while (word := (await self.machine.migration()).get("status")) not in CUT_OFF:
+            if self.clock.now_s() >= end_s:
+                raise QemuError(f"{self.vm}: the destination's QEMU is still in {word}", side="destination")
+            await asyncio.sleep(LOAD_POLL_S)
+        self._note_findings(word, self._run_state or "paused")
+
     async def change_policy(self, changes: dict[str, Any]) -> None:
         """The job's policies from now on. Durable first. Raises Unfit; nothing is changed then."""
         await self.context.journal.append(Entry.POLICY, self.job, changes)
@@ -214,8 +238,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         await self._ask_source_if_orphaned()
         settled = Fact.LOADED in self.facts and Fact.COMMITTED not in self.facts
         due = self.clock.now_s() - self._asked_s >= (1.0 if settled or self._word is None else 0.5)
-        if not due:
-            return
+        if not due or self.view().halt is Halt.WANTED:
+            return  # a QEMU that is to be frozen may hang: first the effect, which asks it nothing that it must answer
         try:
             await self._ask(machine)
             self._answers = True
@@ -268,7 +292,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
     async def ask_source(self) -> None:
         """Asks the source whether this place is still wanted; only a clear no ends it, and none once the guest may have
         run here. An order to start that QEMU refused leaves it waiting; a source that was fenced meanwhile says no."""
-        if destination_view(self.facts, self.incoming()).ran is not Ran.NO:
+        if self.view().ran is not Ran.NO:
             return
         self.heard_source_s = self.clock.now_s()
         try:
@@ -299,7 +323,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
 
     def facts_wire(self) -> dict[str, Any]:
         """Everything that the source's agent may conclude from; whole each time."""
-        view = destination_view(self.facts, self.incoming())
+        view = self.view()
         refused = self.facts.last_round(Fact.START_REFUSED)
         refused_entry = self.facts.entry(Fact.START_REFUSED, refused) if refused else None
         gone_entry = self.facts.entry(Fact.TARGET_GONE)
@@ -317,6 +341,9 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             "refused_text": refused_entry.text if refused_entry else "",
             "gone": gone_entry is not None,
             "died": Fact.TARGET_DIED in self.facts,
+            # Which loss of the channel is not healed, 0 for none: the source's QEMU may not have noticed.
+            "cut_off": 0 if Fact.ALL_SENT in self.facts else open_round(self.facts),
+            "frozen": self.freezer is not None,
             "resume_s": self.resume_s,
             "text": self.error_text or (gone_entry.text if gone_entry else ""),
             "status": derive_destination(self.facts).status.value,

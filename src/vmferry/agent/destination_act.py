@@ -13,18 +13,23 @@ from vmferry.agent.directories import make_directory
 from vmferry.agent.source_act import CHANNEL_NAME, set_options
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.effects import DestinationEffect
-from vmferry.core.facts import Fact
+from vmferry.core.facts import Fact, open_round
 from vmferry.core.table import Outcome
 from vmferry.errors import HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.vm import hardware
+from vmferry.vm.freeze import Freezer
 
 log = logging.getLogger("vmferry.agent")
 
 ARRIVE_S = 30.0
 """From the offer to the source's connection; the source configures its QEMU in between."""
+PAUSE_S = 3.0
+FREEZE_TRIES = 5
+FREEZE_ANSWER_S = 0.25
+"""QMP answers within a millisecond where nothing holds it up."""
 CONT_S = 10.0
 """`cont` opens and locks every disk; network storage may take seconds."""
 
@@ -40,6 +45,10 @@ async def act(attempt: DestinationAttempt, effect: DestinationEffect) -> None:
             await _report_ran(attempt)
         case DestinationEffect.RENOUNCE:
             await _renounce(attempt)
+        case DestinationEffect.FREEZE:
+            await _freeze(attempt)
+        case DestinationEffect.THAW:
+            await _thaw(attempt)
         case DestinationEffect.REPORT_DIED:
             await _report_died(attempt)
         case _:
@@ -154,6 +163,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
         await machine.execute("migrate-pause", oob=True)
     elif word != "postcopy-paused":
         raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
+    await attempt.until_cut_off(deadline_s=PAUSE_S)
     first, last = config.migration_ports
     listener = await channels.ChannelListener.open(attempt.job, [config.data_address], ports=range(first, last + 1))
     if attempt.listener is not None:
@@ -164,7 +174,8 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     attempt.recovering = asyncio.get_running_loop().create_future()
     ticket = listener.expect(name)
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
-    return {"channel": name, "token": ticket.token.hex(), "addresses": [list(a) for a in listener.addresses]}
+    addresses = [list(address) for address in listener.addresses]
+    return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: channels.ChannelListener, name: str) -> None:
@@ -216,8 +227,64 @@ async def _report_ran(attempt: DestinationAttempt) -> None:
     if Fact.RUN_ACKED not in attempt.facts:
         await attempt.context.adopt_arrived(attempt)
         attempt.note(Fact.RUN_ACKED, by="agent")
+    if attempt.policy.pauses and not attempt.cpu_threads:
+        await _learn_threads(attempt)
     if Fact.ALL_SENT in attempt.facts:
         await _finish(attempt, Outcome.DESTINATION)
+
+
+async def _learn_threads(attempt: DestinationAttempt) -> None:
+    """While QEMU answers: when it is to be frozen it may not. Trouble is a line in the log."""
+    assert attempt.machine is not None
+    try:
+        cpus = await attempt.machine.execute("query-cpus-fast", deadline_s=1.0)
+    except QemuError as error:
+        log.warning("job=%s vm=%s command=query-cpus-fast result=%s", attempt.job, attempt.vm, error)
+        return
+    attempt.cpu_threads = tuple(sorted({int(cpu["thread-id"]) for cpu in cpus}))
+
+
+async def _freeze(attempt: DestinationAttempt) -> None:
+    """Stops the guest's CPUs, now, whatever QEMU's main loop does. Raises QemuError; they run on then, and it is tried
+    again.
+
+    1. a CPU is stopped while it holds QEMU's big lock  2. QMP is silent, and a recovery could not begin: so it is let
+    go for a moment and stopped again. A QEMU that was silent before is left stopped: a CPU that waits for a page with
+    the lock in its hands is such a case."""
+    machine = attempt.machine
+    assert machine is not None
+    answered = await _answers(attempt)
+    if answered and not attempt.cpu_threads:
+        await _learn_threads(attempt)
+    if not attempt.cpu_threads:
+        raise QemuError(f"{attempt.vm}: which threads are its CPUs is not known", guest="running-on-destination")
+    freezer = Freezer(machine.pid)
+    for _ in range(FREEZE_TRIES):
+        await freezer.freeze(attempt.cpu_threads)
+        if not answered or await _answers(attempt):
+            break
+        await freezer.thaw()
+    else:
+        await freezer.close()
+        raise QemuError(f"{attempt.vm}: its QEMU does not answer while its CPUs are stopped", side="destination")
+    attempt.freezer = freezer
+    attempt.note(Fact.FROZEN, round_no=attempt.facts.last_round(Fact.FROZEN) + 1, text="policy: pause", by="agent")
+
+
+async def _answers(attempt: DestinationAttempt) -> bool:
+    assert attempt.machine is not None
+    try:
+        await attempt.machine.run_state(deadline_s=FREEZE_ANSWER_S)
+    except QemuError:
+        return False
+    return True
+
+
+async def _thaw(attempt: DestinationAttempt) -> None:
+    freezer, attempt.freezer = attempt.freezer, None
+    if freezer is not None:
+        await freezer.close()
+        attempt.note(Fact.THAWED, round_no=attempt.facts.last_round(Fact.FROZEN), by="agent")
 
 
 async def _renounce(attempt: DestinationAttempt) -> None:
@@ -236,6 +303,7 @@ async def _report_died(attempt: DestinationAttempt) -> None:
 
 async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
     """Gives back sockets and credentials; the runtime directory too unless the guest lives there now."""
+    await _thaw(attempt)
     if attempt.listener is not None:
         await attempt.listener.close()
     for channel in attempt.channels:

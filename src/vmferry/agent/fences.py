@@ -97,6 +97,20 @@ def stamps(paths: Iterable[str]) -> dict[str, ImageStamp]:
     return found
 
 
+def busy_image(paths: Iterable[str]) -> str:
+    """Words on an image that somebody else has for writing, '' if there is none that can be seen. May block."""
+    for path in paths:
+        try:
+            lock = WriteLock.take(path)
+        except OSError as error:
+            log.info("path=%s effect=look-at-lock result=%s", path, error)
+            continue
+        if lock is None:
+            return f"somebody has its disk {path} for writing"
+        lock.release()
+    return ""
+
+
 class LocksFence:
     """QEMU's own image locks. `before`: every writable image, as it was when the order to start was sent; both hosts
     must have been seen to share the locks of each."""

@@ -13,7 +13,7 @@ loaded anything. Its word then proves PACKAGE_SENT only; PACKAGE_LOADED is the d
 
 from __future__ import annotations
 
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, open_round
 
 Finding = tuple[Fact, int, str]
 """(fact, round, text)."""
@@ -24,15 +24,9 @@ PROOF_VERSION = (10, 2)
 _PACKAGE: Finding = (Fact.PACKAGE_SENT, 0, "")
 
 
-def _open_round(log: FactLog) -> int:
-    """The newest lost round that has no acknowledged resume, or 0."""
-    lost = log.last_round(Fact.LINK_LOST)
-    return lost if lost and log.stamp(Fact.RESUME_ACK, lost) is None else 0
-
-
 def _broken(log: FactLog) -> tuple[Finding, ...]:
     """`postcopy-paused`: a new lost round, unless this very round is recorded and no resume was tried yet."""
-    current = _open_round(log)
+    current = open_round(log)
     if current == 0:
         return ((Fact.LINK_LOST, log.last_round(Fact.LINK_LOST) + 1, ""),)
     if log.stamp(Fact.RESUME_WANTED, current) is None:
@@ -43,7 +37,7 @@ def _broken(log: FactLog) -> tuple[Finding, ...]:
 def _healing(log: FactLog, *reached: Fact) -> tuple[Finding, ...]:
     """The words after `postcopy-paused`: the newest lost round (a new one, if its loss was not heard of) and how
     far its repair got."""
-    current = _open_round(log) or log.last_round(Fact.LINK_LOST) + 1
+    current = open_round(log) or log.last_round(Fact.LINK_LOST) + 1
     return tuple((fact, current, "") for fact in (Fact.LINK_LOST, Fact.RESUME_WANTED, *reached))
 
 
@@ -57,7 +51,7 @@ def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
         case "postcopy-recover":
             return _healing(log, Fact.RECONNECTED)
         case _:
-            current = _open_round(log)
+            current = open_round(log)
             return ((Fact.RESUME_ACK, current, ""),) if current else ()
 
 

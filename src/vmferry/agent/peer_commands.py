@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, destination_act
+from vmferry.agent import control, destination_act, inspection
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
@@ -259,6 +259,11 @@ async def _recovering(agent: Agent, who: str | None, arguments: dict[str, Any]) 
     return place.facts_wire()
 
 
+async def _inspect(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """This host's side of a job, for a person at the other one."""
+    return await inspection.here(agent, str(arguments["vm"]), str(arguments["job"]))
+
+
 async def _policy(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """The job's policies were changed at the source. Durable before the answer."""
     place = _place(agent, arguments)
@@ -290,5 +295,6 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-reconnect": _reconnect,
     "peer-recovering": _recovering,
     "peer-policy": _policy,
+    "peer-inspect": _inspect,
     "peer-wanted": _wanted,
 }

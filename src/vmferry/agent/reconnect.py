@@ -57,6 +57,8 @@ async def reconnect(attempt: SourceAttempt) -> None:
         word = await rescue.until_word(machine, lambda word: word in _OVER, deadline_s=HANDSHAKE_S)
         if word not in _JOINED:
             raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
+        attempt.healed_round = int(offer.get("cut_off", 0))
+        attempt.set_readings(target_is_cut_off=False)
     except BaseException:
         channel.cut()
         raise

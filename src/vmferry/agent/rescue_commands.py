@@ -27,14 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import guest_memory, rescue, rescue_feed
+from vmferry.agent import fences, guest_memory, rescue, rescue_feed
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
+from vmferry.core.table import Remedy
 from vmferry.core.view import Grant, Source, Target, source_view
-from vmferry.errors import QemuError, RescueRefused, UnknownVm
+from vmferry.errors import QemuError, RescueRefused, UnknownVm, UsageError
 from vmferry.pki import job_credentials
 
 if TYPE_CHECKING:
@@ -61,9 +62,17 @@ class RescueArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedArguments:
-    """`rescue-feed`."""
+    """`rescue-feed` and `vm-recover`."""
 
     vm: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveArguments:
+    """`vm-resolve`."""
+
+    vm: str
+    other_side_is_dead: bool = False
 
 
 def attempt_of(agent: Agent, vm: str) -> SourceAttempt | None:
@@ -164,9 +173,66 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
     return report
 
 
+async def recover(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
+    """Takes the named action of the row that the VM's migration is in. Raises UsageError where there is no migration
+    that is not settled, and what the action raises; `did` is empty where nothing has to be done by hand."""
+    attempt = attempt_of(agent, arguments.vm)
+    if attempt is None:
+        raise UsageError(f"{arguments.vm} has no migration here that is not settled: there is nothing to recover")
+    row = attempt.row()
+    did = ""
+    match row.remedy:
+        case Remedy.TRY_AGAIN:
+            did = await attempt.try_again()
+        case Remedy.FEED:
+            report = await feed(agent, arguments)
+            did = f"the destination was given {report['pages']} pages out of the source's memory"
+        case None:
+            pass
+    log.info("job=%s vm=%s row=%s command=recover did=%r", attempt.job, attempt.vm, row.label, did)
+    return {**attempt.brief(), "did": did, "was_in": row.label, "action": "" if did else row.action}
+
+
+async def resolve(agent: Agent, arguments: ResolveArguments) -> dict[str, Any]:
+    """A person's word that the other side is dead, for a guest of which nobody knows whether it runs there. Raises
+    RescueRefused where something speaks against it: then nothing was done."""
+    vm = arguments.vm
+    attempt = attempt_of(agent, vm)
+    if attempt is None:
+        raise UsageError(f"{vm} has no migration here that is not settled: there is nothing to resolve")
+    if not arguments.other_side_is_dead:
+        raise UsageError(f"it must be said what is so: vmferry resolve {vm} --other-side-is-dead")
+    host = attempt.wanted.destination
+    view = source_view(attempt.facts, attempt.readings)
+    if view.target is not Target.UNKNOWN or view.grant is not Grant.SENT:
+        raise RescueRefused(
+            f"{vm} is not in doubt ({attempt.row().label}): no word of a person is needed",
+            guest="unknown",
+            retry="no",
+            hint=f"'vmferry inspect {vm}' says how it stands",
+        )
+    async with at_work(agent, vm):
+        question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": True}
+        theirs = await fences.GenerationFence(agent.peers.link(host), question).ask()
+        busy = await asyncio.to_thread(fences.busy_image, attempt.kept.definition.writable_paths())
+        against = theirs.text if theirs.verdict is fences.Verdict.RUNS else busy
+        found = await fences.PersonFence(says_dead=True, against=against).ask()
+        if found.verdict is not fences.Verdict.FENCED:
+            raise RescueRefused(
+                f"{host} is not dead for {vm}: {found.text}",
+                side="destination",
+                guest="unknown",
+                hint=f"look on {host}; end its QEMU there, or bring the link back",
+            )
+        await attempt.fence(found.text, by="person")
+    return {**attempt.brief(), "did": f"{host} is fenced off; the guest goes on here"}
+
+
 def _require_unserved(attempt: SourceAttempt) -> None:
     found = source_view(attempt.facts, attempt.readings)
-    if found.target is not Target.RAN:
+    # A destination that never ran is worth it only when there is no way back any more.
+    waits = (Target.RAN, Target.LOADED, Target.REFUSED) if found.source is Source.GONE else (Target.RAN,)
+    if found.target not in waits:
         raise RescueRefused(
             f"{attempt.vm} does not run on {attempt.wanted.destination}: nobody there waits for pages",
             hint="'vmferry rescue bring-back' is for a destination that never ran the guest",

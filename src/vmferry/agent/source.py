@@ -102,6 +102,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The fence that is held, while it is."""
         self.stamps: dict[str, fences.ImageStamp] = {}
         """The guest's writable images as they were when the order to start was sent; see `fences`."""
+        self.healed_round = 0
+        """The newest loss of the channel, as the destination counts them, that was healed from here."""
         self.broken_since_s: float | None = None
         """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
         self.fd_given = False
@@ -252,6 +254,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             if Fact.RUN_ACKED not in self.facts and Fact.PACKAGE_SENT in self.facts and Fact.ALL_SENT not in self.facts:
                 self.context.keep_task(asyncio.create_task(self.context.remember_memory(self), name="remember"))
             self.note(Fact.RUN_ACKED, by="destination agent")
+        cut_off = int(facts.get("cut_off", 0))
+        self.set_readings(target_is_cut_off=cut_off > self.healed_round)
         if facts.get("whole"):
             self.note(Fact.TARGET_WHOLE, by="destination agent")
         if facts.get("died"):
@@ -267,6 +271,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             cpus=changes.get("cpus", self.readings.cpus),
             target_answers=changes.get("target_answers", self.readings.target_answers),
             on_refused_start=changes.get("on_refused_start", self.readings.on_refused_start),
+            target_is_cut_off=changes.get("target_is_cut_off", self.readings.target_is_cut_off),
             is_patient=changes.get("is_patient", self.readings.is_patient),
         )
         if new != self.readings:
@@ -279,6 +284,26 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.set_readings(on_refused_start=policy.on_refused_start)
         self._count_patience()
 
+    async def change_policy(self, changes: dict[str, Any]) -> None:
+        """A person changes what is to be done in trouble: durable here, then told to the destination. Raises Unfit
+        (nothing is changed) or HostUnreachable (this side has it, the other one does not)."""
+        await self.context.journal.append(Entry.POLICY, self.job, changes)
+        self.apply_policy(self.policy.changed(changes))
+        if Fact.PREPARED in self.facts:
+            question = {"job": self.job, "generation": self.wanted.generation, "policy": changes}
+            await self.context.peers.link(self.wanted.destination).call("peer-policy", question, deadline_s=2.0)
+
+    async def try_again(self) -> str:
+        """A person wants it: what was refused, or tried for long enough. Returns what is tried, in words."""
+        refused = self.facts.last_round(Fact.START_REFUSED)
+        if refused > self.facts.last_round(Fact.TRY_AGAIN):
+            self.note(Fact.TRY_AGAIN, round_no=refused, by="person")
+            return "the start is tried again"
+        self.broken_since_s = None
+        self._count_patience()
+        self.wake()
+        return "the two QEMUs are connected again"
+
     async def fence(self, text: str, *, by: str) -> None:
         """The destination is fenced off: durable, then a fact. Raises Unfit; nothing follows from the fence then."""
         await self.context.journal.append(Entry.FENCED, self.job, {"text": text})
@@ -286,7 +311,7 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def _count_patience(self) -> None:
         """How long the newest broken channel was tried again, against what the policy says."""
-        if self.readings.source is not Source.BROKEN:
+        if source_view(self.facts, self.readings).source is not Source.BROKEN:
             self.broken_since_s = None
         elif self.broken_since_s is None:
             self.broken_since_s = self.clock.now_s()

@@ -47,6 +47,10 @@ class VmDefinition:
     """For a VM that somebody else started: its command line as /proc shows it, and what its paths are."""
     has_vfio: bool = False
 
+    def writable_paths(self) -> tuple[str, ...]:
+        """The images that the guest may change."""
+        return tuple(disk.path for disk in self.disks if not disk.readonly)
+
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON values."""
         return dataclasses.asdict(self)

@@ -48,6 +48,12 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "clear-text": arguments.clear_text,
         "accept": arguments.accept,
     }
+    policies = {
+        "on-storage-error": getattr(arguments, "on_storage_error", None),
+        "on-postcopy-failure": getattr(arguments, "on_postcopy_failure", None),
+        "retry-for": getattr(arguments, "retry_for", None),
+    }
+    wish["policy"] = {name: value for name, value in policies.items() if value is not None}
     if arguments.postcopy_after_passes is not None:
         wish["postcopy-after-passes"] = arguments.postcopy_after_passes
     if arguments.postcopy_after is not None:

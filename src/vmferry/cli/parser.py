@@ -47,6 +47,23 @@ def _help_width() -> int:
     return max(columns, 40) - 2
 
 
+SET_EPILOG = """\
+options of QEMU, where their lock windows allow it ('vmferry options'), and the policies for trouble, at any time:
+  on-storage-error=rollback|hold|ask   on-postcopy-failure=run|pause   retry-for=TIME|for-ever
+
+examples
+  vmferry set web1 downtime-limit=200ms max-bandwidth=2G
+  vmferry set web1 on-postcopy-failure=pause
+"""
+INSPECT_EPILOG = """\
+Shows for each side its QEMU's process, migration status and run state, who has the guest's disks, where the whole
+guest is, and the one action that follows. All pairs of states and what follows from each: docs/faults.md.
+"""
+RESOLVE_EPILOG = """\
+Only for a guest in doubt: the destination was told to start it and has not been heard since. The word is refused
+while its agent answers, or while somebody has a disk of the guest for writing. It is durable: the guest goes on
+here, and a destination that comes back with a QEMU that has not run it yet gives that up.
+"""
 RESCUE_EPILOG = """\
 tools
   bring-back  the guest left this host in postcopy, and its destination is gone without ever having run it: QEMU's
@@ -173,10 +190,23 @@ def _add_wish(parser: Any) -> None:
     parser.add_argument("--postcopy-after", metavar="TIME", help="switch to postcopy after this time, e.g. 10s")
 
 
+def _add_policies(parser: Any) -> None:
+    parser.add_argument("--on-storage-error", choices=("rollback", "hold", "ask"),
+                        help="when the destination cannot take a disk and never ran the guest: back to the source "
+                        "(the default), try until it can, or wait for a person")  # fmt: skip
+    parser.add_argument("--on-postcopy-failure", choices=("run", "pause"),
+                        help="when the channel breaks while the guest runs there and some of its memory is still here: "
+                        "let it run until it touches a missing page (the default), or stop it at once")  # fmt: skip
+    parser.add_argument("--retry-for", metavar="TIME",
+                        help="how long to connect a broken postcopy again before a person is waited for, e.g. 10m "
+                        "(default: for-ever)")  # fmt: skip
+
+
 def _add_migration_commands(commands: Any) -> None:
     migrate = _command(commands, "migrate", "migrate_cmd:migrate", "move a running VM to another host",
                        epilog=MIGRATE_EPILOG)  # fmt: skip
     _add_wish(migrate)
+    _add_policies(migrate)
     migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     migrate.add_argument("--patience", default="10s", metavar="TIME",
                          help="how long to wait until an uncertain guest is settled (default: 10s)")  # fmt: skip
@@ -191,11 +221,28 @@ def _add_migration_commands(commands: Any) -> None:
     change = _command(commands, "set", "migrate_cmd:change", "change options while a migration runs")
     change.add_argument("vm", metavar="NAME")
     change.add_argument("settings", nargs="+", metavar="NAME=VALUE")
+    change.epilog = SET_EPILOG
     postcopy = _command(commands, "postcopy", "migrate_cmd:postcopy", "switch a migration to postcopy now")
     postcopy.add_argument("vm", metavar="NAME")
 
 
 def _add_rescue(commands: Any) -> None:
+    inspect = _command(commands, "inspect", "recover_cmd:inspect",
+                       "read both hosts: where a guest is whole, and what to do now; changes nothing",
+                       epilog=INSPECT_EPILOG)  # fmt: skip
+    inspect.add_argument("vm", metavar="NAME")
+    recover = _command(commands, "recover", "recover_cmd:recover",
+                       "take the action that 'vmferry inspect' names")  # fmt: skip
+    recover.add_argument("vm", metavar="NAME")
+    recover.add_argument("--patience", default="10s", metavar="TIME",
+                         help="how long to wait until the guest is settled (default: 10s)")  # fmt: skip
+    resolve = _command(commands, "resolve", "recover_cmd:resolve",
+                       "say what only a person can know of a guest in doubt", epilog=RESOLVE_EPILOG)  # fmt: skip
+    resolve.add_argument("vm", metavar="NAME")
+    resolve.add_argument("--other-side-is-dead", action="store_true",
+                         help="your word that the destination's host or QEMU is dead and stays so. If it is wrong, "
+                         "the guest may run twice and damage its disks")  # fmt: skip
+    resolve.add_argument("--patience", default="10s", metavar="TIME", help=argparse.SUPPRESS)
     rescue = _command(commands, "rescue", "rescue_cmd:rescue", "lead a guest out of a migration that is stuck",
                       epilog=RESCUE_EPILOG)  # fmt: skip
     rescue.add_argument("vm", metavar="NAME")

@@ -24,9 +24,11 @@ def decide_source(log: FactLog, readings: Readings) -> Row[Effect]:
     return find(SOURCE_ROWS, source_view(log, readings))
 
 
-def decide_destination(log: FactLog, incoming: Incoming) -> Row[DestinationEffect]:
+def decide_destination(
+    log: FactLog, incoming: Incoming, *, pauses: bool = False, is_frozen: bool = False
+) -> Row[DestinationEffect]:
     """The one row of the destination's table for what is known now."""
-    return find(DESTINATION_ROWS, destination_view(log, incoming))
+    return find(DESTINATION_ROWS, destination_view(log, incoming, pauses=pauses, is_frozen=is_frozen))
 
 
 def effect_now(row: Row[E], lasted_ms: float) -> E | None:

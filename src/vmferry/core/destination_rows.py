@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from vmferry.core.effects import DestinationEffect as D
 from vmferry.core.table import Outcome, Row, pattern
-from vmferry.core.view import Held, Incoming, Ran, Wish
+from vmferry.core.view import Halt, Held, Incoming, Ran, Wish
 
+HERE = (Incoming.RUNNING, Incoming.UNKNOWN, Incoming.LOADED)
+"""The guest ran here; whether it runs at this moment may not be known yet."""
 INERT = (Incoming.NONE, Incoming.LOADING, Incoming.LOADED, Incoming.FAILED, Incoming.GONE)
 
 DESTINATION_ROWS: tuple[Row[D], ...] = (
@@ -40,12 +42,25 @@ DESTINATION_ROWS: tuple[Row[D], ...] = (
         action="none needed: QEMU is asked again"),
     Row("D-in-doubt-gone", pattern(incoming=Incoming.GONE, ran=Ran.UNKNOWN),
         D.REPORT_DIED, "`cont` was written and QEMU is gone: it must be taken as having run.", Outcome.LOST),
-    Row("D-running", pattern(incoming=Incoming.RUNNING, ran=(Ran.YES, Ran.UNKNOWN)),
+    Row("D-freeze", pattern(incoming=HERE, ran=Ran.YES, halt=Halt.WANTED),
+        D.FREEZE, "The guest runs here, some of its pages are out of reach, and the policy is to pause it.",
+        Outcome.DEGRADED, action="none needed: it goes on when the channel is there again"),
+    Row("D-thaw", pattern(incoming=HERE, ran=Ran.YES, halt=Halt.OVER),
+        D.THAW, "The guest is stopped from outside, and the reason is gone.", Outcome.DESTINATION),
+    Row("D-frozen", pattern(incoming=HERE, ran=Ran.YES, halt=Halt.KEPT),
+        D.REPORT_RAN, "The guest is this host's, and stopped until the channel is there again.",
+        Outcome.DEGRADED, action="none needed: it goes on when the channel is there again"),
+    Row("D-running", pattern(incoming=Incoming.RUNNING, ran=Ran.YES, halt=Halt.NONE),
         D.REPORT_RAN, "The guest runs here.", Outcome.DESTINATION),
-    Row("D-ran", pattern(incoming=(Incoming.NONE, Incoming.LOADING, Incoming.LOADED, Incoming.FAILED,
-                                   Incoming.UNKNOWN), ran=Ran.YES),
+    Row("D-seen-running", pattern(incoming=Incoming.RUNNING, ran=Ran.UNKNOWN),
+        D.REPORT_RAN, "The guest runs here.", Outcome.DESTINATION),
+    Row("D-ran", pattern(incoming=Incoming.UNKNOWN, ran=Ran.YES, halt=Halt.NONE),
+        D.REPORT_RAN, "The guest ran here; its QEMU does not answer at this moment.", Outcome.DESTINATION),
+    Row("D-ran-paused", pattern(incoming=Incoming.LOADED, ran=Ran.YES, halt=Halt.NONE),
         D.REPORT_RAN, "The guest ran here; that it is paused now is its owner's affair.",
         Outcome.DESTINATION),
+    Row("D-ran-odd", pattern(incoming=(Incoming.NONE, Incoming.LOADING, Incoming.FAILED), ran=Ran.YES),
+        D.REPORT_RAN, "The guest ran here, whatever QEMU's migration says now.", Outcome.DESTINATION),
     Row("D-died", pattern(incoming=Incoming.GONE, ran=Ran.YES),
         D.REPORT_DIED, "The guest ran here and its process is gone.", Outcome.LOST),
     Row("X-runs-ungranted", pattern(incoming=Incoming.RUNNING, ran=Ran.NO),

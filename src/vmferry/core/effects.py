@@ -20,6 +20,7 @@ from vmferry.core.view import (
     Cpus,
     DestinationView,
     Grant,
+    Halt,
     Held,
     Incoming,
     Ran,
@@ -95,6 +96,10 @@ class DestinationEffect(Enum):
     """Keep the guest as this host's own and tell the source that it runs."""
     RENOUNCE = "renounce"
     """Kill the QEMU, which never ran, and make durable that it never will."""
+    FREEZE = "freeze"
+    """Stop the guest's CPUs from outside of QEMU: pages are missing, and the policy is to pause."""
+    THAW = "thaw"
+    """Let them go on."""
     REPORT_DIED = "report-died"
     """Tell the source that the guest ran here and its QEMU is gone."""
 
@@ -182,5 +187,7 @@ DESTINATION_GUARDS: dict[DestinationEffect, tuple[Guard, ...]] = {
         _guard(ran=Ran.UNKNOWN, incoming=Incoming.RUNNING),
     ),
     DestinationEffect.RENOUNCE: (_guard(ran=Ran.NO, incoming=tuple(i for i in Incoming if i is not Incoming.RUNNING)),),
+    DestinationEffect.FREEZE: (_guard(ran=(Ran.YES, Ran.UNKNOWN), halt=Halt.WANTED),),
+    DestinationEffect.THAW: (_guard(halt=Halt.OVER),),
     DestinationEffect.REPORT_DIED: (_guard(ran=(Ran.YES, Ran.UNKNOWN), incoming=Incoming.GONE),),
 }

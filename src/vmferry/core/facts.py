@@ -119,6 +119,10 @@ class Fact(StrEnum):
     """Between the fence and the source's start somebody took a disk: that fence proves nothing any more."""
     BROUGHT_BACK = "brought-back"
     """A stand-in led the source's QEMU to where its guest can be started again (text: which tool)."""
+    FROZEN = "frozen"
+    """Destination: the guest's CPUs were stopped from outside of QEMU, as the policy wants (rounds count)."""
+    THAWED = "thawed"
+    """Destination: they go on (rounds are those of FROZEN)."""
     TARGET_DIED = "target-died"
     """The destination's QEMU ran the guest and is gone."""
     SOURCE_GONE = "source-gone"
@@ -139,6 +143,8 @@ ROUNDED: frozenset[Fact] = frozenset(
         Fact.START_SENT,
         Fact.START_REFUSED,
         Fact.TRY_AGAIN,
+        Fact.FROZEN,
+        Fact.THAWED,
         Fact.FENCED,
         Fact.FENCE_BROKEN,
         Fact.UNKNOWN_STATUS,
@@ -198,6 +204,12 @@ class FactLog:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+
+def open_round(log: FactLog) -> int:
+    """The newest lost round of the channel that has no acknowledged resume, or 0."""
+    lost = log.last_round(Fact.LINK_LOST)
+    return lost if lost and log.stamp(Fact.RESUME_ACK, lost) is None else 0
 
 
 def first_error(log: FactLog) -> Recorded | None:

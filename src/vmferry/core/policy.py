@@ -59,6 +59,11 @@ class FailurePolicy:
         """What the tables ask."""
         return RETRIES[self.on_storage_error]
 
+    @property
+    def pauses(self) -> bool:
+        """A guest without its pages is stopped."""
+        return self.on_postcopy_failure is OnPostcopyFailure.PAUSE
+
     def changed(self, changes: Mapping[str, Any]) -> FailurePolicy:
         """With some of them replaced, by field name, in their plain form. Raises ValueError."""
         values = dict(changes)

@@ -25,8 +25,7 @@ from vmferry.core.options import Mode, Refused, TlsChoice, Value, build
 from vmferry.errors import Side, UsageError
 from vmferry.units import GIB, MIB, format_size
 
-QEMU_OVERHEAD_BYTES: Final = 128 * MIB
-"""What one QEMU needs beside the guest's memory: measured 60 to 100 MiB for small guests, rounded up."""
+QEMU_OVERHEAD_BYTES: Final = 128 * MIB  # one QEMU beside the guest's memory: 60 to 100 MiB measured, rounded up
 CLOCK_SKEW_NOTED_MS: Final = 1000
 MULTIFD_POSTCOPY_SINCE: Final = (10, 1)
 """The first QEMU that switches from multifd to postcopy in one migration."""

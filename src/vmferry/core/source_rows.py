@@ -13,7 +13,7 @@ provably never will (`G-gone-*`), or nobody knows (`G-uncertain`).
 from __future__ import annotations
 
 from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
-from vmferry.core.table import Outcome, Row, pattern
+from vmferry.core.table import Outcome, Remedy, Row, pattern
 from vmferry.core.view import Change, Cpus, Grant, Retry, Source, Step, Target, Want
 
 EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
@@ -31,6 +31,8 @@ OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
 
 NOT_RUNNING = (Cpus.RESTING, Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)
 SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
+
+FEED = "keep the destination's QEMU, and if the source's memory was kept: vmferry recover NAME"
 
 SETUP_MS = 10_000
 UNPLUG_MS = 60_000
@@ -184,7 +186,7 @@ GOING_BACK: tuple[Row[E], ...] = (
     Row("F-back-loaded", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=Source.GONE,
                                  target=Target.LOADED),
         None, "The source's process died; the destination loaded the device state, lacks pages and never ran.",
-        Outcome.HELD, action="keep the destination's QEMU: vmferry rescue NAME feed, if the source's memory was kept"),
+        Outcome.HELD, action=FEED, remedy=Remedy.FEED),
     Row("F-whole-commit", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.NONE, source=Source.RETIRED,
                                   target=Target.LOADED),
         E.COMMIT, "The source's process died, and the destination holds all of the guest: forward is the only way."),
@@ -222,17 +224,18 @@ GRANTED: tuple[Row[E], ...] = (
     Row("G-ran-broken-hold", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.BROKEN,
                                      cpus=NOT_RUNNING, retry=(Retry.ASK, Retry.BACK)),
         None, "It was tried for as long as the policy says; both QEMUs are needed and wait.",
-        Outcome.DEGRADED, action="mend the link between the hosts, then: vmferry recover NAME"),
+        Outcome.DEGRADED, action="mend the link between the hosts, then: vmferry recover NAME",
+        remedy=Remedy.TRY_AGAIN),
     Row("G-ran-failed", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                 source=(Source.ENDING, Source.BACK),
                                 cpus=NOT_RUNNING),
         None, "The guest runs there and the source's QEMU gave up with pages that it still needs.",
-        Outcome.DEGRADED, action="keep both QEMUs: vmferry rescue NAME feed"),
+        Outcome.DEGRADED, action="keep both QEMUs, then: vmferry recover NAME", remedy=Remedy.FEED),
     Row("G-ran-clean", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
         E.CLEAN_UP, "The guest runs there and the source's QEMU is gone.", Outcome.DESTINATION),
     Row("F-ran-gone", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.GONE),
         None, "The source's process died with pages that the running guest still needs.", Outcome.DEGRADED,
-        action="keep the destination's QEMU: vmferry rescue NAME feed"),
+        action=FEED, remedy=Remedy.FEED),
     Row("G-again", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
                            source=(Source.POSTCOPY, Source.DONE, Source.RETIRED), target=Target.LOADED),
         E.SEND_GRANT, "The grant was lost on its way; the same generation again is harmless.",
@@ -251,7 +254,8 @@ GRANTED: tuple[Row[E], ...] = (
     Row("G-ask-person", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, retry=Retry.ASK,
                                 source=(Source.POSTCOPY, Source.BROKEN, Source.DONE), target=Target.REFUSED),
         None, "The destination could not start, and the policy is to ask: both sides are paused and whole.",
-        Outcome.HELD, action="free the disk, then: vmferry recover NAME; or back to the source: vmferry cancel NAME"),
+        Outcome.HELD, action="free the disk, then: vmferry recover NAME; or back to the source: vmferry cancel NAME",
+        remedy=Remedy.TRY_AGAIN),
     Row("F-retry-start", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.REFUSED, source=Source.RETIRED),
         E.SEND_GRANT, "The destination could not start and holds the only copy: it is tried until it can.",
         Outcome.HELD, action="free the disk that is locked elsewhere: the start is tried again"),
@@ -274,7 +278,7 @@ GRANTED: tuple[Row[E], ...] = (
     Row("F-granted-gone", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT, source=Source.GONE,
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         None, "The source's process died before it had given everything away.", Outcome.HELD,
-        action="keep the destination's QEMU: vmferry rescue NAME feed, if the source's memory was kept"),
+        action=FEED, remedy=Remedy.FEED),
     Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN),
         E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
         Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET,
@@ -287,7 +291,7 @@ GRANTED: tuple[Row[E], ...] = (
     Row("F-back-granted", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, source=Source.GONE,
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         None, "The source's process is gone, so the destination may have the only copy: nothing of it is given up.",
-        Outcome.HELD, action="keep the destination's QEMU: vmferry rescue NAME feed, if the source's memory was kept"),
+        Outcome.HELD, action=FEED, remedy=Remedy.FEED),
     Row("F-back-whole", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, source=Source.RETIRED,
                                 target=Target.LOADED),
         E.SEND_GRANT, "The destination holds the only copy, whole and paused, and this side cannot run."),

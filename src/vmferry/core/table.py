@@ -37,6 +37,15 @@ class Outcome(Enum):
     """No complete current copy exists."""
 
 
+class Remedy(Enum):
+    """The named action of a row, as `vmferry recover` takes it."""
+
+    TRY_AGAIN = "try-again"
+    """What was refused, or tried for as long as the policy says, is tried again."""
+    FEED = "feed"
+    """The destination gets the pages that it lacks out of the source's memory."""
+
+
 E = TypeVar("E", Effect, DestinationEffect)
 Pattern = Mapping[str, frozenset[Enum]]
 
@@ -54,6 +63,8 @@ class Row(Generic[E]):
     then: E | None = None
     action: str = ""
     """For people: the one safe thing to do now, if this is not going on by itself."""
+    remedy: Remedy | None = None
+    """The same for `vmferry recover`; None: there is nothing that it could take (see `action`)."""
 
     def matches(self, view: SourceView | DestinationView) -> bool:
         """True if every question in the pattern has one of its answers."""

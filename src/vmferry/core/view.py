@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, open_round
 
 
 class Want(Enum):
@@ -184,6 +184,18 @@ class Held(Enum):
     YES = "yes"
 
 
+class Halt(Enum):
+    """Whether the guest's CPUs are stopped from outside of QEMU because pages are missing and nobody serves them."""
+
+    NONE = "none"
+    """Neither wanted nor so."""
+    WANTED = "wanted"
+    KEPT = "kept"
+    """Wanted and so."""
+    OVER = "over"
+    """So, and not wanted any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class DestinationView:
     """The questions that the destination's table asks."""
@@ -192,6 +204,7 @@ class DestinationView:
     held: Held
     incoming: Incoming
     ran: Ran
+    halt: Halt
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +217,8 @@ class Readings:
     """False while the destination's agent does not answer."""
     on_refused_start: Retry = Retry.BACK
     """The policy for a destination that cannot take its disks (`--on-storage-error`)."""
+    target_is_cut_off: bool = False
+    """The destination's agent says that its QEMU has lost the channel, which this side's has not noticed yet."""
     is_patient: bool = True
     """False once a broken channel was tried again for as long as the policy says."""
 
@@ -327,7 +342,10 @@ def _retry(log: FactLog, readings: Readings, source: Source, target: Target) -> 
 def source_view(log: FactLog, readings: Readings) -> SourceView:
     """The source's questions answered from its facts and readings."""
     back = Fact.CANCEL in log or Fact.ERROR in log or is_fenced(log)
-    source, target = _source(log, readings.source), _target(log, answers=readings.target_answers)
+    said = readings.source
+    if said is Source.POSTCOPY and readings.target_is_cut_off:
+        said = Source.BROKEN
+    source, target = _source(log, said), _target(log, answers=readings.target_answers)
     return SourceView(
         want=Want.BACK if back else Want.GO,
         step=_step(log),
@@ -345,8 +363,18 @@ def _has_order(log: FactLog) -> bool:
     return Fact.COMMITTED in log and orders > refused
 
 
-def destination_view(log: FactLog, incoming: Incoming) -> DestinationView:
-    """The destination's questions answered from its facts and the newest reading of its QEMU."""
+def _halt(log: FactLog, *, pauses: bool, is_frozen: bool) -> Halt:
+    is_wanted = pauses and open_round(log) > 0 and Fact.ALL_SENT not in log
+    if is_frozen:
+        return Halt.KEPT if is_wanted else Halt.OVER
+    return Halt.WANTED if is_wanted else Halt.NONE
+
+
+def destination_view(
+    log: FactLog, incoming: Incoming, *, pauses: bool = False, is_frozen: bool = False
+) -> DestinationView:
+    """The destination's questions answered from its facts and the newest reading of its QEMU. `pauses`: the policy
+    wants a guest without its pages stopped; `is_frozen`: it is, from outside of QEMU."""
     if Fact.TARGET_RAN in log:
         ran = Ran.YES
     elif log.last_round(Fact.START_SENT) > log.last_round(Fact.START_REFUSED):
@@ -358,6 +386,7 @@ def destination_view(log: FactLog, incoming: Incoming) -> DestinationView:
         held=Held.YES if _has_order(log) else Held.NO,
         incoming=incoming,
         ran=ran,
+        halt=_halt(log, pauses=pauses, is_frozen=is_frozen),
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from vmferry.core.effects import DESTINATION_GUARDS, SOURCE_GUARDS, DestinationEffect, Effect, Guard
-from vmferry.core.view import DestinationView, Held, Incoming, Ran, Wish
+from vmferry.core.view import DestinationView, Halt, Held, Incoming, Ran, Wish
 from vmferry.testing.tables import Views
 
-VIEW = DestinationView(Wish.KEEP, Held.YES, Incoming.LOADED, Ran.NO)
+VIEW = DestinationView(Wish.KEEP, Held.YES, Incoming.LOADED, Ran.NO, Halt.NONE)
 
 
 def test_every_effect_of_both_sides_has_a_guard() -> None:
@@ -21,7 +21,7 @@ def test_every_effect_of_both_sides_has_a_guard() -> None:
 def test_a_guard_allows_when_every_guarded_question_is_within_bounds() -> None:
     guard = Guard({"held": frozenset({Held.YES}), "ran": frozenset({Ran.NO, Ran.UNKNOWN})})
     assert guard.allows(VIEW)
-    assert not guard.allows(DestinationView(Wish.KEEP, Held.NO, Incoming.LOADED, Ran.NO))
+    assert not guard.allows(DestinationView(Wish.KEEP, Held.NO, Incoming.LOADED, Ran.NO, Halt.NONE))
     assert Guard({}).allows(VIEW)
 
 

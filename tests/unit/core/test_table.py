@@ -6,9 +6,9 @@ import pytest
 
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.table import Outcome, Row, find, pattern
-from vmferry.core.view import DestinationView, Held, Incoming, Ran, Wish
+from vmferry.core.view import DestinationView, Halt, Held, Incoming, Ran, Wish
 
-VIEW = DestinationView(Wish.KEEP, Held.NO, Incoming.LOADED, Ran.NO)
+VIEW = DestinationView(Wish.KEEP, Held.NO, Incoming.LOADED, Ran.NO, Halt.NONE)
 
 
 def row(label: str, **when: Wish | Held | tuple[Wish, ...]) -> Row[DestinationEffect]:

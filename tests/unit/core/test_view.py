@@ -14,6 +14,7 @@ from vmferry.core.view import (
     Cpus,
     DestinationView,
     Grant,
+    Halt,
     Held,
     Incoming,
     Ran,
@@ -235,7 +236,9 @@ def test_an_order_needs_a_durable_commit_and_is_used_up_by_a_refusal(
 
 
 def test_what_the_source_wants_of_the_destination() -> None:
-    assert destination_view(FactLog(), Incoming.NONE) == DestinationView(Wish.KEEP, Held.NO, Incoming.NONE, Ran.NO)
+    assert destination_view(FactLog(), Incoming.NONE) == DestinationView(
+        Wish.KEEP, Held.NO, Incoming.NONE, Ran.NO, Halt.NONE
+    )
     assert destination_view(log_of(F.RELEASE), Incoming.NONE).wish is Wish.DROP
 
 
