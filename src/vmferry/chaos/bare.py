@@ -33,10 +33,10 @@ def main(words: list[str]) -> int:
 
 def move(source: BlockingClient, target: BlockingClient, uri: str, *, postcopy: bool, bandwidth: int) -> int:
     """The whole migration."""
-    if postcopy:
-        wanted: dict[str, Any] = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
-        target.execute("migrate-set-capabilities", wanted)
-        source.execute("migrate-set-capabilities", wanted)
+    names = ["return-path", "postcopy-ram"] if postcopy else ["return-path"]
+    wanted: dict[str, Any] = {"capabilities": [{"capability": name, "state": True} for name in names]}
+    target.execute("migrate-set-capabilities", wanted)
+    source.execute("migrate-set-capabilities", wanted)
     target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
     source.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
     address = target.execute("query-migrate")["socket-address"][0]

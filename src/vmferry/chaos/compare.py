@@ -139,6 +139,8 @@ class BareRun:
             # The source is not asked: a QEMU before 8.0 does not answer while it waits for its destination's result.
             there = self._status_of(witness, two)
             wait_true(lambda: there() in ("completed", "postcopy-active"), timeout_s=20, why="all is over there")
+            if self.cell.mode == "precopy":
+                assert not two.is_running, "the source knows already"
             return
         wait_true(lambda: status() == "postcopy-active", timeout_s=20, why="postcopy")
         relay.to_target.throttle(300_000)

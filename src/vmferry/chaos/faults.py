@@ -65,11 +65,11 @@ class Doing:
         if self.fault.kind == "strange":
             self._rule = Rule(self.fault.what, "answer", "replace", replace=STRANGE_ANSWERS[how])
         if self._rule is not None:
+            if self.fault.what == "peer-target":
+                # It is asked after the order only when the answer to that was lost.
+                self._rule.after = self.ground.link.add(Rule("peer-grant", "answer", "drop"))
             self.ground.link.add(self._rule)
             self.stage.fault_rule = self._rule
-            if self.fault.what == "peer-target":
-                # It is asked only when the answer to the order was lost.
-                self.ground.link.add(Rule("peer-grant", "answer", "drop"))
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Asks for the migration: over the real command line where that is what is to be killed."""

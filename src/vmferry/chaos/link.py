@@ -45,6 +45,8 @@ class Rule:
     times: int = 1
     seen: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
+    after: Rule | None = None
+    """Only once that one has happened."""
     count: int = 0
     at_s: float = 0.0
     """When it happened first, wall time."""
@@ -200,7 +202,8 @@ class LinkProxy:
         with self._lock:
             for rule in self._rules:
                 mine = "request" if rule.action == "hold-all" else rule.side
-                if rule.times > 0 and rule.command == command and mine == side:
+                is_due = rule.after is None or rule.after.count > 0
+                if is_due and rule.times > 0 and rule.command == command and mine == side:
                     rule.times -= 1
                     rule.count += 1
                     rule.at_s = rule.at_s or time.time()

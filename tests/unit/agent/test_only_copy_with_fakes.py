@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import signal
 from typing import Any
 
 import pytest
@@ -262,3 +265,27 @@ async def test_a_place_that_is_still_wanted_is_one(make_site: MakeSite) -> None:
     site.director.go("a", "active")
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.proves("S52", "S53", "S55")
+async def test_a_destination_that_died_before_the_order_to_start_is_not_taken_as_having_run(
+    make_site: MakeSite,
+) -> None:
+    """It dies so short before the order that its agent's loop has not heard of it: `cont` would be written to nobody,
+    and its end then be that of a QEMU which may have run."""
+    site = await make_site()
+
+    def die_unheard() -> None:
+        pidfd = os.pidfd_open(site.director.newest("b").pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll(5000)
+        os.close(pidfd)
+
+    site.when("b", Fact.GRANTED, die_unheard)
+    attempt = await site.migrate()
+    await site.settle()
+    assert ("b", Fact.START_SENT) not in site.noted
+    assert attempt.outcome() is Outcome.SOURCE
+    await site.check("a")
