@@ -51,6 +51,7 @@ POLL_S = 0.02
 PROGRESS_S = 0.25
 _STANDSTILL_S = limits.ENGINE_STAND_IN_SILENCE_S + 5.0
 """Longer than a stand-in's own patience, which knows better what it waits for."""
+_REFUSED_S = 1.0
 CONT_S = 10.0
 FD_NAME = "vmferry-rescue"
 _SEVERAL = ("multifd", "postcopy-preempt")
@@ -106,6 +107,11 @@ async def ask(tool: Tool, machine: Machine) -> Answer:
     return answer
 
 
+def is_out_of_postcopy(word: object) -> bool:
+    """The migration has ended, or waits for a channel."""
+    return has_settled(None if word is None else str(word))
+
+
 async def _ask_again(tool: Tool, machine: Machine) -> None:
     """At the moment of acting nothing may have changed. Raises RescueRefused if somebody else was faster."""
     if (await ask(tool, machine)).pause_first:
@@ -130,6 +136,10 @@ async def pause(machine: Machine, tool: Tool) -> None:
     try:
         await machine.execute("migrate-pause", oob=True)
     except QmpCommandError as error:
+        # Refused also where the channel has gone already; then QEMU pauses by itself in a moment.
+        with contextlib.suppress(QemuError):
+            await until_word(machine, has_settled, deadline_s=_REFUSED_S)
+            return
         raise GuestHeld(
             f"{machine.vm}: QEMU refuses to leave the recovery that it is in: {error.desc}",
             side="destination" if tool is Tool.FEED else "source",

@@ -83,6 +83,7 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
             gone = attempt.machine.is_gone
+            await way_back.keep_pages_left(attempt)
             attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
             await reconnect.reconnect(attempt)

@@ -18,14 +18,19 @@ from collections.abc import Awaitable
 from vmferry.agent import fences, rescue
 from vmferry.agent.fences import Verdict
 from vmferry.agent.source import SourceAttempt
+from vmferry.core import hazards
 from vmferry.core.decide import source_allows
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan
-from vmferry.core.view import Grant, source_view
+from vmferry.core.view import Grant, Source, source_view
 from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
 
 log = logging.getLogger("vmferry.agent")
+
+SLOWEST = 1
+"""Bytes per second: not a page more."""
+RESULT_S = 3.0
 
 
 def proof_of(attempt: SourceAttempt, effect: Effect) -> NeverRan:
@@ -70,6 +75,31 @@ async def _unless_over(attempt: SourceAttempt, work: Awaitable[rescue.RescueRepo
         return None
     finally:
         attempt.refresh()
+
+
+async def keep_pages_left(attempt: SourceAttempt) -> None:
+    """Before a destination in postcopy is ended: makes sure that its source is not just waiting for its result, where
+    that source would wait for ever (`core.hazards`). Returns when pages are left and stay so, or when it has completed.
+
+    Raises QemuError when neither is so: the destination must be left alone, and this is tried again."""
+    machine = attempt.machine
+    if machine.is_gone or not hazards.waits_for_ever_after_last_page(machine.version):
+        return
+    if source_view(attempt.facts, attempt.readings).source is not Source.POSTCOPY:
+        return
+    await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": SLOWEST})
+    before = await _remaining(attempt)
+    if before is not None and before == 0:
+        await rescue.until_word(machine, rescue.is_out_of_postcopy, deadline_s=RESULT_S)
+        attempt.refresh()
+
+
+async def _remaining(attempt: SourceAttempt) -> int | None:
+    """Bytes of memory that the source has still to send; None when it is in postcopy no more."""
+    info = await attempt.machine.migration()
+    if rescue.is_out_of_postcopy(info.get("status")):
+        return None
+    return int((info.get("ram") or {}).get("remaining", 0))
 
 
 async def fence(attempt: SourceAttempt) -> None:
