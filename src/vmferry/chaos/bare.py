@@ -38,7 +38,7 @@ def move(source: BlockingClient, target: BlockingClient, uri: str, *, postcopy: 
     target.execute("migrate-set-capabilities", wanted)
     source.execute("migrate-set-capabilities", wanted)
     target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-    source.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
+    source.execute("migrate-set-parameters", {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": bandwidth})
     address = target.execute("query-migrate")["socket-address"][0]
     print(address["port"], flush=True)
     os.read(0, 1)

@@ -37,14 +37,19 @@ from vmferry.testing.hosts import PAIRS
 WORKERS = 2
 PORTION = 12
 TRIES = 3
+SAVE_RUNS = 10
 Say = Callable[[str], None]
 
 
 class Campaign:
     """Runs cells. `runs` has the result of each, as JSON objects, in the order in which they ended."""
 
-    def __init__(self, cells: Sequence[Cell], *, say: Say, keep_logs: Path | None = None) -> None:
-        self.cells, self.say, self.keep_logs = list(cells), say, keep_logs
+    def __init__(
+        self, cells: Sequence[Cell], *, say: Say, keep_logs: Path | None = None, save: Callable[[], None] | None = None
+    ) -> None:
+        """`save` is called now and then while it works, and at the end: what was seen is not lost with the rest."""
+        self.cells, self.say, self.keep_logs, self._save = list(cells), say, keep_logs, save or (lambda: None)
+        self.began_s = time.monotonic()
         self.runs: list[dict[str, Any]] = []
         self.left: list[str] = []
         self.stop = threading.Event()
@@ -56,9 +61,10 @@ class Campaign:
     def go(self, *, workers: int = WORKERS) -> dict[str, Any]:
         """Everything; the summary. Raises KeyboardInterrupt when nothing is left behind any more, Unfit when the
         machine is."""
-        began_s = time.monotonic()
-        for cells in by_ground(self.cells).values():
-            for portion in _batches(cells):
+        self.began_s = time.monotonic()
+        grounds = [_batches(cells) for cells in by_ground(self.cells).values()]
+        for turn in itertools.zip_longest(*grounds):
+            for portion in filter(None, turn):
                 self._portions.put(list(portion))
         session = Path(tempfile.mkdtemp(prefix=f"vfc-{os.getpid()}-", dir="/tmp"))
         threads = [threading.Thread(target=self._work, args=(session,), name=f"chaos-{n}") for n in range(workers)]
@@ -78,7 +84,12 @@ class Campaign:
             raise Unfit("this machine is not fit for chaos", cause=self._failure) from self._failure
         if self._failure is not None:
             raise self._failure
-        return report.summary(self.runs, seconds=time.monotonic() - began_s)
+        self._save()
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """Of the runs so far."""
+        return report.summary(self.runs, seconds=time.monotonic() - self.began_s)
 
     def _work(self, session: Path) -> None:
         try:
@@ -138,6 +149,8 @@ class Campaign:
         with self._lock:
             wire = verdict.wire(cell, seen)
             self.runs.append(wire)
+            if len(self.runs) % SAVE_RUNS == 0:
+                self._save()
             done = f"[{len(self.runs)}/{len(self.cells)}]"
             self.say(f"{done} {wire['verdict']:<16} {seen.wall_s:5.1f} s  {cell.name}  {wire['why'][:200]}")
 

@@ -34,18 +34,6 @@ END_S = 6.0
 SLOW_BYTES_PER_S, FAST_BYTES_PER_S = 1 << 20, 1 << 30
 FAULTS = ("kill source-qemu", "kill target-qemu", "kill script", "cut stream", "lock disk")
 PHASES = {"precopy": ("active", "switchover"), "postcopy": ("active", "switchover", "postcopy-active")}
-SAME_AS = {
-    "kill source-qemu": "kill-source-qemu", "kill target-qemu": "kill-target-qemu", "kill script": "kill-source-agent",
-    "cut stream": "reset-stream-1s", "lock disk": "lock-all-target",
-}  # fmt: skip
-"""Fault here -> vmferry's cells with the same one."""
-SAME_PHASE = {
-    ("precopy", "active"): ("active",),
-    ("precopy", "switchover"): ("device", "grant"),
-    ("postcopy", "active"): ("active",),
-    ("postcopy", "switchover"): ("postcopy-device", "grant"),
-    ("postcopy", "postcopy-active"): ("postcopy-active",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +108,9 @@ class BareRun:
         relay.to_client.release()
         if slow and one.gone_s is None:
             with contextlib.suppress(VmferryError, TimeoutError):
-                witness.ask(one, "migrate-set-parameters", **{"max-bandwidth": FAST_BYTES_PER_S})
-            if self.cell.mode == "postcopy":
+                fast = {"max-bandwidth": FAST_BYTES_PER_S, "max-postcopy-bandwidth": FAST_BYTES_PER_S}
+                witness.ask(one, "migrate-set-parameters", **fast)
+            if self.cell.phase == "active" and self.cell.mode == "postcopy":
                 self._poke(script)
         return self._verdict(witness, one, two, source, target)
 
@@ -143,7 +132,6 @@ class BareRun:
                 assert not two.is_running, "the source knows already"
             return
         wait_true(lambda: status() == "postcopy-active", timeout_s=20, why="postcopy")
-        relay.to_target.throttle(300_000)
         wait_true(lambda: two.is_running, timeout_s=20, why="it was started there")
         assert status() == "postcopy-active", status()
 
@@ -177,7 +165,7 @@ class BareRun:
 
     def _is_lost(self, one: Any, two: Any) -> bool:
         """A source that died in the middle, or a destination that had run."""
-        if one.gone_s is not None and self.cell.phase != "switchover":
+        if one.gone_s is not None and (self.cell.phase != "switchover" or self.cell.mode == "postcopy"):
             return True
         return two.gone_s is not None and bool(two.ran)
 

@@ -127,7 +127,7 @@ def docs_markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *_fault_lines(chaos["by_fault"]),
         "",
-        *_raw_lines(raw),
+        *_raw_lines(raw, result.get("runs", [])),
         "## Everything that is not plainly good",
         "",
         *_listed_lines(chaos["listed"]),
@@ -154,7 +154,7 @@ def _fault_lines(faults: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _raw_lines(raw: dict[str, Any] | None) -> list[str]:
+def _raw_lines(raw: dict[str, Any] | None, runs: Sequence[Run]) -> list[str]:
     if raw is None:
         return []
     lines = [
@@ -168,8 +168,31 @@ def _raw_lines(raw: dict[str, Any] | None) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for row in raw["rows"]:
-        lines.append(f"| {row['fault']} | {row['phase']} | {row['mode']} | {row['raw']} | {row['vmferry']} |")
+        lines.append(f"| {row['fault']} | {row['phase']} | {row['mode']} | {row['raw']} | {_ours(row, runs)} |")
     return [*lines, ""]
+
+
+SAME_FAULT = {
+    "kill source-qemu": "kill-source-qemu", "kill target-qemu": "kill-target-qemu", "kill script": "kill-source-agent",
+    "cut stream": "reset-stream-", "lock disk": "lock-all-target",
+}  # fmt: skip
+"""Fault of the comparison -> how vmferry's cells with the same one begin. The script's part is the source agent's."""
+SAME_PHASE = {
+    "active": ("active",),
+    "switchover": ("device", "postcopy-device", "grant"),
+    "postcopy-active": ("postcopy-active",),
+}
+
+
+def _ours(row: dict[str, Any], runs: Sequence[Run]) -> str:
+    """What vmferry's runs with the same fault in the same phase came to."""
+    found = Counter(
+        run["verdict"]
+        for run in runs
+        if run["injected"] and run["mode"] == row["mode"] and run["phase"] in SAME_PHASE[row["phase"]]
+        and run["fault"].startswith(SAME_FAULT[row["fault"]])
+    )  # fmt: skip
+    return ", ".join(f"{count} {verdict}" for verdict, count in sorted(found.items())) or "not run"
 
 
 def _listed_lines(listed: Sequence[Run]) -> list[str]:

@@ -178,7 +178,7 @@ class Run:
 
     def _is_for_a_person(self, action: re.Match[str] | None) -> bool:
         """Something is to be done that no command of vmferry does, or there is no word of anything."""
-        unsettled = self.seen.outcome in ("held", "degraded", "uncertain", "lost")
+        unsettled = self.seen.outcome in ("held", "degraded", "lost")
         return unsettled and action is None and not self.seen.action.startswith("none needed")
 
     def _act(self, words: str) -> None:

@@ -21,13 +21,21 @@ def chaos(arguments: Namespace) -> int:
 
     pairs = campaign.pairs()
     chosen = cells.select(cells.matrix(pairs, core=arguments.core), arguments.only)
+    if arguments.bare:
+        return _compare(arguments)
     if not chosen:
         raise UsageError(f"no cell is named like {arguments.only!r}", hint="vmferry chaos --list")
     if arguments.list:
         print("\n".join(cell.name for cell in chosen))
         return 0
     keep = Path(arguments.logs) if arguments.logs else None
-    work = campaign.Campaign(chosen, say=_tell_quietly if arguments.json else _tell, keep_logs=keep)
+    say = _tell_quietly if arguments.json else _tell
+
+    def save() -> None:
+        if arguments.save:
+            _save(Path(arguments.save), work.summary(), work.runs, pairs)
+
+    work = campaign.Campaign(chosen, say=say, keep_logs=keep, save=save)
     try:
         with sigterm_interrupts():
             found = work.go()
@@ -36,13 +44,30 @@ def chaos(arguments: Namespace) -> int:
         if arguments.json:
             print(json.dumps({"result": "interrupted"}))
         return INTERRUPTED
-    if arguments.save:
-        _save(Path(arguments.save), found, work.runs, pairs)
     if arguments.json:
         print(json.dumps(found))
     else:
         _say_summary(found)
     return 1 if any(found[key] for key in ("lost", "double", "stuck", "surprises")) else 0
+
+
+def _compare(arguments: Namespace) -> int:
+    """The same faults against a bare script."""
+    from vmferry.chaos import compare
+
+    try:
+        with sigterm_interrupts():
+            found = compare.run_all(_tell_quietly if arguments.json else _tell)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the QEMUs of it are gone\n")
+        return INTERRUPTED
+    if arguments.save:
+        path = Path(arguments.save)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**before, "raw": found}, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(found))
+    return 0
 
 
 def _tell(text: str) -> None:
@@ -74,4 +99,6 @@ def _save(path: Path, found: dict[str, Any], runs: list[dict[str, Any]], pairs: 
         "chaos": found,
         "runs": [{k: v for k, v in run.items() if k != "rows"} for run in runs],
     }
-    path.write_text(json.dumps(saved, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(saved, indent=1) + "\n")
+    part.rename(path)

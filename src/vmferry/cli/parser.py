@@ -291,6 +291,8 @@ def _add_demo_and_bench(commands: Any) -> None:
                      client=False)  # fmt: skip
     chaos.add_argument("--core", action="store_true", help="the part of the matrix that runs for each change")
     chaos.add_argument("--only", default="", metavar="PATTERN", help="cells whose name holds or matches this")
+    chaos.add_argument("--bare", action="store_true",
+                       help="instead: the same faults against a bare QMP script, for comparison")  # fmt: skip
     chaos.add_argument("--list", action="store_true", help="name the cells and do nothing")
     chaos.add_argument("--save", metavar="FILE", help="write everything that docs/reliability.md is made from")
     chaos.add_argument("--logs", metavar="DIR", help="keep the agents' logs of runs that did not end well")

@@ -47,12 +47,13 @@ def test_the_page_has_every_number_and_every_bad_run() -> None:
     chaos = report.summary([run(), run("stuck", why="row | B-stuck")], seconds=9.0)
     page = report.docs_markdown(
         {"machine": "2 CPUs", "date": "2026-01-02", "pairs": ["7.2 -> 7.2"], "chaos": chaos,
-         "raw": {"rows": [{"fault": "f", "phase": "p", "mode": "m", "raw": "lost", "vmferry": "good"}]}}
+         "raw": {"rows": [{"fault": "kill script", "phase": "active", "mode": "precopy", "raw": "7.2: stuck"}]},
+         "runs": [run(fault="kill-source-agent"), run(fault="kill-source-agent", phase="setup")]}
     )  # fmt: skip
     assert "| 2 | 2 | 1 | 0 | 0 | 0 | 1 | 0 | 0 |" in page
     assert "not measured" in page
     assert "| stuck | `kill-cli/active/precopy/7.2-7.2` | row / B-stuck |" in page
-    assert "| f | p | m | lost | good |" in page
+    assert "| kill script | active | precopy | 7.2: stuck | 1 good |" in page
 
 
 def test_a_page_without_bad_runs_says_so() -> None:
