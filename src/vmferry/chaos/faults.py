@@ -53,6 +53,7 @@ class Doing:
         self._pid = 0
         self._rule: Rule | None = None
         self._stack = contextlib.ExitStack()
+        self._log_at = [len(host.log()) for host in (ground.a, ground.b)]
 
     # --- before the migration ---
 
@@ -193,8 +194,9 @@ class Doing:
             refused = self.stage.target.has(self.guest.name, Fact.START_REFUSED)
             self.proof = self.proof if refused else ""
         if self.fault.kind == "full":
-            log = self.ground.host(self.fault.what).log()
-            if "cannot be written" not in log and "disk is full" not in log:
+            # Its own agent says so to whoever asked it to write: in the end one of the two has it in its log.
+            logs = [host.log()[at:] for host, at in zip((self.ground.a, self.ground.b), self._log_at, strict=True)]
+            if not any("cannot be written" in log for log in logs):
                 self.proof = ""
 
     def _lock(self) -> None:

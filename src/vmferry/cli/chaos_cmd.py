@@ -33,7 +33,7 @@ def chaos(arguments: Namespace) -> int:
 
     def save() -> None:
         if arguments.save:
-            _save(Path(arguments.save), work.summary(), work.runs, pairs)
+            _save(Path(arguments.save), work.runs, work.summary()["seconds"], pairs)
 
     work = campaign.Campaign(chosen, say=say, keep_logs=keep, save=save)
     try:
@@ -88,16 +88,24 @@ def _say_summary(found: dict[str, Any]) -> None:
         print(f"{name}: {got}")
 
 
-def _save(path: Path, found: dict[str, Any], runs: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> None:
-    """The file from which docs/reliability.md is made; what another command added to it stays."""
+def _save(path: Path, runs: list[dict[str, Any]], seconds: float, pairs: list[tuple[str, str]]) -> None:
+    """The file from which docs/reliability.md is made. Cells that were not run now keep what was seen of them before,
+    and so does the comparison."""
+    from vmferry.chaos import report
+
     before = json.loads(path.read_text()) if path.exists() else {}
+    kept = {run["cell"]: run for run in before.get("runs", [])}
+    now = {run["cell"]: run if run["verdict"] != "good" else {**run, "rows": []} for run in runs}
+    merged = [*(kept | now).values()]
     saved = {
         **before,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{os.cpu_count()} CPUs, Linux {platform.release()}, TCG",
         "pairs": [" -> ".join(pair) for pair in pairs],
-        "chaos": found,
-        "runs": [{k: v for k, v in run.items() if k != "rows"} for run in runs],
+        "chaos": report.summary(
+            merged, seconds=seconds if len(now) == len(merged) else sum(r["wall_s"] for r in merged)
+        ),
+        "runs": merged,
     }
     part = path.with_suffix(".part")
     part.write_text(json.dumps(saved, indent=1) + "\n")
