@@ -19,7 +19,6 @@ from vmferry.chaos.campaign import Campaign, pairs
 from vmferry.chaos.cells import Cell
 from vmferry.chaos.ground import Ground
 from vmferry.chaos.run import Run
-from vmferry.chaos.told import now_s
 from vmferry.chaos.verdict import Verdict
 from vmferry.testing.hosts import NEWEST, OLDEST, processes_of, wait_true
 from vmferry.testing.netns import namespaces_possible
@@ -80,24 +79,28 @@ def test_the_only_copy_dies_and_it_is_said_so(ground: Ground) -> None:
     assert seen.outcome == "lost"
 
 
-def test_a_guest_that_runs_twice_is_seen(ground: Ground) -> None:
-    """The source is started again by hand behind vmferry's back, on disks that its locks do not guard any more."""
-    cell = the_cell(f"kill-cli/granted/postcopy/{SAME}")
+def test_a_guest_that_runs_twice_is_seen(tmp_path: Path) -> None:
+    """Somebody starts the source by hand, on disks that are not the destination's: no lock is in the way."""
+    cell = the_cell(f"kill-cli/granted/precopy/{SAME}")
+    ground = Ground((NEWEST, NEWEST), "own", tmp_path, 1)
     run = Run(ground, cell, "g1", threading.Event())
-    run._boot()
-    run.doing.prepare()
-    run.stage.reach(run.doing.begin)
-    (source,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-a"]
-    source.begin(now_s())
-    wait_true(lambda: len(run.witness.running("g1")) == 2, why="both are seen running")
-    run.doing.do()
-    run._measure()
-    seen = run.seen
-    seen.injected = True
-    assert verdict.judge(cell, seen)[0] is Verdict.DOUBLE
-    run.doing.close()
-    run.stage.let_go()
-    ground.link.clear()
+    try:
+        run._boot()
+        run.doing.prepare()
+        run.stage.reach(run.doing.begin)
+        (source,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-a"]
+        run.witness.ask(source, "cont")
+        wait_true(lambda: len(run.witness.running("g1")) == 2, why="both run")
+        run._inject()
+        run._measure()
+        assert run.seen.injected
+        assert verdict.judge(cell, run.seen)[0] is Verdict.DOUBLE
+        assert run.seen.overlap_ms > 0
+    finally:
+        run.doing.close()
+        run.stage.let_go()
+        ground.link.clear()
+        assert ground.close() == []
 
 
 def test_a_fault_in_the_wrong_phase_does_not_count(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """A migration by a bare QMP script, as a careful person writes it: for comparison. Run as a process of its own.
 
-    python -m vmferry.chaos.bare SOURCE.sock TARGET.sock HOST PORT MODE BANDWIDTH
+    python -m vmferry.chaos.bare SOURCE.sock TARGET.sock HOST PORT MODE BANDWIDTH PAGES-BANDWIDTH
 
 A byte on standard input begins the migration, another one switches to postcopy.
 
@@ -26,19 +26,20 @@ POLL_S = 0.01
 
 def main(words: list[str]) -> int:
     """0: the destination runs the guest; 1: it went back; 2: the script knows no further."""
-    source_path, target_path, host, port, mode, bandwidth = words
+    source_path, target_path, host, port, mode, bandwidth, pages = words
     with BlockingClient(source_path) as source, BlockingClient(target_path) as target:
-        return move(source, target, f"tcp:{host}:{port}", postcopy=mode == "postcopy", bandwidth=int(bandwidth))
+        limits = {"max-bandwidth": int(bandwidth), "max-postcopy-bandwidth": int(pages)}
+        return move(source, target, f"tcp:{host}:{port}", postcopy=mode == "postcopy", limits=limits)
 
 
-def move(source: BlockingClient, target: BlockingClient, uri: str, *, postcopy: bool, bandwidth: int) -> int:
+def move(source: BlockingClient, target: BlockingClient, uri: str, *, postcopy: bool, limits: dict[str, int]) -> int:
     """The whole migration."""
     names = ["return-path", "postcopy-ram"] if postcopy else ["return-path"]
     wanted: dict[str, Any] = {"capabilities": [{"capability": name, "state": True} for name in names]}
     target.execute("migrate-set-capabilities", wanted)
     source.execute("migrate-set-capabilities", wanted)
     target.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
-    source.execute("migrate-set-parameters", {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": bandwidth})
+    source.execute("migrate-set-parameters", limits)
     address = target.execute("query-migrate")["socket-address"][0]
     print(address["port"], flush=True)
     os.read(0, 1)

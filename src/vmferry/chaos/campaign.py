@@ -11,15 +11,17 @@ Rule 1: whatever ends it, also Ctrl-C: the workers stop at the next wait, and ta
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,6 @@ from vmferry.chaos.ground import Ground
 from vmferry.chaos.run import Run
 from vmferry.chaos.stage import Stopped
 from vmferry.chaos.verdict import Seen
-from vmferry.demo.setup import signals_wait
 from vmferry.errors import Unfit
 from vmferry.testing.host_tools import HostToolError
 from vmferry.testing.hosts import PAIRS
@@ -67,19 +68,22 @@ class Campaign:
             for portion in filter(None, turn):
                 self._portions.put(list(portion))
         session = Path(tempfile.mkdtemp(prefix=f"vfc-{os.getpid()}-", dir="/tmp"))
-        threads = [threading.Thread(target=self._work, args=(session,), name=f"chaos-{n}") for n in range(workers)]
+        ended = [threading.Event() for _ in range(workers)]
+        threads = [threading.Thread(target=self._work, args=(session, event), name="chaos") for event in ended]
         for thread in threads:
             thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)
+            # Not `join`: interrupted in it, Python 3.11 takes a thread that lives for one that has ended.
+            while not all(event.wait(0.2) for event in ended):
+                pass
         finally:
-            with signals_wait():  # a second Ctrl-C must not leave half of it behind
+            with _no_interrupt():  # a second Ctrl-C must not leave half of it behind
                 self.stop.set()
                 for thread in threads:
                     thread.join()
                 shutil.rmtree(session, ignore_errors=True)
+            if self._failure is not None:
+                self.say("".join(traceback.format_exception(self._failure)))
         if isinstance(self._failure, HostToolError):
             raise Unfit("this machine is not fit for chaos", cause=self._failure) from self._failure
         if self._failure is not None:
@@ -91,7 +95,7 @@ class Campaign:
         """Of the runs so far."""
         return report.summary(self.runs, seconds=time.monotonic() - self.began_s)
 
-    def _work(self, session: Path) -> None:
+    def _work(self, session: Path, ended: threading.Event) -> None:
         try:
             while not self.stop.is_set():
                 try:
@@ -104,6 +108,8 @@ class Campaign:
         except BaseException as error:  # noqa: BLE001  the main thread raises it
             self._failure = error
             self.stop.set()
+        finally:
+            ended.set()
 
     def _do_portion(self, portion: list[Cell], session: Path) -> None:
         ground: Ground | None = None
@@ -153,6 +159,17 @@ class Campaign:
                 self._save()
             done = f"[{len(self.runs)}/{len(self.cells)}]"
             self.say(f"{done} {wire['verdict']:<16} {seen.wall_s:5.1f} s  {cell.name}  {wire['why'][:200]}")
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """SIGINT and SIGTERM change nothing while the block runs. A mask would not do: other threads would take them."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _batches(cells: Sequence[Cell]) -> list[Sequence[Cell]]:

@@ -45,6 +45,11 @@ class BareCell:
     mode: str
     qemu: str
 
+    @property
+    def name(self) -> str:
+        """Unique."""
+        return f"{self.fault}/{self.phase}/{self.mode}/{self.qemu}"
+
 
 def cells(versions: Sequence[str]) -> list[BareCell]:
     """Each fault in each phase, for each version moving to itself. A lock matters only at the start."""
@@ -192,7 +197,9 @@ class BareRun:
 
     def _script(self, source: _Side, target: _Side, bandwidth: int) -> subprocess.Popen[str]:
         self.relay_port = str(_free_port())
-        words = [str(source.monitor), str(target.monitor), "127.0.0.1", self.relay_port, self.cell.mode, str(bandwidth)]
+        pages = SLOW_BYTES_PER_S if self.cell.phase == "postcopy-active" else FAST_BYTES_PER_S
+        words = [str(source.monitor), str(target.monitor), "127.0.0.1", self.relay_port, self.cell.mode]
+        words += [str(bandwidth), str(pages)]
         log = self.stack.enter_context((self.folder / "script.err").open("wb"))
         process = subprocess.Popen(
             [sys.executable, "-m", "vmferry.chaos.bare", *words],
@@ -227,10 +234,10 @@ def _free_port() -> int:
         return int(trial.getsockname()[1])
 
 
-def run_all(say: Callable[[str], None]) -> dict[str, Any]:
-    """Every comparison run: verdicts by fault, phase and mode."""
+def run_all(say: Callable[[str], None], only: str = "") -> dict[str, Any]:
+    """Every comparison run (with `only` in its name): verdicts by fault, phase and mode."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    wanted = cells(sorted({*QEMUS}))
+    wanted = [cell for cell in cells(sorted({*QEMUS})) if only in cell.name]
     for number, cell in enumerate(wanted, 1):
         with _folder() as folder:
             try:
@@ -238,7 +245,7 @@ def run_all(say: Callable[[str], None]) -> dict[str, Any]:
             except (AssertionError, VmferryError, TimeoutError, OSError, ValueError) as error:
                 found = "not-injected"
                 say(f"    {type(error).__name__}: {error}"[:200])
-        say(f"[{number}/{len(wanted)}] {found:<14} {cell.fault} / {cell.phase} / {cell.mode} / {cell.qemu}")
+        say(f"[{number}/{len(wanted)}] {found:<14} {cell.name}")
         rows.setdefault((cell.fault, cell.phase, cell.mode), []).append(f"{cell.qemu}: {found}")
     return {
         "rows": [

@@ -67,10 +67,15 @@ class Doing:
             self._rule = Rule(self.fault.what, "answer", "replace", replace=STRANGE_ANSWERS[how])
         if self._rule is not None:
             if self.fault.what == "peer-target":
-                # It is asked after the order only when the answer to that was lost.
+                # It is asked after the order only when the answer to that was lost, and every news with it.
                 self._rule.after = self.ground.link.add(Rule("peer-grant", "answer", "drop"))
+                self.ground.link.add(Rule("event TARGET", "answer", "drop", times=1000, after=self._grant_went_by()))
             self.ground.link.add(self._rule)
             self.stage.fault_rule = self._rule
+
+    def _grant_went_by(self) -> Rule:
+        """Happens when the order to start passes."""
+        return self.ground.link.add(Rule("peer-grant", "request", "delay"))
 
     def begin(self, arguments: dict[str, Any]) -> None:
         """Asks for the migration: over the real command line where that is what is to be killed."""

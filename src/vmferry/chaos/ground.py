@@ -109,16 +109,17 @@ class Ground:
     def close(self) -> list[str]:
         """Ends it. What was left that should be gone, in words."""
         left: list[str] = []
-        self.agents.close()
-        for link in self.links:
-            link.close()
-        self.streams.forget()
-        if self.witness is not None:
-            self.witness.close()
-        for folder in self.mounts:
-            run(["umount", "-l", str(folder)])
-        left += self.agents.remove()
-        shutil.rmtree(self.monitors, ignore_errors=True)
+        with contextlib.ExitStack() as stack:  # each step is done whatever becomes of the others; the last one first
+            stack.callback(shutil.rmtree, self.monitors, ignore_errors=True)
+            stack.callback(lambda: left.extend(self.agents.remove()))
+            for folder in self.mounts:
+                stack.callback(run, ["umount", "-l", str(folder)])
+            if self.witness is not None:
+                stack.callback(self.witness.close)
+            stack.callback(self.streams.forget)
+            for link in self.links:
+                stack.callback(link.close)
+            stack.callback(self.agents.close)
         return left
 
 

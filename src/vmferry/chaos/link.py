@@ -35,6 +35,7 @@ class Rule:
     """What happens to the next message of this command; `seen` is set when it has happened."""
 
     command: str
+    """A command, or `event NAME` for what an agent tells by itself."""
     side: str
     """request, or answer."""
     action: str
@@ -187,7 +188,7 @@ class LinkProxy:
         else:
             if ident.startswith(DUPLICATE):
                 return []
-            command = asked.pop(ident, "") if ident else ""
+            command = asked.pop(ident, "") if ident else f"event {message.get('event', '')}"
             if command in ("peer-prepare", "peer-reconnect") and isinstance(message.get("return"), dict):
                 self._on_offer(message["return"])
                 line = json.dumps(message).encode() + b"\r\n"

@@ -6,6 +6,7 @@ own connection.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -80,8 +81,9 @@ class Streams:
         with self._lock:
             relays, self._relays = list(self._relays.values()), {}
             self._is_refusing, self._bytes_per_s, self._is_held = False, None, False
-        for relay in relays:
-            relay.stop()
+        with contextlib.ExitStack() as stack:
+            for relay in relays:
+                stack.callback(relay.stop)
 
     def _each(self, what: Callable[[Relay], None]) -> None:
         with self._lock:

@@ -57,14 +57,16 @@ def _compare(arguments: Namespace) -> int:
 
     try:
         with sigterm_interrupts():
-            found = compare.run_all(_tell_quietly if arguments.json else _tell)
+            found = compare.run_all(_tell_quietly if arguments.json else _tell, arguments.only)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the QEMUs of it are gone\n")
         return INTERRUPTED
     if arguments.save:
         path = Path(arguments.save)
         before = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**before, "raw": found}, indent=1) + "\n")
+        rows = {(row["fault"], row["phase"], row["mode"]): row for row in before.get("raw", {}).get("rows", [])}
+        rows |= {(row["fault"], row["phase"], row["mode"]): row for row in found["rows"]}
+        path.write_text(json.dumps({**before, "raw": {"rows": [*rows.values()]}}, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(found))
     return 0

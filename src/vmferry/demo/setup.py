@@ -212,7 +212,7 @@ class TwoAgents:
 
     def close(self) -> None:
         """Ends agents and QEMUs, takes the hosts and the folder away. A signal meanwhile waits until it is done."""
-        with signals_wait():
+        with _signals_wait():
             for host in (getattr(self, "a", None), getattr(self, "b", None)):
                 if host is not None and host.agent is not None:
                     _end(host.agent)
@@ -271,7 +271,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
+def _signals_wait() -> Iterator[None]:
     """SIGINT and SIGTERM stay pending while the block runs, so that nothing is left behind half-way."""
     signals = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
