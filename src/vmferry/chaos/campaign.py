@@ -118,7 +118,11 @@ class Campaign:
                 for _ in range(TRIES):
                     if self.stop.is_set():
                         return
-                    ground = ground or Ground(*cell.ground, session, next(self._numbers))
+                    try:
+                        ground = ground or Ground(*cell.ground, session, next(self._numbers))
+                    except AssertionError as error:  # a host so busy that an agent does not start in time
+                        seen = Seen(cell.name, why_not=f"no ground: {error}"[:200])
+                        continue
                     seen = self._one(ground, cell)
                     if ground.is_broken:
                         self._give_up(ground, seen)

@@ -34,6 +34,8 @@ GIVE_UP_S = 4.0
 LEFT_S = 4.0
 _ACTION = re.compile(r"vmferry ((?:rescue|recover) [^;,.]*)")
 """Commands that a named action may have. `resolve` is a person's word about a host, which nobody here can give."""
+_FOLDERS = re.compile(r"/\S*/")
+"""Where this machine has what was left behind is of no interest elsewhere."""
 EOF_S = 0.02
 """A killed QEMU's end is seen when its monitor closes, so much later at most."""
 
@@ -278,7 +280,7 @@ class Run:
                 if not any(words.endswith(f": port {port}") for port in ours)
             ]
             if not left or now_s() > end_s:
-                return left
+                return [_FOLDERS.sub("", words) for words in left]
             self.stage.wait(_after(0.05), 1.0)
 
 
