@@ -4,10 +4,10 @@ PYTHON := python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv setup check cover test real sim model demo bench docs
+.PHONY: help venv setup check cover test real sim model demo bench chaos chaos-core docs
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: ## the virtual environment (no work if it is up to date)
 	@$(PYTHON) tools/make_venv.py
@@ -41,6 +41,12 @@ demo: setup venv ## two hosts on this machine, and a guest that moves between th
 bench: setup venv ## how long migrations take and pause; our own ends of the stream against QEMU's
 	@$(BIN)/vmferry bench migrate
 	@$(BIN)/vmferry bench stream
+
+chaos: setup venv ## every fault in every phase, mode and pair of QEMUs (root; an hour and more)
+	@$(BIN)/vmferry chaos
+
+chaos-core: setup venv ## every fault in every phase and mode, on the pairs of QEMUs in turn (root)
+	@$(BIN)/vmferry chaos --core
 
 docs: venv ## write the documents that are made from the code
 	@$(BIN)/python tools/gen_docs.py

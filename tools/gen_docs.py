@@ -15,7 +15,7 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import commands_doc, conformance, decision_tables, requirements
+from tools import commands_doc, conformance, decision_tables, reliability, requirements
 from vmferry import errors
 from vmferry.core import migration_status, options, transitions
 from vmferry.model import faults_doc
@@ -31,6 +31,7 @@ DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("docs/commands.md", commands_doc.docs_markdown),
     ("docs/requirements.md", requirements.docs_markdown),
     ("docs/conformance.md", conformance.docs_markdown),
+    ("docs/reliability.md", reliability.docs_markdown),
 )
 
 

@@ -49,6 +49,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "testing": _BASE | _DOERS | {"core", "wire", "engine", "agent"},
     "demo": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing"},
     "bench": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo"},
+    "chaos": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo", "bench"},
 }
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
@@ -56,6 +57,7 @@ INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {
     "src/vmferry/cli/demo_cmd.py": frozenset({"agent", "demo", "bench"}),
     "src/vmferry/cli/inspect_cmd.py": frozenset({"wire"}),
     "src/vmferry/cli/model_cmd.py": frozenset({"agent", "model"}),
+    "src/vmferry/cli/chaos_cmd.py": frozenset({"chaos"}),
     "src/vmferry/cli/bench_cmd.py": frozenset({"agent", "demo", "bench"}),
 }
 """The commands that run another room instead of asking an agent."""
@@ -90,6 +92,7 @@ DECIDES_NOTHING: Final = (
     "src/vmferry/core/",
     "src/vmferry/model/",
     "src/vmferry/testing/",
+    "src/vmferry/chaos/",
     "src/vmferry/agent/observe.py",
 )
 
@@ -234,7 +237,7 @@ def status_comparisons(source: Source) -> Iterator[Finding]:
 
 def effects(source: Source) -> Iterator[Finding]:
     """Only the two hands branch on effects."""
-    if not source.in_package or source.path in EFFECT_HANDS or source.room in ("core", "testing"):
+    if not source.in_package or source.path in EFFECT_HANDS or source.room in ("core", "testing", "chaos"):
         return
     for function, node in _with_function(source.tree):
         if isinstance(node, ast.MatchValue) and _base_name(node.value) in EFFECT_TYPES:
@@ -243,7 +246,7 @@ def effects(source: Source) -> Iterator[Finding]:
 
 def fact_records(source: Source) -> Iterator[Finding]:
     """Facts come in through the funnel and the attempts, and from nowhere else."""
-    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "model", "testing"):
+    if not source.in_package or source.path in FACT_WRITERS or source.room in ("core", "model", "testing", "chaos"):
         return
     for function, node in _with_function(source.tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

@@ -43,6 +43,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/guest_memory.py", "vmferry.wire"): _RESTS,
     ("late-import", f"{AGENT}/rescue.py", "vmferry.engine"): _RESTS,
     ("late-import", f"{AGENT}/rescue_feed.py", "vmferry.engine"): _RESTS,
+    ("late-import", f"{CLI}/chaos_cmd.py", "vmferry.chaos"): _LAZY,
     ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo"): _LAZY,
     ("late-import", f"{CLI}/inspect_cmd.py", "vmferry.wire"): f"{_LAZY}; numpy takes longer than all the rest",
     ("late-import", f"{CLI}/host_cmd.py", "vmferry.pki"): f"{_LAZY}; cryptography takes longer than all the rest",

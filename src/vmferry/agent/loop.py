@@ -35,6 +35,8 @@ from vmferry.errors import VmferryError
 log = logging.getLogger("vmferry.agent")
 E = TypeVar("E", Effect, DestinationEffect)
 
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""What an answer of other types than ours ends in. A loop that ended with it would leave the guest paused for ever."""
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 5.0
 """Pauses between tries of the same effect in the same row: doubled from first to last."""
@@ -197,8 +199,9 @@ class AttemptLoop(ABC, Generic[E]):
                     await asyncio.wait({task})
             if not task.cancelled():
                 task.result()
-        except (VmferryError, OSError) as error:
-            log.warning("job=%s vm=%s effect=%s result=trouble error=%s", self.job, self.vm, effect.value, error)
+        except (VmferryError, OSError, *MALFORMED) as error:
+            words = str(error) if isinstance(error, VmferryError | OSError) else f"a malformed answer: {error!r}"
+            log.warning("job=%s vm=%s effect=%s result=trouble error=%s", self.job, self.vm, effect.value, words)
             self.on_trouble(effect, error)
         except asyncio.CancelledError:
             task.cancel()

@@ -6,7 +6,7 @@ A QEMU outlives the agent (own session, see `vm.spawn`); a restarted agent attac
 The machine watches the process by a pidfd (`Process`), so its end is seen at once and never mistaken for a silent
 QMP. When the session breaks and the process lives, `reattach` connects again.
 
-Rule 1: `is_gone` is true only after the kernel said that the process ended.
+Rule 1: `is_gone` is true as soon as the process has ended, by the kernel's word, and never before.
 Rule 2: `kill` is carried out for whoever holds a row that asks for it; nothing here kills on its own account.
 """
 
@@ -48,6 +48,9 @@ class Process(Protocol):
     async def wait_exit(self) -> int | None:
         """Until it has ended; its status if the kernel tells."""
 
+    def has_ended(self) -> bool:
+        """Whether it has, by the kernel's word of this moment."""
+
     def kill(self) -> None:
         """SIGKILL. Raises ProcessLookupError when it has ended."""
 
@@ -69,6 +72,9 @@ class EndedProcess:
     async def wait_exit(self) -> int | None:
         return None
 
+    def has_ended(self) -> bool:
+        return True
+
     def kill(self) -> None:
         raise ProcessLookupError
 
@@ -84,6 +90,9 @@ class PidfdProcess:
 
     async def wait_exit(self) -> int | None:
         return await vm_spawn.wait_exit(self._pidfd)
+
+    def has_ended(self) -> bool:
+        return vm_spawn.has_ended(self._pidfd)
 
     def kill(self) -> None:
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -133,8 +142,13 @@ class Machine:
 
     @property
     def is_gone(self) -> bool:
-        """The kernel said that the process ended."""
-        return self._gone.is_set()
+        """Whether the process has ended. The kernel is asked each time: the loop hears of an end only in its next turn.
+
+        1. the destination's QEMU dies, loaded and never started  2. the order to start arrives  3. its guard finds a
+        QEMU that lives, and `cont` is written to nobody  4. the loop hears of the end: now it has to be taken as having
+        run, and the guest, which the source has whole, is lost
+        """
+        return self._gone.is_set() or self._process.has_ended()
 
     async def attach(self, *, deadline_s: float = ATTACH_S) -> QmpClient:
         """The QMP session, connected if it is not. Raises QemuError; the guest is then as it was."""

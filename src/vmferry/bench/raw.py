@@ -13,7 +13,6 @@ Rule 1: nothing here is clever, and nothing waits that could go on: every saving
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import select
@@ -44,7 +43,6 @@ CONNECT_POLL_S = 0.001
 MOVE_S = 120.0
 END_S = 10.0
 CHANNEL = "raw"
-_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(slots=True)
@@ -205,10 +203,10 @@ class RawGuest:
     @contextlib.contextmanager
     def _channel(self) -> Iterator[tuple[socket.socket, socket.socket]]:
         """A connection between the two hosts: the destination's end and the source's."""
-        with _inside(self.hosts[1]):
+        with self.hosts[1].inside():
             door = socket.create_server((self.hosts[1].address, 0))
         with door:
-            with _inside(self.hosts[0]):
+            with self.hosts[0].inside():
                 near = socket.create_connection(door.getsockname())
             far, _ = door.accept()
         with near, far:
@@ -261,29 +259,3 @@ def _connect(paths: RuntimePaths, process: subprocess.Popen[bytes]) -> BlockingC
                 words = Path(paths.log_path).read_text(errors="replace")
                 raise QemuError("the raw QEMU does not start", cause=words or error) from error
             select.select([], [], [], CONNECT_POLL_S)
-
-
-@contextlib.contextmanager
-def _inside(host: Host) -> Iterator[None]:
-    """This thread is in the host's network while the block runs; sockets stay where they were made."""
-    if host.kind != "netns":
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    there = os.open(f"/run/netns/{host.name}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _enter(libc, there)
-        try:
-            yield
-        finally:
-            _enter(libc, home)
-    finally:
-        os.close(home)
-        os.close(there)
-
-
-def _enter(libc: ctypes.CDLL, namespace: int) -> None:
-    if libc.setns(namespace, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

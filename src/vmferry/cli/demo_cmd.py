@@ -29,7 +29,7 @@ def demo(arguments: Namespace) -> int:
         as_json=arguments.json,
     )
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             result, code = run_demo(wish)
     except VmferryError as error:
         report_error(error, as_json=arguments.json, extra={"result": "failed"})
@@ -45,7 +45,7 @@ def bench(arguments: Namespace) -> int:
     """Measures against the raw thing. 0: it could be measured, whatever came out."""
     measure = import_module(f"vmferry.bench.{arguments.what}")
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             result = measure.run_bench(rounds=arguments.rounds)
     except KeyboardInterrupt:
         return _interrupted(as_json=arguments.json)
@@ -65,7 +65,7 @@ def _interrupted(*, as_json: bool) -> int:
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM ends it as Ctrl-C does: nothing may be left behind."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

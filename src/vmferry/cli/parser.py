@@ -294,3 +294,13 @@ def _add_demo_and_bench(commands: Any) -> None:
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
     bench.add_argument("what", choices=("migrate", "stream"))
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
+    chaos = _command(commands, "chaos", "chaos_cmd:chaos",
+                     "do faults to migrations on purpose, and let outsiders judge what became of the guests",
+                     client=False)  # fmt: skip
+    chaos.add_argument("--core", action="store_true", help="the part of the matrix that runs for each change")
+    chaos.add_argument("--only", default="", metavar="PATTERN", help="cells whose name holds or matches this")
+    chaos.add_argument("--bare", action="store_true",
+                       help="instead: the same faults against a bare QMP script, for comparison")  # fmt: skip
+    chaos.add_argument("--list", action="store_true", help="name the cells and do nothing")
+    chaos.add_argument("--save", metavar="FILE", help="write everything that docs/reliability.md is made from")
+    chaos.add_argument("--logs", metavar="DIR", help="keep the agents' logs of runs that did not end well")

@@ -166,6 +166,8 @@ class AgentHost:
     flags: list[str] = field(default_factory=list)
     hidden: Path | None = None
     """A directory in whose place this host's agent and QEMUs see an empty one."""
+    over: tuple[Path, Path] | None = None
+    """(what, where): in place of the second directory this host's agent and QEMUs see the first one."""
     process: subprocess.Popen[bytes] | None = None
     ready_count: int = 0
 
@@ -203,6 +205,8 @@ class AgentHost:
             argv = self.agent_argv()
             if self.hidden is not None:  # `ip netns exec` has made a mount namespace for it
                 argv = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(self.hidden), *argv]
+            if self.over is not None:
+                argv = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', *map(str, self.over), *argv]
             self.process = self.net.popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def wait_ready(self) -> None:

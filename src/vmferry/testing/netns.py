@@ -13,6 +13,8 @@ Rule 2: processes started through a host do not outlive it.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import os
 import secrets
@@ -29,6 +31,7 @@ from vmferry.testing.host_tools import HostToolError, run
 Kind = Literal["netns", "loopback"]
 Direction = Literal["in", "out", "both"]
 _INTERFACE = "cable0"
+_CLONE_NEWNET = 0x40000000
 _numbers = itertools.count(1)
 
 
@@ -59,6 +62,22 @@ class Host:
         process: subprocess.Popen[Any] = subprocess.Popen(self.argv(argv), **options)
         self.processes.append(process)
         return process
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """This thread is in the host's network while the block runs. Sockets and threads that it makes stay there."""
+        if self.kind != "netns":
+            yield
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        with contextlib.ExitStack() as stack:
+            home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, home)
+            there = os.open(f"/run/netns/{self.name}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, there)
+            _enter(libc, there)
+            stack.callback(_enter, libc, home)
+            yield
 
     def link_down(self) -> None:
         """Pulls the cable. No end is told by a packet."""
@@ -210,6 +229,12 @@ def namespaces_possible() -> bool:
     finally:
         run(["ip", "netns", "delete", name])
     return True
+
+
+def _enter(libc: ctypes.CDLL, namespace: int) -> None:
+    if libc.setns(namespace, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _rules(table: str, *, percent: int, port: int | None, direction: Direction, reset: bool) -> str:

@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Sequence
@@ -146,6 +147,15 @@ async def start(
         for task in (attempt, ending):
             task.cancel()
         await asyncio.gather(attempt, ending, return_exceptions=True)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process has ended, by the kernel's word of this moment; reaped or not. -1 names none: False."""
+    if pidfd < 0:
+        return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 async def wait_exit(pidfd: int) -> int | None:

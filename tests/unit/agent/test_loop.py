@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from vmferry.agent.loop import AttemptLoop
 from vmferry.clock import SystemClock
 from vmferry.core.effects import Effect
@@ -49,3 +53,25 @@ async def test_what_was_allowed_when_it_was_decided_is_asked_again_when_it_is_do
     loop = OneRow(True, False)
     await loop.run()
     assert loop.acted == []
+
+
+class Malformed(OneRow):
+    """What it asks is answered in other types than ours."""
+
+    def __init__(self, *answers: bool) -> None:
+        super().__init__(*answers)
+        self.troubles: list[Exception] = []
+
+    async def act(self, effect: Effect) -> None:
+        answer: Any = [1, None]
+        self.acted.append(answer["loaded"])
+
+    def on_trouble(self, effect: Effect, error: Exception) -> None:
+        self.troubles.append(error)
+
+
+@pytest.mark.proves("S53")
+async def test_a_malformed_answer_is_trouble_and_does_not_end_the_loop() -> None:
+    loop = Malformed(True, True, True, True)
+    await loop.run()
+    assert [type(error) for error in loop.troubles] == [TypeError, TypeError]

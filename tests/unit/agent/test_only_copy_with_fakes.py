@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
+import signal
 from typing import Any
 
 import pytest
@@ -381,4 +384,28 @@ async def test_a_place_that_was_given_up_is_not_taken_for_a_guest_that_ran_and_d
     await site.restart("b")
     await site.settle()
     assert site.attempt().wire()["outcome"] == "source"
+    await site.check("a")
+
+
+@pytest.mark.proves("S52", "S53", "S55")
+async def test_a_destination_that_died_before_the_order_to_start_is_not_taken_as_having_run(
+    make_site: MakeSite,
+) -> None:
+    """It dies so short before the order that its agent's loop has not heard of it: `cont` would be written to nobody,
+    and its end then be that of a QEMU which may have run."""
+    site = await make_site()
+
+    def die_unheard() -> None:
+        pidfd = os.pidfd_open(site.director.newest("b").pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        assert poll.poll(5000)
+        os.close(pidfd)
+
+    site.when("b", Fact.GRANTED, die_unheard)
+    attempt = await site.migrate()
+    await site.settle()
+    assert ("b", Fact.START_SENT) not in site.noted
+    assert attempt.outcome() is Outcome.SOURCE
     await site.check("a")

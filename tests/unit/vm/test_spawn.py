@@ -105,8 +105,11 @@ async def test_a_ready_start_returns_both(runtime: RuntimePaths) -> None:
 
     spawned, answer = await spawn.start(SLEEP, runtime=runtime, ready=ready, timeout_s=10)
     assert answer == "greeting"
+    assert not spawn.has_ended(spawned.pidfd)
     assert spawn.kill(spawned.identity)
     assert await spawn.wait_exit(spawned.pidfd) == -signal.SIGKILL
+    assert spawn.has_ended(spawned.pidfd)
+    assert not spawn.has_ended(-1)
     spawned.close()
 
 

@@ -63,6 +63,9 @@ class HeldProcess:
         else:
             process.on_death.append(lambda: owner.call(self._end))
 
+    def has_ended(self) -> bool:
+        return self._process.is_dead
+
     async def wait_exit(self) -> int | None:
         await asyncio.shield(self._ended)
         return self._process.status

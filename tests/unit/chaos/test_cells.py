@@ -1,0 +1,65 @@
+"""Which runs there are."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmferry.chaos import cells
+from vmferry.chaos.cells import ACTORS, LENGTHS, MESSAGE_FAULTS, MESSAGES, MODES, PHASES, PHASES_OF, WIRES, Cell, Fault
+from vmferry.core.migration_status import MigrationStatus
+
+PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1")]
+EVERY = cells.matrix(PAIRS)
+CORE = cells.matrix(PAIRS, core=True)
+
+
+def test_names_are_unique_and_find_their_cell() -> None:
+    names = [cell.name for cell in EVERY]
+    assert len(set(names)) == len(names)
+    assert [cell.name for cell in cells.select(EVERY, names[7])] == [names[7]]
+
+
+def test_the_core_is_a_part_that_has_every_fault_in_every_mode() -> None:
+    assert set(CORE) < set(EVERY)
+    left_out = {(c.fault.kind, c.mode) for c in EVERY} - {(c.fault.kind, c.mode) for c in CORE}
+    assert left_out == set()
+    assert {c.pair for c in CORE} == set(PAIRS)
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+@pytest.mark.parametrize("mode", MODES)
+def test_everybody_is_killed_in_every_phase(actor: str, mode: str) -> None:
+    for which in (EVERY, CORE):
+        found = {c.phase for c in which if c.fault == Fault("kill", actor) and c.mode == mode}
+        nobody_there = {"source-qemu": {"completed"}, "target-qemu": {"cancelling", "failing"}}
+        assert found == set(PHASES_OF[mode]) - nobody_there.get(actor, set())
+
+
+def test_every_message_and_every_wire_is_there() -> None:
+    for message in MESSAGES:
+        found = {c.fault.more[0] for c in EVERY if c.fault.kind == "message" and c.fault.what == message}
+        assert found == set(MESSAGE_FAULTS)
+    for wire in WIRES:
+        assert {c.fault.more[1] for c in EVERY if c.fault.kind == "cut" and c.fault.what == wire} == set(LENGTHS)
+
+
+def test_phases_are_public_statuses_or_marked_moments() -> None:
+    words = {status.value for status in MigrationStatus}
+    assert all(status in words for status in PHASES.values() if status)
+    assert {phase for mode in MODES for phase in PHASES_OF[mode]} == set(PHASES)
+
+
+def test_cells_of_one_ground_run_together() -> None:
+    grounds = cells.by_ground(EVERY)
+    assert sum(len(found) for found in grounds.values()) == len(EVERY)
+    storages = {storage for _, storage in grounds}
+    assert storages == {"shared", "own", "small"}
+    own = Cell(Fault("lock", "one", ("target",)), "device", "precopy", PAIRS[0])
+    assert own.ground == (PAIRS[0], "own")
+
+
+def test_patterns() -> None:
+    assert cells.select(EVERY, "") == EVERY
+    assert all("kill-cli/" in c.name for c in cells.select(EVERY, "kill-cli/"))
+    found = cells.select(EVERY, "kill-*/setup/precopy/7.2-7.2")
+    assert {c.fault.what for c in found} == set(ACTORS)
