@@ -32,6 +32,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("records-fact", f"{AGENT}/way_back.py", "bring_back"): _HAND,
     ("records-fact", f"{AGENT}/way_back.py", "throw_away"): _HAND,
     ("records-fact", f"{AGENT}/way_back.py", "fence_again"): _HAND,
+    ("records-fact", f"{AGENT}/way_back.py", "let_pages_go"): _HAND,
     ("compares-qemu-word", f"{AGENT}/source_act.py", "_restore_source"): "options can be set only after QEMU's cleanup",
     (
         "direction",

@@ -160,6 +160,8 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     elif word != "postcopy-paused":
         raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
     await attempt.until_cut_off(deadline_s=PAUSE_S)
+    if attempt.place.multifd:
+        return {"uri": await _recover_inside(attempt), "cut_off": open_round(attempt.facts)}
     first, last = config.migration_ports
     listener = await attempt.context.host.open_channels(attempt.job, [config.data_address], range(first, last + 1))
     if attempt.listener is not None:
@@ -172,6 +174,26 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
     addresses = [list(address) for address in listener.addresses]
     return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
+
+
+async def _recover_inside(attempt: DestinationAttempt) -> str:
+    """Several connections, which `fd:` does not carry: QEMU itself listens for the recovery. Where. Raises
+    QmpCommandError when no port is free."""
+    machine, config = attempt.machine, attempt.context.config
+    assert machine is not None
+    host = f"[{config.data_address}]" if ":" in config.data_address else config.data_address
+    first, last = config.migration_ports
+    failure: QmpCommandError | None = None
+    for port in range(first, last + 1):
+        try:
+            await machine.execute("migrate-recover", {"uri": f"tcp:{host}:{port}"}, oob=True)
+        except QmpCommandError as error:
+            failure = error
+            continue
+        addresses = (await machine.migration()).get("socket-address") or []
+        return f"tcp:{host}:{addresses[0]['port'] if addresses else port}"
+    assert failure is not None
+    raise failure
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str) -> None:

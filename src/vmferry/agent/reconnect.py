@@ -50,9 +50,15 @@ async def reconnect(attempt: SourceAttempt) -> None:
         raise
     except VmferryError:
         # It is there and will not wait for a channel: that it renounced, or has every page, is why, and leads on.
-        attempt.hear_target(await _ask(attempt, "peer-target", deadline_s=TARGET_S))
+        facts = await _ask(attempt, "peer-target", deadline_s=TARGET_S)
+        if facts.get("job") == attempt.job:
+            attempt.hear_target(facts)
         raise
     attempt.set_readings(target_answers=True)
+    if offer.get("uri"):
+        await _resume(attempt, str(offer["uri"]), offer)
+        attempt.refresh()
+        return
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
     channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
@@ -61,17 +67,23 @@ async def reconnect(attempt: SourceAttempt) -> None:
         await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
         channel.entrust(machine.pid)
         await _ask(attempt, "peer-recovering", deadline_s=TAKEN_S, channel=channel.name)
-        await machine.execute("migrate", {"uri": f"fd:{channel.name}", "resume": True})
-        word = await rescue.until_word(machine, lambda word: word in _OVER, deadline_s=HANDSHAKE_S)
-        if word not in _JOINED:
-            raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
-        attempt.healed_round = int(offer.get("cut_off", 0))
-        attempt.set_readings(target_is_cut_off=False)
+        await _resume(attempt, f"fd:{channel.name}", offer)
     except BaseException:
         channel.cut()
         raise
     finally:
         attempt.refresh()
+
+
+async def _resume(attempt: SourceAttempt, uri: str, offer: dict[str, Any]) -> None:
+    """Returns when the two QEMUs are joined again. Raises QemuError when that broke off."""
+    machine = attempt.machine
+    await machine.execute("migrate", {"uri": uri, "resume": True})
+    word = await rescue.until_word(machine, lambda word: word in _OVER, deadline_s=HANDSHAKE_S)
+    if word not in _JOINED:
+        raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
+    attempt.healed_round = int(offer.get("cut_off", 0))
+    attempt.set_readings(target_is_cut_off=False)
 
 
 async def _ask(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:

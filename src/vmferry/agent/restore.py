@@ -28,6 +28,7 @@ from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Place, Wanted
+from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
@@ -112,6 +113,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     # STARTED in any case: then a guest that was stopped for the move and never left is started again.
     for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
         attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
+    if hazards.waits_for_ever_after_last_page(kept.machine.version):
+        attempt.note(Fact.SLOWED, text="it may have been", by="journal")
     if job.postcopy_wanted:
         attempt.note(Fact.START_POSTCOPY, text="by hand, before the restart", by="journal")
     if job.committed_generation is not None:
@@ -168,6 +171,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
             log.warning("job=%s vm=%s pid=%d result=ended: it was given up", job.job, place.vm, left.pid)
         return
     attempt = DestinationAttempt(agent, place)
+    attempt.heard_source_s = float("-inf")  # nobody knows how long its source has waited: it is asked at once
     attempt.policy = place.policy.changed(job.policy)
     identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)

@@ -64,8 +64,10 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _start(attempt)
         case Effect.START_POSTCOPY:
             await _start_postcopy(attempt)
+        case Effect.LET_PAGES_GO:
+            await way_back.let_pages_go(attempt)
         case Effect.MAKE_SURE:
-            attempt.hear_target(await _call(attempt, "peer-ready", deadline_s=READY_S))
+            attempt.hear_target(await _facts(attempt, "peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
         case Effect.CONTINUE:
             await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
@@ -81,13 +83,13 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
                 attempt.stamps = fences.stamps(attempt.plan.fence_paths)
             attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
             attempt.set_readings(target_answers=False)  # and until it is answered nobody knows what is so there
-            attempt.hear_target(await _call(attempt, "peer-grant", deadline_s=GRANT_S))
+            attempt.hear_target(await _facts(attempt, "peer-grant", deadline_s=GRANT_S))
         case Effect.ASK_TARGET:
-            attempt.hear_target(await _call(attempt, "peer-target", deadline_s=READY_S))
+            attempt.hear_target(await _facts(attempt, "peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
             gone = attempt.machine.is_gone
             await way_back.keep_pages_left(attempt)
-            attempt.hear_target(await _call(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
+            attempt.hear_target(await _facts(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
             await reconnect.reconnect(attempt)
         case Effect.CANCEL_SOURCE:
@@ -145,6 +147,17 @@ async def _call(attempt: SourceAttempt, command: str, *, deadline_s: float, **mo
     granted = Fact.GRANT_SENT in attempt.facts
     arguments = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": granted, **more}
     return dict(await link.call(command, arguments, deadline_s=deadline_s))
+
+
+async def _facts(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
+    """What the destination says of this job. Raises HostUnreachable for an answer that is about nothing, or another
+    one: what cannot be understood proves nothing."""
+    answer = await _call(attempt, command, deadline_s=deadline_s, **more)
+    if answer.get("job") != attempt.job:
+        raise HostUnreachable(
+            f"{attempt.wanted.destination} answered {command} with something else", side="destination", guest="unknown"
+        )
+    return answer
 
 
 async def _check_plan(attempt: SourceAttempt) -> None:
@@ -296,6 +309,9 @@ async def _start_postcopy(attempt: SourceAttempt) -> None:
     if stops:
         await machine.execute("stop", deadline_s=CONT_S)  # of one that stands still already it changes nothing
     try:
+        if hazards.waits_for_ever_after_last_page(machine.version):
+            await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": way_back.SLOWEST})
+            attempt.note(Fact.SLOWED)
         await machine.execute("migrate-start-postcopy")
     except QmpCommandError:
         if stops and attempt.wanted.running_before and not (attempt.plan and attempt.plan.stops_first):
@@ -385,7 +401,7 @@ async def _note_qemu_error(attempt: SourceAttempt) -> None:
         text = str(info.get("error-desc") or f"the source's QEMU ended the migration ({info.get('status')})")
     cause = None
     try:
-        facts = await _call(attempt, "peer-target", deadline_s=READY_S, why=True)
+        facts = await _facts(attempt, "peer-target", deadline_s=READY_S, why=True)
         if facts.get("text"):
             cause, side = str(facts["text"]), "destination"
     except VmferryError as error:

@@ -112,6 +112,13 @@ async def keep_pages_left(attempt: SourceAttempt) -> None:
     attempt.refresh()
 
 
+async def let_pages_go(attempt: SourceAttempt) -> None:
+    """The pace that the user's options, or QEMU's own, allow. Raises QemuError; it is tried again then."""
+    wanted = attempt.wanted.options.get("max-postcopy-bandwidth", 0)
+    await attempt.machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": wanted})
+    attempt.note(Fact.PACED)
+
+
 async def _remaining(attempt: SourceAttempt) -> int | None:
     """Bytes of memory that the source has still to send; None when it is in postcopy no more."""
     info = await attempt.machine.migration()

@@ -46,6 +46,8 @@ class Effect(Enum):
     """Connect the channel, hand it to QEMU and tell it to migrate."""
     START_POSTCOPY = "start-postcopy"
     """Tell the source's QEMU to switch to postcopy."""
+    LET_PAGES_GO = "let-pages-go"
+    """Let the source's QEMU send pages as fast as it may: until the guest ran there it was held back."""
     MAKE_SURE = "make-sure"
     """During the pause before the switchover: ask the destination whether it is there and loading."""
     CONTINUE = "continue"
@@ -148,6 +150,7 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
     Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
     Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
+    Effect.LET_PAGES_GO: (_guard(step=Step.STARTED, target=Target.RAN, change=Change.PACE),),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
     Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
     Effect.COMMIT: (

@@ -116,6 +116,8 @@ class Change(Enum):
 
     NONE = "none"
     POSTCOPY = "postcopy"
+    PACE = "pace"
+    """The pages that were held back may go: the destination runs the guest."""
 
 
 class Retry(Enum):
@@ -314,7 +316,10 @@ def _grant(log: FactLog) -> Grant:
 
 def _change(log: FactLog) -> Change:
     asked = Fact.START_POSTCOPY in log and Fact.POSTCOPY_TOLD not in log
-    return Change.POSTCOPY if asked else Change.NONE
+    if asked:
+        return Change.POSTCOPY
+    is_slow = Fact.SLOWED in log and Fact.PACED not in log and Fact.RUN_ACKED in log
+    return Change.PACE if is_slow else Change.NONE
 
 
 def _source(log: FactLog, said: Source) -> Source:

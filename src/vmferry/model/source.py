@@ -163,6 +163,8 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
             stops = w.s_run == "running" and not kit.breaks("stopped before postcopy")
             told = w._replace(s_run="paused" if stops else w.s_run, s_stage="stopped")
             yield "source agent stops the guest for postcopy", told
+        case Effect.LET_PAGES_GO:
+            yield "source agent lets the pages go", done(kit.note_source(w, Fact.PACED))
         case Effect.MAKE_SURE:
             yield "source agent asks whether the destination is ready", call(w, "ready")
         case Effect.CONTINUE:

@@ -59,7 +59,13 @@ class Views(Generic[V]):
 
     def pick(self, bits: Bits, most: int = 3) -> list[V]:
         """Some of the views in a set, for messages."""
-        return [self.views[n] for n in range(len(self.views)) if bits >> n & 1][:most]
+        found: list[V] = []
+        digits = f"{bits:b}"[::-1]  # a shift of so long a number would copy it once for each view
+        n = digits.find("1")
+        while n >= 0 and len(found) < most:
+            found.append(self.views[n])
+            n = digits.find("1", n + 1)
+        return found
 
 
 @dataclass(frozen=True)
