@@ -150,7 +150,7 @@ class AlwaysCancel:
     def __call__(self, rules: Rules) -> Rules:
         return replace(rules, cancel_refusal=self._never)
 
-    def _never(self, log: FactLog) -> str | None:
+    def _never(self, log: FactLog, *, was_refused: bool = False) -> str | None:
         return None
 
 
@@ -259,6 +259,8 @@ BY_HAND: Final[tuple[Mutant, ...]] = (
     Mutant("the source does not say that its QEMU is gone", Breaks("says that its QEMU is gone"), (CRASH,)),
     Mutant("postcopy-device counts as the proof", Breaks("waits for the proof"), (POSTCOPY,)),
     Mutant("an accepted cancel is not asked about again", Breaks("a cancel is asked about twice"), (PLAIN,)),
+    Mutant("turning back is not journalled", Breaks("turned back before the guest runs"),
+           (Setting("precopy", locks=False, faults=1, cancels=1, kinds=frozenset({"crash"})),)),
     Mutant("a cancel is not journalled", Breaks("a cancel is written before it counts"),
            (Setting("precopy", locks=False, faults=1, cancels=1, kinds=frozenset({"crash"})),)),
 )  # fmt: skip
