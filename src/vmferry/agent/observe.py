@@ -42,6 +42,11 @@ def _healing(log: FactLog, *reached: Fact) -> tuple[Finding, ...]:
     return tuple((fact, current, "") for fact in (Fact.LINK_LOST, Fact.RESUME_WANTED, *reached))
 
 
+def _healed(log: FactLog) -> tuple[Finding, ...]:
+    """Nothing is missing for want of a channel any more: the repair of a round that was open got to its end."""
+    return _healing(log, Fact.RECONNECTED, Fact.RESUME_ACK) if open_round(log) else ()
+
+
 def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
     """What a word of a postcopy that runs, is broken, or heals, proves of the newest round."""
     match word:
@@ -52,8 +57,7 @@ def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
         case "postcopy-recover":
             return _healing(log, Fact.RECONNECTED)
         case _:
-            current = open_round(log)
-            return _healing(log, Fact.RECONNECTED, Fact.RESUME_ACK) if current else ()
+            return _healed(log)
 
 
 def _unheard_of(word: str, log: FactLog) -> tuple[Finding, ...]:
@@ -91,8 +95,7 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return (*switched, _PACKAGE, *proof, *_rounds(word, log))
         case "completed":
             loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
-            healed = _healing(log, Fact.RECONNECTED, Fact.RESUME_ACK) if open_round(log) else ()
-            return (*switched, *loaded, *healed, (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+            return (*switched, *loaded, *_healed(log), (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
             return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
@@ -128,7 +131,7 @@ def destination_findings(word: str | None, run_state: str | None, log: FactLog) 
             if loaded and Fact.PACKAGE_SENT in log:
                 findings += [(Fact.PACKAGE_LOADED, 0, "")]  # it may be over before anybody looked
             if loaded:
-                findings += [(Fact.LOADED, 0, ""), (Fact.ALL_SENT, 0, "")]
+                findings += [(Fact.LOADED, 0, ""), *_healed(log), (Fact.ALL_SENT, 0, "")]
         case _:
             return _unheard_of(word, log)
     if run_state == "running":

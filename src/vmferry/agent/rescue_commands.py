@@ -29,6 +29,7 @@ from vmferry import limits
 from vmferry.agent import channel as channels
 from vmferry.agent import fences, guest_memory, rescue_feed
 from vmferry.agent.guest_memory import Memory
+from vmferry.agent.observe import source_findings
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
@@ -170,8 +171,8 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
         finally:
             if is_ours:
                 memory.close()
-        for fact in (Fact.ALL_SENT, Fact.PEER_ACK):
-            attempt.note(fact, text="fed from the source's memory", by="stand-in")
+        for fact, round_no, _ in source_findings("completed", attempt.facts, has_proof=True):
+            attempt.note(fact, round_no=round_no, text="fed from the source's memory", by="stand-in")
     return report
 
 

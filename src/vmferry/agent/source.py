@@ -35,7 +35,7 @@ from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Readings, Source, Step, Target, cpus_from, source_view, source_word
+from vmferry.core.view import Readings, Source, Step, Target, Want, cpus_from, source_view, source_word
 from vmferry.errors import (
     CancelRefused,
     HostUnreachable,
@@ -266,9 +266,11 @@ class SourceAttempt(AttemptLoop[Effect]):
         if facts.get("whole"):
             self.note(Fact.TARGET_WHOLE, by="destination agent")
             # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it waits for ever, or calls
-            # it a failure. A guest that runs there with every page has arrived all the same.
-            for fact in (Fact.ALL_SENT, Fact.PEER_ACK) if facts.get("ran") else ():
-                self.note(fact, text="the destination's agent", by="destination agent")
+            # it a failure. A guest that runs there with every page has arrived all the same: that proves what QEMU's
+            # own word would, also what was not heard on the way (of a process that died while no agent ran, nothing).
+            arrived = source_findings("completed", self.facts, has_proof=True) if facts.get("ran") else ()
+            for fact, round_no, _ in arrived:
+                self.note(fact, round_no=round_no, text="the destination's agent", by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
@@ -386,7 +388,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         view = source_view(self.facts, self.readings)
         if view.source not in (Source.BACK, Source.DONE, Source.IDLE, Source.ENDING):
             return False
-        turns_back = Fact.ERROR in self.facts or Fact.CANCEL in self.facts or Fact.TARGET_GONE in self.facts
+        turns_back = view.want is Want.BACK or view.target is Target.GONE
         # An agent that begins anew cannot know whether an earlier one let the guest go on here.
         return turns_back or self.was_restored
 

@@ -12,9 +12,9 @@ from typing import assert_never
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
-from vmferry.core.view import Ran
+from vmferry.core.view import Incoming, Ran
 from vmferry.model import logs
-from vmferry.model.rules import Kit, place_at_work
+from vmferry.model.rules import Kit, incoming_of, place_at_work
 from vmferry.model.world import (
     C_DONE,
     C_NONE,
@@ -43,8 +43,10 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
     if place_at_work(w):
         yield from _looks(kit, w)
         if not w.d_doing:
-            for name in kit.destination(w).due:
-                yield from _begins(w, name)
+            for name, decided in decisions(kit, w):
+                effect = DestinationEffect[name]
+                if kit.destination_may(effect, decided):
+                    yield from act(kit, decided, effect)
         elif w.d_stage == "due":
             effect = DestinationEffect[w.d_doing]
             if kit.destination_may(effect, w):
@@ -62,10 +64,19 @@ def done(w: World) -> World:
     return w._replace(d_doing="", d_stage="")
 
 
-def _begins(w: World, name: str) -> Iterator[Step]:
-    if name == "REPORT_RAN" and logs.has(w.d_log, Fact.RUN_ACKED) and not logs.has(w.d_log, Fact.ALL_SENT):
-        return  # said already, and pages are still missing: the real one does nothing either
-    yield f"destination agent decides {DestinationEffect[name].value}", w._replace(d_doing=name, d_stage="due")
+def decisions(kit: Kit, w: World) -> Iterator[tuple[str, World]]:
+    """The effects that the destination's agent may decide on now, and the world in which each is due."""
+    for name in kit.destination(w).due:
+        if name == "REPORT_RAN" and logs.has(w.d_log, Fact.RUN_ACKED) and not logs.has(w.d_log, Fact.ALL_SENT):
+            continue  # said already, and pages are still missing: the real one does nothing either
+        yield name, w._replace(d_doing=name, d_stage="due")
+
+
+def over(w: World) -> World:
+    """The place has ended: what it says from now on is in its journal."""
+    return done(w)._replace(
+        d_log=0, d_machine="", d_sees_running=False, d_listens=False, d_unanswered=False, d_cont=C_NONE
+    )
 
 
 # --- looking ------------------------------------------------------------------------------------------------
@@ -102,9 +113,18 @@ def look(kit: Kit, w: World) -> World:
     """`DestinationAttempt._ask`: the word, the run state, and what both prove."""
     findings = kit.rules.destination_findings(w.d_word, w.d_run, logs.log_of(w.d_log))
     w = kit.note_destination(w, *((fact, number) if number else fact for fact, number, _ in findings))
+    if w.d_unanswered and w.d_run == "paused":
+        # `_note_late_answer`: what was written before this question has been carried out.
+        w = kit.note_destination(w, (Fact.START_REFUSED, max(1, logs.last_round(w.d_log, Fact.START_SENT))))
     if w.d_word == "failed":
         w = kit.note_destination(w, Fact.ERROR)
-    return w._replace(d_machine="ok", d_sees_running=w.d_run == "running")
+    unanswered = w.d_unanswered and w.d_run != "paused"
+    return w._replace(d_machine="ok", d_sees_running=w.d_run == "running", d_unanswered=unanswered)
+
+
+def look_now(kit: Kit, w: World) -> World:
+    """The same, where an agent is there to look and nothing hinders it."""
+    return look(kit, w) if place_at_work(w) and w.d_machine == "ok" and not w.d_hung else w
 
 
 # --- acting -------------------------------------------------------------------------------------------------
@@ -132,14 +152,16 @@ def act(kit: Kit, w: World, effect: DestinationEffect) -> Iterator[Step]:
         case DestinationEffect.REPORT_RAN:
             yield from _report_ran(kit, w)
         case DestinationEffect.RENOUNCE:
-            yield "destination agent kills its QEMU", killed(w)._replace(d_stage="killed")
+            said = not kit.breaks("renounced before it is killed")
+            journal = w.d_journal | (D_RENOUNCED if said else 0)
+            yield "destination agent journals that it renounces", w._replace(d_stage="renounced", d_journal=journal)
         case DestinationEffect.FREEZE | DestinationEffect.THAW:
             # The policy of these explorations is to run; a guest that is frozen runs, as far as the tables can tell.
             yield f"destination agent carries out {effect.value}", done(w)
         case DestinationEffect.REPORT_DIED:
             died = kit.note_destination(w, Fact.TARGET_DIED, Fact.CLEANUP)
-            ended = died._replace(d_journal=died.d_journal | D_ENDED | D_DIED, d_listens=False)
-            yield "destination agent writes down that the guest died here", done(ended)
+            ended = died._replace(d_journal=died.d_journal | D_ENDED | D_DIED)
+            yield "destination agent writes down that the guest died here", over(ended)
         case _:
             assert_never(effect)
 
@@ -161,7 +183,9 @@ def _report_ran(kit: Kit, w: World) -> Iterator[Step]:
     if logs.has(w.d_log, Fact.ALL_SENT):
         w = kit.note_destination(w, Fact.CLEANUP)
         journal |= D_ENDED | D_RAN
-    yield "destination agent keeps the guest", done(w._replace(d_journal=journal))
+        yield "destination agent keeps the guest, which is whole", over(w._replace(d_journal=journal))
+    else:
+        yield "destination agent keeps the guest", done(w._replace(d_journal=journal))
 
 
 def _goes_on(kit: Kit, w: World) -> Iterator[Step]:
@@ -176,15 +200,17 @@ def _goes_on(kit: Kit, w: World) -> Iterator[Step]:
         yield "destination agent sees that cont was refused", done(refused._replace(d_cont=C_NONE))
     elif w.d_stage == "cont" and not destination_alive(w):
         yield "destination agent's cont ends with its QEMU", done(w._replace(d_cont=C_NONE))
+    elif w.d_stage == "renounced":
+        yield "destination agent kills its QEMU", killed(w)._replace(d_stage="killed")
     elif w.d_stage == "killed":
-        journal = w.d_journal | D_ENDED | (0 if kit.breaks("renounced before it is said") else D_RENOUNCED)
         gone = kit.note_destination(w, Fact.TARGET_GONE, Fact.CLEANUP)
-        yield "destination agent renounces for good", done(gone._replace(d_journal=journal, d_listens=False))
+        journal = w.d_journal | D_ENDED | (0 if kit.breaks("renounced before it is said") else D_RENOUNCED)
+        yield "destination agent renounces for good", over(gone._replace(d_journal=journal))
 
 
 def _asks_source(kit: Kit, w: World) -> Iterator[Step]:
-    """A place that waits in vain asks whether it is wanted; only a clear no ends it, and none after the commit."""
-    if logs.has(w.d_log, Fact.COMMITTED) or logs.has(w.d_log, Fact.RELEASE) or not w.link or w.s_log == DOWN:
+    """A place that waits in vain asks whether it is wanted; only a clear no ends it, and none once it may have run."""
+    if not w.link or w.s_log == DOWN or logs.has(w.d_log, Fact.RELEASE) or kit.destination(w).view.ran is not Ran.NO:
         return
     if w.s_result == Outcome.SOURCE.value and not w.request:
         yield "the destination's place is not wanted any more", kit.note_destination(w, Fact.RELEASE)
@@ -197,13 +223,14 @@ def told(kit: Kit, w: World) -> Told:
     """`facts_wire`, or what the journal says of a place that is over."""
     if w.d_log == 0:
         ran = bool(w.d_journal & D_RAN)
-        return Told(ran, ran, False, 0, bool(w.d_journal & D_RENOUNCED), bool(w.d_journal & D_DIED))
+        return Told(ran, ran, ran, False, 0, bool(w.d_journal & D_RENOUNCED), bool(w.d_journal & D_DIED))
     log = w.d_log
     acked, ran = logs.has(log, Fact.RUN_ACKED), kit.destination(w).view.ran
     if kit.breaks("kept before it is said") and logs.has(log, Fact.TARGET_RAN):
         acked = True
     return Told(
         loaded=logs.has(log, Fact.LOADED),
+        whole=logs.has(log, Fact.ALL_SENT) and logs.has(log, Fact.LOADED),
         ran=acked,
         in_doubt=(ran is Ran.UNKNOWN or (ran is Ran.YES and not acked)) and not kit.breaks("says that it is in doubt"),
         refused=logs.last_round(log, Fact.START_REFUSED),
@@ -218,12 +245,17 @@ def _answers(kit: Kit, w: World) -> Iterator[Step]:
         return
     log = w.d_log
     if w.s_doing == "PREPARE":
-        if logs.has(log, Fact.CLEANUP) or logs.has(log, Fact.TARGET_GONE):
+        if log == 0 or logs.has(log, Fact.TARGET_GONE):
             yield "destination agent refuses the place", w._replace(s_stage="answered", s_answer="refused")
         elif logs.has(log, Fact.LISTENING):
             yield "destination agent offers the place", w._replace(s_stage="answered", s_answer="offer")
         return
-    yield "destination agent answers", w._replace(s_stage="answered", s_answer=told(kit, w))
+    yield "destination agent answers", answer(w, told(kit, w))
+
+
+def answer(w: World, said: Told | str) -> World:
+    """An answer goes out; what was pushed before it has arrived before it, and says nothing more than it."""
+    return w._replace(s_stage="answered", s_answer=said, push=None if isinstance(said, Told) else w.push)
 
 
 def serve(kit: Kit, w: World, kind: str, *, awaited: bool) -> World:
@@ -232,17 +264,19 @@ def serve(kit: Kit, w: World, kind: str, *, awaited: bool) -> World:
     if not w.d_journal & D_PLACE:
         return _without_place(kit, after, kind, awaited=awaited)
     if kind == "reconnect":
-        return _reconnect(after, awaited=awaited)
+        return _reconnect(kit, after, awaited=awaited)
     if w.d_log == 0 or kind in ("prepare", "ready", "target"):
         if kind == "prepare" and awaited and w.d_log == 0:
             return after._replace(s_stage="answered", s_answer="refused")
         asked = awaited and kind in ("ready", "target")
-        return after._replace(s_stage="answered", s_answer=told(kit, w)) if asked else after
+        # A question is answered at once: until then nothing of it is to be seen.
+        return answer(after, told(kit, w)) if asked or (awaited and w.d_log == 0) else after
     if kind == "grant":
         return _grant(kit, after)
     if kind == "release-gone" and not w.d_hung and destination_alive(w) and w.d_cont == C_NONE:
         after = look(kit, after)  # it is given the time to say that it has loaded
-    if kind == "release-gone" and logs.has(after.d_log, Fact.LOADED):
+    unsure = logs.has(after.d_log, Fact.LOADED) or incoming_of(after) is Incoming.UNKNOWN
+    if kind == "release-gone" and unsure:
         return after
     if not logs.has(w.d_log, Fact.TARGET_RAN):
         return kit.note_destination(after, Fact.RELEASE)
@@ -259,11 +293,11 @@ def _without_place(kit: Kit, w: World, kind: str, *, awaited: bool) -> World:
     return w._replace(d_journal=D_PLACE | D_RENOUNCED)  # nothing of it ever was here, and nothing ever will
 
 
-def _reconnect(w: World, *, awaited: bool) -> World:
-    """`destination_act.reconnect`."""
+def _reconnect(kit: Kit, w: World, *, awaited: bool) -> World:
+    """`destination_act.reconnect`. Who is refused asks at once what is so (`peer-target`)."""
     ready = w.d_log > 0 and destination_alive(w) and not w.d_hung and not logs.has(w.d_log, Fact.CLEANUP)
     if not ready or w.d_word not in ("postcopy-active", "postcopy-recover", "postcopy-paused"):
-        return w._replace(s_stage="answered", s_answer="error") if awaited else w
+        return answer(w, told(kit, w)) if awaited else w
     paused = w._replace(d_word="postcopy-paused", channel="cut" if w.channel == "up" else w.channel)
     return paused._replace(s_stage="answered", s_answer="offer") if awaited else paused
 

@@ -17,11 +17,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.model import destination, invariants, outside, qemu, restart, source
 from vmferry.model.logs import TooManyRounds
-from vmferry.model.rules import Kit, Rules
+from vmferry.model.rules import Kit, Rules, place_at_work, source_at_work
 from vmferry.model.world import Setting, World
 
 Step = tuple[str, World]
@@ -60,8 +61,43 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
     """Every step that the world may take, without those that change nothing."""
     for part in PARTS:
         for name, after in part(kit, w):
+            if after.d_log != w.d_log and w.d_log > 0 and after.d_log >= 0:
+                after = outside.pushed(kit, after)
             if after != w or kit.problems:
                 yield name, after
+                yield from _overtaken(kit, name, w, after)
+
+
+def _overtaken(kit: Kit, name: str, w: World, after: World) -> Iterator[Step]:
+    """The same step, which comes between a decision and its guard.
+
+    Only a step that makes the side decide something else can be told from one before the decision or after the deed;
+    if the guard then says no, nothing is done, as if the decision had not been."""
+    if not w.s_doing and not after.s_doing and _source_asks(w) != _source_asks(after):
+        if not source_at_work(w) or not source_at_work(after):
+            return
+        left = {effect for effect, _ in source.decisions(kit, after)}
+        for effect, decided in source.decisions(kit, w):
+            if effect not in left and effect != "ASK_TARGET" and kit.source_may(Effect[effect], after):
+                late = after._replace(s_doing=effect, s_stage="due", s_tried=decided.s_tried)
+                yield f"{name}, which overtakes {Effect[effect].value}", late
+    if not w.d_doing and not after.d_doing and _destination_asks(w) != _destination_asks(after):
+        if not place_at_work(w) or not place_at_work(after):
+            return
+        left = {effect for effect, _ in destination.decisions(kit, after)}
+        for effect, _ in destination.decisions(kit, w):
+            if effect not in left and kit.destination_may(DestinationEffect[effect], after):
+                late = after._replace(d_doing=effect, d_stage="due")
+                yield f"{name}, which overtakes {DestinationEffect[effect].value}", late
+
+
+def _source_asks(w: World) -> tuple[object, ...]:
+    """What its decision depends on."""
+    return w.s_log, w.s_source, w.s_cpus, w.s_answers
+
+
+def _destination_asks(w: World) -> tuple[object, ...]:
+    return w.d_log, w.d_machine, w.d_sees_running
 
 
 PARTS = (

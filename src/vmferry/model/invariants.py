@@ -20,6 +20,7 @@ from vmferry.model.world import (
     D_RENOUNCED,
     DOWN,
     S_COMMITTED,
+    S_FENCED,
     World,
     destination_alive,
     source_alive,
@@ -75,8 +76,13 @@ def on_state(kit: Kit, w: World) -> Iterator[str]:
             yield "I5: the source takes a destination for gone that ran or may run"
         if logs.has(w.s_log, Fact.RUN_ACKED) and not w.d_ran:
             yield "the source takes a destination for running that never ran"
-    if w.d_journal & D_RENOUNCED and (destination_alive(w) or w.d_ran):
+    if w.d_journal & D_RENOUNCED and (w.d_ran or (destination_alive(w) and not _keeps_its_promise(w))):
         yield "I2: the destination renounced a guest that ran or may run there"
+
+
+def _keeps_its_promise(w: World) -> bool:
+    """The place that was given up is being ended, or whoever starts next will end it."""
+    return w.d_log == DOWN or w.d_stage == "renounced"
 
 
 def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
@@ -87,7 +93,9 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
     if after.s_run == "running" and w.s_run != "running":
         if w.d_ran:
             yield "I5: the source runs an old copy of a guest that ran on the destination"
-        if w.d_journal & D_COMMITTED and not w.d_journal & D_RENOUNCED and w.s_word != "failing":
+        may_start = w.d_journal & D_COMMITTED and not w.d_journal & D_RENOUNCED
+        # Behind a fence it may be told to, and is refused the disks that the source has.
+        if may_start and w.s_word != "failing" and not (w.s_journal & S_FENCED and w.lock != "off"):
             yield "I5: the source starts while the destination may still start"
     if after.d_ran and not w.d_ran:
         if not (w.s_journal & S_COMMITTED and w.d_journal & D_COMMITTED):
@@ -97,7 +105,9 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
             yield f"I4: the destination starts while the source is in {w.s_word}"
     if after.s_result and not w.s_result:
         yield from _on_end(kit, w, after)
-    if w.cancel == "accepted" and logs.has(max(after.s_log, 0), Fact.CLEANUP) and not logs.has(w.s_log, Fact.CLEANUP):
+    # Where the source's process died the only copy goes forward, whatever was wanted.
+    ends = logs.has(max(after.s_log, 0), Fact.CLEANUP) and not logs.has(w.s_log, Fact.CLEANUP)
+    if w.cancel == "accepted" and ends and not logs.has(w.s_log, Fact.SOURCE_GONE):
         status = kit.rules.source_status(logs.log_of(after.s_log))
         if status in (MigrationStatus.COMPLETED, MigrationStatus.FAILED):
             yield f"I10: an accepted cancel ended in {status}"
@@ -106,9 +116,10 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
 def _on_end(kit: Kit, w: World, after: World) -> Iterator[str]:
     """The verdict of an ended job is what is so."""
     result = after.s_result
-    if w.cancel == "accepted" and result == Outcome.DESTINATION.value:
+    if w.cancel == "accepted" and result == Outcome.DESTINATION.value and source_alive(w):
         yield "I10: an accepted cancel ended with the guest on the destination"
-    if result == Outcome.SOURCE.value and (not source_alive(after) or after.d_ran):
+    dies = logs.has(w.s_log, Fact.SOURCE_GONE)  # whose end it has not heard of yet ends like any guest of this host
+    if result == Outcome.SOURCE.value and (dies or after.d_ran):
         yield "verdict: the job ended with the guest on the source, where it is not"
     if result == Outcome.SOURCE.value and source_alive(after) and not _as_owner_wants(kit, after):
         yield "verdict: the job ended on the source, where the guest does not run"

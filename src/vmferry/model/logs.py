@@ -73,6 +73,8 @@ def with_fact(mask: Mask, fact: Fact, round_no: int = 0) -> Mask:
         return mask
     if fact is Fact.CANCEL and has(mask, Fact.CLEANUP):
         new |= LATE_CANCEL
+    elif fact is Fact.PACKAGE_SENT:
+        mask &= ~WON_FIRST  # the proof of loading is still to come, and with it the end of a postcopy
     elif fact in (Fact.CANCEL, Fact.ERROR) and source_status(log_of(mask)) is MigrationStatus.COMPLETED:
         new |= WON_FIRST
     assert fact is not Fact.LINK_LOST or has(mask, Fact.PACKAGE_LOADED), "a link is lost after the proof of loading"

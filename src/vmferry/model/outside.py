@@ -7,11 +7,12 @@ and one push are on their way; both may arrive at any later time, or be lost.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from vmferry.core.facts import Fact
+from vmferry.core.table import Remedy
+from vmferry.core.view import Source, Target
 from vmferry.model import destination, logs, restart, source
 from vmferry.model.rules import Kit, source_at_work
 from vmferry.model.world import (
@@ -28,7 +29,6 @@ from vmferry.model.world import (
 
 Step = tuple[str, World]
 
-TOOL: Final = re.compile(r"vmferry rescue NAME ([a-z-]+)")
 CAN_HANG: Final = ("active", "pre-switchover", "device", "postcopy-device", "postcopy-active")
 
 
@@ -41,21 +41,23 @@ def network(kit: Kit, w: World) -> Iterator[Step]:
         yield f"a late {w.stray} is lost", w._replace(stray="")
         if w.link and w.d_log != DOWN:
             yield f"a late {w.stray} arrives", destination.serve(kit, w._replace(stray=""), w.stray, awaited=False)
-    if w.d_news and w.push is None:
-        told = w._replace(d_news=False, push=destination.told(kit, w)) if w.link and source_at_work(w) else w
-        if told.push is not None and source.hear_target(kit, told, told.push) != told:
-            yield "destination agent pushes what it knows", told
-        else:
-            yield "destination agent pushes nothing new", w._replace(d_news=False)
-        kit.problems.clear()
-    if w.push is not None:
-        yield "a push is lost", w._replace(push=None)
-        if source_at_work(w):
-            yield "a push arrives", source.hear_target(kit, w._replace(push=None), w.push)
+    if w.push is not None and source_at_work(w):
+        yield "a push arrives", source.hear_target(kit, w._replace(push=None), w.push)
     if not w.link:
         yield "the link comes back", w._replace(link=True)
         if w.s_stage in ("sent", "served") or (w.s_stage == "answered" and w.s_answer != "unreachable"):
             yield "the call ends without an answer", source.unreachable(w)
+
+
+def pushed(kit: Kit, w: World) -> World:
+    """Something is new at the destination: its agent pushes it at once (`DestinationAttempt.on_facts`), behind what it
+    pushed before. What tells the source nothing is left out."""
+    if not w.link or not source_at_work(w):
+        return w
+    said, problems = destination.told(kit, w), len(kit.problems)
+    is_news = w.push is not None or source.hear_target(kit, w, said) != w
+    del kit.problems[problems:]
+    return w._replace(push=said) if is_news else w
 
 
 def people(kit: Kit, w: World) -> Iterator[Step]:
@@ -65,39 +67,36 @@ def people(kit: Kit, w: World) -> Iterator[Step]:
     log = logs.log_of(w.s_log)
     if w.cancels and not w.cancel and Fact.CANCEL not in log:
         asked = w._replace(cancels=w.cancels - 1)
-        if kit.rules.cancel_refusal(log) is None:
+        if _may_cancel(kit, w):
             if kit.breaks("a cancel is written before it counts"):
                 yield "person: cancels", kit.note_source(asked, Fact.CANCEL)._replace(cancel="accepted")
             else:
                 yield "person: cancels", asked._replace(cancel="written", s_journal=w.s_journal | S_CANCEL)
     if w.cancel == "written":
-        if kit.rules.cancel_refusal(log) is None or kit.breaks("a cancel is asked about twice"):
+        if _may_cancel(kit, w) or kit.breaks("a cancel is asked about twice"):
             yield "the cancel is accepted", kit.note_source(w, Fact.CANCEL)._replace(cancel="accepted")
         else:
             journal = w.s_journal & ~S_CANCEL | S_NO_CANCEL
             yield "the cancel is refused: too late", w._replace(cancel="", s_journal=journal)
     if kit.setting.mode == "postcopy" and w.s_source == "BUSY" and Fact.START_POSTCOPY not in log:
         yield "policy: the switch to postcopy", kit.note_source(w, Fact.START_POSTCOPY)
-    named = TOOL.search(kit.source(w).row.action)
-    if named and not w.s_doing:
-        yield from _rescue(kit, w, named.group(1))
+    if kit.source(w).row.remedy is Remedy.FEED and not w.s_doing:
+        yield from _feed(kit, w)
 
 
-def _rescue(kit: Kit, w: World, tool: str) -> Iterator[Step]:
-    """The rescue tools, where `core.rescue` and the proofs that they ask for would let them work."""
+def _may_cancel(kit: Kit, w: World) -> bool:
+    """`SourceAttempt.want_cancel`."""
+    was_refused = kit.source(w).view.target is Target.REFUSED
+    return kit.rules.cancel_refusal(logs.log_of(w.s_log), was_refused=was_refused) is None
+
+
+def _feed(kit: Kit, w: World) -> Iterator[Step]:
+    """`vmferry recover NAME` where the row's remedy is to feed the destination, and its tool would work."""
     view = kit.source(w).view
-    gone = view.target.name == "GONE"
-    if tool == "bring-back" and gone and w.s_word in ("postcopy-paused", "postcopy-active", "postcopy-recover"):
-        led = w._replace(s_word="completed", s_run="postmigrate", channel="cut")
-        yield "person: vmferry rescue bring-back", source.hear(kit, led)
-    sticks = w.s_word in ("failed", "cancelled") and w.s_run == "finish-migrate" and not w.s_hung
-    if tool == "throw-away" and sticks and (gone or view.grant.name != "SENT"):
-        led = w._replace(s_word="completed", s_run="postmigrate", lock="none" if w.lock == "src" else w.lock)
-        yield "person: vmferry rescue throw-away", source.hear(kit, led)
-    unserved = view.source.name in ("BACK", "ENDING", "BROKEN", "SILENT", "GONE")
-    if tool == "feed" and view.target.name == "RAN" and unserved and w.d_word == "postcopy-paused" and w.link:
-        fed = kit.note_source(w._replace(d_word="completed", channel="cut"), Fact.ALL_SENT, Fact.PEER_ACK)
-        yield "person: vmferry rescue feed", fed
+    waits = (Target.RAN, Target.LOADED, Target.REFUSED) if view.source is Source.GONE else (Target.RAN,)
+    unserved = view.source in (Source.BACK, Source.ENDING, Source.BROKEN, Source.SILENT, Source.GONE)
+    if view.target in waits and unserved and w.d_word == "postcopy-paused" and w.link and w.d_log > 0:
+        yield "person: vmferry recover", source.arrived(kit, w._replace(d_word="completed", channel="cut"))
 
 
 def faults(kit: Kit, w: World) -> Iterator[Step]:
@@ -111,7 +110,7 @@ def faults(kit: Kit, w: World) -> Iterator[Step]:
 
 
 def _crashes(w: World) -> Iterator[Step]:
-    if w.s_log not in (DOWN, 0):
+    if w.s_log not in (DOWN, 0) or w.s_stage == "unwritten":
         yield "the source's agent dies", restart.source_dies(w)
     if w.d_log not in (DOWN, 0):
         yield "the destination's agent dies", restart.destination_dies(w)
@@ -140,13 +139,13 @@ def _hangs(w: World) -> Iterator[Step]:
     if w.d_stage == "cont" and w.d_cont:
         # A cont that is still to be carried out is carried out later; an answer that comes too late is not read.
         late = w.d_cont if w.d_cont == C_SENT else C_NONE
-        unheard = destination.done(w)._replace(d_cont=late, d_machine="silent")
+        unheard = destination.done(w)._replace(d_cont=late, d_machine="silent", d_unanswered=True)
         yield "the answer to cont is not awaited long enough", unheard
 
 
 def _network(w: World) -> Iterator[Step]:
     if w.link:
-        yield "the link of the agents is down", w._replace(link=False)
+        yield "the link of the agents is down", w._replace(link=False, push=None)
     if w.s_stage in ("sent", "served"):
         yield "the call is not answered in time", source.unreachable(w)
     if w.s_stage == "sent" and w.request and w.request not in source.QUESTIONS and not w.stray:

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from vmferry.model import destination
 from vmferry.model.rules import Kit
-from vmferry.model.world import C_DONE, C_REFUSED, C_SENT, World, destination_alive, source_alive
+from vmferry.model.world import C_DONE, C_NONE, C_REFUSED, C_SENT, World, destination_alive, source_alive
 
 Step = tuple[str, World]
 
@@ -43,7 +44,8 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
 def _forward(kit: Kit, w: World) -> Iterator[Step]:
     s, d = w.s_word, w.d_word
     if s == "setup" and d == "setup":
-        yield "the QEMUs shake hands", w._replace(s_word="active", d_word="active")
+        # Nothing follows from seeing it there, so it is seen at once.
+        yield "the QEMUs shake hands", destination.look_now(kit, w._replace(s_word="active", d_word="active"))
     elif s == "active" and d == "active" and (kit.setting.mode == "precopy" or w.s_told_postcopy):
         yield (
             "the source stops for the switchover",
@@ -98,7 +100,7 @@ def _endings(kit: Kit, w: World) -> Iterator[Step]:
         cut = w._replace(s_word=over, channel="cut")
         if w.s_run != "finish-migrate":
             yield f"the source's QEMU has {over}", cut
-        elif w.lock == "dst":
+        elif w.lock in ("dst", "fence"):
             yield f"the source's QEMU has {over} and sticks: its disks are locked", cut
         else:
             yield f"the source's QEMU has {over} and goes back", back(cut)
@@ -113,10 +115,16 @@ def back(w: World) -> World:
 
 
 def _cont(kit: Kit, w: World) -> Iterator[Step]:
+    """QEMU carries `cont` out; an answer that nobody waits for is not kept."""
+    for name, after in _carried_out(kit, w):
+        yield name, after if w.d_stage == "cont" else after._replace(d_cont=C_NONE)
+
+
+def _carried_out(kit: Kit, w: World) -> Iterator[Step]:
     if w.d_word not in STARTABLE or w.d_run == "inmigrate":
         yield "the destination's QEMU refuses cont", w._replace(d_cont=C_REFUSED)
         return
-    if w.lock == "src":
+    if w.lock in ("src", "fence"):
         yield "the destination's QEMU refuses cont: the source has the disks", w._replace(d_cont=C_REFUSED)
     else:
         yield (

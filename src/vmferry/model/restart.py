@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
+from vmferry.model.destination import killed
 from vmferry.model.rules import Kit
 from vmferry.model.source import QUESTIONS, hear, quit_qemu
 from vmferry.model.world import (
@@ -19,7 +20,9 @@ from vmferry.model.world import (
     DOWN,
     S_CANCEL,
     S_COMMITTED,
+    S_FENCED,
     S_FORGOTTEN,
+    S_TURNED,
     World,
     destination_alive,
     source_alive,
@@ -37,7 +40,8 @@ def source_dies(w: World) -> World:
     return w._replace(
         s_log=DOWN, s_heard="", s_source="IDLE", s_cpus="UNKNOWN", s_cpus_fresh=False, s_answers=True, s_doing="",
         s_stage="", s_answer=None, s_cancelled_once=False, s_tried="", s_result=result, push=None, request="",
-        stray=w.stray or (w.request if w.request not in QUESTIONS else ""),
+        stray=w.stray or (w.request if w.request not in QUESTIONS else ""), s_restored=False,
+        lock="none" if w.lock == "fence" else w.lock,
         cancel="" if w.cancel == "written" else w.cancel,
     )  # fmt: skip
 
@@ -46,7 +50,7 @@ def destination_dies(w: World) -> World:
     """The same for the destination's agent. A `cont` that it wrote is still carried out."""
     waiting = w.s_stage == "served" or (w.s_stage == "answered" and w.s_answer != "unreachable")
     return w._replace(
-        d_log=DOWN, d_machine="", d_sees_running=False, d_doing="", d_stage="", d_listens=False, d_news=False,
+        d_log=DOWN, d_machine="", d_sees_running=False, d_doing="", d_stage="", d_listens=False, d_unanswered=False,
         push=None, d_cont=w.d_cont if w.d_cont == C_SENT else C_NONE, request="", stray="",
         s_stage="answered" if waiting or w.request else w.s_stage,
         s_answer="unreachable" if waiting or w.request else w.s_answer,
@@ -67,12 +71,11 @@ def _source(kit: Kit, w: World) -> World:
     if w.s_journal & S_FORGOTTEN:
         # It was retired after the destination ran the guest and had every page: restore ends that very process.
         return quit_qemu(w)._replace(s_log=0, s_result=Outcome.DESTINATION.value)
-    if not source_alive(w):
-        return w._replace(s_log=0, s_result=Outcome.LOST.value)
-    w = kit.note_source(w._replace(s_log=0), Fact.MIGRATE)
+    alive = source_alive(w)
+    w = kit.note_source(w._replace(s_log=0, s_restored=True), Fact.MIGRATE)
     if w.s_journal & S_CANCEL:
         w = kit.note_source(w, Fact.CANCEL)
-    word = "" if w.s_hung or w.s_word == "none" else w.s_word
+    word = "" if w.s_hung or not alive or w.s_word == "none" else w.s_word
     if word == "completed" and w.s_run not in GIVEN_AWAY:
         word = ""
     known = (Fact.PREPARE, Fact.PAUSE_CAP, Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED)
@@ -81,26 +84,34 @@ def _source(kit: Kit, w: World) -> World:
         w = kit.note_source(w, Fact.COMMITTED)
         if not kit.breaks("a commit counts as sent after a restart"):
             w = kit.note_source(w, Fact.GRANT_SENT)
-    elif word in ("", *NOT_BEGUN):
+        if w.s_journal & S_TURNED:
+            w = kit.note_source(w, Fact.ERROR)
+        if w.s_journal & S_FENCED:
+            w = kit.note_source(w, (Fact.FENCED, 1))
+    elif alive and word in ("", *NOT_BEGUN):
         w = kit.note_source(w, Fact.ERROR)
+    if not alive:
+        return kit.note_source(w, Fact.SOURCE_GONE)._replace(s_answers=False)
     return hear(kit, w) if word else w._replace(s_heard="", s_source="IDLE")
 
 
 def _destination(kit: Kit, w: World) -> World:
     journal = w.d_journal
     if not journal & D_PLACE or journal & (D_RENOUNCED | D_ENDED):
-        return w._replace(d_log=0)
+        # One that died between the promise and its keeping left a QEMU, which is ended now.
+        left = journal & D_RENOUNCED and not journal & D_ENDED and destination_alive(w)
+        return (killed(w) if left else w)._replace(d_log=0)
     w = kit.note_destination(w._replace(d_log=0), Fact.PREPARE)
     alive, kept = destination_alive(w), bool(journal & D_KEPT)
-    if kept and alive:
+    if kept:
         w = kit.note_destination(w, Fact.COMMITTED, Fact.LOADED, Fact.TARGET_RAN, Fact.RUN_ACKED)
-    if alive:
-        w = w._replace(d_machine="ok")
+    if alive or kept:
+        w = w._replace(d_machine="ok" if alive else "gone")
     if journal & D_COMMITTED:
         w = kit.note_destination(w, Fact.COMMITTED, (Fact.GRANTED, 1))
         if not kept and _may_have_run(kit, w):
             w = kit.note_destination(w, (Fact.START_SENT, 1))
-    if not alive:
+    if not w.d_machine:
         w = kit.note_destination(w, Fact.ERROR)
     return w
 

@@ -41,14 +41,14 @@ class Rules:
     source_allows: Callable[[Effect, SourceView], bool] = decide.source_allows
     destination_allows: Callable[[DestinationEffect, DestinationView], bool] = decide.destination_allows
     effect_now: Callable[[Row[Any], float], Any] = decide.effect_now
-    cancel_refusal: Callable[[FactLog], str | None] = status.cancel_refusal
+    cancel_refusal: Callable[..., str | None] = status.cancel_refusal
     source_status: Callable[[FactLog], MigrationStatus] = status.source_status
     destination_status: Callable[[FactLog], MigrationStatus] = status.destination_status
     broken: frozenset[str] = frozenset()
     """Promises of the environment's contract that this mutant breaks."""
 
 
-NEVER_READ = frozenset({Fact.SOURCE_RESUMED, Fact.SOURCE_RETIRED})
+NEVER_READ = frozenset({Fact.SOURCE_RESUMED, Fact.SOURCE_RETIRED, Fact.BROUGHT_BACK})
 """Facts for the reader of a timeline: no view, no rule and no finding asks for them."""
 TIMELESS_MS = 1e12
 """Longer than any limit: the row lasted too long."""
@@ -134,7 +134,7 @@ class Kit:
         mask = w.d_log
         for fact in facts:
             mask = self._note("destination", mask, fact)
-        return w if mask == w.d_log else w._replace(d_log=mask, d_news=mask > 0)
+        return w if mask == w.d_log else w._replace(d_log=mask)
 
     def _note(self, side: str, mask: Mask, what: Fact | tuple[Fact, int]) -> Mask:
         key = (side, mask, what)

@@ -1,8 +1,9 @@
 """The source's agent: when it looks, hears, decides and acts.
 
 Each effect is one branch of one match, as in `agent.source_act`: what it does to the world and which facts it notes,
-in which order. An effect that waits for something is taken apart where the real one awaits: decided (`due`), then the
-guard again and the first part, then its call or its next part. Anything may happen between two parts.
+in which order. An effect that waits for something is taken apart where the real one awaits: the guard and the first
+part, then its call or its next part. Anything may happen between two parts, and between a decision and its guard
+(`explore.steps`).
 """
 
 from __future__ import annotations
@@ -12,20 +13,32 @@ from typing import Final, assert_never
 
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
-from vmferry.core.view import Cpus, Source, cpus_from, source_word
+from vmferry.core.table import Outcome
+from vmferry.core.view import Cpus, Source, Target, Want, cpus_from, is_fenced, source_word
 from vmferry.model import logs
 from vmferry.model.qemu import IN_POSTCOPY
 from vmferry.model.rules import Kit, source_at_work
-from vmferry.model.world import S_COMMITTED, S_FORGOTTEN, Told, World, destination_alive, source_alive
+from vmferry.model.world import (
+    S_COMMITTED,
+    S_FENCED,
+    S_FORGOTTEN,
+    S_TURNED,
+    Told,
+    World,
+    destination_alive,
+    source_alive,
+)
 
 Step = tuple[str, World]
 
-INTERRUPTIBLE: Final = frozenset({"PREPARE", "MAKE_SURE", "ASK_TARGET", "RECONNECT"})
+INTERRUPTIBLE: Final = frozenset({"PREPARE", "MAKE_SURE", "ASK_TARGET", "RELEASE_TARGET", "RECONNECT"})
 """Of the effects that wait for a call here: those that end half-way when the table asks for something else."""
 QUESTIONS: Final = frozenset({"ready", "target"})
 """Calls that change nothing there and are answered at once: it does not matter when a late one arrives."""
 RUN_STATE_MATTERS: Final = frozenset({"BACK", "DONE", "IDLE", "ENDING"})
 CANCELLABLE: Final = frozenset({"setup", "active", "pre-switchover", "device", "failing"})
+AT_REST: Final = frozenset({"none", "failed", "cancelled", "completed"})
+"""In these words QEMU changes its run state no more by itself."""
 CONT_WORKS: Final = frozenset({"none", "setup", "active", "failed", "cancelled", "completed"})
 
 
@@ -51,17 +64,23 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
 
 
 def _decides(kit: Kit, w: World) -> Iterator[Step]:
+    for name, decided in decisions(kit, w):
+        effect = Effect[name]
+        if kit.source_may(effect, decided):
+            yield from act(kit, decided, effect)
+
+
+def decisions(kit: Kit, w: World) -> Iterator[tuple[str, World]]:
+    """The effects that the source's agent may decide on now, and the world in which each is due."""
     choice = kit.source(w)
     row = choice.row
     tried = row.label if row.limit_ms is not None and row.do is not None else ""
     for name in choice.due:
         if not _is_premature(w, name):
-            decided = w._replace(s_doing=name, s_stage="due", s_tried=tried)
-            yield f"source agent decides {Effect[name].value}", decided
-    if row.do is None or w.s_tried == row.label:
+            yield name, w._replace(s_doing=name, s_stage="due", s_tried=tried)
+    if row.do is None or w.s_tried == row.label:  # it has lasted too long
         for name in choice.late:
-            decided = w._replace(s_doing=name, s_stage="due", s_tried="")
-            yield f"source agent decides {Effect[name].value}: {row.label} has lasted too long", decided
+            yield name, w._replace(s_doing=name, s_stage="due", s_tried="")
 
 
 def _is_premature(w: World, name: str) -> bool:
@@ -90,7 +109,7 @@ def _looks(kit: Kit, w: World) -> Iterator[Step]:
         return
     if w.s_heard != w.s_word or w.s_source == "SILENT":
         yield f"source agent hears {w.s_word}", hear(kit, w)
-    if cpus_matter(w) and not w.s_cpus_fresh:
+    if cpus_matter(kit, w) and not w.s_cpus_fresh:
         yield f"source agent sees run state {w.s_run}", see_cpus(kit, w)
 
 
@@ -106,18 +125,19 @@ def hear(kit: Kit, w: World) -> World:
     proof = not (kit.breaks("waits for the proof") and word == "postcopy-device")
     findings = kit.rules.source_findings(word if proof else "postcopy-active", logs.log_of(w.s_log), has_proof=True)
     w = kit.note_source(w, *((fact, number) if number else fact for fact, number, _ in findings))
-    return w._replace(s_heard=word, s_source=source_word(word).name, s_cpus_fresh=False)
+    w = w._replace(s_heard=word, s_source=source_word(word).name, s_cpus_fresh=False)
+    if word not in AT_REST:
+        return w
+    w = w._replace(s_cancelled_once=False)  # nothing is left to cancel
+    return see_cpus(kit, w) if cpus_matter(kit, w) else w
 
 
-def cpus_matter(w: World) -> bool:
+def cpus_matter(kit: Kit, w: World) -> bool:
     """`SourceAttempt._cpus_matter`."""
-    source = w.s_source
-    if logs.has(w.s_log, Fact.SOURCE_GONE):
+    view = kit.source(w).view
+    if view.source.name not in RUN_STATE_MATTERS:
         return False
-    if logs.has(w.s_log, Fact.ALL_SENT) and source == "BROKEN":
-        source = "DONE"
-    turned = (Fact.ERROR, Fact.CANCEL, Fact.TARGET_GONE)
-    return source in RUN_STATE_MATTERS and any(logs.has(w.s_log, fact) for fact in turned)
+    return w.s_restored or view.want is Want.BACK or view.target is Target.GONE
 
 
 def see_cpus(kit: Kit, w: World) -> World:
@@ -137,11 +157,21 @@ def hear_target(kit: Kit, w: World, told: Told) -> World:
         w = kit.note_source(w, (Fact.START_REFUSED, told.refused))
     if told.ran:
         w = kit.note_source(w, Fact.RUN_ACKED)
+    if told.whole:
+        w = kit.note_source(w, Fact.TARGET_WHOLE)
+        if told.ran:
+            w = arrived(kit, w)
     if told.died:
         w = kit.note_source(w, Fact.TARGET_DIED)
     if told.gone:
         w = kit.note_source(w, Fact.TARGET_GONE)
     return w
+
+
+def arrived(kit: Kit, w: World) -> World:
+    """The guest runs there with every page, whatever QEMU said of it: that proves what its "completed" would."""
+    found = kit.rules.source_findings("completed", logs.log_of(w.s_log), has_proof=True)
+    return kit.note_source(w, *((fact, number) if number else fact for fact, number, _ in found))
 
 
 # --- acting -------------------------------------------------------------------------------------------------
@@ -189,17 +219,9 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
         case Effect.RESUME_SOURCE:
             yield from _resume(kit, w)
         case Effect.BRING_BACK:
-            brought = w._replace(s_word="completed", s_run="postmigrate", channel="cut", s_cpus_fresh=False)
-            yield (
-                "source agent leads its QEMU out of postcopy",
-                hear(kit, done(kit.note_source(brought, Fact.BROUGHT_BACK))),
-            )
+            yield "source agent pauses the postcopy of its QEMU", _pause_postcopy(w)._replace(s_stage="paused")
         case Effect.THROW_AWAY:
-            brought = w._replace(s_word="completed", s_run="postmigrate", s_cpus_fresh=False)
-            yield (
-                "source agent leads its QEMU out of finish-migrate",
-                hear(kit, done(kit.note_source(brought, Fact.BROUGHT_BACK))),
-            )
+            yield "source agent leads its QEMU out of finish-migrate", _throw_away(kit, w)
         case Effect.FENCE_TARGET:
             yield "source agent asks the silent destination once more", call(w, "target")
         case Effect.STOP_SOURCE:
@@ -254,8 +276,39 @@ def _commit(kit: Kit, w: World) -> Iterator[Step]:
 
 
 def _pause_postcopy(w: World) -> World:
-    word = "postcopy-paused" if w.s_word in IN_POSTCOPY else w.s_word
+    word = "postcopy-paused" if w.s_word in IN_POSTCOPY and not w.s_hung else w.s_word
     return w._replace(s_word=word, channel="cut")
+
+
+def _bring_back(kit: Kit, w: World) -> World:
+    """`rescue.bring_back` after its pause: the proof again, then the stand-in."""
+    if w.s_word != "postcopy-paused" or w.s_hung or not kit.source_may(Effect.BRING_BACK, w):
+        return hear(kit, done(w))
+    brought = w._replace(s_word="completed", s_run="postmigrate", channel="cut", s_cpus_fresh=False)
+    return hear(kit, done(kit.note_source(brought, Fact.BROUGHT_BACK)))
+
+
+def _throw_away(kit: Kit, w: World) -> World:
+    if w.s_word not in ("failed", "cancelled") or w.s_run != "finish-migrate" or w.s_hung:
+        return hear(kit, done(w))
+    thrown = w._replace(s_word="completed", s_run="postmigrate", s_cpus_fresh=False)
+    return hear(kit, done(kit.note_source(thrown, Fact.BROUGHT_BACK)))
+
+
+def _fence(kit: Kit, w: World) -> Iterator[Step]:
+    """`way_back.fence`, its question not answered: the locks, if they are free and nothing was written since.
+
+    A guest that ran has written: what did not is a guest of which nothing reached a disk."""
+    silent = hear(kit, done(w)._replace(s_answers=False))
+    if not source_alive(w) or w.lock not in ("none", "fence") or w.d_ran:
+        yield "source agent cannot fence the destination off", silent
+        return
+    journal = w.s_journal if kit.breaks("a fence is durable before it is used") else w.s_journal | S_FENCED
+    held = silent._replace(lock="fence", s_journal=journal)
+    number = logs.last_round(w.s_log, Fact.FENCED) + 1
+    yield "source agent fences the destination off by its locks", kit.note_source(held, (Fact.FENCED, number))
+    if kit.may_fail(w, "journal"):
+        yield "fault: the source's journal cannot be written, no fence", silent._replace(faults=w.faults - 1)
 
 
 def _cancel(kit: Kit, w: World) -> World:
@@ -276,20 +329,48 @@ def _cancel(kit: Kit, w: World) -> World:
 
 
 def _resume(kit: Kit, w: World) -> Iterator[Step]:
+    """`_resume`: the turning back is durable, a fence is given back, `cont`."""
+    journal = w.s_journal
+    if logs.has(w.s_log, Fact.COMMITTED) and not kit.breaks("turned back before the guest runs"):
+        journal |= S_TURNED
+        if not w.s_journal & S_TURNED and kit.may_fail(w, "journal"):
+            failed = done(w)._replace(faults=w.faults - 1)
+            yield "fault: the source's journal cannot be written, no start", hear(kit, failed)
+    turned = w._replace(s_journal=journal)
+    if w.lock == "fence":
+        given = turned._replace(lock="none", s_stage="unfenced")
+        yield "source agent gives the fence's locks back", given
+    else:
+        yield from _cont(kit, turned)
+
+
+def _fence_again(kit: Kit, w: World) -> World:
+    """`way_back.fence_again`: `cont` was refused."""
+    if w.lock == "none" and not w.d_ran:
+        return hear(kit, done(w._replace(lock="fence")))
+    return hear(kit, done(kit.note_source(w, (Fact.FENCE_BROKEN, logs.last_round(w.s_log, Fact.FENCED)))))
+
+
+def _cont(kit: Kit, w: World) -> Iterator[Step]:
     possible = w.s_word in CONT_WORKS and w.s_run in ("paused", "postmigrate", "running") and not w.s_hung
+    refused = _fence_again(kit, w) if w.s_stage == "unfenced" else hear(kit, done(w))
     if not possible or w.lock == "dst":
-        yield "the source's QEMU refuses cont", hear(kit, done(w))
+        yield "the source's QEMU refuses cont", refused
         return
     runs = w._replace(s_run="running", lock="off" if w.lock == "off" else "src", s_cpus="AS_BEFORE", d_stale=True)
     yield "source agent starts the guest again", hear(kit, done(kit.note_source(runs, Fact.SOURCE_RESUMED)))
     if w.s_run != "running" and w.lock != "src" and kit.may_fail(w, "storage"):
-        yield "fault: storage refuses the source's cont", hear(kit, done(w._replace(faults=w.faults - 1)))
+        yield "fault: storage refuses the source's cont", refused._replace(faults=w.faults - 1)
 
 
 def _clean_up(kit: Kit, w: World) -> World:
-    outcome = kit.source(w).row.outcome.value
+    outcome = kit.source(w).row.outcome
     cut = "cut" if w.channel == "up" else w.channel
-    return kit.note_source(w, Fact.CLEANUP)._replace(s_stage="journal", s_result=outcome, channel=cut)
+    if outcome is Outcome.DESTINATION:
+        w = w._replace(s_journal=w.s_journal | S_FORGOTTEN)
+    if is_fenced(logs.log_of(w.s_log)):
+        w = kit.note_source(w, Fact.ERROR)
+    return kit.note_source(w, Fact.CLEANUP)._replace(s_stage="journal", s_result=outcome.value, channel=cut)
 
 
 # --- what takes longer --------------------------------------------------------------------------------------
@@ -305,6 +386,10 @@ def _goes_on(kit: Kit, w: World) -> Iterator[Step]:
             yield "the switch to postcopy is refused, the guest runs on", hear(kit, done(runs))
         else:
             yield "the switch to postcopy is refused", hear(kit, done(w))
+    elif w.s_stage == "paused":
+        yield "source agent leads its QEMU out of postcopy", _bring_back(kit, w)
+    elif w.s_stage == "unfenced":
+        yield from _cont(kit, w)
     elif w.s_stage == "forgotten":
         yield "source agent ends its QEMU", done(kit.note_source(quit_qemu(w), Fact.SOURCE_RETIRED, Fact.SOURCE_GONE))
 
@@ -327,6 +412,7 @@ def _end(kit: Kit, w: World) -> Iterator[Step]:
 def rests(w: World) -> World:
     """What the attempt has read counts no more: it is over, and its result is in the journal."""
     return w._replace(
+        s_log=0, s_restored=False,
         s_heard="", s_source="IDLE", s_cpus="UNKNOWN", s_cpus_fresh=False, s_answers=True, s_cancelled_once=False,
         s_tried="", push=None,
     )  # fmt: skip
@@ -337,7 +423,9 @@ def _waits(kit: Kit, w: World) -> Iterator[Step]:
     if effect.name in INTERRUPTIBLE and kit.source(w).row.do is not effect and w.s_stage != "answered":
         late = w.stray or (w.request if w.request not in QUESTIONS else "")
         yield f"source agent gives {effect.value} up", done(w)._replace(request="", stray=late)
-    if w.s_stage == "answered":
+    if w.s_stage == "answered" and effect is Effect.FENCE_TARGET and w.s_answer == "unreachable":
+        yield from _fence(kit, w)
+    elif w.s_stage == "answered":
         yield f"source agent hears the answer to {effect.value}", _answered(kit, w, effect)
 
 
@@ -350,7 +438,7 @@ def _answered(kit: Kit, w: World, effect: Effect) -> World:
             w = kit.note_source(w, Fact.TARGET_READY)
         if effect is Effect.SEND_GRANT:
             w = kit.note_source(w, Fact.GRANT_SENT)
-        return w
+        return hear(kit, w) if effect is Effect.RECONNECT else w
     if answer == "offer" and effect is Effect.PREPARE:
         return kit.note_source(w, Fact.PREPARED)
     if answer == "offer" and effect is Effect.RECONNECT:

@@ -15,13 +15,16 @@ UNREAD = {Fact.COLO}  # vmferry refuses to start it, and it stands for completed
 
 
 def history(rng: random.Random) -> list[tuple[Fact, int]]:
-    """Facts in random order, as far as they can come so: rounds one after another, a lost link after the proof."""
+    """Facts in random order, as far as they can come so: rounds one after another, a lost link after the proof, and
+    that after the package."""
     facts: list[tuple[Fact, int]] = [(Fact.MIGRATE, 0), (Fact.PREPARE, 0)]
     possible = [fact for fact in Fact if fact not in UNREAD]
     for fact in rng.sample(possible, rng.randrange(1, len(possible))):
         seen = {f for f, _ in facts}
         if fact is Fact.LINK_LOST and Fact.PACKAGE_LOADED not in seen:
-            facts.append((Fact.PACKAGE_LOADED, 0))
+            facts += [(Fact.PACKAGE_SENT, 0), (Fact.PACKAGE_LOADED, 0)]
+        if fact in (Fact.PACKAGE_LOADED, Fact.POSTCOPY_ANNOUNCED) and Fact.PACKAGE_SENT not in seen:
+            facts.append((Fact.PACKAGE_SENT, 0))
         rounds = range(1, rng.randrange(2, logs.ROUNDS_MAX + 1)) if fact in ROUNDED else (0,)
         facts += [(fact, round_no) for round_no in rounds]
     return facts
