@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmferry.core.facts import ROUNDED, Fact, FactLog, Recorded, error_stamp, first_error, visible_error
+from vmferry.core.facts import ROUNDED, Fact, FactLog, Recorded, error_stamp, first_error, open_round, visible_error
 from vmferry.core.status import source_status
 
 STEPS = st.lists(
@@ -107,3 +107,10 @@ def test_an_error_is_a_cause_or_a_consequence_of_the_cancel() -> None:
     assert visible_error(log_of((Fact.ERROR, 0))) == ("error#0", "cause")
     assert visible_error(log_of((Fact.ERROR, 0), (Fact.CANCEL, 0))) == ("error#0", "cause")
     assert visible_error(log_of((Fact.CANCEL, 0), (Fact.ERROR, 0))) == ("error#0", "consequence of the cancel")
+
+
+def test_a_round_is_open_from_its_loss_to_its_acknowledged_resume() -> None:
+    lost = log_of((Fact.LINK_LOST, 1))
+    assert (open_round(FactLog()), open_round(lost)) == (0, 1)
+    healed = lost.with_fact(Fact.RESUME_ACK, round_no=1)
+    assert (open_round(healed), open_round(healed.with_fact(Fact.LINK_LOST, round_no=2))) == (0, 2)

@@ -50,3 +50,10 @@ def test_newer_ones_lose_them_while_postcopy_stands_by(
 )
 def test_newer_ones_go_back_from_the_end_of_a_postcopy(version: tuple[int, int, int] | None, goes_back: bool) -> None:
     assert hazards.goes_back_after_grant(version) is goes_back
+
+
+@pytest.mark.parametrize(
+    ("version", "waits"), [(None, True), ((7, 2, 22), True), ((8, 1, 9), True), ((8, 2, 0), False), (NEW, False)]
+)
+def test_older_ones_wait_for_ever_after_their_last_page(version: tuple[int, int, int] | None, waits: bool) -> None:
+    assert hazards.waits_for_ever_after_last_page(version) is waits

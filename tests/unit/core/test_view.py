@@ -251,3 +251,38 @@ def test_answers_lists_every_answer_and_knows_no_other_question() -> None:
 
 def test_readings_are_replaced_whole() -> None:
     assert replace(Readings(), source=Source.DONE) == Readings(source=Source.DONE)
+
+
+@pytest.mark.proves("S17", "S124")
+def test_a_channel_that_only_the_destination_knows_to_be_lost_is_broken() -> None:
+    for cut_off, source in ((False, Source.POSTCOPY), (True, Source.BROKEN)):
+        readings = Readings(source=Source.POSTCOPY, target_is_cut_off=cut_off)
+        assert source_view(FactLog(), readings).source is source
+    assert source_view(FactLog(), Readings(source=Source.BUSY, target_is_cut_off=True)).source is Source.BUSY
+
+
+@pytest.mark.proves("S117", "S119")
+@pytest.mark.parametrize(
+    ("is_lost", "pauses", "is_frozen", "halt"),
+    [
+        (True, True, False, Halt.WANTED),
+        (True, True, True, Halt.KEPT),
+        (False, True, True, Halt.OVER),
+        (True, False, True, Halt.OVER),
+        (True, False, False, Halt.NONE),
+    ],
+)
+def test_when_the_cpus_are_stopped_from_outside(is_lost: bool, pauses: bool, is_frozen: bool, halt: Halt) -> None:
+    log = log_of((F.LINK_LOST, 1)) if is_lost else FactLog()
+    found = destination_view(log, Incoming.RUNNING, pauses=pauses, is_frozen=is_frozen)
+    assert found.halt is halt
+    whole = destination_view(log.with_fact(F.ALL_SENT), Incoming.RUNNING, pauses=pauses, is_frozen=is_frozen)
+    assert whole.halt in (Halt.NONE, Halt.OVER)
+
+
+def test_pages_that_were_held_back_may_go_once_the_guest_runs_there() -> None:
+    slow = log_of(F.SLOWED)
+    assert source_view(slow, Readings()).change is Change.NONE
+    ran = slow.with_fact(F.RUN_ACKED)
+    assert source_view(ran, Readings()).change is Change.PACE
+    assert source_view(ran.with_fact(F.PACED), Readings()).change is Change.NONE

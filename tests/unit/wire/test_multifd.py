@@ -305,7 +305,7 @@ def test_rows_of_a_large_block() -> None:
     decoder = MultifdDecoder({"pc.ram": large})
     decoder.feed(INIT + join([make_packet(large, OFFSETS, NONE, number=0), MultifdPages(large, OFFSETS, PAGES)]))
     drain(decoder)
-    for first in (4090, 4096, 0, 8191, (1 << 28) - 128):
+    for first in (4090, 4096, 4200, 0, 8191, (1 << 28) - 128):
         offsets = (np.arange(first, first + 128, dtype=np.uint64)) * np.uint64(4096)
         head = join([make_packet(large, offsets, NONE, number=1)])
         assert decoder.take_row(head) == (large, first, 128)
@@ -318,3 +318,9 @@ def test_compressed_pages_have_no_place_of_their_own() -> None:
     assert isinstance(packet, MultifdPacket)
     assert decoder.plain_pages() is None
     assert decoder.wanted_bytes == packet.payload_claimed
+
+
+def test_a_head_comes_next_only_where_one_begins() -> None:
+    decoder = MultifdDecoder(BLOCKS)
+    assert not decoder.is_at_head, "a channel introduces itself first"
+    assert after_a_packet().is_at_head
