@@ -125,10 +125,13 @@ class LocksFence:
         """In a thread: an image may lie on a network that hangs."""
         if not self._before:
             return Finding(Verdict.UNKNOWN, "it has no writable image on which both hosts see each other's locks")
+        work = asyncio.ensure_future(asyncio.to_thread(self._take_all))
         try:
             async with asyncio.timeout(ASK_S):
-                return await asyncio.to_thread(self._take_all)
+                return await asyncio.shield(work)
         except TimeoutError:
+            # A thread cannot be stopped: what it takes after all, nobody knows of, and the source itself wants.
+            work.add_done_callback(lambda _: self.release())
             return Finding(Verdict.UNKNOWN, "its images cannot be looked at")
 
     def _take_all(self) -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +135,36 @@ async def test_a_fence_that_is_taken_in_part_is_given_back(tmp_path: Path) -> No
     first = WriteLock.take(disks.paths[0])
     assert first is not None
     first.release()
+
+
+async def test_what_is_taken_too_late_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. an image hangs, so the fence says that it does not know  2. it comes back, and the thread takes its lock."""
+    disks = SharedDisks(tmp_path)
+    hangs, taken, given_back, take = threading.Event(), threading.Event(), threading.Event(), WriteLock.take
+
+    def slow(path: str) -> WriteLock | None:
+        assert hangs.wait(10)
+        lock = take(path)
+        if path == disks.paths[-1]:
+            taken.set()
+        return lock
+
+    monkeypatch.setattr(fences, "ASK_S", 0.01)
+    fence = disks.fence()
+    release = fence.release
+
+    def releasing() -> None:
+        release()
+        if taken.is_set():
+            given_back.set()
+
+    monkeypatch.setattr(fence, "release", releasing)
+    monkeypatch.setattr(WriteLock, "take", slow)
+    assert (await fence.ask()).verdict is Verdict.UNKNOWN
+    hangs.set()
+    assert await asyncio.to_thread(given_back.wait, 10)
+    monkeypatch.setattr(WriteLock, "take", take)
+    assert await disks.tries_to_start()
 
 
 async def test_an_answer_that_decides_nothing_and_an_error_are_unknown() -> None:
