@@ -27,7 +27,7 @@ from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import destination_findings
 from vmferry.agent.wants import Place
-from vmferry.core.decide import decide_destination, destination_allows
+from vmferry.core.decide import destination_allows, destination_row
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog, open_round
 from vmferry.core.report import place_wire
@@ -109,9 +109,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         return Incoming.LOADED if Fact.LOADED in self.facts else Incoming.LOADING
 
     def row(self) -> Row[DestinationEffect]:
-        return decide_destination(
-            self.facts, self.incoming(), pauses=self.policy.pauses, is_frozen=self.freezer is not None
-        )
+        return destination_row(self.view())
 
     def view(self) -> DestinationView:
         """The table's questions, answered now."""

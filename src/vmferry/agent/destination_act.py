@@ -106,8 +106,9 @@ def _make_credentials(attempt: DestinationAttempt) -> job_credentials.JobCredent
     return credentials
 
 
-async def _listen_inside(attempt: DestinationAttempt) -> str:
-    """Multifd needs several connections, which `fd:` does not carry: QEMU listens by itself."""
+async def _listen_inside(attempt: DestinationAttempt, command: str = "migrate-incoming", *, oob: bool = False) -> str:
+    """Several connections, which `fd:` does not carry: QEMU listens by itself, at the first port that is free. Where.
+    Raises QmpCommandError when none is."""
     machine, config = attempt.machine, attempt.context.config
     assert machine is not None
     host = f"[{config.data_address}]" if ":" in config.data_address else config.data_address
@@ -115,7 +116,7 @@ async def _listen_inside(attempt: DestinationAttempt) -> str:
     failure: QmpCommandError | None = None
     for port in range(first, last + 1):
         try:
-            await machine.execute("migrate-incoming", {"uri": f"tcp:{host}:{port}"})
+            await machine.execute(command, {"uri": f"tcp:{host}:{port}"}, oob=oob)
         except QmpCommandError as error:
             failure = error
             continue
@@ -161,7 +162,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
         raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
     await attempt.until_cut_off(deadline_s=PAUSE_S)
     if attempt.place.multifd:
-        return {"uri": await _recover_inside(attempt), "cut_off": open_round(attempt.facts)}
+        return {"uri": await _listen_inside(attempt, "migrate-recover", oob=True), "cut_off": open_round(attempt.facts)}
     first, last = config.migration_ports
     listener = await attempt.context.host.open_channels(attempt.job, [config.data_address], range(first, last + 1))
     if attempt.listener is not None:
@@ -174,26 +175,6 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
     addresses = [list(address) for address in listener.addresses]
     return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
-
-
-async def _recover_inside(attempt: DestinationAttempt) -> str:
-    """Several connections, which `fd:` does not carry: QEMU itself listens for the recovery. Where. Raises
-    QmpCommandError when no port is free."""
-    machine, config = attempt.machine, attempt.context.config
-    assert machine is not None
-    host = f"[{config.data_address}]" if ":" in config.data_address else config.data_address
-    first, last = config.migration_ports
-    failure: QmpCommandError | None = None
-    for port in range(first, last + 1):
-        try:
-            await machine.execute("migrate-recover", {"uri": f"tcp:{host}:{port}"}, oob=True)
-        except QmpCommandError as error:
-            failure = error
-            continue
-        addresses = (await machine.migration()).get("socket-address") or []
-        return f"tcp:{host}:{addresses[0]['port'] if addresses else port}"
-    assert failure is not None
-    raise failure
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str) -> None:
@@ -313,7 +294,7 @@ async def _renounce(attempt: DestinationAttempt) -> None:
 
     Durable first: 1. an order to start is in the journal, and was refused  2. the QEMU is killed  3. the agent dies
     4. the next one finds an order and no QEMU, and must take the guest for one that ran and died."""
-    if Fact.TARGET_GONE not in attempt.facts and not attempt.is_renounced:
+    if not attempt.is_renounced:
         await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
         attempt.is_renounced = True
     if attempt.machine is not None and not await attempt.machine.kill():

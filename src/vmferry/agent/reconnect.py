@@ -22,7 +22,6 @@ from typing import Any
 from vmferry.agent import channel as channels
 from vmferry.agent import rescue
 from vmferry.agent.source import SourceAttempt
-from vmferry.core.facts import Fact
 from vmferry.errors import HostUnreachable, QemuError, VmferryError
 
 OFFER_S = 10.0
@@ -45,14 +44,12 @@ async def reconnect(attempt: SourceAttempt) -> None:
         # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
         await machine.execute("migrate-pause", oob=True)
     try:
-        offer = await _ask(attempt, "peer-reconnect", deadline_s=OFFER_S)
+        offer = await attempt.ask("peer-reconnect", deadline_s=OFFER_S)
     except HostUnreachable:
         raise
     except VmferryError:
         # It is there and will not wait for a channel: that it renounced, or has every page, is why, and leads on.
-        facts = await _ask(attempt, "peer-target", deadline_s=TARGET_S)
-        if facts.get("job") == attempt.job:
-            attempt.hear_target(facts)
+        attempt.hear_target(await attempt.ask_facts("peer-target", deadline_s=TARGET_S))
         raise
     attempt.set_readings(target_answers=True)
     if offer.get("uri"):
@@ -66,7 +63,7 @@ async def reconnect(attempt: SourceAttempt) -> None:
     try:
         await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
         channel.entrust(machine.pid)
-        await _ask(attempt, "peer-recovering", deadline_s=TAKEN_S, channel=channel.name)
+        await attempt.ask("peer-recovering", deadline_s=TAKEN_S, channel=channel.name)
         await _resume(attempt, f"fd:{channel.name}", offer)
     except BaseException:
         channel.cut()
@@ -84,10 +81,3 @@ async def _resume(attempt: SourceAttempt, uri: str, offer: dict[str, Any]) -> No
         raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
     attempt.healed_round = int(offer.get("cut_off", 0))
     attempt.set_readings(target_is_cut_off=False)
-
-
-async def _ask(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
-    link = attempt.context.peers.link(attempt.wanted.destination)
-    granted = Fact.GRANT_SENT in attempt.facts
-    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": granted, **more}
-    return dict(await link.call(command, question, deadline_s=deadline_s))

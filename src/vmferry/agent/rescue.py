@@ -107,11 +107,6 @@ async def ask(tool: Tool, machine: Machine) -> Answer:
     return answer
 
 
-def is_out_of_postcopy(word: object) -> bool:
-    """The migration has ended, or waits for a channel."""
-    return has_settled(None if word is None else str(word))
-
-
 async def _ask_again(tool: Tool, machine: Machine) -> None:
     """At the moment of acting nothing may have changed. Raises RescueRefused if somebody else was faster."""
     if (await ask(tool, machine)).pause_first:

@@ -298,7 +298,7 @@ async def _feed(
         if not attempt.machine.is_gone:
             await rescue_feed.require_still(attempt.machine, was_paused=_was_paused(attempt))
         begun_s = agent.clock.now_s()
-        dial = _giving(await _dial(agent, attempt))
+        dial = _giving(await _dial(attempt))
         outcome = await rescue_feed.serve(
             memory, dial, ram_section=section, tls=tls, tell=tell, deadline_s=limits.RESCUE_S
         )
@@ -326,11 +326,9 @@ def _giving(sock: socket.socket) -> rescue_feed.Dial:
     return lambda: sock
 
 
-async def _dial(agent: Agent, attempt: SourceAttempt) -> socket.socket:
+async def _dial(attempt: SourceAttempt) -> socket.socket:
     """A fresh channel to a destination that was told to wait for it. Raises HostUnreachable, QemuError …"""
-    link = agent.peers.link(attempt.wanted.destination)
-    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": True}
-    offer = dict(await link.call("peer-reconnect", question, deadline_s=RECONNECT_S))
+    offer = await attempt.ask("peer-reconnect", deadline_s=RECONNECT_S)
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     channel = await channels.dial(addresses, ticket, deadline_s=DIAL_S)

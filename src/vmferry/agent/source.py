@@ -238,6 +238,24 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._run_state = None
         self.set_readings(source=source_word(word))
 
+    async def ask(self, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
+        """One command of this job to the destination's agent. Raises HostUnreachable or the command's own error."""
+        granted = Fact.GRANT_SENT in self.facts
+        question = {"job": self.job, "generation": self.wanted.generation, "granted": granted, **more}
+        return dict(
+            await self.context.peers.link(self.wanted.destination).call(command, question, deadline_s=deadline_s)
+        )
+
+    async def ask_facts(self, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
+        """The same where the answer is what the destination knows of this job. Raises HostUnreachable for one that is
+        about nothing, or another job: what cannot be understood proves nothing."""
+        answer = await self.ask(command, deadline_s=deadline_s, **more)
+        if answer.get("job") != self.job:
+            raise HostUnreachable(
+                f"{self.wanted.destination} answered {command} with something else", side="destination", guest="unknown"
+            )
+        return answer
+
     def hear_target(self, facts: dict[str, Any]) -> None:
         """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
         # In doubt: the order to start was written to its QEMU and not answered, so it does not know itself.
@@ -303,8 +321,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         await self.context.journal.append(Entry.POLICY, self.job, changes)
         self.apply_policy(self.policy.changed(changes))
         if Fact.PREPARED in self.facts:
-            question = {"job": self.job, "generation": self.wanted.generation, "policy": changes}
-            await self.context.peers.link(self.wanted.destination).call("peer-policy", question, deadline_s=2.0)
+            await self.ask("peer-policy", deadline_s=2.0, policy=changes)
 
     async def try_again(self) -> str:
         """A person wants it: what was refused, or tried for long enough. Returns what is tried, in words."""

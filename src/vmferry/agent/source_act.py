@@ -67,7 +67,7 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
         case Effect.LET_PAGES_GO:
             await way_back.let_pages_go(attempt)
         case Effect.MAKE_SURE:
-            attempt.hear_target(await _facts(attempt, "peer-ready", deadline_s=READY_S))
+            attempt.hear_target(await attempt.ask_facts("peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
         case Effect.CONTINUE:
             await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
@@ -83,13 +83,13 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
                 attempt.stamps = fences.stamps(attempt.plan.fence_paths)
             attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
             attempt.set_readings(target_answers=False)  # and until it is answered nobody knows what is so there
-            attempt.hear_target(await _facts(attempt, "peer-grant", deadline_s=GRANT_S))
+            attempt.hear_target(await attempt.ask_facts("peer-grant", deadline_s=GRANT_S))
         case Effect.ASK_TARGET:
-            attempt.hear_target(await _facts(attempt, "peer-target", deadline_s=READY_S))
+            attempt.hear_target(await attempt.ask_facts("peer-target", deadline_s=READY_S))
         case Effect.RELEASE_TARGET:
             gone = attempt.machine.is_gone
             await way_back.keep_pages_left(attempt)
-            attempt.hear_target(await _facts(attempt, "peer-release", deadline_s=RELEASE_S, source_gone=gone))
+            attempt.hear_target(await attempt.ask_facts("peer-release", deadline_s=RELEASE_S, source_gone=gone))
         case Effect.RECONNECT:
             await reconnect.reconnect(attempt)
         case Effect.CANCEL_SOURCE:
@@ -142,24 +142,6 @@ async def _resume(attempt: SourceAttempt) -> None:
     attempt.refresh()
 
 
-async def _call(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
-    link = attempt.context.peers.link(attempt.wanted.destination)
-    granted = Fact.GRANT_SENT in attempt.facts
-    arguments = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": granted, **more}
-    return dict(await link.call(command, arguments, deadline_s=deadline_s))
-
-
-async def _facts(attempt: SourceAttempt, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
-    """What the destination says of this job. Raises HostUnreachable for an answer that is about nothing, or another
-    one: what cannot be understood proves nothing."""
-    answer = await _call(attempt, command, deadline_s=deadline_s, **more)
-    if answer.get("job") != attempt.job:
-        raise HostUnreachable(
-            f"{attempt.wanted.destination} answered {command} with something else", side="destination", guest="unknown"
-        )
-    return answer
-
-
 async def _check_plan(attempt: SourceAttempt) -> None:
     """Raises PlanRefused with every blocker; nothing was changed anywhere."""
     plan = await attempt.context.make_plan(attempt)
@@ -187,8 +169,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
     attempt.note(Fact.PREPARE)
     beside = asyncio.create_task(_look_and_set(attempt, plan), name=f"configure-{attempt.job}")
     try:
-        attempt.offer = await _call(
-            attempt,
+        attempt.offer = await attempt.ask(
             "peer-prepare",
             deadline_s=PREPARE_S,
             source=context.config.name,
@@ -401,7 +382,7 @@ async def _note_qemu_error(attempt: SourceAttempt) -> None:
         text = str(info.get("error-desc") or f"the source's QEMU ended the migration ({info.get('status')})")
     cause = None
     try:
-        facts = await _facts(attempt, "peer-target", deadline_s=READY_S, why=True)
+        facts = await attempt.ask_facts("peer-target", deadline_s=READY_S, why=True)
         if facts.get("text"):
             cause, side = str(facts["text"]), "destination"
     except VmferryError as error:
@@ -429,12 +410,12 @@ async def _clean_up(attempt: SourceAttempt) -> None:
         attempt.measured.ended_s = attempt.clock.wall_s()
     attempt.outcome_at_end = outcome
     if is_fenced(attempt.facts) and Fact.ERROR not in attempt.facts:
-        text = attempt.facts.entries[-1].text
-        for entry in attempt.facts:
-            text = entry.text if entry.fact is Fact.FENCED else text
+        fence = attempt.facts.entry(Fact.FENCED, attempt.facts.last_round(Fact.FENCED))
+        assert fence is not None, "a fence that holds was recorded"
         attempt.fail(
             MigrationFailed(
-                f"{attempt.wanted.destination} was silent after it had been told to start, and was fenced off: {text}",
+                f"{attempt.wanted.destination} was silent after it had been told to start, and was fenced off: "
+                f"{fence.text}",
                 side="destination",
             )
         )

@@ -23,7 +23,7 @@ from vmferry.core import hazards
 from vmferry.core.decide import source_allows
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
-from vmferry.core.rescue import Evidence, NeverRan
+from vmferry.core.rescue import Evidence, NeverRan, has_settled
 from vmferry.core.view import Grant, Source, source_view
 from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
 
@@ -108,7 +108,7 @@ async def keep_pages_left(attempt: SourceAttempt) -> None:
     if left is not None and left < MARGIN_BYTES:
         # Too near to the end to be sure: then it shall have its end. The destination has what it needs for that.
         await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
-        await rescue.until_word(machine, rescue.is_out_of_postcopy, deadline_s=RESULT_S)
+        await rescue.until_word(machine, has_settled, deadline_s=RESULT_S)
     attempt.refresh()
 
 
@@ -122,7 +122,7 @@ async def let_pages_go(attempt: SourceAttempt) -> None:
 async def _remaining(attempt: SourceAttempt) -> int | None:
     """Bytes of memory that the source has still to send; None when it is in postcopy no more."""
     info = await attempt.machine.migration()
-    if rescue.is_out_of_postcopy(info.get("status")):
+    if has_settled(info.get("status")):
         return None
     return int((info.get("ram") or {}).get("remaining", 0))
 
@@ -131,10 +131,8 @@ async def fence(attempt: SourceAttempt) -> None:
     """Makes sure that a silent destination does not run the guest and never will, where that can be proved.
 
     Raises HostUnreachable where it cannot: nothing is known then, and nothing was done."""
-    link = attempt.context.peers.link(attempt.wanted.destination)
-    question = {"job": attempt.job, "generation": attempt.wanted.generation, "granted": True}
     try:
-        attempt.hear_target(dict(await link.call("peer-target", question, deadline_s=fences.ASK_S)))
+        attempt.hear_target(await attempt.ask_facts("peer-target", deadline_s=fences.ASK_S))
         return
     except (HostUnreachable, NotTrusted) as error:
         silence = error

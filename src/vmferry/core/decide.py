@@ -28,7 +28,12 @@ def decide_destination(
     log: FactLog, incoming: Incoming, *, pauses: bool = False, is_frozen: bool = False
 ) -> Row[DestinationEffect]:
     """The one row of the destination's table for what is known now."""
-    return find(DESTINATION_ROWS, destination_view(log, incoming, pauses=pauses, is_frozen=is_frozen))
+    return destination_row(destination_view(log, incoming, pauses=pauses, is_frozen=is_frozen))
+
+
+def destination_row(view: DestinationView) -> Row[DestinationEffect]:
+    """The one row of the destination's table for a view."""
+    return find(DESTINATION_ROWS, view)
 
 
 def effect_now(row: Row[E], lasted_ms: float) -> E | None:
