@@ -35,7 +35,7 @@ from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Readings, Source, Step, Target, Want, cpus_from, source_view, source_word
+from vmferry.core.view import Cpus, Readings, Source, Step, Target, Want, cpus_from, source_view, source_word
 from vmferry.errors import (
     CancelRefused,
     HostUnreachable,
@@ -236,7 +236,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         for fact, round_no, text in source_findings(word, self.facts, has_proof=has_proof):
             self.note(fact, round_no=round_no, text=text, by="source QEMU")
         self._run_state = None
-        self.set_readings(source=source_word(word))
+        # What was read of the CPUs before this word is old: an agent that began anew may have seen them run.
+        self.set_readings(source=source_word(word), cpus=Cpus.UNKNOWN)
 
     async def ask(self, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
         """One command of this job to the destination's agent. Raises HostUnreachable or the command's own error."""

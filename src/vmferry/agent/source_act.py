@@ -128,6 +128,8 @@ async def _resume(attempt: SourceAttempt) -> None:
     before the guest runs."""
     if Fact.COMMITTED in attempt.facts and Fact.SOURCE_RESUMED not in attempt.facts:
         await attempt.context.journal.append(Entry.TURNED_BACK, attempt.job)
+        if not attempt.allows(Effect.RESUME_SOURCE):
+            return  # the world went on while the disk was written
     fence, attempt.locks = attempt.locks, None
     if fence is not None:
         fence.release()
