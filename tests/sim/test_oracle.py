@@ -17,21 +17,8 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import FactLog
 from vmferry.testing import contract
 from vmferry.testing.sim.run import run_scenario
-from vmferry.testing.sim.scenario import Fault, Scenario, Trigger
+from vmferry.testing.sim.scenario import CALM, Fault, Trigger
 from vmferry.testing.sim.site import Site
-
-CALM = Scenario(
-    seed="by hand",
-    profiles={"a": "11.1", "b": "11.1"},
-    mode="precopy",
-    settings=(),
-    multifd=0,
-    dirty=False,
-    owner_paused=False,
-    latency_s=0.001,
-    faults=(),
-    restart_all=False,
-)
 
 
 @pytest.fixture

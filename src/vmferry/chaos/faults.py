@@ -228,7 +228,7 @@ class Doing:
         self._stack.callback(ballast.unlink)
         self.done_s = now_s()
         left = os.statvfs(folder)
-        self.proof = f"{folder} is full" if left.f_bavail == 0 else ""
+        self.proof = "the file system under its journal is full" if left.f_bavail == 0 else ""
 
     def close(self) -> None:
         """Takes away what may still be there."""

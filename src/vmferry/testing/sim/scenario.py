@@ -97,6 +97,21 @@ class Scenario:
     """Asked for by name; else the job has credentials of its own."""
 
 
+CALM = Scenario(
+    seed="by hand",
+    profiles={"a": "11.1", "b": "11.1"},
+    mode="precopy",
+    settings=(),
+    multifd=0,
+    dirty=False,
+    owner_paused=False,
+    latency_s=0.001,
+    faults=(),
+    restart_all=False,
+)
+"""A precopy in which nothing happens: what a scenario by hand begins with."""
+
+
 def draw(seed: str) -> Scenario:
     """The scenario of a seed."""
     chance = random.Random(f"scenario {seed}")
