@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vmferry.testing import contract
+from vmferry.testing import contract, contract_pairs
 from vmferry.testing.qemus import available
 
 pytestmark = pytest.mark.real
@@ -21,5 +21,5 @@ PAIRS = [(source, destination) for source in QEMUS for destination in QEMUS]
 @pytest.mark.proves("S4", "S24", "S28", "S37", "S38")
 async def test_a_real_qemu_keeps_the_contract(source: str, destination: str, check: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vf") as directory:
-        async with contract.pair_of(QEMUS[source], QEMUS[destination], Path(directory)) as pair:
+        async with contract_pairs.pair_of(QEMUS[source], QEMUS[destination], Path(directory)) as pair:
             await contract.CHECKS[check](pair)

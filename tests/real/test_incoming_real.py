@@ -54,6 +54,11 @@ class Pair:
         self.peer.execute("migrate-start-postcopy")
         self.wait(fact)
 
+    def until_pages_came(self) -> None:
+        """Until some more memory has arrived than there is now."""
+        owed = self.image.owed_pages()
+        self.peer._until(lambda: self.image.owed_pages() < owed, "more pages", 30)
+
     def check(self, regions: list[Region] | None = None) -> None:
         """The move is complete on both sides, and memory is the same."""
         assert self.wait(Fact.ALL_SENT, Fact.ERROR) is Fact.ALL_SENT, self.incoming.error
@@ -129,6 +134,8 @@ def test_postcopy_that_pauses_twice_and_recovers(version: str, how: str) -> None
         ram = it.image.blocks["pc.ram"]
         for round_no in (1, 2):
             it.peer.until_status("postcopy-active")
+            # QEMU 7.2 tells so before it has made sure that its package went out; a break until then is a failure.
+            it.until_pages_came()
             if how == "cut":
                 it.incoming.cut()
             else:
@@ -311,7 +318,9 @@ def test_cancel(version: str, phase: str) -> None:
         it.migrate()
         it.wait(Fact.LOADED if phase == "result" else Fact.SETUP_DONE)
         it.peer.execute("migrate_cancel")
-        assert it.peer.until_status("cancelled", "failed", "completed") == "cancelled"
+        # QEMU 7.2 cuts the channel before it says that it cancels; its thread may be faster, and call that failed.
+        ways = ("cancelled",) if version == NEWEST else ("cancelled", "failed")
+        assert it.peer.until_status("cancelled", "failed", "completed") in ways, it.peer.said()
         it.wait(Fact.ERROR)
         it.incoming.give_result()
         assert it.incoming.stop().status is S.FAILED

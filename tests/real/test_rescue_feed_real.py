@@ -240,6 +240,7 @@ def test_a_source_that_qemu_started_again_is_no_source_of_pages(start: Starter) 
         relay.to_target.throttle(4 * MIB)
         source.peer.migrate("tcp:{}:{}".format(*relay.address))
         source.peer.until_status("active")
+        relay.to_target.throttle(MIB)  # seconds until the destination has all: time to hold back what it says of it
         source.peer.execute("migrate-start-postcopy")
         destination.peer.until_runstate("running")
         relay.to_client.hold()  # the destination may get everything, but its result never arrives

@@ -170,7 +170,8 @@ def test_a_source_that_dies_is_told(start: Starter) -> None:
             source.kill()
         return True
 
-    with pytest.raises(QemuError):
+    # Whether the kernel's word of its end or our own question to it is first, is up to the machine: told it is.
+    with pytest.raises((QemuError, RescueRefused), match=r"gone|ended|closed|lost"):
         source.with_machine(lambda machine: rescue.bring_back(machine, dataclasses.replace(proof, stands=stands)))
     assert asked == 2
 

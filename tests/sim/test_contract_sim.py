@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vmferry.testing import contract
+from vmferry.testing import contract, contract_pairs
 from vmferry.testing.fake_profile import PROFILES
 from vmferry.testing.sim.kernel import SimProcess, Socket
 from vmferry.testing.sim.loop import pass_s
@@ -36,7 +36,7 @@ class SimEnd:
         self._site.kernel.close(self._descriptor)
 
 
-class SimSide(contract.Side):
+class SimSide(contract_pairs.Side):
     """A simulated process."""
 
     def __init__(self, qemu: SimQemu) -> None:
@@ -47,14 +47,14 @@ class SimSide(contract.Side):
         self.qemu.process.die()
 
     async def ended(self) -> int:
-        async with asyncio.timeout(contract.DEADLINE_S):
+        async with asyncio.timeout(contract_pairs.DEADLINE_S):
             while not self.qemu.process.is_dead:  # noqa: ASYNC110 - the kernel tells agents, and a test may look
                 await asyncio.sleep(0.01)
         assert self.qemu.process.status is not None
         return self.qemu.process.status
 
 
-class SimPair(contract.Pair):
+class SimPair(contract_pairs.Pair):
     """Over simulated connections."""
 
     def __init__(self, site: Site, testers: tuple[SimProcess, SimProcess], source: SimSide, other: SimSide) -> None:
@@ -65,7 +65,7 @@ class SimPair(contract.Pair):
         left, right = self._site.kernel.pair("stream", *self._testers, "contract")
         return SimEnd(self._site, self._testers[0], left), SimEnd(self._site, self._testers[1], right)
 
-    def held_back(self, far: contract.End) -> contract.End:
+    def held_back(self, far: contract_pairs.End) -> contract_pairs.End:
         path = self._site.net.path("stream", "b", "a")
         self._site.net.block(path)
 
@@ -87,7 +87,7 @@ async def checked(site: Site, check: contract.Check) -> None:
     for host, tester, incoming in (("a", testers[0], False), ("b", testers[1], True)):
         directory = site.directory / host
         directory.mkdir()
-        argv = contract.argv(Path("qemu"), directory, incoming=incoming)
+        argv = contract_pairs.argv(Path("qemu"), directory, incoming=incoming)
         installed = site.hosts[host]
         qemu = SimQemu(
             site.kernel, host, argv, installed.profile, clock=installed.clock, script=Script(),

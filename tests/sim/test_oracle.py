@@ -15,7 +15,7 @@ from vmferry.agent import source_act
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import FactLog
-from vmferry.testing import contract
+from vmferry.testing import contract_pairs
 from vmferry.testing.sim.run import run_scenario
 from vmferry.testing.sim.scenario import CALM, Fault, Trigger
 from vmferry.testing.sim.site import Site
@@ -36,7 +36,7 @@ def pair(site: Site) -> tuple[Site, list[int]]:
     async def start() -> list[int]:
         pids = []
         for host, incoming in (("a", False), ("b", True)):
-            argv = contract.argv(Path("qemu"), site.directory / host, incoming=incoming)
+            argv = contract_pairs.argv(Path("qemu"), site.directory / host, incoming=incoming)
             pids.append(site._start_qemu(host, argv).process.pid)
         return pids
 

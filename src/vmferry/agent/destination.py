@@ -269,7 +269,13 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self._note_findings(self._word, self._run_state)
         self._note_late_answer(machine)
         if self._word == "failed":
-            self.fail(QemuError(str(info.get("error-desc") or "loading failed"), side="destination"))
+            self.fail(self._why_loading_failed(info))
+
+    def _why_loading_failed(self, info: dict[str, Any]) -> QemuError:
+        """QEMU's error, and what it has written besides: the one says where in the stream, the other why."""
+        error, words = info.get("error-desc"), self.context.tail_log(self.runtime)
+        text = "; ".join(filter(None, (error, words))) or "loading failed"
+        return QemuError(text, side="destination")
 
     async def look_for_error(self, *, deadline_s: float) -> None:
         """Gives an error of this side's QEMU, its end, or that it has loaded, the time to be seen."""

@@ -276,17 +276,21 @@ async def _start(attempt: SourceAttempt) -> None:
     assert plan is not None, "a plan comes before the start"
     if plan.stops_first:
         await machine.execute("stop", deadline_s=CONT_S)
-    await machine.execute("migrate", {"uri": uri})
+    migrate = ("migrate", {"uri": uri})
     if plan.stops_first or (plan.mode is Mode.POSTCOPY and attempt.wanted.postcopy.get("after_passes") == 0):
-        # At once: a poll later a small guest would have arrived without it.
+        # At once: a poll later a small guest would have arrived without it. And in one go: a QEMU that finds nothing
+        # left to send at the switch, tells the destination to discard nothing, and that one then refuses to run.
         why = "the guest was stopped first" if plan.stops_first else "at once, as it was asked for"
         attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
-        await _start_postcopy(attempt)
+        await _start_postcopy(attempt, migrate)
+    else:
+        await machine.execute(*migrate)
     attempt.refresh()
 
 
-async def _start_postcopy(attempt: SourceAttempt) -> None:
-    """The switch. Raises QemuError; the guest then runs as before, or is started again as one that stands still."""
+async def _start_postcopy(attempt: SourceAttempt, *before: tuple[str, dict[str, Any]]) -> None:
+    """The switch, right after the commands `before`. Raises QemuError; the guest then runs as before, or is started
+    again as one that stands still."""
     machine = attempt.machine
     stops = hazards.goes_back_after_grant(machine.version)
     if stops:
@@ -295,7 +299,7 @@ async def _start_postcopy(attempt: SourceAttempt) -> None:
         if hazards.waits_for_ever_after_last_page(machine.version):
             await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": way_back.SLOWEST})
             attempt.note(Fact.SLOWED)
-        await machine.execute("migrate-start-postcopy")
+        await machine.execute_all([*before, ("migrate-start-postcopy", {})])
     except QmpCommandError:
         if stops and attempt.wanted.running_before and not (attempt.plan and attempt.plan.stops_first):
             await machine.execute("cont", deadline_s=CONT_S)  # memory goes on moving without the switch

@@ -52,6 +52,7 @@ class Outgoing:
         self._run_state_before = state.run_state
         self._resumed: asyncio.Queue[Callable[[], Awaitable[Link]]] = asyncio.Queue()
         state.passes, state.sent_bytes, state.error_desc = 0, 0, None
+        state.set_word("setup")  # before `migrate` is answered: the next command finds it
 
     # --- what the monitor asks for ---
 
@@ -85,7 +86,6 @@ class Outgoing:
     async def run(self) -> None:
         """From setup to an end that stays."""
         state = self.state
-        state.set_word("setup")
         try:
             self.link = await self._or_end(self._open(self._connect))
             await self._step("setup")
@@ -237,7 +237,8 @@ class Outgoing:
                 self.link = await self._or_end(self._open(connect))
                 state.set_word("postcopy-recover")
                 self.link.send("resume")
-                await self._expect("resumed")
+                if (await self._expect("resumed")).get("has_all"):
+                    self.postcopy_bytes_left = 0
             except (Ended, LinkLost, OSError):
                 continue
             state.set_word("postcopy-active")

@@ -102,7 +102,7 @@ async def _answer_everything(link: Link) -> None:
             message = await link.receive()
             match message["kind"]:
                 case "resume":
-                    link.send("resumed")
+                    link.send("resumed", has_all=True)  # as the stand-in's bitmaps say
                 case "device" | "pages":
                     link.send("result", ok=True)
                 case _:

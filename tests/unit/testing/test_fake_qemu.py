@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from vmferry.testing import contract
+from vmferry.testing import contract, contract_pairs
 from vmferry.testing.fake_director import Director
 from vmferry.vm import probe_qemu
 
@@ -36,9 +36,9 @@ async def director() -> AsyncIterator[Director]:
 
 def pair(
     director: Director, source: str = "11.1", destination: str = "11.1"
-) -> Callable[[], AbstractAsyncContextManager[contract.Pair]]:
+) -> Callable[[], AbstractAsyncContextManager[contract_pairs.Pair]]:
     programs = director.wrapper("a", source), director.wrapper("b", destination)
-    return lambda: contract.pair_of(*programs, director.directory)
+    return lambda: contract_pairs.pair_of(*programs, director.directory)
 
 
 @pytest.mark.parametrize(("source", "destination", "check"), CASES)
@@ -109,5 +109,10 @@ def test_a_script_may_come_from_a_file(tmp_path: Path) -> None:
     script = tmp_path / "script.json"
     script.write_text(json.dumps({"steps": {"start": "die"}}))
     environment = {**os.environ, "VMFERRY_FAKE_DIRECTOR": str(script)}
-    command = [sys.executable, "-m", "vmferry.testing.fake_qemu", *contract.argv(Path("q"), tmp_path, incoming=False)]
+    command = [
+        sys.executable,
+        "-m",
+        "vmferry.testing.fake_qemu",
+        *contract_pairs.argv(Path("q"), tmp_path, incoming=False),
+    ]
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
