@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, assert_never
 
@@ -48,6 +48,9 @@ CANCEL_S = 0.5
 CONT_S = 10.0
 CHANNEL_NAME = "vmferry-main"
 SETTLE_S = 2.0
+AT_ONCE_BYTES_PER_S: Final = 100_000
+"""10 kB in QEMU's rate window of 100 ms, which is 4 MiB of empty pages: no guest is sent whole in it."""
+_Command = tuple[str, dict[str, Any]]
 READ_OPTIONS: Final = (("query-migrate-capabilities", None), ("query-migrate-parameters", None))
 
 
@@ -278,19 +281,23 @@ async def _start(attempt: SourceAttempt) -> None:
         await machine.execute("stop", deadline_s=CONT_S)
     migrate = ("migrate", {"uri": uri})
     if plan.stops_first or (plan.mode is Mode.POSTCOPY and attempt.wanted.postcopy.get("after_passes") == 0):
-        # At once: a poll later a small guest would have arrived without it. And in one go: a QEMU that finds nothing
-        # left to send at the switch, tells the destination to discard nothing, and that one then refuses to run.
+        # At once: a poll later a small guest would have arrived without it. And slowly until then: a QEMU that finds
+        # nothing left to send at the switch tells the destination to discard nothing, and that one refuses to run.
         why = "the guest was stopped first" if plan.stops_first else "at once, as it was asked for"
         attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
-        await _start_postcopy(attempt, migrate)
+        wanted = (await read_options(machine))["max-bandwidth"]
+        slow, fast = (("migrate-set-parameters", {"max-bandwidth": rate}) for rate in (AT_ONCE_BYTES_PER_S, wanted))
+        await _start_postcopy(attempt, before=[slow, migrate], after=[fast])
     else:
         await machine.execute(*migrate)
     attempt.refresh()
 
 
-async def _start_postcopy(attempt: SourceAttempt, *before: tuple[str, dict[str, Any]]) -> None:
-    """The switch, right after the commands `before`. Raises QemuError; the guest then runs as before, or is started
-    again as one that stands still."""
+async def _start_postcopy(
+    attempt: SourceAttempt, *, before: Sequence[_Command] = (), after: Sequence[_Command] = ()
+) -> None:
+    """The switch, between the commands `before` and `after`. Raises QemuError; the guest then runs as before, or is
+    started again as one that stands still."""
     machine = attempt.machine
     stops = hazards.goes_back_after_grant(machine.version)
     if stops:
@@ -299,7 +306,7 @@ async def _start_postcopy(attempt: SourceAttempt, *before: tuple[str, dict[str, 
         if hazards.waits_for_ever_after_last_page(machine.version):
             await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": way_back.SLOWEST})
             attempt.note(Fact.SLOWED)
-        await machine.execute_all([*before, ("migrate-start-postcopy", {})])
+        await machine.execute_all([*before, ("migrate-start-postcopy", {}), *after])
     except QmpCommandError:
         if stops and attempt.wanted.running_before and not (attempt.plan and attempt.plan.stops_first):
             await machine.execute("cont", deadline_s=CONT_S)  # memory goes on moving without the switch

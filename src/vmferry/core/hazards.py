@@ -37,7 +37,8 @@ A destination that refuses to run, all versions
 A destination that goes from POSTCOPY_ADVISE to POSTCOPY_LISTEN without a discard in between prepares for discards when
 it listens, which takes it out of the state that POSTCOPY_RUN needs: it fails, and the guest stays at the source. That
 happens when nothing is dirty at the switch, so with guests that stand still (1 of 20 with 11.1 on a busy host, when the
-switch was asked for some milliseconds after the start). It is asked for together with the start.
+switch was asked for some milliseconds after the start; 1 of 5 small ones when in the same breath). It is asked for
+together with the start, and until it is heard the memory goes slowly.
 """
 
 from __future__ import annotations

@@ -83,10 +83,11 @@ async def postcopy(pair: Pair) -> None:
 
 
 async def postcopy_at_once(pair: Pair) -> None:
-    """The switch is taken as soon as `migrate` is, and before the first page: there is something to discard, without
+    """The switch is taken as soon as `migrate` is. Slowly until then, so that there is something to discard, without
     which the destination would refuse to run (`core.hazards`)."""
     await pair.source.execute("stop")
-    await pair.begin(postcopy=True, switch=True)
+    await pair.begin(postcopy=True, slow=True, switch=True)
+    await pair.faster()
     await pair.go_on()
     await pair.source.until("completed")
     await pair.destination.until("completed")
