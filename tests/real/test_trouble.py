@@ -15,7 +15,7 @@ import pytest
 
 from vmferry.testing.bootsector import count_passes
 from vmferry.testing.hosts import NEWEST, OLDEST, AgentHost, Guests, MakePair, TwoAgents, boot, wait_true
-from vmferry.vm.image_locks import FORBIDS_BASE, PERMISSIONS
+from vmferry.vm.image_locks import FORBIDS_BASE, PERMISSIONS, image_locks
 
 pytestmark = pytest.mark.real
 
@@ -107,6 +107,27 @@ def test_a_policy_of_hold_tries_the_start_until_the_disk_is_free(
         ended = follow.end()
     assert ended["outcome"] == "destination"
     assert pair.running_on("web1") == ["host-b"]
+
+
+@pytest.mark.proves("S47", "S48", "S50", "S61")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_disk_that_was_taken_before_another_was_refused_is_given_back(
+    mode: str, make_pair: MakePair, guests: Guests
+) -> None:
+    """Where QEMU can; an older one has it until it ends."""
+    pair = make_pair(NEWEST)
+    data = guests.folder / "data.img"
+    data.write_bytes(bytes(1 << 20))
+    boot(pair.a, guests.boot(more=f'[[disk]]\npath = "{data}"\n'))
+    with Thief(guests.folder / "web1.img") as thief, pair.a.follow() as follow:
+        assert len(image_locks(data).writers) == 1
+        pair.a.ok("migrate", "web1", "host-b", "--detach", "--on-storage-error", "hold", *words(mode))
+        wait_true(lambda: refused_there(pair), why="one disk is refused")
+        assert image_locks(data).writers == ()
+        thief.let_go()
+        assert follow.end()["outcome"] == "destination"
+    (writer,) = image_locks(data).writers
+    assert writer.pid == pair.b.status("web1")["pid"]
 
 
 @pytest.mark.proves("S41", "S47", "S54", "S58", "S61")

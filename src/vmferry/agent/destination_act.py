@@ -9,6 +9,7 @@ from typing import Any, assert_never
 from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
+from vmferry.agent.machine import Machine
 from vmferry.agent.source_act import CHANNEL_NAME, set_options
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.effects import DestinationEffect
@@ -29,6 +30,10 @@ FREEZE_TRIES = 5
 FREEZE_ANSWER_S = 0.25
 """QMP answers within a millisecond where nothing holds it up."""
 CONT_S = 10.0
+GIVE_BACK_S = 2.0
+"""The source waits for the answer to its grant meanwhile."""
+GIVES_BACK_SINCE = (10, 0)
+"""QEMU's blockdev-set-active."""
 """`cont` opens and locks every disk; network storage may take seconds."""
 
 
@@ -212,6 +217,7 @@ async def _start_cpus(attempt: DestinationAttempt) -> None:
     try:
         await machine.execute("cont", deadline_s=CONT_S)
     except QmpCommandError as error:
+        await _give_locks_back(machine)
         attempt.note(Fact.START_REFUSED, round_no=tries, text=error.desc, by="destination QEMU")
         return
     except QmpTimeout:
@@ -222,6 +228,18 @@ async def _start_cpus(attempt: DestinationAttempt) -> None:
     else:
         # cont said yes and the guest does not run: as good as a refusal, and told as one.
         attempt.note(Fact.START_REFUSED, round_no=tries, text="cont had no effect", by="destination QEMU")
+
+
+async def _give_locks_back(machine: Machine) -> None:
+    """Of several disks a refused start may have taken some. A guest that does not run keeps nobody from them, where its
+    QEMU can give them back; an older one keeps them until it ends. Trouble is a line in the log: nothing depends on it.
+    """
+    if machine.version < GIVES_BACK_SINCE:
+        return
+    try:
+        await machine.execute("blockdev-set-active", {"active": False}, deadline_s=GIVE_BACK_S)
+    except QemuError as error:
+        log.warning("vm=%s command=blockdev-set-active result=%s", machine.vm, error)
 
 
 async def _report_ran(attempt: DestinationAttempt) -> None:
