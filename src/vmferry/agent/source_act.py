@@ -418,6 +418,9 @@ async def _clean_up(attempt: SourceAttempt) -> None:
             await _restore_source(attempt)
         except QemuError as error:
             log.warning("job=%s vm=%s effect=clean-up result=%s", attempt.job, attempt.vm, error)
+        if not attempt.allows(Effect.CLEAN_UP):
+            return
+        outcome = attempt.row().outcome  # its QEMU may have died meanwhile: then it is not told that the guest runs
     job_credentials.remove_job(attempt.job, attempt.context.job_directory)
     if attempt.measured.ended_s is None:
         attempt.measured.ended_s = attempt.clock.wall_s()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from vmferry.agent import source_act
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.clock import SystemClock
+from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
+from vmferry.core.table import Outcome
 from vmferry.core.view import Cpus, Source
+from vmferry.jobs.journal import Entry
 
 
 @pytest.mark.proves("S53", "S123")
@@ -26,3 +31,42 @@ async def test_cpus_that_were_seen_running_before_a_new_word_are_not_taken_for_r
     attempt.set_readings(source=Source.IDLE, cpus=Cpus.AS_BEFORE)
     attempt.hear_word("postcopy-active")
     assert (attempt.readings.source, attempt.readings.cpus) == (Source.POSTCOPY, Cpus.UNKNOWN)
+
+
+@pytest.mark.proves("S17", "S53")
+async def test_a_guest_that_dies_while_its_cancel_is_cleaned_up_is_not_said_to_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """1. cancelled, the guest runs, everything is given back  2. its QEMU dies before the last answer  3. the end."""
+    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
+    journal = FakeJournal()
+    context = SimpleNamespace(
+        clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None, job_directory=tmp_path,
+        config=SimpleNamespace(name="host-a"),
+        journal=journal, attempt_ended=lambda *_: None,
+    )  # fmt: skip
+    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
+    kept = SimpleNamespace(machine=machine, is_leaving=False)
+    attempt = SourceAttempt(cast(Any, context), wanted, cast(Any, kept))
+    for fact in (Fact.MIGRATE, Fact.STARTED, Fact.CANCEL, Fact.TARGET_GONE):
+        attempt.note(fact)
+    attempt.set_readings(source=Source.BACK, cpus=Cpus.AS_BEFORE)
+    assert (attempt.row().do, attempt.row().outcome) == (Effect.CLEAN_UP, Outcome.SOURCE)
+
+    async def dies(_: SourceAttempt) -> None:
+        attempt.set_readings(source=Source.GONE)
+
+    monkeypatch.setattr(source_act, "_restore_source", dies)
+    await source_act.act(attempt, Effect.CLEAN_UP)
+    assert attempt.outcome_at_end is Outcome.LOST
+    assert journal.kinds == [Entry.ENDED]
+
+
+class FakeJournal:
+    """What was appended."""
+
+    def __init__(self) -> None:
+        self.kinds: list[Entry] = []
+
+    async def append(self, kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        self.kinds.append(kind)
