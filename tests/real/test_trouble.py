@@ -120,13 +120,13 @@ def test_a_disk_that_was_taken_before_another_was_refused_is_given_back(
     data.write_bytes(bytes(1 << 20))
     boot(pair.a, guests.boot(more=f'[[disk]]\npath = "{data}"\n'))
     with Thief(guests.folder / "web1.img") as thief, pair.a.follow() as follow:
-        assert len(image_locks(data).writers) == 1
+        assert len(image_locks(str(data)).writers) == 1
         pair.a.ok("migrate", "web1", "host-b", "--detach", "--on-storage-error", "hold", *words(mode))
         wait_true(lambda: refused_there(pair), why="one disk is refused")
-        assert image_locks(data).writers == ()
+        assert image_locks(str(data)).writers == ()
         thief.let_go()
         assert follow.end()["outcome"] == "destination"
-    (writer,) = image_locks(data).writers
+    (writer,) = image_locks(str(data)).writers
     assert writer.pid == pair.b.status("web1")["pid"]
 
 

@@ -49,6 +49,8 @@ LOAD_POLL_S = 0.002
 CUT_OFF = ("postcopy-paused",)
 ORPHAN_S = 30.0
 """A place whose source says nothing and sends nothing for so long asks the source whether it is still wanted."""
+ORPHAN_RESTORED_S = 2.0
+"""The same for one that an agent found when it began: the source may have given it up when nobody was there to hear."""
 
 
 class DestinationAttempt(AttemptLoop[DestinationEffect]):
@@ -83,6 +85,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.changed = asyncio.Event()
         """Set at each new fact; the answers to the source wait on it."""
         self.heard_source_s = context.clock.now_s()
+        self.orphan_s = ORPHAN_S
         self._word: str | None = None
         self._run_state: str | None = None
         self._answers = True
@@ -306,7 +309,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
 
     async def _ask_source_if_orphaned(self) -> None:
         """A place that waits in vain asks whether it is still wanted."""
-        if self.clock.now_s() - self.heard_source_s >= ORPHAN_S:
+        if self.clock.now_s() - self.heard_source_s >= self.orphan_s:
             await self.ask_source()
 
     async def ask_source(self) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmferry.agent import machine as machines
-from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import prune_logs
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
@@ -172,6 +172,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
         return
     attempt = DestinationAttempt(agent, place)
     attempt.heard_source_s = float("-inf")  # nobody knows how long its source has waited: it is asked at once
+    attempt.orphan_s = ORPHAN_RESTORED_S
     attempt.policy = place.policy.changed(job.policy)
     identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
