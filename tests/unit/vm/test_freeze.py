@@ -74,7 +74,7 @@ def counting(tmp_path: Path) -> Iterator[Counting]:
 
 
 async def test_only_the_threads_that_were_named_stand_still_until_they_are_let_go(counting: Counting) -> None:
-    # What a thread does is the kernel's word: one that was stopped while it held Python's lock keeps the others waiting.
+    # The kernel says what a thread does: one stopped with Python's lock in its hands keeps the others waiting.
     freezer = Freezer(counting.process.pid)
     try:
         await freezer.freeze([counting.thread(1), counting.thread(2)])
