@@ -23,7 +23,7 @@ import msgspec
 
 from vmferry.agent import machine as machines
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
-from vmferry.agent.directories import prune_logs
+from vmferry.agent.directories import prune_logs, remove_directory
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
@@ -210,7 +210,11 @@ async def _may_have_run(attempt: DestinationAttempt) -> bool:
 
 
 def _remove_left_overs(agent: Agent) -> None:
-    """Credentials of jobs that are over, left by an agent that died, and old logs."""
+    """Left by an agent that died: credentials of jobs that are over, sockets of QEMUs that are; and old logs."""
+    used = {kept.directory for kept in agent.vms.values()} | {p.place.directory for p in agent.places.values()}
+    for directory in agent.vm_directory.iterdir():
+        if str(directory) not in used and agent.host.find_qemu(str(directory)) is None:
+            remove_directory(directory, keep_logs=True)
     prune_logs(agent.vm_directory)
     running = {a.job for a in agent.attempts.values()} | set(agent.places)
     for path in job_credentials.remove_left_overs(agent.job_directory, keep=running):

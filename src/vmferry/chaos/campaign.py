@@ -37,7 +37,8 @@ from vmferry.testing.hosts import PAIRS
 
 WORKERS = 2
 PORTION = 12
-TRIES = 3
+TRIES = 6
+"""Some moments are a millisecond long: an order's answer, before the same is heard in another way."""
 SAVE_RUNS = 10
 Say = Callable[[str], None]
 

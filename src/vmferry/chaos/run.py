@@ -17,7 +17,7 @@ from vmferry.chaos.faults import Doing
 from vmferry.chaos.ground import PROXY_PORT, Ground
 from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.stage import NotReached, Stage
-from vmferry.chaos.told import now_s
+from vmferry.chaos.told import facts_of, now_s
 from vmferry.chaos.verdict import Seen
 from vmferry.chaos.witness import Life, first_run_after, longest_pause_s, overlap_s
 from vmferry.core.facts import Fact
@@ -162,6 +162,9 @@ class Run:
                 self._act(action[1])
                 since_s = now_s()
             self.stage.wait(_after(0.05), 1.0)
+        log = facts_of(self.stage.source.read(), self.name)
+        over, gone = log.stamp(Fact.CLEANUP), log.stamp(Fact.SOURCE_GONE)
+        self.seen.ended_first = over is not None and (gone is None or over < gone)
 
     def _take_down(self, wire: dict[str, Any]) -> None:
         self.seen.over = bool(wire.get("over"))

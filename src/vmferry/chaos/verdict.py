@@ -53,6 +53,8 @@ class Seen:
     letters: str = ""
     """What is wrong with the guest's output over both sides; "" for nothing."""
     over: bool = False
+    ended_first: bool = False
+    """The job was over before the kernel told its agent that the source's QEMU has ended."""
     outcome: str = ""
     row: str = ""
     action: str = ""
@@ -116,8 +118,9 @@ def _stands_still(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
     if seen.taken:
         says += f"; taken: {'; '.join(seen.taken)}"
     if why:
-        # Once it ran there and the job was over, its end is that of any guest: the job went well.
-        ended_well = cell.fault.what == "target-qemu" and seen.over and seen.outcome == "destination"
+        # Once it ran there, or here again, and the job was over, its end is that of any guest: the job went well.
+        ended_well = seen.over and (cell.fault.what, seen.outcome) == ("target-qemu", "destination")
+        ended_well |= seen.ended_first and (cell.fault.what, seen.outcome) == ("source-qemu", "source")
         if ended_well or seen.outcome in ("lost", "degraded", "held", "none"):
             return Verdict.PHYSICS, f"{why} ({says})"
         return Verdict.SURPRISE, f"{why}, and it is not told so ({says})"

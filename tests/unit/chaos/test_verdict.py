@@ -35,6 +35,12 @@ def test_good() -> None:
     assert judge(CUT, seen(taken=["vmferry recover g1 -> 0"]))[0] is Verdict.ACTED
 
 
+@pytest.mark.parametrize(("ended_first", "verdict"), [(True, Verdict.PHYSICS), (False, Verdict.SURPRISE)])
+def test_a_guest_that_died_when_its_job_was_over_is_not_the_jobs(ended_first: bool, verdict: Verdict) -> None:
+    gone = seen(running_on=[], qemus_left=0, outcome="source", makes_progress=False, ended_first=ended_first)
+    assert judge(KILLED, gone)[0] is verdict
+
+
 def test_what_was_not_injected_does_not_count_whatever_else_is_so() -> None:
     assert judge(CUT, seen(injected=False, why_not="too late", overlap_ms=5.0)) == (Verdict.NOT_INJECTED, "too late")
 
