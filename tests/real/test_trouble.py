@@ -228,6 +228,27 @@ def test_a_broken_postcopy_is_held_for_a_person_after_the_time_that_the_policy_g
     assert pair.running_on("web1") == ["host-b"]
 
 
+@pytest.mark.proves("S60", "S113", "S118")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_broken_postcopy_goes_on_over_another_address(version: str, make_pair: MakePair, guests: Guests) -> None:
+    """The first one is dead for guests' memory from then on; agents talk on."""
+    pair = make_pair(version)
+    net = pair.b.net
+    assert net.address6 is not None, "hosts that are namespaces have two addresses"
+    pair.b.kill()
+    pair.b.flags += ["--migration-address", f"{net.address},{net.address6}"]
+    pair.b.restart()
+    boot(pair.a, guests.boot())
+    pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW)
+    wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs there")
+    refuse = "type filter hook input priority 0; }; add rule ip dead in tcp dport 49152-49167 reject with tcp reset"
+    net.run(["nft", f"add table ip dead; add chain ip dead in {{ {refuse}"])
+    wait_true(lambda: "fact=resume-ack" in pair.a.log(), why="the channel is back")
+    pair.a.ok("set", "web1", "max-postcopy-bandwidth=1G")
+    assert follow_end(pair)["outcome"] == "destination"
+    assert pair.running_on("web1") == ["host-b"]
+
+
 @pytest.mark.proves("S118")
 def test_policies_can_be_changed_while_the_migration_runs(make_pair: MakePair, guests: Guests) -> None:
     pair = make_pair(NEWEST)

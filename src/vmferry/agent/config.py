@@ -69,8 +69,9 @@ class AgentConfig:
     socket: Path | None = None
     listen: Address | None = None
     """Where other agents reach this one; None: no other agent does."""
-    migration_address: str | None = None
-    """Where guests' memory arrives; the listen address if None."""
+    migration_address: tuple[str, ...] = ()
+    """Where guests' memory arrives, best first; the listen address if none is named. With several connections (multifd)
+    the first, as QEMU listens there itself."""
     migration_ports: tuple[int, int] = (49152, 49215)
     """First and last port for guests' memory; (0, 0) lets the kernel choose."""
     pki_dir: Path | None = None
@@ -91,16 +92,19 @@ class AgentConfig:
         return self.state_dir / "journal.sqlite"
 
     @property
+    def data_addresses(self) -> tuple[str, ...]:
+        """The addresses that sources try in their order, to connect with guests' memory."""
+        return self.migration_address or (self.listen.host if self.listen else "127.0.0.1",)
+
+    @property
     def data_address(self) -> str:
-        """The address that sources connect to with guests' memory."""
-        if self.migration_address:
-            return self.migration_address
-        return self.listen.host if self.listen else "127.0.0.1"
+        """The first of them."""
+        return self.data_addresses[0]
 
 
 _PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir")
 _SWITCHES = ("clear_text", "tls_only")
-_TEXTS = ("name", "migration_address", "qemu")
+_TEXTS = ("name", "qemu")
 
 
 def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: str) -> AgentConfig:
@@ -117,6 +121,9 @@ def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: st
                 fields[name] = parse_address(str(value))
             elif name in _SWITCHES:
                 fields[name] = bool(value)
+            elif name == "migration_address":
+                several = value.split(",") if isinstance(value, str) else value
+                fields[name] = tuple(str(address).strip() for address in several)
             elif name == "migration_ports":
                 first, _, last = str(value).partition("-")
                 fields[name] = (int(first), int(last or first))

@@ -89,7 +89,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
         offer["uri"] = await _listen_inside(attempt)
     else:
         first, last = context.config.migration_ports
-        listener = await context.host.open_channels(attempt.job, [context.config.data_address], range(first, last + 1))
+        listener = await context.host.open_channels(attempt.job, context.config.data_addresses, range(first, last + 1))
         attempt.listener = listener
         offer["token"] = listener.expect("main").token.hex()
         offer["addresses"] = [list(address) for address in listener.addresses]
@@ -169,7 +169,7 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     if attempt.place.multifd:
         return {"uri": await _listen_inside(attempt, "migrate-recover", oob=True), "cut_off": open_round(attempt.facts)}
     first, last = config.migration_ports
-    listener = await attempt.context.host.open_channels(attempt.job, [config.data_address], range(first, last + 1))
+    listener = await attempt.context.host.open_channels(attempt.job, config.data_addresses, range(first, last + 1))
     if attempt.listener is not None:
         await attempt.listener.close()
     attempt.listener = listener

@@ -152,7 +152,11 @@ def _add_agent(commands: Any) -> None:
     agent.add_argument("--state-dir", metavar="DIR", help="the journal (default: /var/lib/vmferry)")
     agent.add_argument("--runtime-dir", metavar="DIR", help="sockets and logs (default: /run/vmferry)")
     agent.add_argument("--control-socket", dest="socket", metavar="PATH", help="the control socket")
-    agent.add_argument("--migration-address", metavar="ADDRESS", help="where guests' memory arrives")
+    agent.add_argument(
+        "--migration-address",
+        metavar="ADDRESS[,ADDRESS]",
+        help="where guests' memory arrives; the first that can be reached is taken",
+    )
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))

@@ -61,7 +61,10 @@ def test_what_follows_from_what() -> None:
     listening = AgentConfig("host-a", listen=Address("10.0.0.1", 1), socket=Path("/x.sock"))
     assert listening.control_socket == Path("/x.sock")
     assert listening.data_address == "10.0.0.1"
-    assert AgentConfig("host-a", listen=Address("10.0.0.1", 1), migration_address="10.9.0.1").data_address == "10.9.0.1"
+    several = AgentConfig("host-a", listen=Address("10.0.0.1", 1), migration_address=("10.9.0.1", "10.8.0.1"))
+    assert several.data_addresses == ("10.9.0.1", "10.8.0.1")
+    assert several.data_address == "10.9.0.1"
+    assert listening.data_addresses == ("10.0.0.1",)
 
 
 def test_every_setting_can_be_given_by_name() -> None:
@@ -88,7 +91,7 @@ def test_every_setting_can_be_given_by_name() -> None:
         runtime_dir=Path("/r"),
         socket=Path("/x.sock"),
         listen=Address("10.0.0.1", 7),
-        migration_address="10.9.0.1",
+        migration_address=("10.9.0.1",),
         migration_ports=(50000, 50003),
         pki_dir=Path("/p"),
         clear_text=True,
