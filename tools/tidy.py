@@ -49,7 +49,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "testing": _BASE | _DOERS | {"core", "wire", "engine", "agent"},
     "demo": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing"},
     "bench": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo"},
-    "chaos": _BASE | _DOERS | {"core", "wire", "engine", "agent", "cli", "testing", "demo", "bench"},
+    "chaos": _BASE | _DOERS | {"core", "model", "wire", "engine", "agent", "cli", "testing", "demo", "bench"},
 }
 """Room -> the rooms it may import besides itself. Doers never meet; only testing, demo and bench see testing."""
 INTRODUCERS: Final[Mapping[str, frozenset[str]]] = {

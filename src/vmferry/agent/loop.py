@@ -141,12 +141,16 @@ class AttemptLoop(ABC, Generic[E]):
         while not self.ended.is_set():
             self._wake.clear()
             await self.look()
+            self.note_view()
             row = self._enter(self.row())
             effect = effect_now(row, (self.clock.now_s() - self._row_since_s) * 1000)
             if effect is not None and self._due(effect) and self.allows(effect) and not self._held_back:
                 await self._perform(effect)
                 continue
             await self._sleep(self._pause_s(row, effect))
+
+    def note_view(self) -> None:
+        """What the table is asked about may be told in the log, where it has changed."""
 
     def _enter(self, row: Row[E]) -> Row[E]:
         if row is not self._row:

@@ -35,7 +35,18 @@ from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Cpus, Readings, Source, Step, Target, Want, cpus_from, source_view, source_word
+from vmferry.core.view import (
+    Cpus,
+    Readings,
+    Source,
+    SourceView,
+    Step,
+    Target,
+    Want,
+    cpus_from,
+    source_view,
+    source_word,
+)
 from vmferry.errors import (
     CancelRefused,
     HostUnreachable,
@@ -88,6 +99,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.trouble = ""
         """Why the effect that is tried again and again does not succeed."""
         self.outcome_at_end: Outcome | None = None
+        self._view: SourceView | None = None
         self.credentials: JobCredentials | None = None
         self.offer: dict[str, Any] = {}
         self.channels: list[ChannelEnd] = []
@@ -170,6 +182,13 @@ class SourceAttempt(AttemptLoop[Effect]):
             )
             if Fact.PACKAGE_LOADED in after and Fact.POSTCOPY_ANNOUNCED not in after:
                 self.note(Fact.POSTCOPY_ANNOUNCED)
+
+    def note_view(self) -> None:
+        view = source_view(self.facts, self.readings)
+        if view != self._view:
+            self._view = view
+            words = " ".join(getattr(view, name).value for name in view.__slots__)
+            log.debug("job=%s vm=%s view=%s", self.job, self.vm, words)
 
     def on_row(self, row: Row[Effect]) -> None:
         self.context.publish("JOB_CHANGE", self.brief())

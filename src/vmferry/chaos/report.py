@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from vmferry.model.pairs import PAIRS
+
 Run = dict[str, Any]
 MEASURES = ("to_running_ms", "pause_ms", "heal_ms", "reattach_ms", "resumed_ms")
 BAD = ("lost", "double", "stuck", "surprise")
@@ -127,6 +129,7 @@ def docs_markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *_fault_lines(chaos["by_fault"]),
         "",
+        *_pair_lines(result.get("runs", [])),
         *_raw_lines(raw, result.get("runs", [])),
         "## Everything that is not plainly good",
         "",
@@ -152,6 +155,27 @@ def _fault_lines(faults: dict[str, Any]) -> list[str]:
             told = " | ".join(f"{t['median']:g} / {t['p99']:g}" if t else "" for t in times)
             lines.append(f"| {fault} | {mode} | {got['runs']} | {got['survived']} | {told} |")
     return lines
+
+
+def _pair_lines(runs: Sequence[Run]) -> list[str]:
+    """Which of the pairs P1 to P30 real QEMUs were in, and how those runs ended."""
+    lines = [
+        "## Pairs of states",
+        "",
+        "Which pairs ([faults.md](faults.md)) the two sides went through, by what the source's table was asked about,"
+        " in runs whose fault was injected; a run goes through several.",
+        "",
+        "| pair | source / destination | runs | ended |",
+        "|---|---|---|---|",
+    ]
+    for pair in PAIRS:
+        found = [run for run in runs if run["injected"] and pair.name in run.get("through", ())]
+        ends = Counter(run["verdict"] for run in found)
+        told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(ends.items()))
+        if pair.unreachable and not found:
+            told = f"not reached: {pair.unreachable}"
+        lines.append(f"| {pair.name} | {pair.text} | {len(found)} | {told} |")
+    return [*lines, ""]
 
 
 def _raw_lines(raw: dict[str, Any] | None, runs: Sequence[Run]) -> list[str]:

@@ -17,11 +17,12 @@ from vmferry.chaos.faults import Doing
 from vmferry.chaos.ground import PROXY_PORT, Ground
 from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.stage import NotReached, Stage
-from vmferry.chaos.told import facts_of, now_s
+from vmferry.chaos.told import facts_of, now_s, views_of
 from vmferry.chaos.verdict import Seen
 from vmferry.chaos.witness import Life, first_run_after, longest_pause_s, overlap_s
 from vmferry.core.facts import Fact
 from vmferry.errors import VmferryError
+from vmferry.model.pairs import PAIRS
 
 BOOT_S = 20.0
 OUTCOME_S = 25.0
@@ -162,6 +163,12 @@ class Run:
                 self._act(action[1])
                 since_s = now_s()
             self.stage.wait(_after(0.05), 1.0)
+        views, in_postcopy = views_of(self.stage.source.read(), self.name), self.cell.mode == "postcopy"
+        self.seen.through = [
+            pair.name
+            for pair in PAIRS
+            if any(pair.holds(view, in_postcopy=in_postcopy, is_cancelled=cancelled) for view, cancelled in views)
+        ]
         log = facts_of(self.stage.source.read(), self.name)
         over, gone = log.stamp(Fact.CLEANUP), log.stamp(Fact.SOURCE_GONE)
         self.seen.ended_first = over is not None and (gone is None or over < gone)
@@ -210,7 +217,6 @@ class Run:
             self.seen.to_running_ms = max(0.0, (running - done_s) * 1000)
             self.seen.pause_ms = longest_pause_s(lives, done_s, max(until_s, last)) * 1000
         self.seen.complete_there = self.cell.mode == "precopy" and bool(self.stage.target.has(self.name, Fact.LOADED))
-        self.seen.rows = self.stage.source.rows(self.name)
         self.seen.two_writers, self.seen.lock_samples = self.witness.two_writers, self.witness.lock_samples
         if self.doing.undone_s:
             ack = self.stage.source.has(self.name, Fact.RESUME_ACK, since_s=done_s)

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from vmferry.core.facts import ROUNDED, Fact, FactLog
 from vmferry.core.status import destination_status, source_status
+from vmferry.core.view import SourceView
 
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (\w+) \S+ (.*)$")
 _FACT = re.compile(r"job=(\S+) vm=(\S+) fact=(\S+) round=(\d+) by=(.*?) text=(.*)$")
+_VIEW = re.compile(r"job=(\S+) vm=(\S+) view=(.+)$")
 _ROW = re.compile(r"job=(\S+) vm=(\S+) row=(\S+) outcome=(\S+)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One line of an agent: a fact (`what` is its name) or a row."""
+    """One line of an agent: a fact (`what` is its name), a row, or what the table was asked about."""
 
     at_s: float
     kind: str
@@ -35,7 +38,7 @@ class Said:
 
 
 def read_line(line: str) -> Said | None:
-    """None for everything that is neither a fact nor a row, nor the end of a start."""
+    """None for everything that is no fact, row or view, nor the end of a start."""
     found = _LINE.match(line)
     if found is None:
         return None
@@ -46,6 +49,9 @@ def read_line(line: str) -> Said | None:
     row = _ROW.search(found[4])
     if row is not None:
         return Said(at_s, "row", row[1], row[2], row[3], text=row[4])
+    view = _VIEW.search(found[4])
+    if view is not None:
+        return Said(at_s, "view", view[1], view[2], view[3])
     return Said(at_s, "ready", "", "", "ready") if "result=ready" in found[4] else None
 
 
@@ -67,6 +73,24 @@ def status_at(said: Iterable[Said], vm: str, *, before_s: float = float("inf"), 
     """The public status that those facts give."""
     log = facts_of(said, vm, before_s=before_s)
     return (source_status(log) if side == "source" else destination_status(log)).value
+
+
+def views_of(said: Iterable[Said], vm: str) -> list[tuple[SourceView, bool]]:
+    """What the source's table was asked about, in order, each with whether a cancel had been asked for."""
+    found, is_cancelled = [], False
+    for entry in said:
+        if entry.vm != vm:
+            continue
+        is_cancelled |= entry.kind == "fact" and entry.what == Fact.CANCEL.value
+        if entry.kind == "view":
+            found.append((SourceView(*_answers(entry.what)), is_cancelled))
+    return found
+
+
+def _answers(words: str) -> Iterator[Any]:
+    kinds = get_type_hints(SourceView)
+    for name, word in zip(SourceView.__slots__, words.split(" "), strict=True):
+        yield kinds[name](word)
 
 
 @dataclass(slots=True)

@@ -70,7 +70,8 @@ class Seen:
     resumed_ms: float | None = None
     """From the refused start on the target to running on the source."""
     wall_s: float = 0.0
-    rows: list[str] = field(default_factory=list)
+    through: list[str] = field(default_factory=list)
+    """The pairs of states that the two sides went through (`model.pairs`)."""
 
 
 def physics(cell: Cell, *, complete_there: bool) -> str:
@@ -166,5 +167,5 @@ def wire(cell: Cell, seen: Seen) -> dict[str, Any]:
         "resumed_ms": seen.resumed_ms,
         "wall_s": round(seen.wall_s, 2),
         "lock_samples": seen.lock_samples,
-        "rows": seen.rows,
+        "through": seen.through,
     }

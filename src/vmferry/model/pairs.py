@@ -33,8 +33,22 @@ class Pair:
     cpus: tuple[Cpus, ...] = (Cpus.STOPPED,)
     want: tuple[Want, ...] = BOTH
     step: tuple[Step, ...] = STARTED
+    in_postcopy: bool | None = None
+    is_cancelled: bool | None = None
     unreachable: str = ""
     """Why the rules keep the two sides out of it; what is found then is answered all the same."""
+
+    def holds(self, view: SourceView, *, in_postcopy: bool, is_cancelled: bool) -> bool:
+        """Whether a view belongs to it; some pairs differ only in the mode, and in whether a cancel was asked for."""
+        if self.in_postcopy not in (None, in_postcopy) or self.is_cancelled not in (None, is_cancelled):
+            return False
+        if view.source is Source.BACK and view.cpus not in self.cpus:
+            return False  # nobody asks for the CPUs in other states
+        asked = (
+            (view.want, self.want), (view.step, self.step), (view.source, self.source),
+            (view.target, self.target), (view.grant, self.grant),
+        )  # fmt: skip
+        return all(answer in answers for answer, answers in asked)
 
     def rows(self) -> list[Row[Effect]]:
         """The rows that decide in it, in the table's order."""
@@ -55,19 +69,22 @@ PAIRS: Final[tuple[Pair, ...]] = (
          step=(Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED, Step.STARTED)),
     Pair("P2", "active / active", (S.BUSY,), (T.PREPARED,), (Grant.NONE,), (Cpus.AS_BEFORE,)),
     Pair("P3", "pre-switchover / active", (S.WAITING,), (T.PREPARED, T.READY), (Grant.NONE,)),
-    Pair("P4", "device / active, or a hung peer", (S.SWITCHING, S.SILENT), (T.READY, T.UNKNOWN), NOT_SENT),
-    Pair("P5", "device / completed, never ran", (S.SWITCHING,), (T.LOADED,), NOT_SENT),
-    Pair("P6", "device / completed, runs", (S.SWITCHING,), (T.RAN,), NOT_SENT, unreachable=PAUSED_START),
+    Pair("P4", "device / active, or a hung peer", (S.SWITCHING, S.SILENT), (T.READY, T.UNKNOWN), NOT_SENT,
+         in_postcopy=False),
+    Pair("P5", "device / completed, never ran", (S.SWITCHING,), (T.LOADED,), NOT_SENT, in_postcopy=False),
+    Pair("P6", "device / completed, runs", (S.SWITCHING,), (T.RAN,), NOT_SENT, in_postcopy=False,
+         unreachable=PAUSED_START),
     Pair("P7", "completed / completed, never ran", (S.DONE,), (T.LOADED,), (Grant.HELD, Grant.SENT)),
     Pair("P8", "completed / completed, runs", (S.DONE,), (T.RAN,), SENT),
     Pair("P9", "completed / completed in inmigrate", (S.DONE,), (T.REFUSED,), SENT,
          unreachable=f"{PAUSED_START}; a cont without effect counts as refused"),
     Pair("P10", "completed / dead, never ran", (S.DONE,), (T.GONE,), (Grant.HELD, Grant.SENT)),
     Pair("P11", "completed / dead after it ran", (S.DONE,), (T.DIED,), SENT),
-    Pair("P12", "postcopy-device / active", (S.SWITCHING,), (T.READY, T.UNKNOWN), NOT_SENT),
-    Pair("P13", "postcopy-device / postcopy-active, never ran", (S.SWITCHING,), (T.LOADED,), NOT_SENT),
+    Pair("P12", "postcopy-device / active", (S.SWITCHING,), (T.READY, T.UNKNOWN), NOT_SENT, in_postcopy=True),
+    Pair("P13", "postcopy-device / postcopy-active, never ran", (S.SWITCHING,), (T.LOADED,), NOT_SENT,
+         in_postcopy=True),
     Pair("P14", "postcopy-device / postcopy-active, runs", (S.SWITCHING,), (T.RAN,), NOT_SENT,
-         unreachable=PAUSED_START),
+         unreachable=PAUSED_START, in_postcopy=True),
     Pair("P15", "postcopy-active / postcopy-active, never ran (cont refused)", (S.POSTCOPY,), (T.REFUSED,), SENT),
     Pair("P16", "postcopy-active / postcopy-active, runs", (S.POSTCOPY,), (T.RAN,), SENT),
     Pair("P17", "postcopy-paused / postcopy-paused, runs", (S.BROKEN,), (T.RAN,), SENT),
@@ -78,14 +95,14 @@ PAIRS: Final[tuple[Pair, ...]] = (
     Pair("P21", "postcopy-paused / dead after it ran", (S.BROKEN,), (T.DIED,), SENT),
     Pair("P22", "dead / postcopy-paused, ran", (S.GONE,), (T.RAN,), SENT, (Cpus.UNKNOWN,)),
     Pair("P23", "failed, runs / failed or dead", (S.BACK,), (T.PREPARED, T.GONE), NOT_SENT, (Cpus.AS_BEFORE,),
-         (Want.BACK,)),
+         (Want.BACK,), is_cancelled=False),
     Pair("P24", "failed, stuck / dead, never ran", (S.BACK,), (T.GONE,), (Grant.HELD, Grant.SENT), (Cpus.STUCK,),
-         (Want.BACK,)),
+         (Want.BACK,), is_cancelled=False),
     Pair("P25", "failed, runs / postcopy-paused or completed, never ran", (S.BACK,), (T.LOADED,),
-         (Grant.HELD, Grant.SENT), (Cpus.AS_BEFORE,), (Want.BACK,)),
-    Pair("P26", "failed / postcopy-paused, ran", (S.BACK,), (T.RAN,), SENT),
+         (Grant.HELD, Grant.SENT), (Cpus.AS_BEFORE,), (Want.BACK,), is_cancelled=False),
+    Pair("P26", "failed / postcopy-paused, ran", (S.BACK,), (T.RAN,), SENT, is_cancelled=False),
     Pair("P27", "cancelled, as P23 to P26", (S.BACK,), (T.PREPARED, T.LOADED, T.GONE), (Grant.HELD, Grant.SENT),
-         (Cpus.AS_BEFORE, Cpus.STOPPED, Cpus.STUCK), (Want.BACK,)),
+         (Cpus.AS_BEFORE, Cpus.STOPPED, Cpus.STUCK), (Want.BACK,), is_cancelled=True),
     Pair("P28", "dead / postcopy-device or earlier", (S.GONE,), (T.PREPARED, T.READY), NOT_SENT, (Cpus.UNKNOWN,)),
     Pair("P29", "dead / completed, never ran", (S.GONE, S.RETIRED), (T.LOADED,), (Grant.HELD, Grant.SENT),
          (Cpus.UNKNOWN,)),

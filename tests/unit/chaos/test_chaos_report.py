@@ -60,3 +60,14 @@ def test_a_page_without_bad_runs_says_so() -> None:
     chaos = report.summary([run()], seconds=1.0)
     page = report.docs_markdown({"machine": "", "date": "", "pairs": [], "chaos": chaos})
     assert page.endswith("Nothing.\n")
+
+
+def test_the_page_says_which_pairs_were_gone_through() -> None:
+    runs = [run(through=["P1", "P2"]), run("lost-by-physics", through=["P2"]), run("not-injected", through=["P2"])]
+    page = report.docs_markdown(
+        {"machine": "", "date": "", "pairs": [], "chaos": report.summary(runs, seconds=1.0), "runs": runs}
+    )
+    assert "| P1 | none, setup / none, setup | 1 | 1 good |" in page
+    assert "| P2 | active / active | 2 | 1 good, 1 lost-by-physics |" in page
+    assert "| P3 | pre-switchover / active | 0 |  |" in page
+    assert "| P6 | device / completed, runs | 0 | not reached: the destination starts with -S" in page

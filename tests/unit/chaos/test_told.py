@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from vmferry.chaos.told import LogTail, facts_of, read_line, status_at
+from vmferry.chaos.told import LogTail, facts_of, read_line, status_at, views_of
 from vmferry.core.facts import Fact
+from vmferry.core.view import Cpus, Grant, Source, SourceView, Target
+from vmferry.model.pairs import PAIRS
 
 DAY = "2026-01-02"
 
@@ -66,3 +69,28 @@ def test_a_file_that_grows(tmp_path: Path) -> None:
     tail.forget()
     assert not tail.has("g1", Fact.MIGRATE)
     assert tail.rows("g1") == []
+
+
+def test_what_the_table_was_asked_about() -> None:
+    lines = [
+        line(1, "job=j vm=g1 view=go started switching unknown loaded none none again"),
+        line(1, "job=j vm=g2 view=go new idle unknown prepared none none again"),
+        fact(2, "cancel"),
+        line(3, "job=j vm=g1 view=back started back as-before gone none none again"),
+    ]
+    said = [entry for text in lines if (entry := read_line(text))]
+    (first, cancelled_first), (second, cancelled_second) = views_of(said, "g1")
+    assert (first.source, first.target, cancelled_first) == (Source.SWITCHING, Target.LOADED, False)
+    assert (second.source, second.cpus, cancelled_second) == (Source.BACK, Cpus.AS_BEFORE, True)
+
+    def pairs(view: SourceView, *, in_postcopy: bool, is_cancelled: bool) -> list[str]:
+        return [p.name for p in PAIRS if p.holds(view, in_postcopy=in_postcopy, is_cancelled=is_cancelled)]
+
+    assert pairs(first, in_postcopy=False, is_cancelled=False) == ["P5"]
+    assert pairs(first, in_postcopy=True, is_cancelled=False) == ["P13"]
+    assert pairs(second, in_postcopy=False, is_cancelled=True) == []  # no grant was under way: nothing of P27
+    held = replace(second, grant=Grant.HELD)
+    assert pairs(held, in_postcopy=False, is_cancelled=True) == ["P27"]
+    assert pairs(second, in_postcopy=False, is_cancelled=False) == ["P23"]
+    stuck = replace(held, cpus=Cpus.STUCK)
+    assert pairs(stuck, in_postcopy=False, is_cancelled=False) == ["P24"]
