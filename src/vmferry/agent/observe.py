@@ -93,6 +93,8 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return (*switched, _PACKAGE)
         case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
             return (*switched, _PACKAGE, *proof, *_rounds(word, log))
+        case "completed" if Fact.STAND_IN in log and Fact.ALL_SENT not in log:
+            return (*switched, *_healed(log))  # it went to a stand-in, and none of it to the destination
         case "completed":
             loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
             return (*switched, *loaded, *_healed(log), (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))

@@ -148,7 +148,10 @@ async def _lead_out(agent: Agent, arguments: RescueArguments, tool: Tool) -> dic
     async with at_work(agent, vm) as tell:
         proof = proof_for(agent, vm, tool, never_ran=arguments.never_ran)
         # With an attempt its table starts the guest, once the tool is done: it knows whether it ran before.
-        then_run = arguments.run and attempt_of(agent, vm) is None
+        attempt = attempt_of(agent, vm)
+        then_run = arguments.run and attempt is None
+        if attempt is not None:
+            attempt.note(Fact.STAND_IN, text=tool.value, by="person")
         report = await body(machine, proof, then_run=then_run, tell=tell)
     return report.to_wire()
 
@@ -173,6 +176,8 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
                 memory.close()
         for fact, round_no, _ in source_findings("completed", attempt.facts, has_proof=True):
             attempt.note(fact, round_no=round_no, text="fed from the source's memory", by="stand-in")
+        for fact in (Fact.ALL_SENT, Fact.PEER_ACK):  # whatever the source's QEMU had sent to whom
+            attempt.note(fact, text="fed from the source's memory", by="stand-in")
     return report
 
 

@@ -124,6 +124,7 @@ async def _source(agent: Agent, job: JobState) -> None:
             attempt.fail(MigrationFailed("the guest was going back when the agent restarted", side="source"))
         if job.fenced:
             attempt.note(Fact.FENCED, round_no=1, text=job.fenced, by="journal")
+            attempt.note(Fact.STAND_IN, text="it may have been used behind the fence", by="journal")
     elif word in NOT_BEGUN and not kept.machine.is_gone:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
     if kept.machine.is_gone:

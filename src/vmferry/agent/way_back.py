@@ -23,7 +23,7 @@ from vmferry.core import hazards
 from vmferry.core.decide import source_allows
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
-from vmferry.core.rescue import Evidence, NeverRan, has_settled
+from vmferry.core.rescue import Evidence, NeverRan, Tool, has_settled
 from vmferry.core.view import Grant, Source, source_view
 from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
 
@@ -58,6 +58,7 @@ async def bring_back(attempt: SourceAttempt) -> None:
     """Raises as `rescue.bring_back`; the guest is then whole and paused as before, and it is tried again."""
     for channel in attempt.channels:
         channel.cut()  # a recovery that hangs half-way ends, and with it what would refuse the tool
+    attempt.note(Fact.STAND_IN, text=Tool.BRING_BACK.value, by="agent")
     report = await _unless_over(
         attempt,
         attempt.context.host.rescue.bring_back(
@@ -70,6 +71,7 @@ async def bring_back(attempt: SourceAttempt) -> None:
 
 async def throw_away(attempt: SourceAttempt) -> None:
     """Raises as `rescue.throw_away`; the guest is then whole and paused as before, and it is tried again."""
+    attempt.note(Fact.STAND_IN, text=Tool.THROW_AWAY.value, by="agent")
     report = await _unless_over(
         attempt,
         attempt.context.host.rescue.throw_away(
@@ -138,6 +140,11 @@ async def fence(attempt: SourceAttempt) -> None:
         silence = error
     if attempt.machine.is_gone:
         raise silence  # there is nothing to go back to
+    if not attempt.wanted.running_before:
+        raise HostUnreachable(  # a guest that stays paused is taken over without a lock
+            f"{silence}; no fence: the guest is paused, and locks say nothing of who has it",
+            side=silence.side, guest="unknown", cause=silence,
+        )  # fmt: skip
     locks = fences.LocksFence(attempt.stamps)
     found = await locks.ask()
     if found.verdict is not Verdict.FENCED:

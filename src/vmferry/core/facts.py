@@ -121,6 +121,9 @@ class Fact(StrEnum):
     held here, or a person says so. Durable before anything follows from it (rounds count the fences)."""
     FENCE_BROKEN = "fence-broken"
     """Between the fence and the source's start somebody took a disk: that fence proves nothing any more."""
+    STAND_IN = "stand-in"
+    """A stand-in for the destination takes what the source's QEMU sends: that it has sent all proves nothing from then
+    on."""
     BROUGHT_BACK = "brought-back"
     """A stand-in led the source's QEMU to where its guest can be started again (text: which tool)."""
     FROZEN = "frozen"

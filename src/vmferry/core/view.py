@@ -327,7 +327,9 @@ def _source(log: FactLog, said: Source) -> Source:
     whole = Fact.ALL_SENT in log or Fact.TARGET_WHOLE in log
     if Fact.SOURCE_GONE in log:
         return Source.RETIRED if whole else Source.GONE
-    if not whole or said not in (Source.BACK, Source.BROKEN, Source.POSTCOPY):
+    if not whole:
+        return Source.BACK if said is Source.DONE and Fact.STAND_IN in log else said
+    if said not in (Source.BACK, Source.BROKEN, Source.POSTCOPY):
         return said
     if Fact.RUN_ACKED in log:
         return Source.DONE  # fed by a stand-in, or its last page arrived before the channel broke, or it hangs after it

@@ -38,8 +38,8 @@ def complete_on_source(w: World) -> bool:
 
 
 def complete_on_destination(w: World) -> bool:
-    """The destination has the whole guest as it is now."""
-    return destination_alive(w) and w.d_word == "completed" and not w.d_stale
+    """The destination has the whole guest as it is now. What it has renounced never runs: that is no copy any more."""
+    return destination_alive(w) and w.d_word == "completed" and not w.d_stale and not w.d_journal & D_RENOUNCED
 
 
 def complete_on_both(w: World) -> bool:

@@ -87,7 +87,7 @@ def _source(kit: Kit, w: World) -> World:
         if w.s_journal & S_TURNED:
             w = kit.note_source(w, Fact.ERROR)
         if w.s_journal & S_FENCED:
-            w = kit.note_source(w, (Fact.FENCED, 1))
+            w = kit.note_source(w, (Fact.FENCED, 1), Fact.STAND_IN)
     elif alive and word in ("", *NOT_BEGUN):
         w = kit.note_source(w, Fact.ERROR)
     if not alive:

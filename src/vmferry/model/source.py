@@ -120,12 +120,10 @@ def hear(kit: Kit, w: World) -> World:
     word = w.s_word
     if word == w.s_heard:
         return w._replace(s_source=source_word(word).name)
-    if word in ("failed", "cancelled") and w.s_run == "running":
-        w = w._replace(s_cpus=Cpus.AS_BEFORE.name)  # RESUME comes before that word
     proof = not (kit.breaks("waits for the proof") and word == "postcopy-device")
     findings = kit.rules.source_findings(word if proof else "postcopy-active", logs.log_of(w.s_log), has_proof=True)
     w = kit.note_source(w, *((fact, number) if number else fact for fact, number, _ in findings))
-    w = w._replace(s_heard=word, s_source=source_word(word).name, s_cpus_fresh=False)
+    w = w._replace(s_heard=word, s_source=source_word(word).name, s_cpus=Cpus.UNKNOWN.name, s_cpus_fresh=False)
     if word not in AT_REST:
         return w
     w = w._replace(s_cancelled_once=False)  # nothing is left to cancel
@@ -284,14 +282,16 @@ def _bring_back(kit: Kit, w: World) -> World:
     """`rescue.bring_back` after its pause: the proof again, then the stand-in."""
     if w.s_word != "postcopy-paused" or w.s_hung or not kit.source_may(Effect.BRING_BACK, w):
         return hear(kit, done(w))
-    brought = w._replace(s_word="completed", s_run="postmigrate", channel="cut", s_cpus_fresh=False)
+    brought = kit.note_source(w, Fact.STAND_IN)._replace(
+        s_word="completed", s_run="postmigrate", channel="cut", s_cpus_fresh=False
+    )
     return hear(kit, done(kit.note_source(brought, Fact.BROUGHT_BACK)))
 
 
 def _throw_away(kit: Kit, w: World) -> World:
     if w.s_word not in ("failed", "cancelled") or w.s_run != "finish-migrate" or w.s_hung:
         return hear(kit, done(w))
-    thrown = w._replace(s_word="completed", s_run="postmigrate", s_cpus_fresh=False)
+    thrown = kit.note_source(w, Fact.STAND_IN)._replace(s_word="completed", s_run="postmigrate", s_cpus_fresh=False)
     return hear(kit, done(kit.note_source(thrown, Fact.BROUGHT_BACK)))
 
 
@@ -300,7 +300,7 @@ def _fence(kit: Kit, w: World) -> Iterator[Step]:
 
     A guest that ran has written: what did not is a guest of which nothing reached a disk."""
     silent = hear(kit, done(w)._replace(s_answers=False))
-    if not source_alive(w) or w.lock not in ("none", "fence") or w.d_ran:
+    if not source_alive(w) or w.lock not in ("none", "fence") or w.d_ran or kit.setting.owner_paused:
         yield "source agent cannot fence the destination off", silent
         return
     journal = w.s_journal if kit.breaks("a fence is durable before it is used") else w.s_journal | S_FENCED
