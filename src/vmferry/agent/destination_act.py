@@ -210,6 +210,7 @@ async def _start_cpus(attempt: DestinationAttempt) -> None:
     machine = attempt.machine
     assert machine is not None
     if not attempt.place.run_after:
+        await machine.run_state()  # it lives: from here on the source's copy is old
         attempt.note(Fact.TARGET_RAN, text="taken over; it stays paused as it was before", by="agent")
         return
     tries = attempt.facts.last_round(Fact.START_SENT) + 1

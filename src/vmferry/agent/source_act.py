@@ -30,7 +30,7 @@ from vmferry.core.view import Source, is_fenced, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
-from vmferry.qmp.errors import QmpCommandError, QmpTimeout
+from vmferry.qmp.errors import QmpCommandError, QmpDisconnected, QmpTimeout
 from vmferry.vm import hardware
 from vmferry.vm.runtime import RuntimePaths
 
@@ -48,6 +48,8 @@ CANCEL_S = 0.5
 CONT_S = 10.0
 CHANNEL_NAME = "vmferry-main"
 SETTLE_S = 2.0
+DYING_S = 2.0
+"""A QEMU whose session has just ended is most likely dying, which takes as long as its memory takes to be given back."""
 AT_ONCE_BYTES_PER_S: Final = 100_000
 """10 kB in QEMU's rate window of 100 ms, which is 4 MiB of empty pages: no guest is sent whole in it."""
 _Command = tuple[str, dict[str, Any]]
@@ -416,6 +418,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
     if view.source not in (Source.GONE, Source.RETIRED) and not attempt.machine.is_gone:
         try:
             await _restore_source(attempt)
+        except QmpDisconnected:
+            await attempt.machine.wait_gone(deadline_s=DYING_S)
         except QemuError as error:
             log.warning("job=%s vm=%s effect=clean-up result=%s", attempt.job, attempt.vm, error)
         if not attempt.allows(Effect.CLEAN_UP):

@@ -142,6 +142,9 @@ def act(kit: Kit, w: World, effect: DestinationEffect) -> Iterator[Step]:
         case DestinationEffect.START_CPUS:
             if kit.setting.owner_paused:
                 # Taken over as it is: its owner starts it. From here on it counts as having run here.
+                if not destination_alive(w) or w.d_hung:
+                    yield "destination agent cannot take the paused guest over", done(w)
+                    return
                 taken = kit.note_destination(w._replace(d_ran=True), Fact.TARGET_RAN)
                 yield "destination agent takes the paused guest over", done(taken)
                 return

@@ -38,8 +38,14 @@ def complete_on_source(w: World) -> bool:
 
 
 def complete_on_destination(w: World) -> bool:
-    """The destination has the whole guest as it is now. What it has renounced never runs: that is no copy any more."""
-    return destination_alive(w) and w.d_word == "completed" and not w.d_stale and not w.d_journal & D_RENOUNCED
+    """The destination has the whole guest as it is now.
+
+    It counts until the order to give it up is sent: whoever sends it has a copy then. Should that die while the order
+    is on its way, nobody over there can know."""
+    is_told = "release" in (w.request, w.stray) or logs.has(max(w.d_log, 0), Fact.RELEASE)
+    if not w.d_ran and (is_told or w.d_journal & D_RENOUNCED):
+        return False
+    return destination_alive(w) and w.d_word == "completed" and not w.d_stale
 
 
 def complete_on_both(w: World) -> bool:

@@ -231,7 +231,9 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
         case Effect.NOTE_TARGET_LOST | Effect.NOTE_TIMEOUT | Effect.NOTE_QEMU_ERROR:
             yield f"source agent carries out {name}", done(kit.note_source(w, Fact.ERROR))
         case Effect.CLEAN_UP:
-            if w.s_word not in ("failing", "cancelling"):
+            if not source_alive(w) and not logs.has(w.s_log, Fact.SOURCE_GONE):
+                yield "source agent finds its QEMU dead", done(kit.note_source(w, Fact.SOURCE_GONE))
+            elif w.s_word not in ("failing", "cancelling"):
                 yield "source agent cleans up", _clean_up(kit, w)
         case _:
             assert_never(effect)
