@@ -73,6 +73,13 @@ def _stopped(log: FactLog) -> tuple[Finding, ...]:
     return ((Fact.SETUP_DONE, 0, ""), *ready, (Fact.SWITCHOVER, 0, ""))
 
 
+def arrival(log: FactLog) -> tuple[Finding, ...]:
+    """What is proved once the destination has taken everything, whoever says so."""
+    loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
+    sent = ((Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+    return (*_stopped(log), (Fact.CONTINUE, 0, ""), *loaded, *_healed(log), *sent)
+
+
 def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
     """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
     proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
@@ -96,8 +103,7 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
         case "completed" if Fact.STAND_IN in log and Fact.ALL_SENT not in log:
             return (*switched, *_healed(log))  # it went to a stand-in, and none of it to the destination
         case "completed":
-            loaded = ((Fact.PACKAGE_LOADED, 0, "the destination's result"),) if Fact.PACKAGE_SENT in log else ()
-            return (*switched, *loaded, *_healed(log), (Fact.ALL_SENT, 0, ""), (Fact.PEER_ACK, 0, ""))
+            return arrival(log)
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
             return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)

@@ -23,7 +23,7 @@ from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
-from vmferry.agent.observe import PROOF_VERSION, source_findings
+from vmferry.agent.observe import PROOF_VERSION, arrival, source_findings
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core.converge import Progress
@@ -306,8 +306,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it waits for ever, or calls
             # it a failure. A guest that runs there with every page has arrived all the same: that proves what QEMU's
             # own word would, also what was not heard on the way (of a process that died while no agent ran, nothing).
-            arrived = source_findings("completed", self.facts, has_proof=True) if facts.get("ran") else ()
-            for fact, round_no, _ in arrived:
+            for fact, round_no, _ in arrival(self.facts) if facts.get("ran") else ():
                 self.note(fact, round_no=round_no, text="the destination's agent", by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")

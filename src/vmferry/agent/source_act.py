@@ -49,7 +49,7 @@ CONT_S = 10.0
 CHANNEL_NAME = "vmferry-main"
 SETTLE_S = 2.0
 DYING_S = 2.0
-"""A QEMU whose session has just ended is most likely dying, which takes as long as its memory takes to be given back."""
+"""A QEMU whose session has just ended is most likely dying, for as long as giving its memory back takes."""
 AT_ONCE_BYTES_PER_S: Final = 100_000
 """10 kB in QEMU's rate window of 100 ms, which is 4 MiB of empty pages: no guest is sent whole in it."""
 _Command = tuple[str, dict[str, Any]]

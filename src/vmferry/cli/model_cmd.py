@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 
-from vmferry.agent.observe import destination_findings, source_findings
+from vmferry.agent.observe import arrival, destination_findings, source_findings
 from vmferry.model import campaign
 from vmferry.model.mutants import MUTANTS
 from vmferry.model.rules import Rules
@@ -20,7 +20,7 @@ def model(arguments: Namespace) -> int:
     settings = [s for s in campaign.SETTINGS if arguments.only in s.name]
     mutants = [] if arguments.no_mutants else [m for m in MUTANTS if arguments.only in m.name]
     report = campaign.run(
-        Rules(source_findings, destination_findings),
+        Rules(source_findings, destination_findings, arrival),
         settings=settings,
         mutants=mutants,
         processes=arguments.processes,

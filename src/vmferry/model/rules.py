@@ -29,11 +29,12 @@ DestinationFindings = Callable[[str | None, str | None, FactLog], tuple[Finding,
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything that decides. `source_findings` and `destination_findings` are those of `agent.observe`, which this
+    """Everything that decides. The findings and `arrival` are those of `agent.observe`, which this
     room does not import: whoever starts a model hands them in."""
 
     source_findings: SourceFindings
     destination_findings: DestinationFindings
+    arrival: Callable[[FactLog], tuple[Finding, ...]]
     decide_source: Callable[[FactLog, Readings], Row[Effect]] = decide.decide_source
     decide_destination: Callable[[FactLog, Incoming], Row[DestinationEffect]] = decide.decide_destination
     source_view: Callable[[FactLog, Readings], SourceView] = view.source_view

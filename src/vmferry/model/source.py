@@ -168,7 +168,7 @@ def hear_target(kit: Kit, w: World, told: Told) -> World:
 
 def arrived(kit: Kit, w: World) -> World:
     """The guest runs there with every page, whatever QEMU said of it: that proves what its "completed" would."""
-    found = kit.rules.source_findings("completed", logs.log_of(w.s_log), has_proof=True)
+    found = kit.rules.arrival(logs.log_of(w.s_log))
     return kit.note_source(w, *((fact, number) if number else fact for fact, number, _ in found))
 
 

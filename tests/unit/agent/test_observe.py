@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmferry.agent.observe import Finding, destination_findings, source_findings
+from vmferry.agent.observe import Finding, arrival, destination_findings, source_findings
 from vmferry.core.facts import Fact, FactLog
 from vmferry.core.migration_status import MigrationStatus as S
 from vmferry.core.status import derive_destination, destination_status, source_status
@@ -222,3 +222,15 @@ def test_a_running_destination_has_run() -> None:
 
 def test_words_of_the_destination_that_nobody_has_heard_of_are_counted() -> None:
     assert arrive(("multiplying", None), ("dividing", None)).last_round(F.UNKNOWN_STATUS) == 2
+
+
+@pytest.mark.proves("S26", "S59")
+def test_completed_proves_nothing_of_the_destination_where_a_stand_in_took_the_stream() -> None:
+    paused = hear("postcopy-active", "postcopy-paused")
+    led_out = hear("completed", log=paused.with_fact(F.STAND_IN))
+    assert F.ALL_SENT not in led_out
+    assert F.PEER_ACK not in led_out
+    told = tell(led_out, arrival(led_out))  # its agent says that the guest runs there with every page
+    assert {F.ALL_SENT, F.PEER_ACK} <= {entry.fact for entry in told}
+    assert source_status(told.with_fact(F.RUN_ACKED)) is S.COMPLETED
+    assert hear("completed", log=paused) == tell(paused, arrival(paused))

@@ -169,6 +169,18 @@ def test_a_destination_that_is_whole_and_never_ran_does_not_make_a_source_that_w
     assert found is (Source.POSTCOPY if source is Source.BROKEN else source)
 
 
+@pytest.mark.proves("S26", "S54", "S59")
+def test_what_a_stand_in_took_is_not_what_the_destination_has() -> None:
+    """1. the source was led out of postcopy behind a fence  2. the fence was given back  3. an order to start that had
+    hung over there took the disks: that guest lacks pages, and the source must not end as one that gave all away."""
+    done = Readings(source=Source.DONE)
+    led_out = log_of(F.GRANT_SENT, F.STAND_IN)
+    assert source_view(led_out, done).source is Source.BACK
+    assert source_view(log_of(F.GRANT_SENT, F.STAND_IN, F.RUN_ACKED), done).source is Source.BACK
+    assert source_view(log_of(F.GRANT_SENT, F.STAND_IN, F.RUN_ACKED, F.TARGET_WHOLE), done).source is Source.DONE
+    assert source_view(log_of(F.STAND_IN, F.SOURCE_GONE), done).source is Source.GONE
+
+
 @pytest.mark.proves("S53")
 def test_a_source_whose_process_died_with_a_whole_destination_had_given_everything_away() -> None:
     assert source_view(log_of(F.SOURCE_GONE, F.TARGET_WHOLE), Readings()).source is Source.RETIRED

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from vmferry.agent.observe import destination_findings, source_findings
+from vmferry.agent.observe import arrival, destination_findings, source_findings
 from vmferry.core.facts import Fact
 from vmferry.model import logs
 from vmferry.model.explore import Explorer, NotReplayable, replay
 from vmferry.model.rules import Rules
 from vmferry.model.world import Setting
 
-RULES = Rules(source_findings, destination_findings)
+RULES = Rules(source_findings, destination_findings, arrival)
 NO_FAULT = Setting("precopy", locks=False, faults=0, cancels=0)
 STRAIGHT = (
     "source agent plans",

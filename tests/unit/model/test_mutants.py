@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from vmferry.agent.observe import destination_findings, source_findings
+from vmferry.agent.observe import arrival, destination_findings, source_findings
 from vmferry.model.campaign import run_mutant
 from vmferry.model.explore import replay
 from vmferry.model.mutants import LEFT_OUT, MUTANTS
 from vmferry.model.rules import Rules
 from vmferry.model.world import Setting
 
-RULES = Rules(source_findings, destination_findings)
+RULES = Rules(source_findings, destination_findings, arrival)
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 
