@@ -129,7 +129,7 @@ async def inspect(agent: Agent, vm: str) -> dict[str, Any]:
     row, view = attempt.row(), source_view(attempt.facts, attempt.readings)
     mine |= {"row": row.label, "derived": derive_source(attempt.facts).status.value}
     copies = complete_copies(view)
-    action = (row.action or "none needed: it goes on by itself").replace("NAME", vm)
+    action = (attempt.fix or row.action or "none needed: it goes on by itself").replace("NAME", vm)
     return {
         "vm": vm,
         "job": attempt.job,

@@ -53,6 +53,7 @@ from vmferry.errors import (
     MigrationFailed,
     NotTrusted,
     QemuError,
+    Unfit,
     VmferryError,
 )
 from vmferry.jobs.journal import Entry
@@ -97,6 +98,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.cause: dict[str, Any] | None = None
         """The wire form of the error that made the attempt turn back."""
         self.trouble = ""
+        self.fix = ""
+        """What a person can do about the trouble, where that is another thing than the row's action."""
         """Why the effect that is tried again and again does not succeed."""
         self.outcome_at_end: Outcome | None = None
         self._view: SourceView | None = None
@@ -154,6 +157,7 @@ class SourceAttempt(AttemptLoop[Effect]):
     def on_trouble(self, effect: Effect, error: Exception) -> None:
         """Which errors end the attempt, which only mean that the destination is silent, which are retried."""
         self.trouble = str(error)
+        self.fix = error.hint if isinstance(error, Unfit) else ""
         match effect:
             case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
                 self.fail(error)
@@ -262,9 +266,14 @@ class SourceAttempt(AttemptLoop[Effect]):
         """One command of this job to the destination's agent. Raises HostUnreachable or the command's own error."""
         granted = Fact.GRANT_SENT in self.facts
         question = {"job": self.job, "generation": self.wanted.generation, "granted": granted, **more}
-        return dict(
-            await self.context.peers.link(self.wanted.destination).call(command, question, deadline_s=deadline_s)
-        )
+        try:
+            return dict(
+                await self.context.peers.link(self.wanted.destination).call(command, question, deadline_s=deadline_s)
+            )
+        except VmferryError as error:
+            if error.side == "client":  # it is said over there, of that host
+                error.side = "destination"
+            raise
 
     async def ask_facts(self, command: str, *, deadline_s: float, **more: Any) -> dict[str, Any]:
         """The same where the answer is what the destination knows of this job. Raises HostUnreachable for one that is
@@ -280,7 +289,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
         # In doubt: the order to start was written to its QEMU and not answered, so it does not know itself.
         self.set_readings(target_answers=not facts.get("in_doubt"))
-        self.trouble = ""
+        self.trouble = self.fix = ""
         if facts.get("loaded"):
             self.note(Fact.LOADED, by="destination agent")
             if Fact.PACKAGE_SENT in self.facts:
@@ -495,7 +504,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             "mbps": self.measured.mbps,
             "passes": self.measured.passes,
             "percent": self.progress.percent,
-            "action": self.row().action,
+            "action": self.fix or self.row().action,
         }
 
     def wire(self) -> dict[str, Any]:
@@ -514,6 +523,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             over=self.ended.is_set(),
             notes=self.plan.notes if self.plan else (),
             trouble=self.trouble,
+            fix=self.fix,
         )
 
 

@@ -145,6 +145,7 @@ def job_wire(
     progress: dict[str, Any] | None = None,
     notes: tuple[str, ...] = (),
     trouble: str = "",
+    fix: str = "",
 ) -> dict[str, Any]:
     """Everything about one attempt as one JSON object; the same while it runs and after it ended."""
     derived: Derived = derive_source(log)
@@ -163,7 +164,7 @@ def job_wire(
         "outcome": outcome.value,
         "row": row.label if row else None,
         "why": row.why if row else "",
-        "action": row.action if row else "",
+        "action": fix or (row.action if row else ""),
         "over": over,
         "downtime_ms": measured.downtime_ms,
         "total_ms": measured.total_ms,

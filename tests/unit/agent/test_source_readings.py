@@ -16,6 +16,7 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.core.view import Cpus, Source
+from vmferry.errors import Unfit
 from vmferry.jobs.journal import Entry
 
 
@@ -70,3 +71,27 @@ class FakeJournal:
 
     async def append(self, kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
         self.kinds.append(kind)
+
+
+@pytest.mark.proves("S113", "S115")
+async def test_a_full_disk_under_the_other_journal_is_told_with_its_side_and_its_remedy() -> None:
+    async def call(command: str, question: dict[str, Any], *, deadline_s: float) -> dict[str, Any]:
+        raise Unfit("the journal cannot be written: database or disk is full", hint="make room on the disk")
+
+    peers = SimpleNamespace(link=lambda host: SimpleNamespace(call=call))
+    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
+    context = SimpleNamespace(
+        clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None, peers=peers,
+        config=SimpleNamespace(name="host-a"),
+    )  # fmt: skip
+    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
+    attempt = SourceAttempt(cast(Any, context), wanted, cast(Any, SimpleNamespace(machine=machine)))
+    for fact in (Fact.MIGRATE, Fact.STARTED, Fact.COMMITTED, Fact.GRANT_SENT, Fact.LOADED):
+        attempt.note(fact)
+    with pytest.raises(Unfit) as told:
+        await attempt.ask("peer-grant", deadline_s=1.0)
+    assert told.value.side == "destination"
+    attempt.on_trouble(Effect.SEND_GRANT, told.value)
+    assert attempt.wire()["action"] == attempt.brief()["action"] == "make room on the disk"
+    attempt.hear_target({"loaded": True})
+    assert attempt.wire()["action"] != "make room on the disk"
