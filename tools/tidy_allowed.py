@@ -29,6 +29,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("compares-qemu-word", f"{AGENT}/destination.py", "_ask"): "knows which words come before the run state settles",
     ("compares-qemu-word", f"{AGENT}/destination_act.py", "reconnect"): _CHOOSES_COMMAND,
     ("compares-qemu-word", f"{AGENT}/reconnect.py", "reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/reconnect.py", "is_over"): "waits for the end of the command that it gave",
     ("records-fact", f"{AGENT}/way_back.py", "bring_back"): _HAND,
     ("records-fact", f"{AGENT}/way_back.py", "throw_away"): _HAND,
     ("records-fact", f"{AGENT}/way_back.py", "fence_again"): _HAND,
