@@ -27,7 +27,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("compares-status", f"{AGENT}/destination.py", "on_facts"): "compares the status with itself, to publish a change",
     ("compares-qemu-word", f"{AGENT}/destination.py", "incoming"): "translates QEMU's word into the table's answer",
     ("compares-qemu-word", f"{AGENT}/destination.py", "_ask"): "knows which words come before the run state settles",
-    ("compares-qemu-word", f"{AGENT}/destination_act.py", "reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/recovery.py", "_pause"): _CHOOSES_COMMAND,
     ("compares-qemu-word", f"{AGENT}/reconnect.py", "reconnect"): _CHOOSES_COMMAND,
     ("compares-qemu-word", f"{AGENT}/reconnect.py", "is_over"): "waits for the end of the command that it gave",
     ("records-fact", f"{AGENT}/way_back.py", "bring_back"): _HAND,
