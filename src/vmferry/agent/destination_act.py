@@ -110,10 +110,8 @@ async def _accept(attempt: DestinationAttempt) -> None:
     assert attempt.listener is not None
     try:
         channel = await attempt.listener.arrived("main", deadline_s=recovery.ARRIVE_S)
-        attempt.channels.append(channel)
         attempt.heard_source_s = attempt.clock.now_s()
-        await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
-        channel.entrust(machine.pid)
+        await recovery.hand_over(attempt, channel, CHANNEL_NAME)
         arguments: dict[str, object] = {"uri": f"fd:{CHANNEL_NAME}"}
         if machine.version >= (9, 1):
             arguments["exit-on-error"] = False  # keep the process, so that its words can be read

@@ -126,15 +126,20 @@ async def _pause_unheard(attempt: DestinationAttempt) -> None:
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str, *, answers: bool) -> None:
-    recovering = attempt.recovering
-    channel = None
+    machine, recovering = attempt.machine, attempt.recovering
+    assert machine is not None
+    channel: ChannelEnd | None = None
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
-        attempt.channels.append(channel)
         if answers:
-            await _give(attempt, channel)
+            await hand_over(attempt, channel, name)
+            await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
         else:
-            attempt.channels[-1] = channel = await _relay(attempt, channel)
+            # Each try has a path of its own: QEMU takes the one before away when it listens anew.
+            path = attempt.runtime.recovery_path(attempt.rounds)
+            channel = attempt.context.host.relay(channel, path)
+            attempt.channels.append(channel)
+            await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
         if not recovering.done():
             recovering.set_result(None)
     except (HostUnreachable, QemuError) as error:
@@ -148,17 +153,14 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
         await listener.close()
 
 
-async def _give(attempt: DestinationAttempt, channel: ChannelEnd) -> None:
+async def hand_over(attempt: DestinationAttempt, channel: ChannelEnd, name: str) -> None:
+    """Gives QEMU the connection under this name; from then on it is QEMU's alone. Raises QemuError."""
     machine = attempt.machine
     assert machine is not None
-    await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
-    channel.entrust(machine.pid)
-    await machine.execute("migrate-recover", {"uri": f"fd:{channel.name}"}, oob=True)
-
-
-async def _relay(attempt: DestinationAttempt, channel: ChannelEnd) -> ChannelEnd:
-    """Each try has a name of its own: QEMU takes the one before away when it listens anew."""
-    machine, path = attempt.machine, attempt.runtime.recovery_path(attempt.rounds)
-    assert machine is not None
-    await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
-    return attempt.context.host.relay(channel, path)
+    try:
+        await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
+        channel.entrust(machine.pid)
+    finally:
+        # Not before: 1. the descriptor is on its way to QEMU  2. the loop looks, and finds a channel of this attempt
+        # that QEMU does not hold  3. it cuts it, as one that QEMU has let go.
+        attempt.channels.append(channel)
