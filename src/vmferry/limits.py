@@ -189,3 +189,20 @@ RESCUE_PAUSE_S = 10.0
 # A whole rescue, by default: memory moves through a local socket at a GiB per second and more, so this is enough for
 # a guest of 1 TiB; what moves nothing is given up much sooner (ENGINE_STAND_IN_SILENCE_S).
 RESCUE_S = 1800.0
+
+# --- channels through an agent ----------------------------------------------------------------------------
+
+# How long a QEMU in postcopy may take for a question before it is taken for one whose main loop waits for a page. It
+# answers within a millisecond; one that was only busy loses nothing but speed by being taken for one that hangs.
+RECOVERY_ANSWER_S = 1.0
+
+# What a relay reads at a time: more than a socket hands out at once, and small beside anything else here.
+RELAY_CHUNK_BYTES = 256 << 10
+
+# From the connection of a recovery to the first byte of the source's QEMU. Its agent waits 10 s at most for the word
+# that this side is ready, and tells its QEMU to resume within the 5 s of a command.
+RELAY_FIRST_BYTE_S = 30.0
+
+# From the end of one direction to that of the other one. A QEMU that is done closes its whole connection within
+# milliseconds; what is still on its way at that moment was acknowledged by the other one before.
+RELAY_LINGER_S = 10.0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vmferry.testing.hosts import OLDEST, QEMUS, Guests, MakePair, TwoAgents, run_cli
+from vmferry.testing.qemus import with_second_monitor
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def facts_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_pair(pki: Path, facts_cache: Path) -> Iterator[MakePair]:
     """`make_pair("7.2", "11.1")` gives two ready agents. At the end nothing may be left behind by the test, unless
-    it says why in the pair's `may_leave`."""
+    it says why in the pair's `may_leave`. `monitors`: a folder in which each QEMU has a second monitor."""
     yield from _pairs(pki, facts_cache)
 
 
@@ -42,11 +43,21 @@ def make_module_pair(pki: Path, facts_cache: Path) -> Iterator[MakePair]:
 def _pairs(pki: Path, facts_cache: Path) -> Iterator[MakePair]:
     made: list[TwoAgents] = []
 
-    def make(source: str = OLDEST, destination: str = "", *, clear_text: bool = False, **more: Any) -> TwoAgents:
-        destination = destination or source
-        pair = TwoAgents(
-            QEMUS[source], QEMUS[destination], pki=None if clear_text else pki, cache=facts_cache, **more
-        )  # fmt: skip
+    def make(
+        source: str = OLDEST,
+        destination: str = "",
+        *,
+        clear_text: bool = False,
+        monitors: Path | None = None,
+        **more: Any,
+    ) -> TwoAgents:
+        programs = [QEMUS[source], QEMUS[destination or source]]
+        if monitors is not None:
+            programs = [
+                with_second_monitor(program, monitors / f"qemu-{number}", monitors)
+                for number, program in enumerate(programs)
+            ]
+        pair = TwoAgents(*programs, pki=None if clear_text else pki, cache=facts_cache, **more)
         made.append(pair)
         pair.start()
         return pair

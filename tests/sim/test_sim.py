@@ -12,7 +12,7 @@ import pytest
 
 from vmferry.testing.sim.__main__ import main
 from vmferry.testing.sim.run import run, run_scenario
-from vmferry.testing.sim.scenario import KINDS, Fault, Trigger, draw
+from vmferry.testing.sim.scenario import CALM, KINDS, Fault, Trigger, draw
 
 MANY = 5000
 SHARE = 100
@@ -46,6 +46,19 @@ def test_each_kind_of_fault_is_really_done(kind: str) -> None:
     verdict = run_scenario(slow)
     assert verdict.faults == [str(fault)]
     assert verdict.ok, verdict.violations
+
+
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+@pytest.mark.proves("S36", "S53", "S66", "S123")
+def test_a_destination_that_hangs_for_want_of_a_page_is_joined_again(version: str) -> None:
+    """Pair P19; it hangs again each time when the channel breaks."""
+    breaks = tuple(Fault("hung-stream", Trigger(text="step pages", host="a", nth=n), host="b") for n in (1, 2))
+    slow = ("max-bandwidth=1000000", "max-postcopy-bandwidth=1000000")
+    scenario = replace(CALM, profiles={"a": version, "b": version}, mode="postcopy", dirty=True, settings=slow)
+    verdict = run_scenario(replace(scenario, faults=breaks))
+    assert verdict.faults == [str(each) for each in breaks]
+    assert sum("it is recovered out of band" in line for line in verdict.trace) >= len(breaks)
+    assert (verdict.outcome, verdict.violations) == ("b", [])
 
 
 def traced(seed: str, hash_seed: str) -> bytes:

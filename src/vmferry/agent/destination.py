@@ -220,7 +220,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """Hears from QEMU itself that it has lost the channel. Raises QemuError when it does not say so in time."""
         assert self.machine is not None
         end_s = self.clock.now_s() + deadline_s
-        while (word := (await self.machine.migration()).get("status")) not in CUT_OFF:
+        while (word := (await self.machine.migration(deadline_s=deadline_s)).get("status")) not in CUT_OFF:
             if self.clock.now_s() >= end_s:
                 raise QemuError(f"{self.vm}: the destination's QEMU is still in {word}", side="destination")
             await asyncio.sleep(LOAD_POLL_S)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, assert_never
+from typing import assert_never
 
-from vmferry.agent.channel import ChannelDoor
+from vmferry.agent import recovery
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.machine import Machine
 from vmferry.agent.source_act import CHANNEL_NAME, set_options
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.effects import DestinationEffect
-from vmferry.core.facts import Fact, open_round
+from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.errors import HostUnreachable, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
@@ -23,9 +23,6 @@ from vmferry.vm import hardware
 
 log = logging.getLogger("vmferry.agent")
 
-ARRIVE_S = 30.0
-"""From the offer to the source's connection; the source configures its QEMU in between."""
-PAUSE_S = 3.0
 FREEZE_TRIES = 5
 FREEZE_ANSWER_S = 0.25
 """QMP answers within a millisecond where nothing holds it up."""
@@ -86,7 +83,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     offer["hardware"] = [list(part) for part in seen.parts]
     if place.multifd:
         offer["addresses"] = []
-        offer["uri"] = await _listen_inside(attempt)
+        offer["uri"] = await recovery.listen_inside(attempt)
     else:
         first, last = context.config.migration_ports
         listener = await context.host.open_channels(attempt.job, context.config.data_addresses, range(first, last + 1))
@@ -111,37 +108,15 @@ def _make_credentials(attempt: DestinationAttempt) -> job_credentials.JobCredent
     return credentials
 
 
-async def _listen_inside(attempt: DestinationAttempt, command: str = "migrate-incoming", *, oob: bool = False) -> str:
-    """Several connections, which `fd:` does not carry: QEMU listens by itself, at the first port that is free. Where.
-    Raises QmpCommandError when none is."""
-    machine, config = attempt.machine, attempt.context.config
-    assert machine is not None
-    host = f"[{config.data_address}]" if ":" in config.data_address else config.data_address
-    first, last = config.migration_ports
-    failure: QmpCommandError | None = None
-    for port in range(first, last + 1):
-        try:
-            await machine.execute(command, {"uri": f"tcp:{host}:{port}"}, oob=oob)
-        except QmpCommandError as error:
-            failure = error
-            continue
-        addresses = (await machine.migration()).get("socket-address") or []
-        return f"tcp:{host}:{addresses[0]['port'] if addresses else port}"
-    assert failure is not None
-    raise failure
-
-
 async def _accept(attempt: DestinationAttempt) -> None:
     """Waits for the source's connection and hands it to QEMU."""
     machine = attempt.machine
     assert machine is not None
     assert attempt.listener is not None
     try:
-        channel = await attempt.listener.arrived("main", deadline_s=ARRIVE_S)
-        attempt.channels.append(channel)
+        channel = await attempt.listener.arrived("main", deadline_s=recovery.ARRIVE_S)
         attempt.heard_source_s = attempt.clock.now_s()
-        await machine.execute("getfd", {"fdname": CHANNEL_NAME}, fds=(channel.fileno(),))
-        channel.entrust(machine.pid)
+        await recovery.hand_over(attempt, channel, CHANNEL_NAME)
         arguments: dict[str, object] = {"uri": f"fd:{CHANNEL_NAME}"}
         if machine.version >= (9, 1):
             arguments["exit-on-error"] = False  # keep the process, so that its words can be read
@@ -149,60 +124,6 @@ async def _accept(attempt: DestinationAttempt) -> None:
         await attempt.listener.close()
     except (HostUnreachable, QemuError) as error:
         attempt.fail(error)
-
-
-async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
-    """Makes the QEMU of a broken postcopy wait for a new channel. Raises QemuError; nothing is changed then.
-
-    Everything that the QEMU may need to hear goes out of band: a CPU that waits for a missing page can hold its
-    main loop. `getfd` alone cannot, and is sent before QEMU is told to recover."""
-    machine, config = attempt.machine, attempt.context.config
-    assert machine is not None
-    for channel in attempt.channels:
-        channel.cut()
-    word = (await machine.migration()).get("status")
-    if word in ("postcopy-active", "postcopy-recover"):
-        await machine.execute("migrate-pause", oob=True)
-    elif word != "postcopy-paused":
-        raise QemuError(f"{attempt.vm}: the destination's QEMU is in {word}, not in postcopy", side="destination")
-    await attempt.until_cut_off(deadline_s=PAUSE_S)
-    if attempt.place.multifd:
-        return {"uri": await _listen_inside(attempt, "migrate-recover", oob=True), "cut_off": open_round(attempt.facts)}
-    first, last = config.migration_ports
-    listener = await attempt.context.host.open_channels(attempt.job, config.data_addresses, range(first, last + 1))
-    if attempt.listener is not None:
-        await attempt.listener.close()
-    attempt.listener = listener
-    attempt.rounds += 1
-    name = f"vmferry-round-{attempt.rounds}"
-    attempt.recovering = asyncio.get_running_loop().create_future()
-    ticket = listener.expect(name)
-    attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name), name=name))
-    addresses = [list(address) for address in listener.addresses]
-    return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
-
-
-async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str) -> None:
-    machine, recovering = attempt.machine, attempt.recovering
-    assert machine is not None
-    channel = None
-    try:
-        channel = await listener.arrived(name, deadline_s=ARRIVE_S)
-        attempt.channels.append(channel)
-        await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
-        channel.entrust(machine.pid)
-        await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
-        if not recovering.done():
-            recovering.set_result(None)
-    except (HostUnreachable, QemuError) as error:
-        log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
-        if channel is not None:
-            channel.cut()  # the source's QEMU would wait in the handshake for a peer that is not there
-        if not recovering.done():
-            recovering.set_exception(error)
-            recovering.exception()  # whoever asks reads it; nobody may
-    finally:
-        await listener.close()
 
 
 async def _start_cpus(attempt: DestinationAttempt) -> None:

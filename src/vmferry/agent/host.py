@@ -21,6 +21,7 @@ from vmferry.agent import rescue
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
 from vmferry.agent.machine import Machine
 from vmferry.agent.processes import find_qemu
+from vmferry.agent.relayed import RelayedChannel
 from vmferry.clock import Clock
 from vmferry.core.rescue import NeverRan
 from vmferry.jobs.journal import Journal, JournalStore
@@ -93,6 +94,9 @@ class Host(Protocol):
     async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
         """A channel to another host. Raises HostUnreachable or NotTrusted."""
 
+    def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
+        """The same channel, its bytes passed on to and from a process that listens at `path`. Takes `channel` over."""
+
     # --- processes ---
 
     async def launch(self, vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock) -> Machine:
@@ -164,6 +168,9 @@ class LocalHost:
 
     async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
         return await channels.dial(addresses, ticket, deadline_s=deadline_s)
+
+    def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
+        return RelayedChannel(channel, path)
 
     async def launch(self, vm: str, argv: list[str], runtime: RuntimePaths, *, clock: Clock) -> Machine:
         return await machines.launch(vm, argv, runtime, clock=clock)

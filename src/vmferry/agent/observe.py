@@ -117,9 +117,10 @@ def destination_findings(word: str | None, run_state: str | None, log: FactLog) 
     """What the destination QEMU's status word and run state prove.
 
     LOADED needs the run state: only when it has left `inmigrate` is the device state in and the guest
-    startable. That holds for every QEMU; the status word alone says it too early before 10.2.
+    startable. That holds for every QEMU; the status word alone says it too early before 10.2. Once it is recorded a
+    word is enough: a QEMU whose main loop hangs in postcopy has events and no run state.
     """
-    loaded = run_state not in (None, "inmigrate")
+    loaded = run_state not in (None, "inmigrate") or Fact.LOADED in log
     findings: list[Finding] = []
     match word:
         case None | "none" | "failing" | "failed" | "cancelling" | "cancelled":

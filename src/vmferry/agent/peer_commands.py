@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, destination_act, inspection
+from vmferry.agent import control, inspection, recovery
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place
@@ -248,7 +248,7 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
-    return await destination_act.reconnect(place)
+    return await recovery.reconnect(place)
 
 
 async def _recovering(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ very connection:
     5. the source's QEMU: migrate resume. From here on it is theirs, and it is waited for
 
 Rule 1: whatever breaks off, also this try's own end, cuts the channel: nobody waits in a handshake without a peer.
+        Only a channel on which the two are joined already is left alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 from vmferry.agent import channel as channels
 from vmferry.agent import rescue
 from vmferry.agent.source import SourceAttempt
+from vmferry.core.facts import Fact
+from vmferry.core.view import Source
 from vmferry.errors import HostUnreachable, QemuError, VmferryError
 
 OFFER_S = 10.0
@@ -30,8 +33,11 @@ DIAL_S = 5.0
 TAKEN_S = 10.0
 HANDSHAKE_S = 20.0
 """The bitmaps of a large guest cross the line: 32 KiB for a GiB."""
+UNMOVED_S = 2.0
+"""From the order to resume until QEMU has left postcopy-paused: where it connects or greets by itself, it answers
+before that is done. One that still says so later has failed at it, and stays there."""
 _JOINED = frozenset({"postcopy-active", "completed"})
-_OVER = _JOINED | {"postcopy-paused", "failed", "cancelled"}
+_OVER = _JOINED | {"failed", "cancelled"}
 
 
 async def reconnect(attempt: SourceAttempt) -> None:
@@ -53,31 +59,50 @@ async def reconnect(attempt: SourceAttempt) -> None:
         raise
     attempt.set_readings(target_answers=True)
     if offer.get("uri"):
-        await _resume(attempt, str(offer["uri"]), offer)
+        await machine.execute("migrate", {"uri": str(offer["uri"]), "resume": True})
+        await _until_joined(attempt, offer)
         attempt.refresh()
         return
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     ticket = channels.Ticket(attempt.job, str(offer["channel"]), bytes.fromhex(offer["token"]))
     channel = await attempt.context.host.dial_channel(addresses, ticket, deadline_s=DIAL_S)
     attempt.channels.append(channel)
+    is_told = False
     try:
         await machine.execute("getfd", {"fdname": channel.name}, fds=(channel.fileno(),))
         channel.entrust(machine.pid)
         await attempt.ask("peer-recovering", deadline_s=TAKEN_S, channel=channel.name)
-        await _resume(attempt, f"fd:{channel.name}", offer)
+        await machine.execute("migrate", {"uri": f"fd:{channel.name}", "resume": True})
+        is_told = True
+        await _until_joined(attempt, offer)
     except BaseException:
-        channel.cut()
+        # 1. QEMU's event says that it is joined  2. so nothing is broken any more, and the loop ends this effect before
+        # it has heard the same by asking  3. what it would cut is the channel that has just been made.
+        if is_told and attempt.readings.source in (Source.POSTCOPY, Source.DONE):
+            _note_joined(attempt, offer)
+        else:
+            channel.cut()
         raise
     finally:
         attempt.refresh()
 
 
-async def _resume(attempt: SourceAttempt, uri: str, offer: dict[str, Any]) -> None:
+async def _until_joined(attempt: SourceAttempt, offer: dict[str, Any]) -> None:
     """Returns when the two QEMUs are joined again. Raises QemuError when that broke off."""
-    machine = attempt.machine
-    await machine.execute("migrate", {"uri": uri, "resume": True})
-    word = await rescue.until_word(machine, lambda word: word in _OVER, deadline_s=HANDSHAKE_S)
+    losses, unmoved_s = attempt.facts.last_round(Fact.LINK_LOST), attempt.clock.now_s() + UNMOVED_S
+
+    def is_over(word: str | None) -> bool:
+        if word != "postcopy-paused":
+            return word in _OVER
+        is_another_loss = attempt.facts.last_round(Fact.LINK_LOST) > losses
+        return is_another_loss or attempt.clock.now_s() >= unmoved_s
+
+    word = await rescue.until_word(attempt.machine, is_over, deadline_s=HANDSHAKE_S)
     if word not in _JOINED:
         raise QemuError(f"{attempt.vm}: the recovery broke off, QEMU is in {word} again", guest="paused")
+    _note_joined(attempt, offer)
+
+
+def _note_joined(attempt: SourceAttempt, offer: dict[str, Any]) -> None:
     attempt.healed_round = int(offer.get("cut_off", 0))
     attempt.set_readings(target_is_cut_off=False)

@@ -24,6 +24,7 @@ from vmferry.chaos.told import LogTail
 from vmferry.chaos.witness import Witness
 from vmferry.testing.host_tools import HostToolError, run
 from vmferry.testing.hosts import AGENT_PORT, QEMUS, AgentHost, TwoAgents
+from vmferry.testing.qemus import with_second_monitor
 
 PROXY_PORT = 7700
 JOURNAL_FS = "2m"
@@ -37,7 +38,7 @@ class Ground:
         self.mounts: list[Path] = []
         self.monitors = session / f"m{number}"
         self.monitors.mkdir()
-        programs = [_with_second_monitor(QEMUS[name], session / f"qemu-{name}-{number}", self.monitors)
+        programs = [with_second_monitor(QEMUS[name], session / f"qemu-{name}-{number}", self.monitors)
                     for name in pair]  # fmt: skip
         self.agents = TwoAgents(*programs, pki=None, cache=session / f"facts{number}")
         self.folder = self.agents.folder
@@ -121,13 +122,3 @@ class Ground:
                 stack.callback(link.close)
             stack.callback(self.agents.close)
         return left
-
-
-def _with_second_monitor(program: Path, script: Path, monitors: Path) -> Path:
-    """A script that becomes this QEMU, with one more monitor, named after its process."""
-    script.write_text(
-        f'#!/bin/sh\nexec {program} "$@" -chardev socket,id=chaos,path={monitors}/$$.sock,server=on,wait=off'
-        " -mon chardev=chaos,mode=control\n"
-    )
-    script.chmod(0o755)
-    return script

@@ -219,6 +219,12 @@ def open_round(log: FactLog) -> int:
     return lost if lost and log.stamp(Fact.RESUME_ACK, lost) is None else 0
 
 
+def waits_for_channel(log: FactLog) -> bool:
+    """Whether the channel is lost and nothing was seen since of a try to make it anew."""
+    lost = open_round(log)
+    return lost > 0 and log.stamp(Fact.RESUME_WANTED, lost) is None
+
+
 def first_error(log: FactLog) -> Recorded | None:
     """The first fatal error: an ERROR, or a link lost before the destination proved that it had loaded."""
     loaded = log.stamp(Fact.PACKAGE_LOADED)

@@ -253,7 +253,8 @@ class Commands:
     async def _do_migrate_recover(self, arguments: dict[str, Any]) -> None:
         if self.incoming is None:
             raise Refused("Migrate recover can only be run when postcopy is paused.")
-        self.incoming.recover(self._opener(arguments))
+        self.incoming.check_recovers()
+        self.incoming.recover(await self._acceptor(arguments))
 
     async def _do_query_yank(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         monitor = {"type": "chardev", "id": "vmferry-qmp"}
@@ -293,6 +294,8 @@ class Commands:
 
     async def _acceptor(self, arguments: dict[str, Any]) -> Callable[[], Awaitable[Link]]:
         kind, _, rest = str(arguments.get("uri", "")).partition(":")
+        if kind == "unix":
+            return await self.state.outside.listen_at(rest)
         if kind != "tcp":
             return self._opener(arguments)
         host, _, port = rest.rpartition(":")

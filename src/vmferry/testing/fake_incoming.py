@@ -38,10 +38,13 @@ class Incoming:
             raise Refused("migrate-pause is currently only supported during postcopy-active state")
         self.yank()
 
-    def recover(self, accept: Callable[[], Awaitable[Link]]) -> None:
-        """migrate-recover."""
+    def check_recovers(self) -> None:
+        """Whether migrate-recover may come now. Raises Refused."""
         if self.state.word != "postcopy-paused":
             raise Refused("Migrate recover can only be run when postcopy is paused.")
+
+    def recover(self, accept: Callable[[], Awaitable[Link]]) -> None:
+        """migrate-recover. A later one takes the place of an earlier one to which nobody came."""
         self._recovered.put_nowait(accept)
 
     async def run(self) -> None:
@@ -114,9 +117,10 @@ class Incoming:
         while True:
             if self.link is not None:
                 self.link.close()
+            if state.script.get("hang"):
+                state.audible.clear()
             state.set_word("postcopy-paused")
-            accept = await self._recovered.get()
-            self.link = await accept()
+            self.link = await self._accept_again()
             state.set_word("postcopy-recover")
             try:
                 message = await self.link.receive()
@@ -125,7 +129,22 @@ class Incoming:
             assert message["kind"] == "resume", message
             self.link.send("resumed")
             state.set_word("postcopy-active")
+            state.audible.set()
             return
+
+    async def _accept_again(self) -> Link:
+        """The first connection to the newest migrate-recover."""
+        accept = await self._recovered.get()
+        while True:
+            taking = asyncio.ensure_future(accept())
+            again = asyncio.ensure_future(self._recovered.get())
+            await asyncio.wait({taking, again}, return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                again.cancel()
+                return taking.result()
+            taking.cancel()
+            await asyncio.gather(taking, return_exceptions=True)
+            accept = again.result()
 
     def _fail(self, text: str) -> None:
         state = self.state

@@ -8,6 +8,7 @@ same code in both.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -51,6 +52,9 @@ class Outside(Protocol):
     async def listen(self, host: str, port: int) -> tuple[tuple[str, int], Accept]:
         """(the address, how to get the first connection). Raises OSError."""
 
+    async def listen_at(self, path: str) -> Accept:
+        """The same at a path, which is gone when the first connection is there or nobody waits for it any more."""
+
 
 class OwnProcess:
     """This very process."""
@@ -91,3 +95,21 @@ class OwnProcess:
             return link
 
         return (bound[0], bound[1]), first
+
+    async def listen_at(self, path: str) -> Accept:
+        links: asyncio.Queue[Link] = asyncio.Queue()
+
+        async def met(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            links.put_nowait(SocketLink(reader, writer))
+
+        server = await asyncio.start_unix_server(met, path)
+
+        async def first() -> Link:
+            try:
+                return await links.get()
+            finally:
+                server.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+        return first

@@ -45,6 +45,16 @@ def ram_size(ram_mib: int) -> str:
     return f"{ram_mib * 1024 + 8}k"
 
 
+def with_second_monitor(program: Path, script: Path, monitors: Path) -> Path:
+    """A script that becomes this QEMU, with one more monitor in the folder `monitors`, named after its process."""
+    script.write_text(
+        f'#!/bin/sh\nexec {program} "$@" -chardev socket,id=second,path={monitors}/$$.sock,server=on,wait=off'
+        " -mon chardev=second,mode=control\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
 @functools.cache
 def _version(program: Path) -> str:
     printed = run([str(program), "--version"])

@@ -61,6 +61,11 @@ class RuntimePaths:
         """The display of an adopted VM that had VNC."""
         return posixpath.join(self.directory, "vnc.sock")
 
+    def recovery_path(self, number: int) -> str:
+        """Where QEMU waits for its source at the try of this number to join a broken postcopy again. No longer than
+        the others; a name that comes again is long out of use."""
+        return posixpath.join(self.directory, f"rec{number % 1000}.sock")
+
     def ram_path(self, name: str) -> str:
         """The memory file of the memory object `name`, unique to this process by the directory's name."""
         tag = posixpath.basename(self.directory.rstrip("/"))

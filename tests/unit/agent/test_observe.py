@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmferry.agent.observe import Finding, arrival, destination_findings, source_findings
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, open_round, waits_for_channel
 from vmferry.core.migration_status import MigrationStatus as S
 from vmferry.core.status import derive_destination, destination_status, source_status
 
@@ -204,6 +204,22 @@ def test_the_destination_of_a_postcopy_that_breaks_and_heals() -> None:
         log = arrive((word, state), log=log)
         assert destination_status(log) is S(word), word
     assert log.last_round(F.LINK_LOST) == 2
+
+
+@pytest.mark.proves("S37", "S66")
+def test_a_destination_that_has_loaded_needs_no_run_state_to_be_understood() -> None:
+    """A QEMU whose main loop waits for a page says its events and answers no question."""
+    log = arrive(("postcopy-active", None))
+    assert F.LOADED not in log
+    log = arrive(("postcopy-paused", None), log=arrive(("postcopy-active", "running")))
+    assert open_round(log) == 1
+    assert waits_for_channel(log)
+    assert not waits_for_channel(arrive(("postcopy-recover", None), log=log))
+    again = arrive(("postcopy-recover", None), ("postcopy-paused", None), ("postcopy-paused", "running"), log=log)
+    assert (open_round(again), waits_for_channel(again)) == (2, True)
+    healed = arrive(("postcopy-recover", None), ("postcopy-active", None), log=log)
+    assert (open_round(healed), waits_for_channel(healed)) == (0, False)
+    assert F.ALL_SENT in arrive(("completed", None), log=healed)
 
 
 @pytest.mark.parametrize(

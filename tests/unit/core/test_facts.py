@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmferry.core.facts import ROUNDED, Fact, FactLog, Recorded, error_stamp, first_error, open_round, visible_error
+from vmferry.core.facts import (
+    ROUNDED,
+    Fact,
+    FactLog,
+    Recorded,
+    error_stamp,
+    first_error,
+    open_round,
+    visible_error,
+    waits_for_channel,
+)
 from vmferry.core.status import source_status
 
 STEPS = st.lists(
@@ -114,3 +124,13 @@ def test_a_round_is_open_from_its_loss_to_its_acknowledged_resume() -> None:
     assert (open_round(FactLog()), open_round(lost)) == (0, 1)
     healed = lost.with_fact(Fact.RESUME_ACK, round_no=1)
     assert (open_round(healed), open_round(healed.with_fact(Fact.LINK_LOST, round_no=2))) == (0, 2)
+
+
+def test_a_destination_waits_for_a_channel_until_a_try_is_seen() -> None:
+    lost = log_of((Fact.LINK_LOST, 1))
+    tried = lost.with_fact(Fact.RESUME_WANTED, round_no=1)
+    healed = tried.with_fact(Fact.RESUME_ACK, round_no=1)
+    again = tried.with_fact(Fact.LINK_LOST, round_no=2)
+    assert [waits_for_channel(log) for log in (FactLog(), lost, tried, healed, again)] == [
+        False, True, False, False, True,
+    ]  # fmt: skip

@@ -167,6 +167,18 @@ class Injector:
             was_there
         )
 
+    def _do_hung_stream(self, fault: Fault) -> bool:
+        """Broken, and for a while each QEMU whose pages are out of reach answers nothing in band until they come."""
+        for host in HOSTS:
+            self._script(host)["hang"] = True
+
+        def free() -> None:
+            for host in HOSTS:
+                self._script(host).pop("hang", None)
+
+        self._undo(fault, free)
+        return self.site.kernel.reset("stream")
+
     def _do_drop(self, fault: Fault) -> bool:
         return self._spoil(fault, drop=fault.more["share"])
 
@@ -269,6 +281,7 @@ def heal(site: Site) -> None:
         installed.disk.is_full = False
         installed.script.pop("cont", None)
         installed.script.pop("relock", None)
+        installed.script.pop("hang", None)
         installed.script.pop("steps", None)
         installed.script.pop("dirty", None)
         installed.clock.ahead_s = 0.0

@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
 from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
@@ -124,10 +125,71 @@ class SimChannel:
         self._give_up()
         self._pid = 0
 
+    def give_away(self) -> Socket:
+        """The connection, for somebody in this agent who takes it over."""
+        sock = self._sock.held_by(self._agent)
+        self.close()
+        return sock
+
     def _give_up(self) -> None:
         if self._is_ours:
             self._is_ours = False
             self._kernel.close(self._descriptor)
+
+
+class SimRelay(SimChannel):
+    """A channel whose bytes go through the agent. Its QEMU is connected to when the first of them is there."""
+
+    def __init__(self, kernel: Kernel, agent: SimProcess, channel: SimChannel, path: str) -> None:
+        super().__init__(kernel, agent, channel.name, channel.give_away())
+        self._path = path
+        self._inner: Socket | None = None
+        self._early: list[Any] = []
+        self._sock.read(agent, self._from_source, self._ended)
+
+    @property
+    def is_entrusted(self) -> bool:
+        return True
+
+    def is_held_by(self, pid: int) -> bool:
+        return not self._is_cut
+
+    def cut(self) -> None:
+        super().cut()
+        if self._inner is not None:
+            self._inner.shut("cut")
+
+    def close(self) -> None:
+        """The relay ends with its connection."""
+
+    def _from_source(self, payload: Any) -> None:
+        if self._inner is not None:
+            self._inner.send(payload)
+            return
+        self._early.append(payload)
+        if len(self._early) == 1:
+            self._agent.spawn(self._connect(), f"relay {self.name}")
+
+    async def _connect(self) -> None:
+        try:
+            inner = await self._kernel.connect(self._agent, self._agent.host, self._path, "local")
+        except OSError:
+            self.cut()
+            return
+        self._inner = inner
+        if self._is_cut:
+            inner.shut("cut")
+            return
+        for payload in self._early:
+            inner.send(payload)
+        inner.read(self._agent, self._sock.send, self._ended)
+
+    def _ended(self, reason: str) -> None:
+        """Of either side; what was sent before travels ahead of the end."""
+        self.cut()
+        self._give_up()
+        if self._inner is not None:
+            self._inner.let_go(self._agent)
 
 
 class SimDoor:
@@ -301,6 +363,10 @@ class SimHost:
             raise
         sock.unread()
         return SimChannel(self._kernel, self._agent, ticket.channel, sock)
+
+    def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
+        assert isinstance(channel, SimChannel)
+        return SimRelay(self._kernel, self._agent, channel, path)
 
     def freezer(self, pid: int) -> SimFreezer:
         return SimFreezer()

@@ -28,6 +28,7 @@ from vmferry.testing.sim.net import Net, Path
 from vmferry.testing.sim.trace import Trace
 
 T = TypeVar("T")
+Place = tuple[str, int | str]
 FIRST_PID = 100
 FIRST_DESCRIPTOR = 1000
 FIRST_PORT = 40000
@@ -208,8 +209,8 @@ class Kernel:
     net: Net
     trace: Trace
     processes: list[SimProcess] = field(default_factory=list)
-    listeners: dict[tuple[str, int], Listener] = field(default_factory=dict)
-    """By (address, port); an address is a host's name here."""
+    listeners: dict[Place, Listener] = field(default_factory=dict)
+    """By (address, port or path); an address is a host's name here."""
     descriptors: dict[int, tuple[SimProcess, Socket]] = field(default_factory=dict)
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """What must be told that the run is over, lest it complains when its memory is freed."""
@@ -251,17 +252,24 @@ class Kernel:
         key = (process.host, port)
         if key in self.listeners:
             raise OSError(98, "Address already in use")
-        self.listeners[key] = Listener(process, accept, what)
-        process.on_death.append(lambda: self.unlisten(key, process))
+        self._listen(key, Listener(process, accept, what))
         return port
 
-    def unlisten(self, key: tuple[str, int], process: SimProcess) -> None:
+    def listen_at(self, process: SimProcess, path: str, accept: Callable[[Socket], None], what: str) -> None:
+        """At a path of the process's host; who listened there before does not any more."""
+        self._listen((process.host, path), Listener(process, accept, what))
+
+    def _listen(self, key: Place, listener: Listener) -> None:
+        self.listeners[key] = listener
+        listener.process.on_death.append(lambda: self.unlisten(key, listener.process))
+
+    def unlisten(self, key: Place, process: SimProcess) -> None:
         """The process does not listen there any more."""
         found = self.listeners.get(key)
         if found is not None and found.process is process:
             del self.listeners[key]
 
-    async def connect(self, process: SimProcess, host: str, port: int, kind: str) -> Socket:
+    async def connect(self, process: SimProcess, host: str, port: int | str, kind: str) -> Socket:
         """Raises OSError when nobody listens; waits for ever while the path is blocked, as a lost SYN does."""
         await self.net.round_trip(process.host, host, kind)
         found = self.listeners.get((host, port))

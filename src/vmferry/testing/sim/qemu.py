@@ -107,6 +107,18 @@ class SimOutside:
 
         return (self._process.host, bound), first
 
+    async def listen_at(self, path: str) -> Accept:
+        arrived: asyncio.Queue[Socket] = asyncio.Queue()
+        self._kernel.listen_at(self._process, path, arrived.put_nowait, "recovery")
+
+        async def first() -> Link:
+            try:
+                return SimLink(self._process, await arrived.get())
+            finally:
+                self._kernel.unlisten((self._process.host, path), self._process)
+
+        return first
+
 
 class SimQemu:
     """One process, its monitor and its guest."""
