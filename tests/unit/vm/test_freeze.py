@@ -134,17 +134,21 @@ def test_who_traces_may_die_and_the_threads_go_on(counting: Counting) -> None:
         "import asyncio, sys\n"
         "from vmferry.vm.freeze import Freezer\n"
         "async def hold():\n"
-        "    await Freezer(int(sys.argv[1])).freeze([int(sys.argv[2])])\n"
+        "    freezer = Freezer(int(sys.argv[1]))\n"
+        "    await freezer.freeze([int(sys.argv[2])])\n"
         "    print('frozen', flush=True)\n"
         "    await asyncio.Event().wait()\n"
+        "    await freezer.close()\n"  # it lives until here: with the thread that traces would go what it holds
         "asyncio.run(hold())\n"
     )
     command = [sys.executable, "-c", holding, str(counting.process.pid), str(counting.thread(1))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "frozen\n"
-        assert _state(counting, 1) == "t"
-        holder.kill()
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "frozen\n"
+            assert _state(counting, 1) == "t"
+        finally:
+            holder.kill()
     counting.until_counted(1)
 
 
