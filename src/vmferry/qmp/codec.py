@@ -196,12 +196,17 @@ class Decoder:
                     found = self._on_recovery()
             if found is not None:
                 return found
-            if self._position > self._max_message_bytes and not self._discarding:
+            if self._is_newly_too_long:
                 self._discarding = True
                 return BadSyntax("JSON token size limit exceeded")
             if self._discarding:
                 self._drop_scanned()
         return NEED_DATA
+
+    @property
+    def _is_newly_too_long(self) -> bool:
+        """That is told before whatever comes next, so that it does not matter in which pieces the bytes arrive."""
+        return self._position > self._max_message_bytes and not self._discarding
 
     def _on_between(self) -> Message | None:
         self._position = _end_of(_SPACE, self._buffer, 0)
@@ -246,7 +251,7 @@ class Decoder:
 
     def _on_inside(self) -> Message | None:
         self._position = _end_of(_FLAT, self._buffer, self._position)
-        if self._position == len(self._buffer):
+        if self._position == len(self._buffer) or self._is_newly_too_long:
             return None
         byte = self._buffer[self._position]
         self._position += 1
@@ -272,7 +277,7 @@ class Decoder:
     def _on_string(self) -> Message | NeedData | None:
         buffer = self._buffer
         self._position = _end_of(_BODY[self._quote], buffer, self._position)
-        if self._position == len(buffer):
+        if self._position == len(buffer) or self._is_newly_too_long:
             return None
         byte = buffer[self._position]
         if byte == 0x5C:  # a backslash before an impossible byte, or before what is still to come

@@ -356,6 +356,8 @@ qmp_like = st.lists(
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.binary(max_size=200) | qmp_like, cuts=st.lists(st.integers(1, 20), max_size=20))
 @example(data=b"[" * 50, cuts=[])
+@example(data=b'"' + b" " * 32 + b"\x00", cuts=[1, 12, 20])  # too long and then impossible, also when it comes at once
+@example(data=b"[[[[" + b" " * 40 + b"[", cuts=[20, 20])  # too long and then too deep
 def test_any_bytes_give_messages_or_syntax_errors_and_nothing_grows(data: bytes, cuts: list[int]) -> None:
     decoder = Decoder(max_message_bytes=32, max_depth=4)
     messages = []
