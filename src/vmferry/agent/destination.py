@@ -277,7 +277,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
     def _why_loading_failed(self, info: dict[str, Any]) -> QemuError:
         """QEMU's error, and what it has written besides: the one says where in the stream, the other why."""
         error, words = info.get("error-desc"), self.context.tail_log(self.runtime)
-        text = "; ".join(filter(None, (error, words))) or "loading failed"
+        text = "; ".join(dict.fromkeys(filter(None, (error, words)))) or "loading failed"  # often it is the same
         return QemuError(text, side="destination")
 
     async def look_for_error(self, *, deadline_s: float) -> None:

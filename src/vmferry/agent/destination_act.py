@@ -27,11 +27,11 @@ FREEZE_TRIES = 5
 FREEZE_ANSWER_S = 0.25
 """QMP answers within a millisecond where nothing holds it up."""
 CONT_S = 10.0
+"""`cont` opens and locks every disk; network storage may take seconds."""
 GIVE_BACK_S = 2.0
 """The source waits for the answer to its grant meanwhile."""
 GIVES_BACK_SINCE = (10, 0)
 """QEMU's blockdev-set-active."""
-"""`cont` opens and locks every disk; network storage may take seconds."""
 
 
 async def act(attempt: DestinationAttempt, effect: DestinationEffect) -> None:

@@ -22,14 +22,18 @@ def remove_directory(directory: Path, *, keep_logs: bool) -> None:
         directory.rmdir()
 
 
+def holds_only_logs(directory: Path) -> bool:
+    """Nothing else is left of what was there."""
+    return all(entry.suffix == ".log" for entry in directory.iterdir())
+
+
 LOG_DIRECTORIES_KEPT = 50
 """Directories that hold nothing but the logs of VMs that left: the newest are for whoever asks what happened."""
 
 
 def prune_logs(root: Path) -> None:
     """Forgets the logs of VMs that left long ago."""
-    directories = [path for path in root.iterdir() if path.is_dir()]
-    only_logs = [path for path in directories if all(entry.suffix == ".log" for entry in path.iterdir())]
+    only_logs = [path for path in root.iterdir() if path.is_dir() and holds_only_logs(path)]
     only_logs.sort(key=lambda path: path.stat().st_mtime)
     for path in only_logs[:-LOG_DIRECTORIES_KEPT]:
         remove_directory(path, keep_logs=False)

@@ -29,7 +29,6 @@ from vmferry import limits
 from vmferry.agent import channel as channels
 from vmferry.agent import fences, guest_memory, rescue_feed
 from vmferry.agent.guest_memory import Memory
-from vmferry.agent.observe import arrival
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
@@ -174,8 +173,7 @@ async def feed(agent: Agent, arguments: FeedArguments) -> dict[str, Any]:
         finally:
             if is_ours:
                 memory.close()
-        for fact, round_no, _ in arrival(attempt.facts):
-            attempt.note(fact, round_no=round_no, text="fed from the source's memory", by="stand-in")
+        attempt.note_arrival(text="fed from the source's memory", by="stand-in")
     return report
 
 

@@ -23,7 +23,7 @@ import msgspec
 
 from vmferry.agent import machine as machines
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
-from vmferry.agent.directories import prune_logs, remove_directory
+from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
@@ -214,7 +214,9 @@ def _remove_left_overs(agent: Agent) -> None:
     """Left by an agent that died: credentials of jobs that are over, sockets of QEMUs that are; and old logs."""
     used = {kept.directory for kept in agent.vms.values()} | {p.place.directory for p in agent.places.values()}
     for directory in agent.vm_directory.iterdir():
-        if str(directory) not in used and agent.host.find_qemu(str(directory)) is None:
+        if str(directory) in used or holds_only_logs(directory):
+            continue  # the kernel's list of processes is not read for each guest that was ever here
+        if agent.host.find_qemu(str(directory)) is None:
             remove_directory(directory, keep_logs=True)
     prune_logs(agent.vm_directory)
     running = {a.job for a in agent.attempts.values()} | set(agent.places)

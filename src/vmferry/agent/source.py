@@ -98,9 +98,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.cause: dict[str, Any] | None = None
         """The wire form of the error that made the attempt turn back."""
         self.trouble = ""
+        """Why the effect that is tried again and again does not succeed."""
         self.fix = ""
         """What a person can do about the trouble, where that is another thing than the row's action."""
-        """Why the effect that is tried again and again does not succeed."""
         self.outcome_at_end: Outcome | None = None
         self._view: SourceView | None = None
         self.credentials: JobCredentials | None = None
@@ -188,6 +188,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self.note(Fact.POSTCOPY_ANNOUNCED)
 
     def note_view(self) -> None:
+        if not log.isEnabledFor(logging.DEBUG):
+            return
         view = source_view(self.facts, self.readings)
         if view != self._view:
             self._view = view
@@ -285,6 +287,11 @@ class SourceAttempt(AttemptLoop[Effect]):
             )
         return answer
 
+    def note_arrival(self, *, text: str, by: str) -> None:
+        """The destination has every page, by another word than QEMU's."""
+        for fact, round_no, _ in arrival(self.facts):
+            self.note(fact, round_no=round_no, text=text, by=by)
+
     def hear_target(self, facts: dict[str, Any]) -> None:
         """What the destination's agent says of this job (see `DestinationAttempt.facts_wire`)."""
         # In doubt: the order to start was written to its QEMU and not answered, so it does not know itself.
@@ -315,8 +322,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             # 1. the last page is over there  2. the channel breaks before QEMU hears so  3. it waits for ever, or calls
             # it a failure. A guest that runs there with every page has arrived all the same: that proves what QEMU's
             # own word would, also what was not heard on the way (of a process that died while no agent ran, nothing).
-            for fact, round_no, _ in arrival(self.facts) if facts.get("ran") else ():
-                self.note(fact, round_no=round_no, text="the destination's agent", by="destination agent")
+            if facts.get("ran"):
+                self.note_arrival(text="the destination's agent", by="destination agent")
         if facts.get("died"):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):

@@ -279,15 +279,15 @@ async def _start(attempt: SourceAttempt) -> None:
     attempt.note(Fact.STARTED, text=clear)  # from here on a guest that stands still is started again, whatever happens
     plan = attempt.plan
     assert plan is not None, "a plan comes before the start"
-    if plan.stops_first:
-        await machine.execute("stop", deadline_s=CONT_S)
     migrate = ("migrate", {"uri": uri})
     if plan.stops_first or (plan.mode is Mode.POSTCOPY and attempt.wanted.postcopy.get("after_passes") == 0):
+        wanted = (await machine.execute("query-migrate-parameters"))["max-bandwidth"]  # while the guest still runs
+        if plan.stops_first:
+            await machine.execute("stop", deadline_s=CONT_S)
         # At once: a poll later a small guest would have arrived without it. And slowly until then: a QEMU that finds
         # nothing left to send at the switch tells the destination to discard nothing, and that one refuses to run.
         why = "the guest was stopped first" if plan.stops_first else "at once, as it was asked for"
         attempt.note(Fact.START_POSTCOPY, text=why, by="policy")
-        wanted = (await read_options(machine))["max-bandwidth"]
         slow, fast = (("migrate-set-parameters", {"max-bandwidth": rate}) for rate in (AT_ONCE_BYTES_PER_S, wanted))
         await _start_postcopy(attempt, before=[slow, migrate], after=[fast])
     else:

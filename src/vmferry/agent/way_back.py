@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 from vmferry.agent import fences, rescue
 from vmferry.agent.fences import Verdict
@@ -58,38 +58,26 @@ async def bring_back(attempt: SourceAttempt) -> None:
     """Raises as `rescue.bring_back`; the guest is then whole and paused as before, and it is tried again."""
     for channel in attempt.channels:
         channel.cut()  # a recovery that hangs half-way ends, and with it what would refuse the tool
-    attempt.note(Fact.STAND_IN, text=Tool.BRING_BACK.value, by="agent")
-    report = await _unless_over(
-        attempt,
-        attempt.context.host.rescue.bring_back(
-            attempt.machine, proof_of(attempt, Effect.BRING_BACK), then_run=False, tell=rescue.tell_nobody
-        ),
-    )
-    if report is not None:
-        attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
+    await _lead_out(attempt, Effect.BRING_BACK, Tool.BRING_BACK, attempt.context.host.rescue.bring_back)
 
 
 async def throw_away(attempt: SourceAttempt) -> None:
     """Raises as `rescue.throw_away`; the guest is then whole and paused as before, and it is tried again."""
-    attempt.note(Fact.STAND_IN, text=Tool.THROW_AWAY.value, by="agent")
-    report = await _unless_over(
-        attempt,
-        attempt.context.host.rescue.throw_away(
-            attempt.machine, proof_of(attempt, Effect.THROW_AWAY), then_run=False, tell=rescue.tell_nobody
-        ),
-    )
-    if report is not None:
-        attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
+    await _lead_out(attempt, Effect.THROW_AWAY, Tool.THROW_AWAY, attempt.context.host.rescue.throw_away)
 
 
-async def _unless_over(attempt: SourceAttempt, work: Awaitable[rescue.RescueReport]) -> rescue.RescueReport | None:
+async def _lead_out(
+    attempt: SourceAttempt, effect: Effect, tool: Tool, work: Callable[..., Awaitable[rescue.RescueReport]]
+) -> None:
     """A refusal says that QEMU is in another state than the row thought: it is looked at anew, and not an error."""
+    attempt.note(Fact.STAND_IN, text=tool.value, by="agent")
     try:
-        return await work
+        report = await work(attempt.machine, proof_of(attempt, effect), then_run=False, tell=rescue.tell_nobody)
     except RescueRefused as error:
         log.info("job=%s vm=%s result=%s", attempt.job, attempt.vm, error)
         attempt.trouble = str(error)
-        return None
+    else:
+        attempt.note(Fact.BROUGHT_BACK, text=f"{report.tool}, {report.ms:.0f} ms", by="stand-in")
     finally:
         attempt.refresh()
 

@@ -269,21 +269,17 @@ def _steps(timelines: list[list[dict[str, Any]]]) -> dict[str, float]:
     since then that counts: how long memory took before is another thing in each round."""
     times: dict[str, list[float]] = {}
     stops: list[float] = []
+    after: set[str] = set()
     for timeline in timelines:
         at_ms = {str(row["what"]): float(row["at_ms"]) for row in timeline}
         stop_ms = at_ms.get(STOP, math.inf)
         stops.append(stop_ms)
+        after |= {what for what, at in at_ms.items() if at > stop_ms}
         for what, at in at_ms.items():
             times.setdefault(what, []).append(at - stop_ms if at > stop_ms else at)
     stopped_ms = statistics.median(stops)
-    after = {row["what"] for timeline in timelines for row in timeline if _is_after_stop(timeline, row)}
     medians = {what: statistics.median(v) + (stopped_ms if what in after else 0.0) for what, v in times.items()}
     return dict(sorted(((what, round(at, 2)) for what, at in medians.items()), key=lambda item: item[1]))
-
-
-def _is_after_stop(timeline: list[dict[str, Any]], row: dict[str, Any]) -> bool:
-    stop_ms = next((float(other["at_ms"]) for other in timeline if other["what"] == STOP), math.inf)
-    return float(row["at_ms"]) > stop_ms
 
 
 def _agents_under_load(ferried: Ferried, pids: list[int]) -> list[float]:

@@ -28,6 +28,7 @@ from vmferry.chaos.told import now_s
 from vmferry.chaos.witness import Witness, overlap_s
 from vmferry.errors import VmferryError
 from vmferry.testing.hosts import QEMUS, wait_true
+from vmferry.testing.qemus import with_second_monitor
 from vmferry.testing.relay import Relay
 
 END_S = 6.0
@@ -180,11 +181,7 @@ class BareRun:
         serial, monitor = self.folder / f"{letter}.log", self.folder / f"{letter}.sock"
         script = self.folder / "qemu"
         if not script.exists():
-            script.write_text(
-                f'#!/bin/sh\nexec {QEMUS[self.cell.qemu]} "$@" -chardev'
-                f" socket,id=chaos,path={self.folder}/m/$$.sock,server=on,wait=off -mon chardev=chaos,mode=control\n"
-            )
-            script.chmod(0o755)
+            with_second_monitor(QEMUS[self.cell.qemu], script, self.folder / "m")
         argv = [
             str(script), "-name", "vmferry-qmp", "-nodefaults", "-display", "none", "-machine", "q35", "-accel", "tcg",
             "-m", f"{guests.MEMORY_MIB * 1024 + 8}K", "-serial", f"file:{serial}", "-qmp",
@@ -234,10 +231,15 @@ def _free_port() -> int:
         return int(trial.getsockname()[1])
 
 
+def chosen(only: str = "") -> list[BareCell]:
+    """The comparison runs with `only` in their name."""
+    return [cell for cell in cells(sorted({*QEMUS})) if only in cell.name]
+
+
 def run_all(say: Callable[[str], None], only: str = "") -> dict[str, Any]:
     """Every comparison run (with `only` in its name): verdicts by fault, phase and mode."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    wanted = [cell for cell in cells(sorted({*QEMUS})) if only in cell.name]
+    wanted = chosen(only)
     for number, cell in enumerate(wanted, 1):
         with _folder() as folder:
             try:

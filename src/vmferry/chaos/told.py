@@ -21,6 +21,7 @@ from vmferry.core.view import SourceView
 _LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3}) (\w+) \S+ (.*)$")
 _FACT = re.compile(r"job=(\S+) vm=(\S+) fact=(\S+) round=(\d+) by=(.*?) text=(.*)$")
 _VIEW = re.compile(r"job=(\S+) vm=(\S+) view=(.+)$")
+_KINDS = get_type_hints(SourceView)
 _ROW = re.compile(r"job=(\S+) vm=(\S+) row=(\S+) outcome=(\S+)$")
 
 
@@ -88,9 +89,8 @@ def views_of(said: Iterable[Said], vm: str) -> list[tuple[SourceView, bool]]:
 
 
 def _answers(words: str) -> Iterator[Any]:
-    kinds = get_type_hints(SourceView)
     for name, word in zip(SourceView.__slots__, words.split(" "), strict=True):
-        yield kinds[name](word)
+        yield _KINDS[name](word)
 
 
 @dataclass(slots=True)

@@ -17,17 +17,18 @@ from vmferry.errors import UsageError
 
 def chaos(arguments: Namespace) -> int:
     """0: every run that counts ended as it must; 1: some did not."""
-    from vmferry.chaos import campaign, cells
+    from vmferry.chaos import campaign, cells, compare
 
     pairs = campaign.pairs()
     chosen = cells.select(cells.matrix(pairs, core=arguments.core), arguments.only)
-    if arguments.bare:
-        return _compare(arguments)
-    if not chosen:
+    names = [cell.name for cell in (compare.chosen(arguments.only) if arguments.bare else chosen)]
+    if not names:
         raise UsageError(f"no cell is named like {arguments.only!r}", hint="vmferry chaos --list")
     if arguments.list:
-        print("\n".join(cell.name for cell in chosen))
+        print("\n".join(names))
         return 0
+    if arguments.bare:
+        return _compare(arguments)
     keep = Path(arguments.logs) if arguments.logs else None
     say = _tell_quietly if arguments.json else _tell
 

@@ -34,7 +34,6 @@ from vmferry.core.view import (
 from vmferry.model.rules import Rules
 from vmferry.model.world import Setting
 
-PLAIN: Final = Setting("precopy", locks=False, faults=0, cancels=1)
 STRAIGHT: Final = Setting("precopy", locks=False, faults=0, cancels=0)
 POSTCOPY: Final = Setting("postcopy", locks=False, faults=0, cancels=0)
 LOCKED: Final = Setting("precopy", locks=True, faults=1, cancels=0, kinds=frozenset({"storage"}))
@@ -269,15 +268,22 @@ LEFT_OUT: Final[tuple[tuple[str, str], ...]] = (
 )
 """Candidates that are equivalent, and why."""
 
-NOT_SHOWN: Final[tuple[tuple[str, str], ...]] = (
-    ("D-ran does nothing", "its QEMU answers again in the end, and then D-running says the same"),
-    ("completed does not prove that all was sent", "the destination says that it has all, which proves the same"),
-    ("a doubt there is not told", "the destination says what became of its order once its QEMU answers"),
-    ("the arrived guest is not journalled", "the next agent there finds the place and its running QEMU"),
-    ("postcopy-device counts as the proof", "the destination's agent says that it has loaded, which proves the same"),
-    ("turning back is not journalled", "the next agent sees that the guest runs here (G-runs-here)"),
-    ("the renounced place is not journalled", "the next agent finds no QEMU and an order that was refused"),
-)
+NOT_SHOWN: Final[tuple[tuple[Mutant, str], ...]] = (
+    (Mutant("D-ran does nothing", ChangedRow("D-ran", (("do", None),)), (PAUSED,)),
+     "its QEMU answers again in the end, and then D-running says the same"),
+    (Mutant("completed does not prove that all was sent", Forgets(Fact.ALL_SENT)),
+     "the destination says that it has all, which proves the same"),
+    (Mutant("a doubt there is not told", Breaks("says that it is in doubt"), (STRAIGHT, NETWORK)),
+     "the destination says what became of its order once its QEMU answers"),
+    (Mutant("the arrived guest is not journalled", Breaks("kept before it is said"), (CRASH,)),
+     "the next agent there finds the place and its running QEMU"),
+    (Mutant("postcopy-device counts as the proof", Breaks("waits for the proof"), (POSTCOPY,)),
+     "the destination's agent says that it has loaded, which proves the same"),
+    (Mutant("turning back is not journalled", Breaks("turned back before the guest runs"), (CRASH_CANCEL,)),
+     "the next agent sees that the guest runs here (G-runs-here)"),
+    (Mutant("the renounced place is not journalled", Breaks("renounced before it is said"), (CRASH,)),
+     "the next agent finds no QEMU and an order that was refused"),
+)  # fmt: skip
 """Mistakes that precopies and postcopies with one fault and one cancel do not show, and what most likely stands beside
 them; they are not known to be equivalent, and not counted."""
 

@@ -232,6 +232,20 @@ class Site:
         await self.command(source, "vm-migrate", vm=vm, destination=to, mode=mode, **more)
         return self.agents[source].attempts[vm]
 
+    async def migrate_without_last_pages(self) -> SourceAttempt:
+        """A postcopy: the guest runs on b and both agents know it, and its last pages are held back on a."""
+        self.director.script("a", {"pages": "hold"})
+        attempt = await self.migrate(mode="postcopy")
+        await self.noted_by("b", Fact.RUN_ACKED)
+        await self.noted_by("a", Fact.RUN_ACKED)
+        return attempt
+
+    async def pages_arrive(self) -> None:
+        """They may come: the job ends, and the guest runs on b alone."""
+        self.director.go("a", "pages")
+        await self.settle()
+        await self.check("b")
+
     async def noted_by(self, host: str, fact: Fact) -> None:
         """Waits until an agent of the host has recorded the fact."""
         await self.until(lambda: (host, fact) in self.noted)

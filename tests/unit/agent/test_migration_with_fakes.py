@@ -290,9 +290,7 @@ async def test_a_grant_is_counted_once_and_an_old_one_is_refused(make_site: Make
     released = await link.call("peer-release", order)
     assert (released["ran"], released["gone"]) == (True, False)
     assert [p.host for p in site.director.running("g")] == ["b"]
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()
 
 
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])

@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 
 from vmferry.agent import rescue
-from vmferry.agent.source import SourceAttempt
 from vmferry.core.facts import Fact
-from vmferry.testing.fake_site import MakeSite, Site
-
-
-async def postcopy(site: Site) -> SourceAttempt:
-    """The guest runs on b, and its last pages are held back."""
-    site.director.script("a", {"pages": "hold"})
-    attempt = await site.migrate(mode="postcopy")
-    await site.noted_by("b", Fact.RUN_ACKED)
-    await site.noted_by("a", Fact.RUN_ACKED)
-    return attempt
+from vmferry.testing.fake_site import MakeSite
 
 
 @pytest.mark.parametrize("version", ["7.2", "11.1"])
@@ -35,23 +25,21 @@ async def test_a_channel_on_which_the_two_are_joined_is_not_cut_by_the_end_of_th
         return None
 
     site = await make_site(version, version)
-    attempt = await postcopy(site)
+    attempt = await site.migrate_without_last_pages()
     monkeypatch.setattr(rescue, "until_word", never)
     for channel in attempt.channels:
         channel.cut()
     await site.noted_by("b", Fact.RESUME_ACK)
     await site.until_row(attempt, "G-ran-pages")
-    site.director.go("a", "pages")
-    await site.settle()
+    await site.pages_arrive()
     assert [side.facts.last_round(Fact.LINK_LOST) for side in (attempt, site.place())] == [1, 1]
-    await site.check("b")
 
 
 @pytest.mark.proves("S53")
 async def test_a_try_that_is_ended_before_the_two_are_joined_cuts_its_channel(make_site: MakeSite) -> None:
     """Nobody waits in a handshake without a peer. The destination's agent takes the channel, and says nothing more."""
     site = await make_site()
-    attempt = await postcopy(site)
+    attempt = await site.migrate_without_last_pages()
     asked, ask = asyncio.Event(), attempt.ask
 
     async def asking(command: str, **more: Any) -> dict[str, Any]:
@@ -70,6 +58,4 @@ async def test_a_try_that_is_ended_before_the_two_are_joined_cuts_its_channel(ma
     attempt.ask = ask  # type: ignore[method-assign]
     attempt.go_on()
     await site.noted_by("a", Fact.RESUME_ACK)
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()

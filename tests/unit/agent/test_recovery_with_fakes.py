@@ -20,11 +20,8 @@ VERSIONS = ("7.2", "11.1")
 
 async def broken(site: Site, **script: Any) -> None:
     """The guest runs on b, its last pages are not there, and the channel is gone."""
-    site.director.script("a", {"pages": "hold"})
     site.director.script("b", **script)
-    attempt = await site.migrate(mode="postcopy")
-    await site.noted_by("b", Fact.RUN_ACKED)
-    await site.noted_by("a", Fact.RUN_ACKED)
+    attempt = await site.migrate_without_last_pages()
     for channel in attempt.channels:
         channel.cut()
     await site.noted_by("b", Fact.LINK_LOST)
@@ -46,10 +43,8 @@ async def test_a_qemu_that_hangs_for_want_of_a_page_is_recovered_out_of_band(
     await site.noted_by("b", Fact.RESUME_ACK)
     assert isinstance(place.channels[-1], RelayedChannel)
     assert await place.machine.run_state() == "running"
-    site.director.go("a", "pages")
-    await site.settle()
+    await site.pages_arrive()
     assert site.attempt().wire()["outcome"] == "destination"
-    await site.check("b")
     assert place.channels[-1].wait_over(limits.RELAY_LINGER_S)
     assert not [name for name in os.listdir(place.runtime.directory) if name.startswith("rec")]
 
@@ -60,9 +55,7 @@ async def test_a_qemu_that_answers_gets_the_connection_itself(make_site: MakeSit
     await broken(site)
     await site.noted_by("b", Fact.RESUME_ACK)
     assert not any(isinstance(channel, RelayedChannel) for channel in site.place().channels)
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -74,9 +67,7 @@ async def test_a_relayed_channel_that_breaks_is_made_again(make_site: MakeSite, 
     place = site.place()
     place.channels[-1].cut()
     await site.until(lambda: place.facts.last_round(Fact.RESUME_ACK) == 2)
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -92,9 +83,7 @@ async def test_a_source_that_does_not_come_leaves_the_qemu_as_it_was(make_site: 
     await site.restart("a")
     await site.noted_by("b", Fact.RESUME_ACK)
     assert place.rounds > 1
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()
 
 
 async def test_a_silent_qemu_that_did_not_say_that_it_is_in_postcopy_is_left_alone(make_site: MakeSite) -> None:

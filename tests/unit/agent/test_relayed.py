@@ -153,6 +153,7 @@ def test_a_source_that_says_nothing_costs_qemu_nothing(ends: Ends, how: str) -> 
 def test_an_attempt_that_is_over_does_not_end_what_qemu_still_has_to_say(ends: Ends) -> None:
     ends.source.sendall(b"Q")
     with ends.accept() as qemu:
+        assert qemu.recv(1) == b"Q"  # a QEMU that hangs up on unread bytes would be a break
         ends.relay.close()
         qemu.sendall(b"the last words")
     assert read_all(ends.source) == b"the last words"

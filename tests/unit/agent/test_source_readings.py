@@ -20,14 +20,22 @@ from vmferry.errors import Unfit
 from vmferry.jobs.journal import Entry
 
 
+def an_attempt(**context: Any) -> SourceAttempt:
+    """Of web1 from host-a to host-b, in an agent that has what is given."""
+    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
+    agent = SimpleNamespace(
+        clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None, config=SimpleNamespace(name="host-a"),
+        **context,
+    )  # fmt: skip
+    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
+    return SourceAttempt(cast(Any, agent), wanted, cast(Any, SimpleNamespace(machine=machine, is_leaving=False)))
+
+
 @pytest.mark.proves("S53", "S123")
 async def test_cpus_that_were_seen_running_before_a_new_word_are_not_taken_for_running_after_it() -> None:
     """1. an agent begins anew and sees the guest run  2. the switchover comes  3. the grant is due: it must not be
     taken for a guest that runs although everything was given away."""
-    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
-    context = SimpleNamespace(clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None)
-    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
-    attempt = SourceAttempt(cast(Any, context), wanted, cast(Any, SimpleNamespace(machine=machine)))
+    attempt = an_attempt()
     attempt.note(Fact.STARTED)
     attempt.set_readings(source=Source.IDLE, cpus=Cpus.AS_BEFORE)
     attempt.hear_word("postcopy-active")
@@ -39,16 +47,8 @@ async def test_a_guest_that_dies_while_its_cancel_is_cleaned_up_is_not_said_to_r
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """1. cancelled, the guest runs, everything is given back  2. its QEMU dies before the last answer  3. the end."""
-    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
     journal = FakeJournal()
-    context = SimpleNamespace(
-        clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None, job_directory=tmp_path,
-        config=SimpleNamespace(name="host-a"),
-        journal=journal, attempt_ended=lambda *_: None,
-    )  # fmt: skip
-    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
-    kept = SimpleNamespace(machine=machine, is_leaving=False)
-    attempt = SourceAttempt(cast(Any, context), wanted, cast(Any, kept))
+    attempt = an_attempt(job_directory=tmp_path, journal=journal, attempt_ended=lambda *_: None)
     for fact in (Fact.MIGRATE, Fact.STARTED, Fact.CANCEL, Fact.TARGET_GONE):
         attempt.note(fact)
     attempt.set_readings(source=Source.BACK, cpus=Cpus.AS_BEFORE)
@@ -78,14 +78,7 @@ async def test_a_full_disk_under_the_other_journal_is_told_with_its_side_and_its
     async def call(command: str, question: dict[str, Any], *, deadline_s: float) -> dict[str, Any]:
         raise Unfit("the journal cannot be written: database or disk is full", hint="make room on the disk")
 
-    peers = SimpleNamespace(link=lambda host: SimpleNamespace(call=call))
-    machine = SimpleNamespace(is_gone=False, version=(11, 1), on_event=None, on_gone=None)
-    context = SimpleNamespace(
-        clock=SystemClock(), publish=lambda *_: None, converge=lambda *_: None, peers=peers,
-        config=SimpleNamespace(name="host-a"),
-    )  # fmt: skip
-    wanted = Wanted(job="j1", vm="web1", destination="host-b", generation=2, wanted_s=1.0)
-    attempt = SourceAttempt(cast(Any, context), wanted, cast(Any, SimpleNamespace(machine=machine)))
+    attempt = an_attempt(peers=SimpleNamespace(link=lambda host: SimpleNamespace(call=call)))
     for fact in (Fact.MIGRATE, Fact.STARTED, Fact.COMMITTED, Fact.GRANT_SENT, Fact.LOADED):
         attempt.note(fact)
     with pytest.raises(Unfit) as told:

@@ -67,9 +67,7 @@ async def test_a_guest_that_arrived_has_its_journey_told_by_this_side_until_the_
     assert told["migration"]["outcome"] == "destination"
     assert told["migration"]["sentence"].startswith("g runs on b; the agent of a does not answer")
     await site.restart("a")
-    site.director.go("a", "pages")
-    await site.settle()
-    await site.check("b")
+    await site.pages_arrive()
 
 
 async def test_a_third_host_finds_the_place_and_uses_the_name_for_nothing_else(make_site: MakeSite) -> None:
