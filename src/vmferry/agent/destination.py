@@ -238,7 +238,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """Asks QEMU for its word and run state whenever an answer may have changed."""
         machine = self.machine
         if machine is None or machine.is_gone:
-            self._note_exit()
+            self.note_exit()
             return
         cut_what_was_let_go(self.channels, machine.pid)
         await self._ask_source_if_orphaned()
@@ -302,8 +302,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.unanswered = None
             self.note(Fact.START_REFUSED, round_no=tries, text="cont had no effect, and was answered late", by="agent")
 
-    def _note_exit(self) -> None:
-        if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
+    def note_exit(self) -> None:
+        """Why the QEMU ended, if it ended by itself."""
+        is_gone = self.machine is not None and self.machine.is_gone
+        if is_gone and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
             words = self.context.tail_log(self.runtime)
             self.fail(QemuError(f"the destination's QEMU ended: {words or 'no reason given'}", side="destination"))
 

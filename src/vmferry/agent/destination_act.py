@@ -233,7 +233,11 @@ async def _renounce(attempt: DestinationAttempt) -> None:
     """Makes durable that the QEMU, which never ran, never will, and kills it. Only then is it said.
 
     Durable first: 1. an order to start is in the journal, and was refused  2. the QEMU is killed  3. the agent dies
-    4. the next one finds an order and no QEMU, and must take the guest for one that ran and died."""
+    4. the next one finds an order and no QEMU, and must take the guest for one that ran and died.
+
+    With the reason: 1. QEMU is asked something  2. it dies  3. the table hears of that, not of a question without an
+    answer, and nobody has looked why."""
+    attempt.note_exit()
     if not attempt.is_renounced:
         await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
         attempt.is_renounced = True
