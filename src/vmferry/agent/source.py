@@ -23,7 +23,7 @@ from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
-from vmferry.agent.observe import PROOF_VERSION, arrival, source_findings
+from vmferry.agent.observe import PROOF_VERSION, arrival, holds_back, source_findings
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core.converge import Progress
@@ -129,6 +129,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.fd_given = False
         """The channel's descriptor may be in QEMU's hands under its name."""
         self._qemu_word: str | None = None
+        self._word_is_kept = False
+        """Its word says more once it is known what became of the destination."""
         self._run_state: str | None = None
         self._events_heard = 0
         self._stale = True
@@ -253,11 +255,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         """QEMU said its status word: facts follow."""
         if Fact.STARTED not in self.facts:
             return  # it speaks of an earlier attempt
-        if word == self._qemu_word:
+        if word == self._qemu_word and not self._word_is_kept:
             self.set_readings(source=source_word(word))
             return
         self._qemu_word = word
         has_proof = self.machine.version >= PROOF_VERSION
+        self._word_is_kept = holds_back(word, self.facts, has_proof=has_proof)
         for fact, round_no, text in source_findings(word, self.facts, has_proof=has_proof):
             self.note(fact, round_no=round_no, text=text, by="source QEMU")
         self._run_state = None
@@ -328,6 +331,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
             self.note(Fact.TARGET_GONE, text=str(facts.get("text", "")), by="destination agent")
+        if self._word_is_kept:
+            self.hear_word(self._qemu_word)
         self.wake()
 
     def set_readings(self, **changes: Any) -> None:

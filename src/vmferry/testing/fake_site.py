@@ -258,15 +258,17 @@ class Site:
                 await self._moved.wait()
 
     async def until_outcome(self, attempt: SourceAttempt, outcome: Outcome) -> None:
-        """Waits until the attempt's row says so; a reading may change it without a fact, so its events are heard."""
-        async with asyncio.timeout(SETTLE_S):
-            while attempt.outcome() is not outcome:
-                await self._changes[attempt.context.config.name].wait()
+        """Waits until the attempt's row says so."""
+        await self.until_seen(attempt, lambda: attempt.outcome() is outcome)
 
     async def until_row(self, attempt: SourceAttempt, label: str) -> None:
         """Waits until this row holds for the attempt and its loop has entered it."""
+        await self.until_seen(attempt, lambda: attempt.entered == label)
+
+    async def until_seen(self, attempt: SourceAttempt, holds: Callable[[], bool]) -> None:
+        """Waits until `holds()` of the attempt; a reading may change that without a fact, so its events are heard."""
         async with asyncio.timeout(SETTLE_S):
-            while attempt.entered != label:
+            while not holds():
                 await self._changes[attempt.context.config.name].wait()
 
     async def settle(self) -> None:

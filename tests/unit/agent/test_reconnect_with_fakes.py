@@ -9,6 +9,7 @@ import pytest
 
 from vmferry.agent import rescue
 from vmferry.core.facts import Fact
+from vmferry.core.view import Source
 from vmferry.testing.fake_site import MakeSite
 
 
@@ -59,3 +60,23 @@ async def test_a_try_that_is_ended_before_the_two_are_joined_cuts_its_channel(ma
     attempt.go_on()
     await site.noted_by("a", Fact.RESUME_ACK)
     await site.pages_arrive()
+
+
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+@pytest.mark.proves("S27", "S53")
+async def test_a_channel_lost_before_the_load_was_heard_of_is_no_failure(make_site: MakeSite, version: str) -> None:
+    """1. the destination loads  2. the agents' link and the channel break  3. the source's QEMU has lost its channel,
+    and before 10.2 does not know whether it was loaded  4. the link is back: it was, and nothing failed."""
+    site = await make_site(version, version)
+    site.director.script("a", {"pages": "hold"})
+    site.when("b", Fact.PACKAGE_SENT, site.part)
+    attempt = await site.migrate(mode="postcopy")
+    await site.noted_by("b", Fact.LOADED)
+    for channel in attempt.channels:
+        channel.cut()
+    await site.until_seen(attempt, lambda: attempt.readings.source is Source.BROKEN)
+    site.join()
+    await site.noted_by("a", Fact.RESUME_ACK)
+    await site.pages_arrive()
+    wire = attempt.wire()
+    assert (wire["status"], wire["outcome"], wire["error"]) == ("completed", "destination", None)
