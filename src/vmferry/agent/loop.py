@@ -209,6 +209,7 @@ class AttemptLoop(ABC, Generic[E]):
             self.on_trouble(effect, error)
         except asyncio.CancelledError:
             task.cancel()
+            await asyncio.wait({task})  # what it holds, a socket or a thread, is given back before this has ended
             raise
         finally:
             self.doing = None
