@@ -66,6 +66,10 @@ QMP_SESSION_OUT_BYTES_MAX = 1 << 20
 # How long a session may take no byte at all, with something to send to it, before it is dropped.
 QMP_WRITE_STALL_S = 30.0
 
+# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer; no
+# other command of a client is passed on meanwhile, and the agent's own are not held up by it.
+MONITOR_COMMAND_S = 600.0
+
 # --- VMs and host probes --------------------------------------------------------------------------------
 
 # A throw-away QEMU that tells what it can do answers in 0.05 s; a host under heavy load takes seconds.

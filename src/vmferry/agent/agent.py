@@ -30,6 +30,7 @@ from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
 from vmferry.agent.host import Host, Listening, LocalHost
 from vmferry.agent.machine import Machine
+from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
@@ -92,6 +93,7 @@ class Agent:
             self._on_peer, version=VERSION, clock=self.clock, name="peer", prompt=PROMPT_FOR_AGENTS
         )
         self.planner = Planner(self)
+        self.monitors = Monitors(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -119,6 +121,7 @@ class Agent:
         await self.host.listen_for_people(self.control_server, self.config.control_socket)
         try:
             await restore(self)
+            await self.monitors.settle()
             if self.config.listen is not None:
                 context = None if self._is_clear else tls.server_context(self._pki)
                 self._listener = await self.host.listen_for_agents(
@@ -140,6 +143,7 @@ class Agent:
             self._listener.close()
         await self.control_server.close()
         await self.peer_server.close()
+        await self.monitors.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -169,6 +173,7 @@ class Agent:
         told = {"host": self.config.name, **data}
         self.control_server.broadcast(name, told)
         self.peer_server.broadcast(name, told)
+        self.monitors.tell(name, told)
 
     def clock_offset_s(self, host: str) -> float:
         link = self.peers.link(host)
@@ -201,6 +206,7 @@ class Agent:
         if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
             if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since
                 del self.vms[attempt.vm]
+                self.monitors.changed()
             if kept.machine is not None:
                 self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
             if kept.directory:
@@ -237,6 +243,7 @@ class Agent:
 
     def hold(self, kept: KeptVm) -> None:
         """This VM has no attempt: its events and its end are the agent's to hear."""
+        self.monitors.changed()
         if kept.machine is None:
             return
         kept.machine.on_event = None
@@ -274,13 +281,13 @@ class Agent:
     # --- commands and events ---
 
     async def _on_control(self, session: Any, command: Any) -> Any:
-        return await self._to_the_end(control.handle(self, command.name, command.arguments), command.name)
+        return await self.to_the_end(control.handle(self, command.name, command.arguments), command.name)
 
     async def _on_peer(self, session: Any, command: Any) -> Any:
         body = peer_commands.handle(self, session, command.name, command.arguments)
-        return await self._to_the_end(body, command.name)
+        return await self.to_the_end(body, command.name)
 
-    async def _to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
+    async def to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
         """A command that was begun is carried out although its client goes away in the middle."""
         task = asyncio.create_task(body, name=f"command-{name}")
         self.keep_task(task)

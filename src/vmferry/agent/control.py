@@ -68,6 +68,8 @@ class MigrateArguments:
     clear_text: bool = False
     postcopy_after_passes: int | None = None
     postcopy_after_ms: int | None = None
+    postcopy_by_hand: bool = False
+    """A postcopy begins only when `vm-start-postcopy` asks for it."""
     accept: list[str] = field(default_factory=list)
     """Codes of blockers that the person takes upon themselves."""
     policy: dict[str, str] = field(default_factory=dict)
@@ -140,6 +142,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
+        "by_hand": 1 if arguments.postcopy_by_hand else None,
     }
     return Wanted(
         job=job,

@@ -403,6 +403,8 @@ def _policy(attempt: SourceAttempt) -> tuple[Mode, ConvergePolicy]:
 
 
 def _asked_start(wanted: Wanted) -> PostcopyStart:
+    if wanted.postcopy.get("by_hand"):
+        return PostcopyStart.HAND
     if wanted.postcopy.get("after_ms") is not None:
         return PostcopyStart.TIME
     if wanted.postcopy.get("after_passes") is not None:

@@ -124,6 +124,7 @@ async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
         raise
     agent.vms[spec.name] = kept
     agent.hold(kept)
+    await agent.monitors.settle()
 
 
 async def _accel(
@@ -195,6 +196,7 @@ async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.Adopte
         raise
     agent.vms[arguments.vm] = kept
     agent.hold(kept)
+    await agent.monitors.settle()
 
 
 async def _definition_of_adopted(
@@ -261,6 +263,7 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
         "origin": "spec" if kept.definition.spec is not None else "adopted",
         "pid": kept.identity.pid,
         "qmp": kept.qmp_path,
+        "monitor": str(agent.monitors.path_of(name)),
         "directory": kept.directory,
         "serial": f"{kept.directory}/serial.log" if kept.directory else None,
         "qemu": kept.machine.version_text if kept.machine else "unknown",
@@ -394,6 +397,7 @@ async def forget(agent: Agent, kept: KeptVm) -> None:
     """This host does not keep the VM any more; its QEMU is gone."""
     await agent.journal.append(Entry.FORGOTTEN, kept.name)
     agent.vms.pop(kept.name, None)
+    await agent.monitors.settle()
     if kept.machine is not None:
         await kept.machine.close()
     if kept.directory:
