@@ -41,8 +41,8 @@ PAGE_BYTES: Final = 4096
 
 
 _HUGE_FROM_BYTES: Final = 64 << 20
-"""Blocks of this size get huge pages where the kernel has them, as QEMU's own memory does: a fifth less time to fill
-them. Small ones (firmware, video memory) would only take more memory."""
+"""Blocks of this size get huge pages where the kernel gives them to shared memory (`shmem_enabled`, which is `never` on
+many hosts). Small ones (firmware, video memory) would only take more memory."""
 
 
 class PageStore(Protocol):
