@@ -66,5 +66,8 @@ class Context(Protocol):
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         """The guest runs here: keep it as this host's own, durably."""
 
+    async def tend_door(self, attempt: DestinationAttempt) -> None:
+        """A place that needs its source listens for it beside the agents' link, and no other does."""
+
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         """The destination's side is over and journalled."""
