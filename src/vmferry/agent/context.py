@@ -54,7 +54,7 @@ class Context(Protocol):
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         """New counters of QEMU: progress, and the policy that may ask for postcopy."""
 
-    def keep_task(self, task: asyncio.Task[None]) -> None:
+    def keep_task(self, task: asyncio.Task[Any]) -> None:
         """Holds a task of an attempt until it is over; the agent's close awaits it."""
 
     def tail_log(self, runtime: RuntimePaths) -> str:

@@ -15,7 +15,7 @@ very connection:
 Where the destination's agent does not answer over the agents' link, but its host does on the way of the guest's
 memory, one call there does 2 to 4 (`standing`): the word "taken" on the very connection is what `peer-recovering` would
 have said. Which way it is, is asked before anything else: a question that needs no QEMU, and an answer within half a
-second or none.
+second or none for this try.
 
 Rule 1: whatever breaks off, also this try's own end, cuts the channel: nobody waits in a handshake without a peer.
         Only a channel on which the two are joined already is left alone.
@@ -25,6 +25,7 @@ Rule 2: nobody is connected to a QEMU that is not known to live: no `migrate res
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -62,13 +63,31 @@ async def reconnect(attempt: SourceAttempt) -> None:
         await _over_the_link(attempt)
         return
     try:
-        attempt.hear_target(await attempt.ask_facts("peer-target", deadline_s=limits.RECOVERY_LINK_S))
+        await _ask_over_the_link(attempt)
     except HostUnreachable as error:
         log.info("job=%s vm=%s link=down result=%s", attempt.job, attempt.vm, error)
         await call(attempt)
         return
     if attempt.row().do is Effect.RECONNECT:
         await _over_the_link(attempt)
+
+
+async def _ask_over_the_link(attempt: SourceAttempt) -> None:
+    """Hears what the destination's agent says. Raises HostUnreachable when it says nothing within a moment.
+
+    The question is not taken back then: where the link is up and slow (a session that has to be made anew takes several
+    round trips) its answer is there at a later try."""
+    question = attempt.question
+    if question is None:
+        asking = attempt.ask_facts("peer-target", deadline_s=OFFER_S)
+        question = attempt.question = asyncio.create_task(asking, name=f"{attempt.job}-link")
+        question.add_done_callback(lambda asked: asked.cancelled() or asked.exception())  # a later try may not come
+        attempt.context.keep_task(question)
+    await asyncio.wait({question}, timeout=limits.RECOVERY_LINK_S)
+    if not question.done():
+        raise HostUnreachable("the destination's agent has not answered yet", side="destination", guest="unknown")
+    attempt.question = None
+    attempt.hear_target(question.result())
 
 
 async def without_the_link(attempt: SourceAttempt) -> None:
@@ -194,4 +213,5 @@ async def _until_joined(attempt: SourceAttempt, offer: dict[str, Any]) -> None:
 
 def _note_joined(attempt: SourceAttempt, offer: dict[str, Any]) -> None:
     attempt.healed_round = int(offer.get("cut_off", 0))
+    attempt.question = None  # what it would say is of before
     attempt.set_readings(target_is_cut_off=False)

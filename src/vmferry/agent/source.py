@@ -122,6 +122,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The newest loss of the channel, as the destination counts them, that was healed from here."""
         self.recovery_way: RecoveryWay | None = None
         """Where the destination may be called when the agents' link is down; journalled."""
+        self.question: asyncio.Task[dict[str, Any]] | None = None
+        """Asked over the link by a try to recover, and not answered yet."""
         self.heard_round: int | None = None
         """The newest round of recoveries of which the destination told; None: not known."""
         self.broken_since_s: float | None = None
