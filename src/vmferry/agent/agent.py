@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vmferry import __version__
-from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act
+from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act, standing
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
@@ -156,6 +156,7 @@ class Agent:
                 await place.machine.close()
             if place.listener is not None:
                 await place.listener.close()
+            await standing.close(place)
         holders: list[SourceAttempt | DestinationAttempt] = [*self.attempts.values(), *self.places.values()]
         for holder in holders:
             for channel in holder.channels:
@@ -228,6 +229,9 @@ class Agent:
         )
         self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
+
+    async def tend_door(self, attempt: DestinationAttempt) -> None:
+        await standing.tend(attempt)
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()

@@ -23,6 +23,7 @@ from typing import Any
 from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.host import Freezes
+from vmferry.agent.knock import KnockDoor
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import destination_findings
@@ -79,6 +80,12 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """How often the channel was made anew."""
         self.recovering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when QEMU has taken the newest of them to recover on."""
+        self.joining = asyncio.Lock()
+        """Held while QEMU is given a channel to recover on: one try at a time."""
+        self.door: KnockDoor | None = None
+        """Where the source may call when the agents' link is down."""
+        self.called_round = 0
+        """The newest round that a caller there began: orders that are older come late."""
         self.error_text = ""
         self.error: VmferryError | None = None
         self.resume_s: float | None = None
@@ -241,6 +248,7 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.note_exit()
             return
         cut_what_was_let_go(self.channels, machine.pid)
+        await self.context.tend_door(self)
         await self._ask_source_if_orphaned()
         settled = Fact.LOADED in self.facts and Fact.COMMITTED not in self.facts
         due = self.clock.now_s() - self._asked_s >= (1.0 if settled or self._word is None else 0.5)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import assert_never
 
-from vmferry.agent import recovery
+from vmferry.agent import knock, recovery, standing
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.machine import Machine
@@ -81,6 +81,9 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     # Side by side: QEMU answers one after another, and the agent need not wait between two questions.
     seen, _ = await asyncio.gather(hardware.look(machine.execute), set_options(machine, commands, place.expected))
     offer["hardware"] = [list(part) for part in seen.parts]
+    ports = knock.ports_of(attempt.job, *context.config.migration_ports)
+    if place.recovery_token and ports:
+        offer["recovery"] = {"token": place.recovery_token, "hosts": context.config.data_addresses, "ports": ports}
     if place.multifd:
         offer["addresses"] = []
         offer["uri"] = await recovery.listen_inside(attempt)
@@ -255,6 +258,7 @@ async def _report_died(attempt: DestinationAttempt) -> None:
 async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
     """Gives back sockets and credentials; the runtime directory too unless the guest lives there now."""
     await _thaw(attempt)
+    await standing.close(attempt)
     if attempt.listener is not None:
         await attempt.listener.close()
     for channel in attempt.channels:

@@ -22,14 +22,16 @@ Rule 2: whatever goes wrong before QEMU has the connection cuts it: the source's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from vmferry import limits
 from vmferry.agent.channel import ChannelDoor, ChannelEnd
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.core.facts import Fact, open_round, waits_for_channel
-from vmferry.errors import HostUnreachable, QemuError
+from vmferry.errors import Busy, HostUnreachable, QemuError
 from vmferry.qmp.errors import QmpCommandError, QmpTimeout
 
 log = logging.getLogger("vmferry.agent")
@@ -39,13 +41,26 @@ ARRIVE_S = 30.0
 PAUSE_S = 3.0
 
 
-async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
-    """Makes the QEMU of a broken postcopy wait for a new channel. Raises QemuError; nothing is changed then."""
+async def reconnect(attempt: DestinationAttempt, *, after: int | None = None) -> dict[str, Any]:
+    """Makes the QEMU of a broken postcopy wait for a new channel. `after`: the newest round of which the source had
+    heard when it asked. Raises QemuError or Busy; nothing is changed then.
+
+    1. the source asks over the link, which holds the message back  2. it gives up, calls at the door (`standing`), and
+    the two are joined  3. the message comes after all: what it would cut is the channel that has just been made."""
+    if attempt.joining.locked():
+        raise Busy(f"{attempt.vm}: its QEMU is being given a channel at this moment", side="destination")
+    if after is not None and after < attempt.called_round:
+        raise Busy(f"{attempt.vm}: an order of before round {attempt.called_round} came late", side="source")
+    async with attempt.joining:
+        return await _offer(attempt)
+
+
+async def _offer(attempt: DestinationAttempt) -> dict[str, Any]:
     machine, config = attempt.machine, attempt.context.config
     assert machine is not None
     for channel in attempt.channels:
         channel.cut()
-    answers = await _pause(attempt)
+    answers = await pause(attempt)
     if attempt.place.multifd:
         return {"uri": await listen_inside(attempt, "migrate-recover", oob=True), "cut_off": open_round(attempt.facts)}
     first, last = config.migration_ports
@@ -59,7 +74,13 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     ticket = listener.expect(name)
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name, answers=answers), name=name))
     addresses = [list(address) for address in listener.addresses]
-    return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
+    return {
+        "channel": name,
+        "token": ticket.token.hex(),
+        "addresses": addresses,
+        "round": attempt.rounds,
+        "cut_off": open_round(attempt.facts),
+    }
 
 
 async def listen_inside(attempt: DestinationAttempt, command: str = "migrate-incoming", *, oob: bool = False) -> str:
@@ -83,7 +104,7 @@ async def listen_inside(attempt: DestinationAttempt, command: str = "migrate-inc
     raise failure
 
 
-async def _pause(attempt: DestinationAttempt) -> bool:
+async def pause(attempt: DestinationAttempt) -> bool:
     """Leads QEMU into postcopy-paused. Whether it answers in band. Raises QemuError when it does not get there."""
     machine = attempt.machine
     assert machine is not None
@@ -126,20 +147,12 @@ async def _pause_unheard(attempt: DestinationAttempt) -> None:
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str, *, answers: bool) -> None:
-    machine, recovering = attempt.machine, attempt.recovering
-    assert machine is not None
+    recovering = attempt.recovering
     channel: ChannelEnd | None = None
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
-        if answers:
-            await hand_over(attempt, channel, name)
-            await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
-        else:
-            # Each try has a path of its own: QEMU takes the one before away when it listens anew.
-            path = attempt.runtime.recovery_path(attempt.rounds)
-            channel = attempt.context.host.relay(channel, path)
-            attempt.channels.append(channel)
-            await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
+        async with attempt.joining:
+            await give(attempt, channel, name, answers=answers)
         if not recovering.done():
             recovering.set_result(None)
     except (HostUnreachable, QemuError) as error:
@@ -151,6 +164,40 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
             recovering.exception()  # whoever asks reads it; nobody may
     finally:
         await listener.close()
+
+
+async def give(
+    attempt: DestinationAttempt,
+    channel: ChannelEnd,
+    name: str,
+    *,
+    answers: bool,
+    say: Callable[[], None] = lambda: None,
+) -> None:
+    """Has QEMU take this connection to recover on. `say` is called when it has, while the connection is still ours to
+    speak on; QEMU says nothing on it before the source's does. Raises QemuError, or what `say` raises: the caller cuts
+    the channel then."""
+    machine = attempt.machine
+    assert machine is not None
+    if not answers:
+        # Each try has a path of its own: QEMU takes the one before away when it listens anew.
+        path = attempt.runtime.recovery_path(attempt.rounds)
+        await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
+        say()
+        attempt.channels.append(attempt.context.host.relay(channel, path))
+        return
+    try:
+        await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
+        try:
+            await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
+        except QmpCommandError:
+            with contextlib.suppress(QmpCommandError):  # it may have been used up
+                await machine.execute("closefd", {"fdname": name})
+            raise
+        say()
+        channel.entrust(machine.pid)
+    finally:
+        attempt.channels.append(channel)  # not before: see `hand_over`
 
 
 async def hand_over(attempt: DestinationAttempt, channel: ChannelEnd, name: str) -> None:

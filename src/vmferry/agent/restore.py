@@ -27,7 +27,7 @@ from vmferry.agent.directories import holds_only_logs, prune_logs, remove_direct
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Place, Wanted
+from vmferry.agent.wants import Place, RecoveryWay, Wanted
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.errors import MigrationFailed, QemuError
@@ -94,6 +94,8 @@ async def _source(agent: Agent, job: JobState) -> None:
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
     attempt.was_restored = True
+    if job.recovery_way is not None:
+        attempt.recovery_way = msgspec.convert(job.recovery_way, RecoveryWay)
     attempt.apply_policy(wanted.policy.changed(job.policy))
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")

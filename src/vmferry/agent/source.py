@@ -17,6 +17,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vmferry import limits
 from vmferry.agent import fences
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
@@ -25,7 +26,7 @@ from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, arrival, holds_back, source_findings
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Wanted
+from vmferry.agent.wants import RecoveryWay, Wanted
 from vmferry.core.converge import Progress
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
@@ -119,6 +120,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The guest's writable images as they were when the order to start was sent; see `fences`."""
         self.healed_round = 0
         """The newest loss of the channel, as the destination counts them, that was healed from here."""
+        self.recovery_way: RecoveryWay | None = None
+        """Where the destination may be called when the agents' link is down; journalled."""
+        self.question: asyncio.Task[dict[str, Any]] | None = None
+        """Asked over the link by a try to recover, and not answered yet."""
+        self.heard_round: int | None = None
+        """The newest round of recoveries of which the destination told; None: not known."""
         self.broken_since_s: float | None = None
         """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
         self._memory_asked = False
@@ -151,6 +158,9 @@ class SourceAttempt(AttemptLoop[Effect]):
     def interruptible(self, effect: Effect) -> bool:
         # A dial may hang for seconds; once QEMU was told to migrate the effect is nearly over.
         return effect in INTERRUPTIBLE or (effect is Effect.START and Fact.STARTED not in self.facts)
+
+    def pause_last_s(self, effect: Effect) -> float:
+        return limits.RECOVERY_PAUSE_S if effect is Effect.RECONNECT else super().pause_last_s(effect)
 
     async def act(self, effect: Effect) -> None:
         from_hands = self.context.source_hands

@@ -15,11 +15,13 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
+from vmferry import limits
 from vmferry.agent import channel as channels
 from vmferry.agent import fences, reconnect, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
+from vmferry.agent.wants import RecoveryWay
 from vmferry.core import hazards
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
@@ -208,7 +210,24 @@ async def _prepare(attempt: SourceAttempt) -> None:
         )
     if attempt.credentials is not None:
         attempt.credentials.accept_peer(str(attempt.offer["ca_pem"]).encode())
+    if plan.options.source_capabilities.get("postcopy-ram"):
+        await _remember_way(attempt)
     attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
+
+
+async def _remember_way(attempt: SourceAttempt) -> None:
+    """Where the destination may be called if a postcopy breaks while the agents cannot talk: durable, as an agent that
+    is started then has nobody to ask. One that tells no way is called nowhere. Raises Unfit; nothing has started."""
+    told = attempt.offer.get("recovery")
+    if not told:
+        return
+    way = RecoveryWay(
+        token=str(told["token"]),
+        hosts=tuple(str(host) for host in told["hosts"]),
+        ports=tuple(int(port) for port in told["ports"])[: limits.RECOVERY_PORTS_MAX],
+    )
+    await attempt.context.journal.append(Entry.RECOVERY_WAY, attempt.job, msgspec.to_builtins(way))
+    attempt.recovery_way = way
 
 
 async def _look_and_set(attempt: SourceAttempt, plan: Plan) -> hardware.HardwareView:

@@ -1,4 +1,4 @@
-"""What was asked for: the bodies of the journal's WANTED and PLACE_WANTED entries. Values, nothing else."""
+"""What was asked for and agreed: the bodies of the journal's WANTED, PLACE_WANTED and RECOVERY_WAY. Values only."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryWay:
+    """How the source's agent reaches a place without the agents' link: the body of the journal's RECOVERY_WAY entry.
+    See `knock`."""
+
+    token: str = field(repr=False)
+    """Hexadecimal."""
+    hosts: tuple[str, ...]
+    """The destination's addresses for guests' memory, best first."""
+    ports: tuple[int, ...]
+    """In the order in which both sides try them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """What was asked for: the body of the journal's PLACE_WANTED entry."""
 
@@ -46,7 +59,7 @@ class Place:
     multifd: bool = False
     clear_text: bool = False
     policy: FailurePolicy = field(default_factory=FailurePolicy)
-    recovery_token: str = ""
-    """Hexadecimal; who shows it may connect the two QEMUs again without asking this agent first."""
+    recovery_token: str = field(default="", repr=False)
+    """Hexadecimal; who shows it may connect the two QEMUs again without the agents' link. Empty: nobody may."""
     directory: str = ""
     """The QEMU's runtime directory on this host."""

@@ -62,6 +62,8 @@ MESSAGE_PHASE: Final = {
 """Where each message of the agents' protocol is sent."""
 
 
+STREAM_BACK_S: Final = 1.0
+"""After so long memory can move again where the agents are left without their link."""
 FOR_GOOD_S: Final = 6.0
 """Longer than any wait for an answer of the other agent: what is done without it has been done by then."""
 LASTS_S: Final = {"kill": 0.3, "stop": 1.0, "cut": 1.0, "reset": 1.0, "lock": 3.0, "full": 2.0}
@@ -113,6 +115,10 @@ class Cell:
         return self.pair, storage
 
 
+ALONE: Final = Fault("reset", "alone", ("for-good",))
+"""The agents cannot talk, and the stream breaks for `STREAM_BACK_S`: each side is left to itself."""
+
+
 def _faults_everywhere() -> Iterator[Fault]:
     for actor in ACTORS:
         yield Fault("kill", actor)
@@ -124,6 +130,7 @@ def _faults_everywhere() -> Iterator[Fault]:
     for length in LENGTHS:
         yield Fault("reset", "stream", (length,))
         yield Fault("reset", "link", (length,))
+    yield ALONE
 
 
 CUT_PHASES: Final = ("active", "pre-switchover", "device", "postcopy-device", "grant", "granted", "postcopy-active",
@@ -135,6 +142,8 @@ FULL_PHASES: Final = ("setup", "pre-switchover", "grant")
 
 def _makes_sense(fault: Fault, phase: str) -> bool:
     """Whether there is something that this fault can be done to in this phase."""
+    if fault == ALONE:
+        return phase == "postcopy-active"  # before that there is nothing to recover
     if fault.kind in ("cut", "reset"):
         if phase not in CUT_PHASES:
             return False

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vmferry.chaos.cells import Fault
+from vmferry.chaos.cells import ALONE, STREAM_BACK_S, Fault
 from vmferry.chaos.ground import PROXY_PORT, Ground
 from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.link import Rule
@@ -47,6 +47,8 @@ class Doing:
         self.proof = ""
         self.done_s = 0.0
         self.undone_s = 0.0
+        self.stream_back_s = 0.0
+        """When memory could move again while the agents still could not talk."""
         self.started_s = 0.0
         """When an agent that was killed was started again."""
         self.cli: subprocess.Popen[str] | None = None
@@ -173,6 +175,9 @@ class Doing:
 
     def _reset(self) -> None:
         self.done_s = now_s()
+        if self.fault == ALONE:
+            self._leave_alone()
+            return
         if self.fault.what == "stream":
             before = self.ground.streams.passed()
             self.ground.streams.cut(refusing=True)
@@ -185,6 +190,22 @@ class Doing:
             self._stack.callback(link.refuse, refusing=False)
         if cut:
             self.proof = f"{cut} connections of the agents were cut"
+
+    def _leave_alone(self) -> None:
+        before = self.ground.streams.passed()
+        cut = sum(link.cut(refusing=True) for link in self.ground.links)
+        for link in self.ground.links:
+            self._stack.callback(link.refuse, refusing=False)
+        self.ground.streams.cut(refusing=True)
+        again = threading.Timer(STREAM_BACK_S, self._let_stream_pass)
+        again.start()
+        self._stack.callback(again.join)
+        if cut and before:
+            self.proof = f"{cut} connections of the agents were cut, and the stream after {before} bytes"
+
+    def _let_stream_pass(self) -> None:
+        self.stream_back_s = now_s()
+        self.ground.streams.refuse(refusing=False)
 
     def _message(self) -> None:
         """The rule is there since the beginning; the phase's hold is on the same message, or before it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmferry.chaos import guest as guests
-from vmferry.chaos.cells import Cell
+from vmferry.chaos.cells import ALONE, Cell
 from vmferry.chaos.faults import Doing
 from vmferry.chaos.ground import PROXY_PORT, Ground
 from vmferry.chaos.guest import GuestFiles
@@ -221,7 +221,9 @@ class Run:
         if self.doing.undone_s:
             ack = self.stage.source.has(self.name, Fact.RESUME_ACK, since_s=done_s)
             if ack is not None:
-                self.seen.heal_ms = (ack.at_s - self.doing.undone_s) * 1000
+                self.seen.heal_ms = (ack.at_s - (self.doing.stream_back_s or self.doing.undone_s)) * 1000
+            if self.cell.fault == ALONE:
+                self.seen.waited_for_link = ack is None or ack.at_s >= self.doing.undone_s
         refused = self.stage.target.has(self.name, Fact.START_REFUSED)
         resumed = self.stage.source.has(self.name, Fact.SOURCE_RESUMED)
         if refused is not None and resumed is not None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from vmferry.testing.relay import Direction, Relay
 
+DOORS = 2
+"""Ports at which a place may be called that get a relay: the first is free unless another run has it."""
+
 
 class Streams:
     """All relays of one pair of hosts. `rewrite` is what `LinkProxy` calls with an offer."""
@@ -27,6 +30,11 @@ class Streams:
     def rewrite(self, offer: dict[str, Any]) -> None:
         """Puts our relay's address in the place of each of the destination's."""
         offer["addresses"] = [list(self._relay((str(host), int(port)))) for host, port in offer.get("addresses", [])]
+        way = offer.get("recovery")
+        if way:  # the destination's door is behind relays of ours, too: what is cut is cut for calls there as well
+            host = str(way["hosts"][0])
+            doors = [self._relay((host, int(port))) for port in way["ports"][:DOORS]]
+            offer["recovery"] = {**way, "hosts": [host], "ports": [port for _, port in doors]}
 
     def _relay(self, target: tuple[str, int]) -> tuple[str, int]:
         with self._lock:

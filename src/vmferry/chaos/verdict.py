@@ -66,6 +66,8 @@ class Seen:
     to_running_ms: float | None = None
     pause_ms: float | None = None
     heal_ms: float | None = None
+    waited_for_link: bool = False
+    """A postcopy whose memory could move stood still until the agents could talk."""
     reattach_ms: float | None = None
     resumed_ms: float | None = None
     """From the refused start on the target to running on the source."""
@@ -137,6 +139,7 @@ def _wrong(seen: Seen) -> list[str]:
         f"its output is not that of one life: {seen.letters}": bool(seen.letters),
         f"it runs on the {where} and the job says {seen.outcome} ({seen.row})": seen.outcome != where,
         "the job does not end": not seen.over,
+        "it waited for the agents' link, and its memory could have moved": seen.waited_for_link,
         f"left behind: {', '.join(seen.left)}": bool(seen.left),
         f"an agent's log has {seen.troubles[:2]}": bool(seen.troubles),
     }

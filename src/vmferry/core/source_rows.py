@@ -35,6 +35,11 @@ SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
 ASK = "free the disk, then: vmferry recover NAME; or back to the source: vmferry cancel NAME"
 FEED = "keep the destination's QEMU, and if the source's memory was kept: vmferry recover NAME"
 
+REACH = (
+    "bring the link to the destination back, and the agents agree by themselves; or, when its host is known to be "
+    "dead: vmferry resolve NAME --other-side-is-dead"
+)
+
 SETUP_MS = 10_000
 UNPLUG_MS = 60_000
 SWITCHOVER_MS = 3_000
@@ -304,11 +309,18 @@ GRANTED: tuple[Row[E], ...] = (
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         None, "The source's process died before it had given everything away.", Outcome.HELD,
         action=FEED, remedy=Remedy.FEED),
-    Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN),
+    Row("G-uncertain-broken", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                                      source=Source.BROKEN, retry=Retry.AGAIN),
+        E.RECONNECT, "The destination may run the guest, and lacks pages: it is asked on both ways, and connected when "
+        "it has answered.", Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
+    Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                               source=tuple(s for s in Source if s is not Source.BROKEN)),
         E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
-        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET,
-        "bring the link to the destination back, and the agents agree by themselves; or, when its host is known to be "
-        "dead: vmferry resolve NAME --other-side-is-dead"),
+        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
+    Row("G-uncertain-hold", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                                    source=Source.BROKEN, retry=(Retry.ASK, Retry.BACK)),
+        E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
+        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
     Row("G-back-release", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, source=ALIVE,
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         E.RELEASE_TARGET, "Going back needs the destination's word that it never ran and never will.",

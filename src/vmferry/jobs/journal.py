@@ -46,6 +46,8 @@ class Entry(StrEnum):
     """Source: the switch to postcopy was asked for by hand."""
     OPTIONS_BEFORE = "options-before"
     """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
+    RECOVERY_WAY = "recovery-way"
+    """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
@@ -85,6 +87,7 @@ class JobState:
     cancel_wanted: bool = False
     postcopy_wanted: bool = False
     options_before: dict[str, Any] = field(default_factory=dict)
+    recovery_way: dict[str, Any] | None = None
     committed_generation: int | None = None
     renounced: bool = False
     turned_back: bool = False
@@ -130,6 +133,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.postcopy_wanted = True
             case Entry.OPTIONS_BEFORE if job:
                 job.options_before = {**entry.body, **job.options_before}
+            case Entry.RECOVERY_WAY if job:
+                job.recovery_way = entry.body
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
             case Entry.TURNED_BACK if job:

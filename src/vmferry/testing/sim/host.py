@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmferry import limits
+from vmferry.agent import knock
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
 from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
+from vmferry.agent.knock import OnCaller
 from vmferry.agent.machine import Machine
+from vmferry.agent.wants import RecoveryWay
 from vmferry.clock import Clock
 from vmferry.errors import HostUnreachable, QemuError, SpecError, Unfit
 from vmferry.jobs.journal import JournalStore
@@ -247,6 +251,58 @@ class SimDoor:
         arrival.set_result(SimChannel(self._kernel, self._agent, payload.channel, sock))
 
 
+class SimCaller:
+    """A source's agent that has shown the token."""
+
+    def __init__(self, kernel: Kernel, agent: SimProcess, sock: Socket) -> None:
+        self.channel: ChannelEnd = SimChannel(kernel, agent, knock.NAME, sock)
+        self._sock = sock
+
+    def has_hung_up(self) -> bool:
+        return self._sock.is_over
+
+    def answer(self, word: dict[str, Any]) -> None:
+        if self._sock.is_over:
+            raise HostUnreachable("the source does not wait any more", side="source")
+        self._sock.send(dict(word))
+
+
+class SimKnockDoor:
+    """Where the source of a broken postcopy may call. The greeting is the token: its bytes are `agent.knock`'s own
+    tests' to show."""
+
+    def __init__(
+        self, kernel: Kernel, agent: SimProcess, job: str, token: str, ports: Sequence[int], on_caller: OnCaller
+    ) -> None:
+        self._kernel, self._agent, self._token, self._on_caller = kernel, agent, token, on_caller
+        for port in ports:
+            if (agent.host, port) not in kernel.listeners:
+                kernel.listen(agent, port, self._accept, f"door {job}")
+                break
+        else:
+            raise Unfit("no port is free", side="destination")
+        self.addresses: tuple[Address, ...] = ((agent.host, port),)
+
+    async def close(self) -> None:
+        for address in self.addresses:
+            self._kernel.unlisten(address, self._agent)
+
+    def _accept(self, sock: Socket) -> None:
+        sock.read(self._agent, lambda payload: self._greeted(sock, payload), lambda reason: sock.let_go(self._agent))
+
+    def _greeted(self, sock: Socket, payload: object) -> None:
+        if payload != self._token:
+            sock.let_go(self._agent)
+            return
+        sock.unread()
+        caller = SimCaller(self._kernel, self._agent, sock)
+        self._agent.spawn(_served(self._on_caller, caller), "recovery-call")
+
+
+async def _served(on_caller: OnCaller, caller: SimCaller) -> None:
+    await on_caller(caller)
+
+
 @dataclass(eq=False)
 class Installed:
     """What a host has, whoever its agent is."""
@@ -363,6 +419,49 @@ class SimHost:
             raise
         sock.unread()
         return SimChannel(self._kernel, self._agent, ticket.channel, sock)
+
+    async def open_door(
+        self, job: str, token: str, hosts: Sequence[str], ports: Sequence[int], on_caller: OnCaller
+    ) -> SimKnockDoor:
+        return SimKnockDoor(self._kernel, self._agent, job, token, ports, on_caller)
+
+    async def call_door(self, job: str, way: RecoveryWay) -> tuple[ChannelEnd, dict[str, Any]]:
+        failures: list[str] = []
+        for port in way.ports:
+            try:
+                return await self._call_one(way, way.hosts[0], port)
+            except TimeoutError:
+                failures.append(f"{port} did not answer")
+                break
+            except OSError as error:
+                failures.append(f"{port}: {error.strerror}")
+        raise HostUnreachable(f"the destination cannot be reached beside its agent's link: {'; '.join(failures)}")
+
+    async def _call_one(self, way: RecoveryWay, host: str, port: int) -> tuple[ChannelEnd, dict[str, Any]]:
+        sock: Socket | None = None
+        word: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def heard(payload: Any) -> None:
+            if not word.done():
+                word.set_result(payload)
+
+        def ended(reason: str) -> None:
+            if not word.done():
+                word.set_exception(ConnectionResetError(104, reason))
+
+        try:
+            async with asyncio.timeout(limits.RECOVERY_CONNECT_S):
+                sock = await self._kernel.connect(self._agent, host, port, "stream")
+            sock.read(self._agent, heard, ended)
+            sock.send(way.token)
+            async with asyncio.timeout(limits.RECOVERY_WORD_S):
+                said = await word
+        except BaseException:
+            if sock is not None:
+                sock.let_go(self._agent)
+            raise
+        sock.unread()
+        return SimChannel(self._kernel, self._agent, knock.NAME, sock), said
 
     def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
         assert isinstance(channel, SimChannel)

@@ -35,9 +35,9 @@ MOMENTS: Final = (
 KINDS: Final = (
     "crash-agent", "freeze-agent", "kill-qemu", "freeze-qemu", "cut-agents", "reset-agents", "drop", "double", "slow",
     "cut-stream", "reset-stream", "refuse-cont", "refuse-relock", "disk-full", "cancel", "start-postcopy",
-    "migrate-again", "clock-jump", "fail-step", "unplugged-stream", "hung-stream",
+    "migrate-again", "clock-jump", "fail-step", "unplugged-stream", "hung-stream", "alone",
 )  # fmt: skip
-WEIGHTS: Final = (6, 2, 2, 2, 4, 2, 1, 1, 1, 3, 3, 4, 1, 2, 5, 1, 2, 1, 1, 1, 2)
+WEIGHTS: Final = (6, 2, 2, 2, 4, 2, 1, 1, 1, 3, 3, 4, 1, 2, 5, 1, 2, 1, 1, 1, 2, 2)
 FAILING_STEPS: Final = ("in-load", "in-header", "device", "setup", "package")
 SETTLED: Final = (0.3, 1.0, 3.0, 8.0, 20.0, FOR_GOOD_S)
 LOCK_TEXT: Final = 'Failed to get "write" lock'
