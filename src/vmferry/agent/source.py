@@ -396,8 +396,13 @@ class SourceAttempt(AttemptLoop[Effect]):
         )
 
     def refresh(self) -> None:
-        """The next look asks QEMU again."""
+        """The next look asks QEMU again, of its CPUs too: not every change of theirs has an event.
+
+        1. QEMU says that its migration failed, and is still in finish-migrate: its guest looks stuck  2. it goes on to
+        postmigrate and tells nobody  3. what leads a stuck one out finds nothing to do, for ever
+        """
         self._stale = True
+        self._run_state = None
         self.wake()
 
     # --- looking ---
