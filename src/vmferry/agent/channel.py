@@ -57,7 +57,7 @@ KEEPALIVE_COUNT = 6
 
 _MAGIC = b"VMFERRY\x01"
 _GREETING = struct.Struct(f"!8s16s{NAME_BYTES_MAX}s32s")
-_REPLY_BYTES = 32
+REPLY_BYTES = 32
 
 Address = tuple[str, int]
 
@@ -116,6 +116,8 @@ class ChannelEnd(Protocol):
     def entrust(self, pid: int) -> bool: ...
 
     def is_held_by(self, pid: int) -> bool: ...
+
+    async def spoken(self, *, deadline_s: float) -> bool: ...
 
     def cut(self) -> None: ...
 
@@ -209,6 +211,20 @@ class Channel:
         Costs about 0.1 ms. Raises PermissionError when this user may not look.
         """
         return self.inode in descriptors.socket_descriptors(pid)
+
+    async def spoken(self, *, deadline_s: float) -> bool:
+        """Wait until the peer has sent something, which stays for whoever reads next. False when the connection ended
+        instead, or nothing came in time. Only before it is entrusted."""
+        loop, descriptor, heard = asyncio.get_running_loop(), self._socket.fileno(), asyncio.Event()
+        loop.add_reader(descriptor, heard.set)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await heard.wait()
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except (TimeoutError, OSError):
+            return False
+        finally:
+            loop.remove_reader(descriptor)
 
     def cut(self) -> None:
         """End the connection for both QEMUs at once, whoever else holds descriptors of it. Never raises.
@@ -450,7 +466,7 @@ async def _dial_one(address: Address, ticket: Ticket) -> Channel:
         await loop.sock_connect(connection, target)
         _tune(connection)
         await loop.sock_sendall(connection, ticket.greeting())
-        reply = await _receive_exactly(connection, _REPLY_BYTES)
+        reply = await _receive_exactly(connection, REPLY_BYTES)
         if not hmac.compare_digest(reply, ticket.reply()):
             raise NotTrusted("the destination did not prove that it knows the token")
         connection.setblocking(True)

@@ -5,7 +5,7 @@ Theory of operation
 The source's agent asks (`peer-reconnect`), connects, and asks whether QEMU has taken the connection
 (`peer-recovering`). There are two ways to give it to QEMU:
 
-    QEMU answers        getfd, then migrate-recover with `fd:`
+    QEMU answers        getfd, then migrate-recover with `fd:`, once the source's QEMU has begun to speak
     it does not         migrate-pause and migrate-recover with `unix:`, out of band, and a relay (`agent.relayed`)
                         from that address to the connection
 
@@ -17,6 +17,7 @@ handshake's next step (seen with 7.2 and 11.1).
 
 Rule 1: without QEMU's answer its events must have said that it is in postcopy and has lost its channel.
 Rule 2: whatever goes wrong before QEMU has the connection cuts it: the source's QEMU would wait for a peer in vain.
+Rule 3: QEMU gets no connection on which nobody speaks (`core.hazards`: an old one dies of a recovery that breaks off).
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ log = logging.getLogger("vmferry.agent")
 ARRIVE_S = 30.0
 """From the offer to the source's connection; the source configures its QEMU in between."""
 PAUSE_S = 3.0
+SPEAK_S = 15.0
+"""From the word that the connection is here until the source's QEMU, told to resume, says something."""
 
 
 async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
@@ -132,6 +135,10 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
         if answers:
+            if not recovering.done():
+                recovering.set_result(None)  # the source's QEMU may speak
+            if not await channel.spoken(deadline_s=SPEAK_S) or attempt.recovering is not recovering:
+                raise HostUnreachable(f"nobody spoke on {name}: the source has given this try up", side="source")
             await hand_over(attempt, channel, name)
             await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
         else:
@@ -146,6 +153,8 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
         log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
         if channel is not None:
             channel.cut()  # the source's QEMU would wait in the handshake for a peer that is not there
+            if channel not in attempt.channels:
+                channel.close()
         if not recovering.done():
             recovering.set_exception(error)
             recovering.exception()  # whoever asks reads it; nobody may

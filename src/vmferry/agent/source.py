@@ -49,6 +49,7 @@ from vmferry.core.view import (
 )
 from vmferry.errors import (
     CancelRefused,
+    GuestHeld,
     HostUnreachable,
     MigrationFailed,
     NotTrusted,
@@ -157,7 +158,7 @@ class SourceAttempt(AttemptLoop[Effect]):
     def on_trouble(self, effect: Effect, error: Exception) -> None:
         """Which errors end the attempt, which only mean that the destination is silent, which are retried."""
         self.trouble = str(error)
-        self.fix = error.hint if isinstance(error, Unfit) else ""
+        self.fix = error.hint if isinstance(error, Unfit | GuestHeld) else ""
         match effect:
             case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
                 self.fail(error)
