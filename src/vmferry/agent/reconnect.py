@@ -40,6 +40,7 @@ UNMOVED_S = 2.0
 """From the order to resume until QEMU has left postcopy-paused: where it connects or greets by itself, it answers
 before that is done. One that still says so later has failed at it, and stays there."""
 _JOINED = frozenset({"postcopy-active", "completed"})
+_HALF_WAY = frozenset({"postcopy-recover"})
 _OVER = _JOINED | {"failed", "cancelled"}
 
 
@@ -96,7 +97,7 @@ async def _give_up(attempt: SourceAttempt) -> None:
         await attempt.machine.execute("migrate-pause", oob=True)
     except QmpCommandError as error:
         word = (await attempt.machine.migration()).get("status")
-        if word != "postcopy-recover":
+        if word not in _HALF_WAY:
             raise  # it pauses by itself in a moment
         raise GuestHeld(
             f"{attempt.vm}: its source's QEMU never leaves the recovery that broke off: {error.desc}",

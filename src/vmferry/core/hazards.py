@@ -63,6 +63,8 @@ GOES_BACK_SINCE: Final = (10, 2)
 
 LEAVES_LAST_PAGE_SINCE: Final = (8, 2)
 
+RECOVERS_TWICE_SINCE: Final = (8, 2)
+
 WHY_PRECOPY: Final = (
     "the guest runs under TCG, where this QEMU loses writes of a guest that runs while postcopy stands by"
 )
@@ -93,6 +95,11 @@ def goes_back_after_grant(version: tuple[int, ...] | None) -> bool:
 def waits_for_ever_after_last_page(version: tuple[int, ...] | None) -> bool:
     """This source must not lose its destination between its last page and the destination's result."""
     return version is None or version[:2] < LEAVES_LAST_PAGE_SINCE
+
+
+def dies_of_broken_recovery(version: tuple[int, ...] | None) -> bool:
+    """This destination does not live through a channel that breaks while it is in postcopy-recover."""
+    return version is None or version[:2] < RECOVERS_TWICE_SINCE
 
 
 def stops_first(mode: Mode, accelerator: str | None, version: tuple[int, ...] | None) -> bool:
