@@ -77,6 +77,16 @@ def test_the_guest_that_checks_itself_is_in_the_core_in_both_modes() -> None:
     assert all(c.name.endswith("/linux") for c in linux)
 
 
+def test_what_depends_on_the_qemus_is_there_with_every_pair() -> None:
+    for fault, phase in (
+        (Fault("lock", "all", ("target",)), "device"),
+        (Fault("message", "peer-recovering", ("drop-answer",)), "postcopy-paused"),
+        (Fault("reset", "both", ("1s",)), "last"),
+    ):
+        found = {c.pair for c in CORE if c.fault == fault and c.phase == phase and c.guest == "boot"}
+        assert found == set(PAIRS), fault
+
+
 def test_cells_that_cannot_be_are_left_out() -> None:
     old = [c for c in EVERY if (c.phase, c.mode) == ("loaded", "postcopy")]
     assert {c.pair for c in old} == {("11.1", "11.1")}
