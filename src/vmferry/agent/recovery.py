@@ -153,12 +153,12 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
         log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
         if channel is not None:
             channel.cut()  # the source's QEMU would wait in the handshake for a peer that is not there
-            if channel not in attempt.channels:
-                channel.close()
         if not recovering.done():
             recovering.set_exception(error)
             recovering.exception()  # whoever asks reads it; nobody may
     finally:
+        if channel is not None and channel not in attempt.channels:
+            channel.close()  # nobody has it, also when this task was ended while it waited for a word
         await listener.close()
 
 
