@@ -118,6 +118,8 @@ class ChannelEnd(Protocol):
 
     def is_held_by(self, pid: int) -> bool: ...
 
+    async def spoken(self, *, deadline_s: float) -> bool: ...
+
     def cut(self) -> None: ...
 
     def close(self) -> None: ...
@@ -210,6 +212,20 @@ class Channel:
         Costs about 0.1 ms. Raises PermissionError when this user may not look.
         """
         return self.inode in descriptors.socket_descriptors(pid)
+
+    async def spoken(self, *, deadline_s: float) -> bool:
+        """Wait until the peer has sent something, which stays for whoever reads next. False when the connection ended
+        instead, or nothing came in time. Only before it is entrusted."""
+        loop, descriptor, heard = asyncio.get_running_loop(), self._socket.fileno(), asyncio.Event()
+        loop.add_reader(descriptor, heard.set)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await heard.wait()
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except (TimeoutError, OSError):
+            return False
+        finally:
+            loop.remove_reader(descriptor)
 
     def cut(self) -> None:
         """End the connection for both QEMUs at once, whoever else holds descriptors of it. Never raises.

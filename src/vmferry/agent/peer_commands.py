@@ -255,7 +255,7 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
 
 
 async def _recovering(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Answers when the QEMU here has taken the channel to recover on. Raises what kept it from that."""
+    """Answers when the channel to recover on is here and QEMU waits for it. Raises what kept it from that."""
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")

@@ -2,15 +2,17 @@
 
 Theory of operation
 -------------------
-A recovery needs both QEMUs at once, and one that breaks half-way is worse than none: a QEMU before 8.0 never leaves
-it. So the source's QEMU is told to resume only when the destination's has said, over its agent, that it takes this
-very connection:
+A recovery needs both QEMUs at once, and one that breaks half-way is worse than none: as a source a QEMU before 8.0
+never leaves it, as a destination it dies of it. So the source's QEMU is told to resume only when the destination's
+agent has said that its QEMU waits and this very connection is there; and the destination's QEMU gets that only when the
+source's has begun to speak on it:
 
     1. the source's side is in postcopy-paused, its old channels are cut
     2. the destination's agent puts its QEMU into postcopy-paused and listens (`peer-reconnect`)
-    3. the source dials; the destination hands the connection to its QEMU: migrate-recover
-    4. the destination's agent says so (`peer-recovering`)
-    5. the source's QEMU: migrate resume. From here on it is theirs, and it is waited for
+    3. the source dials; the destination's agent says that the connection is there (`peer-recovering`)
+    4. the source's QEMU: migrate resume, and its first bytes
+    5. the destination's agent hands the connection to its QEMU: migrate-recover. From here on it is theirs, and it is
+       waited for
 
 Where the destination's agent does not answer over the agents' link, but its host does on the way of the guest's
 memory, one call there does 2 to 4 (`standing`): the word "taken" on the very connection is what `peer-recovering` would
@@ -38,7 +40,8 @@ from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.view import Source
-from vmferry.errors import HostUnreachable, QemuError, VmferryError
+from vmferry.errors import GuestHeld, HostUnreachable, QemuError, VmferryError
+from vmferry.qmp.errors import QmpCommandError
 
 log = logging.getLogger("vmferry.agent")
 
@@ -52,6 +55,7 @@ UNMOVED_S = 2.0
 """From the order to resume until QEMU has left postcopy-paused: where it connects or greets by itself, it answers
 before that is done. One that still says so later has failed at it, and stays there."""
 _JOINED = frozenset({"postcopy-active", "completed"})
+_HALF_WAY = frozenset({"postcopy-recover"})
 _OVER = _JOINED | {"failed", "cancelled"}
 
 
@@ -102,7 +106,7 @@ async def _let_go(attempt: SourceAttempt) -> None:
         channel.cut()
     if (await machine.migration()).get("status") != "postcopy-paused":
         # A try that hangs half-way must give up before a new one can begin; out of band, as QMP may hang too.
-        await machine.execute("migrate-pause", oob=True)
+        await _give_up(attempt)
 
 
 async def _over_the_link(attempt: SourceAttempt) -> None:
@@ -193,6 +197,23 @@ async def _resume_on(
         raise
     finally:
         attempt.refresh()
+
+
+async def _give_up(attempt: SourceAttempt) -> None:
+    """Ends a recovery that hangs. Raises QemuError; where an old QEMU never leaves it, with the way that is left."""
+    try:
+        await attempt.machine.execute("migrate-pause", oob=True)
+    except QmpCommandError as error:
+        word = (await attempt.machine.migration()).get("status")
+        if word not in _HALF_WAY:
+            raise  # it pauses by itself in a moment
+        raise GuestHeld(
+            f"{attempt.vm}: its source's QEMU never leaves the recovery that broke off: {error.desc}",
+            side="source",
+            guest="paused",
+            hint=f"give the destination the pages out of its memory: vmferry rescue {attempt.vm} feed",
+            cause=error,
+        ) from error
 
 
 async def _until_joined(attempt: SourceAttempt, offer: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ Theory of operation
 The source's agent asks (`peer-reconnect`), connects, and asks whether QEMU has taken the connection
 (`peer-recovering`). There are two ways to give it to QEMU:
 
-    QEMU answers        getfd, then migrate-recover with `fd:`
+    QEMU answers        getfd, then migrate-recover with `fd:`, once the source's QEMU has begun to speak
     it does not         migrate-pause and migrate-recover with `unix:`, out of band, and a relay (`agent.relayed`)
                         from that address to the connection
 
@@ -17,6 +17,8 @@ handshake's next step (seen with 7.2 and 11.1).
 
 Rule 1: without QEMU's answer its events must have said that it is in postcopy and has lost its channel.
 Rule 2: whatever goes wrong before QEMU has the connection cuts it: the source's QEMU would wait for a peer in vain.
+Rule 3: QEMU gets no connection on which nobody speaks (`core.hazards`: an old one dies of a recovery that breaks off).
+        What waits for a first byte keeps no newer try waiting, and is of no use to QEMU any more once there is one.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ log = logging.getLogger("vmferry.agent")
 ARRIVE_S = 30.0
 """From the offer to the source's connection; the source configures its QEMU in between."""
 PAUSE_S = 3.0
+SPEAK_S = 15.0
+"""From the word that the connection is here until the source's QEMU, told to resume, says something."""
 
 
 async def reconnect(attempt: DestinationAttempt, *, after: int | None = None) -> dict[str, Any]:
@@ -151,10 +155,7 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
     channel: ChannelEnd | None = None
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
-        async with attempt.joining:
-            await give(attempt, channel, name, answers=answers)
-        if not recovering.done():
-            recovering.set_result(None)
+        await give(attempt, channel, name, answers=answers, say=lambda: _tell(recovering))
     except (HostUnreachable, QemuError) as error:
         log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
         if channel is not None:
@@ -163,41 +164,45 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
             recovering.set_exception(error)
             recovering.exception()  # whoever asks reads it; nobody may
     finally:
+        if channel is not None and channel not in attempt.channels:
+            channel.close()  # nobody has it, also when this task was ended while it waited for a word
         await listener.close()
 
 
 async def give(
-    attempt: DestinationAttempt,
-    channel: ChannelEnd,
-    name: str,
-    *,
-    answers: bool,
-    say: Callable[[], None] = lambda: None,
+    attempt: DestinationAttempt, channel: ChannelEnd, name: str, *, answers: bool, say: Callable[[], None]
 ) -> None:
-    """Has QEMU take this connection to recover on. `say` is called when it has, while the connection is still ours to
-    speak on; QEMU says nothing on it before the source's does. Raises QemuError, or what `say` raises: the caller cuts
-    the channel then."""
-    machine = attempt.machine
+    """Has QEMU take this connection to recover on, once the source's QEMU speaks on it. `say` is called when all is
+    ready for that, while the connection is still ours to speak on. Raises VmferryError, or what `say` raises: the
+    caller cuts the channel then."""
+    machine, number = attempt.machine, attempt.rounds
     assert machine is not None
-    if not answers:
+    if answers:
+        say()
+        if not await channel.spoken(deadline_s=SPEAK_S):
+            raise HostUnreachable(f"nobody spoke on {name}: the source has given this try up", side="source")
+    async with attempt.joining:
+        if attempt.rounds != number:
+            raise HostUnreachable(f"{name} is not the newest try any more", side="source")
+        if answers:
+            await hand_over(attempt, channel, name)
+            try:
+                await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
+            except QmpCommandError:
+                with contextlib.suppress(QmpCommandError):  # it may have been used up
+                    await machine.execute("closefd", {"fdname": name})
+                raise
+            return
         # Each try has a path of its own: QEMU takes the one before away when it listens anew.
-        path = attempt.runtime.recovery_path(attempt.rounds)
+        path = attempt.runtime.recovery_path(number)
         await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
-        say()
+        say()  # the relay connects to QEMU when the first byte is there
         attempt.channels.append(attempt.context.host.relay(channel, path))
-        return
-    try:
-        await machine.execute("getfd", {"fdname": name}, fds=(channel.fileno(),))
-        try:
-            await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
-        except QmpCommandError:
-            with contextlib.suppress(QmpCommandError):  # it may have been used up
-                await machine.execute("closefd", {"fdname": name})
-            raise
-        say()
-        channel.entrust(machine.pid)
-    finally:
-        attempt.channels.append(channel)  # not before: see `hand_over`
+
+
+def _tell(recovering: asyncio.Future[None]) -> None:
+    if not recovering.done():
+        recovering.set_result(None)
 
 
 async def hand_over(attempt: DestinationAttempt, channel: ChannelEnd, name: str) -> None:

@@ -50,6 +50,7 @@ from vmferry.core.view import (
 )
 from vmferry.errors import (
     CancelRefused,
+    GuestHeld,
     HostUnreachable,
     MigrationFailed,
     NotTrusted,
@@ -169,7 +170,7 @@ class SourceAttempt(AttemptLoop[Effect]):
     def on_trouble(self, effect: Effect, error: Exception) -> None:
         """Which errors end the attempt, which only mean that the destination is silent, which are retried."""
         self.trouble = str(error)
-        self.fix = error.hint if isinstance(error, Unfit) else ""
+        self.fix = error.hint if isinstance(error, Unfit | GuestHeld) else ""
         match effect:
             case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
                 self.fail(error)
@@ -411,8 +412,13 @@ class SourceAttempt(AttemptLoop[Effect]):
         )
 
     def refresh(self) -> None:
-        """The next look asks QEMU again."""
+        """The next look asks QEMU again, of its CPUs too: not every change of theirs has an event.
+
+        1. QEMU says that its migration failed, and is still in finish-migrate: its guest looks stuck  2. it goes on to
+        postmigrate and tells nobody  3. what leads a stuck one out finds nothing to do, for ever
+        """
         self._stale = True
+        self._run_state = None
         self.wake()
 
     # --- looking ---

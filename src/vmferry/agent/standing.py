@@ -7,13 +7,13 @@ From the proof that the guest's device state is here until its last page is, the
 call is one try, and ends in one word:
 
     1. the caller has shown the token
-    2. QEMU is put into postcopy-paused, as by `peer-reconnect`
-    3. QEMU has taken this very connection: migrate-recover (or listens by itself, where it needs several)
-    4. "taken" is said on the connection, with the facts of this side; from then on it is QEMU's
+    2. QEMU is put into postcopy-paused, as by `peer-reconnect` (or listens by itself, where it needs several)
+    3. "taken" is said on the connection, with the facts of this side; from then on it is the QEMUs' to speak on
+    4. the source's QEMU has begun to: this side's takes this very connection, migrate-recover
     otherwise a refusal with its reason and the same facts, and the connection is cut
 
-So a source that has heard "taken" knows what `peer-recovering` would have said: its peer lives, and waits on the other
-end of what it holds.
+So a source that has heard "taken" knows what `peer-recovering` would have said: its peer lives, and waits for what
+comes on the other end of what it holds.
 
 Rule 1: one try at a time, whoever asks for it: a second one is refused while QEMU is being given a channel.
 Rule 2: a connection on which anything went wrong is cut. A caller that has hung up meanwhile gets no QEMU: one that
@@ -117,9 +117,9 @@ async def _take(attempt: DestinationAttempt, caller: Caller) -> None:
             word["uri"] = await recovery.listen_inside(attempt, "migrate-recover", oob=True)
             _say(attempt, caller, word)
             caller.channel.close()
-        else:
-            caller.channel.name = name
-            await recovery.give(attempt, caller.channel, name, answers=answers, say=lambda: _say(attempt, caller, word))
+    if not attempt.place.multifd:
+        caller.channel.name = name
+        await recovery.give(attempt, caller.channel, name, answers=answers, say=lambda: _say(attempt, caller, word))
     attempt.heard_source_s = attempt.clock.now_s()
     log.info("job=%s vm=%s channel=%s result=taken the source called", attempt.job, attempt.vm, name)
 

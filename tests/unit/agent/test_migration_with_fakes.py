@@ -183,6 +183,20 @@ async def test_a_refused_start_brings_the_guest_back_with_the_words(make_site: M
     await site.check("a")
 
 
+@pytest.mark.proves("S36", "S53")
+async def test_a_guest_that_only_looked_stuck_goes_on(make_site: MakeSite) -> None:
+    """1. an old QEMU says that its migration failed, and is still in finish-migrate  2. that is read  3. it goes on to
+    postmigrate, of which it has no event  4. what leads a stuck one out finds that it is none."""
+    site = await make_site("7.2", "7.2")
+    site.director.script("a", {"package": "fail", "postmigrate": "hold"})
+    attempt = await site.migrate(mode="postcopy")
+    await site.until_row(attempt, "B-stuck")
+    site.director.go("a", "postmigrate")
+    await site.settle()
+    assert ended(site) == ("failed", "source")
+    await site.check("a")
+
+
 @pytest.mark.parametrize("host", ["a", "b"])
 @pytest.mark.parametrize("how", ["refuse", "wrong"])
 @pytest.mark.proves("S70")

@@ -249,19 +249,20 @@ async def test_a_caller_that_has_hung_up_gets_no_qemu(make_site: MakeSite, versi
 
 
 @pytest.mark.proves("S18", "S53")
-async def test_a_word_that_does_not_leave_cuts_the_channel_and_the_next_call_heals(
+async def test_a_word_that_does_not_leave_cuts_the_channel_and_costs_qemu_nothing(
     make_site: MakeSite, ends: Any
 ) -> None:
+    """QEMU has not had the connection yet: an old one would die of what breaks half-way. The next call heals."""
     site = await site_of(make_site)
     site.crash_at("a", Fact.LINK_LOST)
     cut(await alone(site))
     await site.noted_by("b", Fact.LINK_LOST)
     await standing.answer(site.place(), Heard(ends[0], deaf=True))
     assert await ends[1].read() == b""
-    await site.until(lambda: site.place().facts.last_round(Fact.LINK_LOST) == 2)
     await site.restart("a")
-    await site.until(lambda: site.place().facts.last_round(Fact.RESUME_ACK) == 2)
+    await site.noted_by("b", Fact.RESUME_ACK)
     await site.pages_arrive()
+    assert site.place().facts.last_round(Fact.LINK_LOST) == 1
 
 
 @pytest.mark.proves("S36", "S53")

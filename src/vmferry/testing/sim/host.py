@@ -116,6 +116,10 @@ class SimChannel:
         self._give_up()
         return True
 
+    async def spoken(self, *, deadline_s: float) -> bool:
+        """A simulated QEMU may have the connection before the first message."""
+        return True
+
     def is_held_by(self, pid: int) -> bool:
         return any(holder.pid == pid for holder in self._sock.holders)
 
