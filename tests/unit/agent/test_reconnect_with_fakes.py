@@ -79,7 +79,7 @@ async def test_a_channel_lost_before_the_load_was_heard_of_is_no_failure(make_si
         channel.cut()
     await site.until_seen(attempt, lambda: attempt.readings.source is Source.BROKEN)
     site.join()
-    await site.noted_by("a", Fact.RESUME_ACK)
+    await site.noted_by("b", Fact.RESUME_ACK)
     await site.pages_arrive()
     wire = attempt.wire()
     assert (wire["status"], wire["outcome"], wire["error"]) == ("completed", "destination", None)
