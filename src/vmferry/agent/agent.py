@@ -29,6 +29,7 @@ from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
 from vmferry.agent.host import Host, Listening, LocalHost
+from vmferry.agent.job_book import JobBook
 from vmferry.agent.machine import Machine
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
@@ -37,6 +38,7 @@ from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
+from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.core.table import Outcome
 from vmferry.errors import NotTrusted
 from vmferry.jobs.journal import Entry, JournalStore
@@ -92,6 +94,7 @@ class Agent:
             self._on_peer, version=VERSION, clock=self.clock, name="peer", prompt=PROMPT_FOR_AGENTS
         )
         self.planner = Planner(self)
+        self.jobs = JobBook(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -208,6 +211,10 @@ class Agent:
         else:
             self.hold(kept)
         self.publish("JOB_ENDED", wire)
+        self.jobs.ended(
+            MIGRATE.name, attempt.job, wire, auto_dismiss=attempt.wanted.auto_dismiss,
+            auto_finalize=attempt.wanted.auto_finalize,
+        )  # fmt: skip
 
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         machine = attempt.machine
@@ -226,6 +233,10 @@ class Agent:
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()
         self.publish("TARGET", attempt.facts_wire())
+        self.jobs.ended(
+            INCOMING.name, attempt.job, attempt.result_wire(outcome), auto_dismiss=attempt.place.auto_dismiss,
+            auto_finalize=True,
+        )  # fmt: skip
         if outcome is Outcome.DESTINATION:
             self.hold(self.vms[attempt.vm])
             return

@@ -13,23 +13,20 @@ import asyncio
 import dataclasses
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import inspection, rescue_commands, vm_commands
+from vmferry.agent import inspection, job_commands, rescue_commands, vm_commands
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.core import policy as policies
-from vmferry.core.facts import Fact
-from vmferry.core.option_table import Role
-from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
-from vmferry.core.policy import FailurePolicy, parse_policy
-from vmferry.core.status import is_over, source_status
-from vmferry.errors import Busy, CancelRefused, OptionLocked, UnknownVm, UsageError, VmferryError
+from vmferry.core.options import Mode, find_option, policy_objection
+from vmferry.core.policy import FailurePolicy
+from vmferry.errors import Busy, UnknownJob, UnknownVm, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.server import CommandNotFound
 
@@ -64,6 +61,8 @@ class MigrateArguments:
     mode: str = "auto"
     settings: list[str] = field(default_factory=list)
     """'NAME=VALUE' of the option table."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The same options by QEMU's names and with QEMU's own types, whole: what is not named has vmferry's default."""
     multifd: int = 0
     clear_text: bool = False
     postcopy_after_passes: int | None = None
@@ -72,6 +71,10 @@ class MigrateArguments:
     """Codes of blockers that the person takes upon themselves."""
     policy: dict[str, str] = field(default_factory=dict)
     """What to do in trouble, by the names of `core.policy`."""
+    auto_finalize: bool = True
+    """False: the switchover waits, the guest paused, until `job-finalize`; for a minute, then the guest goes back."""
+    auto_dismiss: bool = True
+    """False: the job stays in `query-jobs` with its result until `job-dismiss`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,15 +131,10 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         agent.peers.link(arguments.destination)  # raises, naming the known hosts
     if arguments.mode not in ("auto", *Mode):
         raise UsageError(f"mode {arguments.mode!r} is not possible; allowed: auto, {', '.join(Mode)}")
-    options: dict[str, Any] = {}
-    for text in arguments.settings:
-        option, value = parse_setting(text)
-        objection = policy_objection(option, value)
-        if objection is not None:
-            raise UsageError(f"{text}: {objection}")
-        options[option.name] = value
+    agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
+    options = _options(arguments)
     _check_postcopy(arguments)
-    policy = FailurePolicy().changed(_policy_changes(arguments.policy))
+    policy = FailurePolicy().changed(job_commands.policy_changes(arguments.policy))
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
@@ -153,20 +151,24 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         postcopy={k: v for k, v in postcopy.items() if v is not None},
         accept=tuple(arguments.accept),
         policy=policy,
+        auto_finalize=arguments.auto_finalize,
+        auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
 
 
-def _policy_changes(policies: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `FailurePolicy` in their plain form. Raises UsageError naming what is possible."""
-    changes: dict[str, Any] = {}
-    for name, text in policies.items():
-        try:
-            changes |= parse_policy(name, text)
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}") from error
-    return changes
+def _options(arguments: MigrateArguments) -> dict[str, Any]:
+    """What the person chose, whole. Raises UsageError for what can never be set, or may not be."""
+    policies_among = [text for text in arguments.settings if text.partition("=")[0] in policies.NAMES]
+    if policies_among:
+        raise UsageError(f"{policies_among[0]} is a policy and no option of QEMU; it is given as one")
+    options, _ = job_commands.split_settings(arguments.settings, arguments.config)
+    for name, value in options.items():
+        objection = policy_objection(find_option(name), value)
+        if objection is not None:
+            raise UsageError(f"{name}: {objection}")
+    return options
 
 
 def _check_postcopy(arguments: MigrateArguments) -> None:
@@ -191,92 +193,43 @@ async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
 
 
 async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Cancels the VM's migration. Raises CancelRefused with the reason after the grant; a second cancel, and
-    one after the end, change nothing.
-
-    A want is durable before anything follows from it, and the grant may go out while the disk is written:
-
-    1. a cancel is asked for, and nothing speaks against it  2. CANCEL_WANTED is being written  3. the grant is sent
-    4. it is too late: CANCEL_REFUSED is written  5. the person hears that  6. the agent restarts
-
-    An agent that dies before 4 has told nobody anything and reads a cancel, which after 3 only asks the destination
-    whether it ran the guest. After 4 it reads none: what a person was told holds."""
+    """`job-cancel` by the VM's name. Raises CancelRefused with the reason after the grant; a second cancel, and one
+    after the end, change nothing."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None:
         raise UsageError(f"{arguments.vm} has no migration to cancel")
-    if not attempt.ended.is_set() and attempt.want_cancel():
-        await agent.journal.append(Entry.CANCEL_WANTED, attempt.job)
-        try:
-            is_new = attempt.want_cancel()
-        except CancelRefused:
-            if Fact.CANCEL not in attempt.facts:  # what was accepted is not taken back by another one's refusal
-                await agent.journal.append(Entry.CANCEL_REFUSED, attempt.job)
-            raise
-        if is_new:
-            attempt.note(Fact.CANCEL, by="person")
+    await job_commands.cancel(agent, attempt)
     return attempt.brief()
 
 
 async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
-    """Changes options and policies of the running migration, options where their windows allow it. Raises
-    OptionLocked, and HostUnreachable when the destination did not hear of a policy: this side has it then."""
-    pairs = [text.partition("=") for text in arguments.settings]
-    changes = _policy_changes({name: value for name, _, value in pairs if name in policies.NAMES})
-    settings = [text for text in arguments.settings if text.partition("=")[0] not in policies.NAMES]
-    for text in settings:
-        parse_setting(text)  # a value that can never be set is said to be so, whatever is going on
+    """`job-change` by the VM's name."""
     attempt = agent.attempts.get(arguments.vm)
-    if attempt is None or attempt.ended.is_set():
-        raise OptionLocked(
-            f"{arguments.vm} has no migration whose options could change",
-            hint="give options when it starts: vmferry migrate NAME HOST --set NAME=VALUE",
-        )
-    values: dict[str, Any] = {}
-    for text in settings:
-        option, value = parse_setting(text)
-        reason = policy_objection(option, value) or refusal(
-            option,
-            source_status(attempt.facts),
-            role=Role.SOURCE,
-            cleanup_done=is_over(attempt.facts),
-            attempt=attempt.wanted.generation,
-            has_attempt=True,
-        )
-        if reason is not None:
-            raise OptionLocked(f"{option.name} cannot change now: {reason}")
-        values[option.name] = value
-    if values:
-        await attempt.machine.execute("migrate-set-parameters", values)
-    if changes:
-        await attempt.change_policy(changes)
-    round_no = attempt.facts.last_round(Fact.SET_OPTION) + 1
-    attempt.note(Fact.SET_OPTION, round_no=round_no, text=", ".join(arguments.settings), by="person")
-    return {"set": {**values, **changes}}
+    return {"set": await job_commands.change(attempt, arguments.settings, {}, vm=arguments.vm)}
 
 
 async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Asks for the switch to postcopy now. Raises OptionLocked for a precopy, and UsageError without a migration."""
+    """`job-change` of the mode by the VM's name. Raises OptionLocked for a precopy, UsageError without a migration."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise UsageError(f"{arguments.vm} has no migration on its way")
-    mode = attempt.wanted.mode if attempt.plan is None else attempt.plan.mode
-    if mode == Mode.PRECOPY:
-        raise OptionLocked(f"{arguments.vm}: this migration was started as {mode}")
-    if Fact.START_POSTCOPY not in attempt.facts:
-        await agent.journal.append(Entry.POSTCOPY_WANTED, attempt.job)
-        attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
+    await job_commands.start_postcopy(agent, attempt)
     return attempt.brief()
 
 
 async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
     """The newest migration of a VM, or one by its id: as it stands, or as it ended."""
+    if arguments.job in agent.jobs.dismissed:
+        raise UnknownJob(f"the job {arguments.job} was dismissed")
     for attempt in agent.attempts.values():
+        if attempt.job in agent.jobs.dismissed:
+            continue
         if arguments.job == attempt.job or (arguments.vm and arguments.vm == attempt.vm):
             return attempt.wire()
     if arguments.job in agent.results:
         return agent.results[arguments.job]
     for wire in reversed(list(agent.results.values())):
-        if arguments.vm and wire["vm"] == arguments.vm:
+        if arguments.vm and wire["vm"] == arguments.vm and wire["job"] not in agent.jobs.dismissed:
             return dict(wire)
     if arguments.vm in agent.vms:
         arrived = await vm_commands.arrival(agent, arguments.vm)
@@ -344,6 +297,14 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
     "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),
     "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
+    "query-jobs": CommandRow(NoArguments, job_commands.query_jobs),
+    "job-cancel": CommandRow(job_commands.JobId, job_commands.job_cancel),
+    "job-pause": CommandRow(job_commands.JobId, job_commands.job_pause),
+    "job-resume": CommandRow(job_commands.JobId, job_commands.job_resume),
+    "job-complete": CommandRow(job_commands.JobId, job_commands.job_complete),
+    "job-finalize": CommandRow(job_commands.JobId, job_commands.job_finalize),
+    "job-dismiss": CommandRow(job_commands.JobId, job_commands.job_dismiss),
+    "job-change": CommandRow(job_commands.ChangeArguments, job_commands.job_change),
     "rescue-bring-back": CommandRow(
         rescue_commands.RescueArguments, rescue_commands.bring_back, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
     ),

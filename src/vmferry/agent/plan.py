@@ -242,7 +242,7 @@ class Planner:
         sample = _sample(attempt, info)
         samples = self._samples.setdefault(attempt.job, [])
         samples.append(sample)
-        attempt.progress = attempt.progress.advance(sample)
+        attempt.tracking.advance(samples)
         if Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
             return
         mode, policy = _policy(attempt)
@@ -304,12 +304,15 @@ def _fence_paths(guest: GuestReport, there: HostReport) -> tuple[str, ...]:
 
 
 def _sample(attempt: SourceAttempt, info: dict[str, Any]) -> Sample:
-    ram = info.get("ram") or {}
+    ram, disk = info.get("ram") or {}, info.get("disk") or {}
     page_bytes = int(ram.get("page-size", 4096))
     return Sample(
         elapsed_ms=float(info.get("total-time", 0)),
         sent_bytes=int(ram.get("transferred", 0)),
-        remaining_bytes=int(ram.get("remaining", 0)),
+        # "remaining" beside the parts (QEMU 11 in postcopy) is the whole of the VM, device state included.
+        remaining_bytes=max(
+            int(ram.get("remaining", 0)) + int(disk.get("remaining", 0)), int(info.get("remaining", 0))
+        ),
         throughput_bytes_per_s=float(ram.get("mbps", 0.0)) * 1e6 / 8,
         dirty_rate_bytes_per_s=float(ram.get("dirty-pages-rate", 0)) * page_bytes,
         passes=_passes(ram, page_bytes),

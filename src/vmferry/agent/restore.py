@@ -30,6 +30,7 @@ from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Place, Wanted
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
+from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
 from vmferry.pki import job_credentials
@@ -82,6 +83,7 @@ async def _attach(agent: Agent, kept: KeptVm) -> None:
 async def _source(agent: Agent, job: JobState) -> None:
     wanted = msgspec.convert(job.body, Wanted)
     if job.ended is not None:
+        agent.jobs.remember(MIGRATE.name, job)
         agent.results[job.job] = job.ended
         return
     kept = agent.vms.get(wanted.vm)
@@ -115,6 +117,10 @@ async def _source(agent: Agent, job: JobState) -> None:
         attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
     if hazards.waits_for_ever_after_last_page(kept.machine.version):
         attempt.note(Fact.SLOWED, text="it may have been", by="journal")
+    if job.finalize_wanted:
+        attempt.note(Fact.FINALIZE, text="given before the restart", by="journal")
+    if job.paused:
+        attempt.note(Fact.PAUSE, round_no=1, text="before the restart", by="journal")
     if job.postcopy_wanted:
         attempt.note(Fact.START_POSTCOPY, text="by hand, before the restart", by="journal")
     if job.committed_generation is not None:
@@ -166,6 +172,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
             "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
             "loaded": ran, "whole": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
         }  # fmt: skip
+        agent.jobs.remember(INCOMING.name, job)
         left = agent.host.find_qemu(place.directory) if job.renounced and job.ended is None else None
         if left is not None and agent.host.kill(left):
             # The agent died between the promise and its keeping.

@@ -71,6 +71,9 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _start_postcopy(attempt)
         case Effect.LET_PAGES_GO:
             await way_back.let_pages_go(attempt)
+        case Effect.PAUSE_PAGES:
+            await attempt.machine.execute("migrate-pause", oob=True)
+            attempt.refresh()
         case Effect.MAKE_SURE:
             attempt.hear_target(await attempt.ask_facts("peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
@@ -187,6 +190,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             multifd=plan.multifd,
             run_after=wanted.running_before,
             policy=msgspec.to_builtins(attempt.policy),
+            auto_dismiss=wanted.auto_dismiss,
             clear_text=wanted.clear_text,
             **more,
         )
@@ -439,6 +443,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
                 side="destination",
             )
         )
+    if outcome is Outcome.DESTINATION:
+        attempt.tracking.finish()
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     try:

@@ -44,6 +44,10 @@ class Entry(StrEnum):
     """Source: it was too late when that had been written. The person hears so; the cancel never acts."""
     POSTCOPY_WANTED = "postcopy-wanted"
     """Source: the switch to postcopy was asked for by hand."""
+    FINALIZE_WANTED = "finalize-wanted"
+    """Source: a person gave the leave to hand the guest over, for which the job was to wait."""
+    PAUSED = "paused"
+    """Source: whether a person wants the pages of the postcopy paused; the newest holds."""
     OPTIONS_BEFORE = "options-before"
     """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
     COMMITTED = "committed"
@@ -61,7 +65,8 @@ class Entry(StrEnum):
     ENDED = "ended"
     """The job is over: its result."""
     DISMISSED = "dismissed"
-    """The result of the job was read and may be forgotten."""
+    """The result of the job was read and is not shown any more. What it proves to other agents stays until the job is
+    old: a place that was not released asks whether it is still wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,8 @@ class JobState:
     body: dict[str, Any]
     cancel_wanted: bool = False
     postcopy_wanted: bool = False
+    finalize_wanted: bool = False
+    paused: bool = False
     options_before: dict[str, Any] = field(default_factory=dict)
     committed_generation: int | None = None
     renounced: bool = False
@@ -92,6 +99,7 @@ class JobState:
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
+    dismissed: bool = False
 
 
 @dataclass
@@ -120,14 +128,18 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
-            case Entry.DISMISSED:
-                state.jobs.pop(entry.subject, None)
+            case Entry.DISMISSED if job:
+                job.dismissed = True
             case Entry.CANCEL_WANTED if job:
                 job.cancel_wanted = True
             case Entry.CANCEL_REFUSED if job:
                 job.cancel_wanted = False
             case Entry.POSTCOPY_WANTED if job:
                 job.postcopy_wanted = True
+            case Entry.FINALIZE_WANTED if job:
+                job.finalize_wanted = True
+            case Entry.PAUSED if job:
+                job.paused = bool(entry.body.get("paused"))
             case Entry.OPTIONS_BEFORE if job:
                 job.options_before = {**entry.body, **job.options_before}
             case Entry.COMMITTED if job:
@@ -143,12 +155,13 @@ def replay(entries: Iterable[Written]) -> Replayed:
             case Entry.ENDED if job:
                 job.ended = entry.body
             case _:
-                pass  # an entry of a job that was dismissed since: nothing to say any more
+                pass  # an entry of a job whose beginning is not there any more: nothing to say
     return state
 
 
 KEEP_ENDED_JOBS = 200
-"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries."""
+"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries. Those that wait to
+be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them)."""
 
 
 class JournalStore(Protocol):
@@ -237,11 +250,14 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " (SELECT max(seq) FROM entry WHERE kind IN ('kept','forgotten') GROUP BY subject)"
         )
         old = db.execute(
-            "SELECT subject FROM entry WHERE kind='ended' ORDER BY seq DESC LIMIT -1 OFFSET ?",
+            "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
+            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted')"
+            "  AND json_extract(body, '$.auto_dismiss') = 0"
+            "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+            " ORDER BY seq DESC LIMIT -1 OFFSET ?",
             (KEEP_ENDED_JOBS,),
         ).fetchall()
-        gone = db.execute("SELECT subject FROM entry WHERE kind='dismissed'").fetchall()
-        db.executemany("DELETE FROM entry WHERE subject=? AND kind NOT IN ('kept','forgotten')", old + gone)
+        db.executemany("DELETE FROM entry WHERE subject=? AND kind NOT IN ('kept','forgotten')", old)
 
 
 def _append(db: sqlite3.Connection, kind: Entry, subject: str, body: str) -> None:
