@@ -271,11 +271,18 @@ class UnknownJob(VmferryError):
     default_hint = "'vmferry jobs' lists the jobs of this host; one that was dismissed is not shown any more"
 
 
+class Blocked(VmferryError):
+    """Somebody holds a blocker against this operation on the VM; the message cites it. Nothing was done."""
+
+    exit_code = 24
+    code = "blocked"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
-    RescueRefused, JobRefused, UnknownJob,
+    RescueRefused, JobRefused, UnknownJob, Blocked,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"

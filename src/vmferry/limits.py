@@ -196,6 +196,9 @@ RESCUE_S = 1800.0
 # new job is taken that would wait too: who asked for results to be kept does not read them, and none is dropped.
 JOBS_UNDISMISSED_MAX = 500
 
+# Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
+BLOCKERS_MAX = 32
+
 # --- channels through an agent ----------------------------------------------------------------------------
 
 # How long a QEMU in postcopy may take for a question before it is taken for one whose main loop waits for a page. It

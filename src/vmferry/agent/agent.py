@@ -24,6 +24,7 @@ from typing import Any
 
 from vmferry import __version__
 from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act
+from vmferry.agent.blockers import Blockers
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
@@ -95,6 +96,7 @@ class Agent:
         )
         self.planner = Planner(self)
         self.jobs = JobBook(self)
+        self.blockers = Blockers(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -204,6 +206,7 @@ class Agent:
         if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
             if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since
                 del self.vms[attempt.vm]
+                self.blockers.forget(attempt.vm)
             if kept.machine is not None:
                 self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
             if kept.directory:
@@ -228,6 +231,7 @@ class Agent:
             machine=machine,
         )
         self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
+        await self.blockers.take_along(attempt.vm, attempt.place.blockers)
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import inspection, job_commands, rescue_commands, vm_commands
+from vmferry.agent import blockers, inspection, job_commands, rescue_commands, vm_commands
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.core import policy as policies
+from vmferry.core.blockers import Operation
 from vmferry.core.options import Mode, find_option, policy_objection
 from vmferry.core.policy import FailurePolicy
 from vmferry.errors import Busy, UnknownJob, UnknownVm, UsageError, VmferryError
@@ -117,16 +118,13 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
     return attempt.brief()
 
 
-async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wanted:
+async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is_plan: bool = False) -> Wanted:
     """Checks what can be checked here and now. Raises Busy, UsageError …; nothing was done."""
     kept = agent.vms[arguments.vm]
     machine = kept.require_machine()
-    current = agent.attempts.get(arguments.vm)
-    if current is not None and not current.ended.is_set():
-        raise Busy(f"{arguments.vm} is on its way to {current.wanted.destination} already (job {current.job})")
-    place = agent.place_of(arguments.vm)
-    if place is not None and not place.ended.is_set():
-        raise Busy(f"{arguments.vm} is still arriving from {place.place.source} (job {place.job})")
+    if not is_plan:
+        agent.blockers.require(arguments.vm, Operation.MIGRATE)  # a plan lists them with all other objections
+    agent.blockers.require_free(arguments.vm, Operation.MIGRATE, people=False)
     if arguments.destination != agent.config.name and arguments.destination not in agent.config.peers:
         agent.peers.link(arguments.destination)  # raises, naming the known hosts
     if arguments.mode not in ("auto", *Mode):
@@ -187,7 +185,7 @@ def _check_postcopy(arguments: MigrateArguments) -> None:
 
 async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
     """Asks both hosts whether and how the guest could go; changes nothing."""
-    wanted = await wanted_from(agent, arguments, "plan")
+    wanted = await wanted_from(agent, arguments, "plan", is_plan=True)
     found = await agent.planner.plan(wanted, agent.vms[arguments.vm], running_job=False)
     return found.wire(arguments.vm, agent.config.name, arguments.destination)
 
@@ -204,6 +202,7 @@ async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
 
 async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
     """`job-change` by the VM's name."""
+    agent.blockers.require(arguments.vm, Operation.SET)
     attempt = agent.attempts.get(arguments.vm)
     return {"set": await job_commands.change(attempt, arguments.settings, {}, vm=arguments.vm)}
 
@@ -213,6 +212,7 @@ async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise UsageError(f"{arguments.vm} has no migration on its way")
+    agent.blockers.require(arguments.vm, Operation.SET)
     await job_commands.start_postcopy(agent, attempt)
     return attempt.brief()
 
@@ -297,6 +297,8 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
     "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),
     "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
+    "blocker-add": CommandRow(blockers.AddArguments, blockers.add, at_vm=True),
+    "blocker-remove": CommandRow(blockers.RemoveArguments, blockers.remove, at_vm=True),
     "query-jobs": CommandRow(NoArguments, job_commands.query_jobs),
     "job-cancel": CommandRow(job_commands.JobId, job_commands.job_cancel),
     "job-pause": CommandRow(job_commands.JobId, job_commands.job_pause),

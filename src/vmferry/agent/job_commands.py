@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import policy as policies
+from vmferry.core.blockers import Operation
 from vmferry.core.facts import Fact
 from vmferry.core.job import ELSEWHERE, KINDS, Answer, JobStatus, Verb, answer, pause_refusal
 from vmferry.core.option_table import Role
@@ -159,6 +160,7 @@ async def job_change(agent: Agent, arguments: ChangeArguments) -> dict[str, Any]
     config = {**arguments.config, **{name: value for name, value in named.items() if value is not None}}
     if arguments.mode not in ("", Mode.POSTCOPY):
         raise UsageError(f"a job that runs may change its mode to {Mode.POSTCOPY} only, not to {arguments.mode!r}")
+    agent.blockers.require(info.vm, Operation.SET)
     if arguments.settings or config:
         await change(attempt, arguments.settings, config)
     if arguments.mode:

@@ -24,6 +24,7 @@ from vmferry.agent.vms import DiskRef, KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core import converge as core_converge
 from vmferry.core import hazards, preflight
+from vmferry.core.blockers import Operation
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
 from vmferry.core.facts import Fact
 from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build, with_switchover_ack
@@ -192,7 +193,16 @@ class Planner:
             here, (guest, source_names) = await here_task, await guest_task
         finally:
             await asyncio.gather(here_task, guest_task, return_exceptions=True)
-        return _decide(wanted, here, there, guest, source_names, running_job=running_job)
+        plan = _decide(wanted, here, there, guest, source_names, running_job=running_job)
+        held = [one for one in self.agent.blockers.held(wanted.vm) if one.operation is Operation.MIGRATE]
+        more = (
+            Objection(
+                code="blocked", side="source", message=f"it is blocked by {one.name}: {one.reason}",
+                fix=f"vmferry unblock {wanted.vm} {one.name}",
+            )
+            for one in held
+        )  # fmt: skip
+        return replace(plan, objections=(*plan.objections, *more))
 
     async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef]) -> HostReport:
         link = self.agent.peers.link(wanted.destination)

@@ -59,6 +59,8 @@ async def restore(agent: Agent) -> None:
             log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
     for body in state.vms.values():
         await _attach(agent, KeptVm.from_journal(body))
+    for vm, held in state.blockers.items():
+        agent.blockers.restore(vm, held.values())
     for job in state.jobs.values():
         if job.role == "source":
             await _source(agent, job)

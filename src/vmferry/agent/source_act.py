@@ -21,6 +21,7 @@ from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
+from vmferry.core.blockers import Operation
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
@@ -191,6 +192,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             run_after=wanted.running_before,
             policy=msgspec.to_builtins(attempt.policy),
             auto_dismiss=wanted.auto_dismiss,
+            blockers=context.blockers.wire(attempt.vm),
             clear_text=wanted.clear_text,
             **more,
         )
@@ -268,6 +270,7 @@ async def set_options(
 async def _start(attempt: SourceAttempt) -> None:
     """Raises when the channel cannot be opened or QEMU refuses; the guest runs as before."""
     machine, offer = attempt.machine, attempt.offer
+    attempt.context.blockers.require(attempt.vm, Operation.MIGRATE)  # somebody may have come to hold one since the plan
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     if offer.get("uri"):
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut

@@ -51,6 +51,8 @@ class Place:
     clear_text: bool = False
     policy: FailurePolicy = field(default_factory=FailurePolicy)
     auto_dismiss: bool = True
+    blockers: tuple[dict[str, Any], ...] = ()
+    """What people hold on the VM: it goes along."""
     recovery_token: str = ""
     """Hexadecimal; who shows it may connect the two QEMUs again without asking this agent first."""
     directory: str = ""

@@ -105,7 +105,7 @@ MOVING: tuple[Row[E], ...] = (
     Row("M-hold", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING, target=USABLE,
                           leave=Leave.AWAITED),
         None, "The guest is paused, and a person wanted to give the leave to hand it over.", Outcome.HELD,
-        HOLD_MS, E.NOTE_TIMEOUT, "vmferry job finalize JOB; or back to the source: vmferry cancel NAME"),
+        HOLD_MS, E.NOTE_TIMEOUT, "vmferry job finalize NAME; or back to the source: vmferry cancel NAME"),
     Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
                           target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), leave=Leave.GIVEN),
         E.MAKE_SURE, "Paused and still whole: the last place where both sides can say no at no cost.",

@@ -36,6 +36,10 @@ class Entry(StrEnum):
     """This host keeps the VM: its definition, its QEMU, its generation."""
     FORGOTTEN = "forgotten"
     """This host does not keep the VM any more."""
+    BLOCKED = "blocked"
+    """Somebody holds a blocker on the VM; the newest of its name counts."""
+    UNBLOCKED = "unblocked"
+    """They do not any more."""
     WANTED = "wanted"
     """Source: a migration was asked for."""
     CANCEL_WANTED = "cancel-wanted"
@@ -76,7 +80,7 @@ class Written:
     seq: int
     kind: Entry
     subject: str
-    """A VM's name for KEPT and FORGOTTEN, else a job's id."""
+    """A VM's name for KEPT, FORGOTTEN, BLOCKED and UNBLOCKED, else a job's id."""
     body: dict[str, Any]
 
 
@@ -108,6 +112,8 @@ class Replayed:
 
     vms: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, JobState] = field(default_factory=dict)
+    blockers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By VM and name."""
     retired: list[dict[str, Any]] = field(default_factory=list)
     """Identities of QEMUs whose guests were given away for good: such a process is of no use any more."""
 
@@ -122,8 +128,13 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.vms[entry.subject] = entry.body
             case Entry.FORGOTTEN:
                 state.vms.pop(entry.subject, None)
+                state.blockers.pop(entry.subject, None)
                 if "identity" in entry.body:
                     state.retired.append(entry.body["identity"])
+            case Entry.BLOCKED:
+                state.blockers.setdefault(entry.subject, {})[str(entry.body.get("name"))] = entry.body
+            case Entry.UNBLOCKED:
+                state.blockers.get(entry.subject, {}).pop(str(entry.body.get("name")), None)
             case Entry.WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
@@ -257,7 +268,14 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " ORDER BY seq DESC LIMIT -1 OFFSET ?",
             (KEEP_ENDED_JOBS,),
         ).fetchall()
-        db.executemany("DELETE FROM entry WHERE subject=? AND kind NOT IN ('kept','forgotten')", old)
+        of_vms = "('kept','forgotten','blocked','unblocked')"
+        db.executemany(f"DELETE FROM entry WHERE subject=? AND kind NOT IN {of_vms}", old)
+        db.execute(
+            "DELETE FROM entry WHERE kind='blocked' AND seq NOT IN"
+            " (SELECT max(seq) FROM entry WHERE kind IN ('blocked','unblocked')"
+            "  GROUP BY subject, json_extract(body, '$.name'))"
+        )
+        db.execute("DELETE FROM entry WHERE kind='unblocked'")
 
 
 def _append(db: sqlite3.Connection, kind: Entry, subject: str, body: str) -> None:

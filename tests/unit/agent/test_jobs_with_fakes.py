@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -25,7 +27,8 @@ from vmferry.core.job import (
 from vmferry.core.migration_status import MigrationStatus
 from vmferry.core.source_rows import HOLD_MS
 from vmferry.errors import Busy, JobRefused, OptionLocked, UnknownJob, UsageError, VmferryError
-from vmferry.testing.fake_site import JumpClock, MakeSite, Site
+from vmferry.jobs import journal
+from vmferry.testing.fake_site import SETTLE_S, JumpClock, MakeSite, Site
 
 J = JobStatus
 
@@ -72,7 +75,7 @@ async def held(site: Site) -> str:
     return attempt.job
 
 
-@pytest.mark.proves("S92", "S93", "S94", "S100", "S107", "S108")
+@pytest.mark.proves("S93", "S94", "S100", "S107", "S108")
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
 async def test_both_sides_have_a_job_of_the_same_id_and_pass_qemus_states(make_site: MakeSite, mode: str) -> None:
     site = await make_site()
@@ -374,3 +377,34 @@ async def test_the_whole_configuration_may_be_typed_and_is_checked_before_anythi
     assert attempt.wanted.options == {"downtime-limit": 123, "auto-converge": True, "max-bandwidth": 0}
     assert attempt.wire()["outcome"] == "destination"
     await site.check("b")
+
+
+@pytest.mark.proves("S105")
+async def test_commands_are_answered_while_an_effect_and_the_journals_thread_are_busy(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    site.director.script("b", {"in-listen": "hold"})
+    attempt = await site.migrate()
+    await site.until(lambda: attempt.doing is not None and attempt.doing.value == "prepare")
+    written, may_go = threading.Event(), threading.Event()
+    append = journal._append
+
+    def slowly(*arguments: Any) -> None:
+        written.set()
+        assert may_go.wait(SETTLE_S)
+        append(*arguments)
+
+    monkeypatch.setattr(journal, "_append", slowly)
+    cancel = asyncio.create_task(site.command("a", "job-cancel", id=attempt.job))
+    assert await asyncio.to_thread(written.wait, SETTLE_S)
+    for command, more in (("query-jobs", {}), ("vm-status", {"vm": "g"}), ("job-status", {"vm": "g"})):
+        assert await site.command("a", command, **more)
+    assert not cancel.done(), "all of that while the cancel is being written"
+    assert (await the_job(site))["status"] == J.RUNNING
+    may_go.set()
+    await cancel
+    site.director.go("b", "in-listen")
+    await site.settle()
+    assert attempt.wire()["status"] == "cancelled"
+    await site.check("a")
