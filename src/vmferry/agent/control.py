@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from vmferry import limits
 from vmferry.agent import blockers, inspection, job_commands, rescue_commands, vm_commands
+from vmferry.agent.events import EVENTS
+from vmferry.agent.job_book import JobInfo
+from vmferry.agent.schema import Schema
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.core import policy as policies
@@ -251,6 +255,8 @@ class CommandRow:
     at_vm: bool = False
     of_job: bool = False
     """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
+    returns: object = Any
+    """The type of the answer, for the schema."""
     of_place: bool = False
     """Can be said of a VM that is only awaited here, too."""
     forward_s: float = FORWARD_S
@@ -282,7 +288,37 @@ async def _stop(agent: Agent, arguments: vm_commands.StopArguments) -> dict[str,
 
 
 async def _commands(agent: Agent, arguments: NoArguments) -> list[dict[str, str]]:
-    return [{"name": name} for name in sorted(COMMANDS)]
+    return [{"name": name} for name in sorted((*COMMANDS, "qmp_capabilities"))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandName:
+    """One line of `query-commands`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapabilitiesArguments:
+    """`qmp_capabilities`, which the session itself answers."""
+
+    enable: list[Literal["oob"]] = field(default_factory=list)
+
+
+async def _schema(agent: Agent, arguments: NoArguments) -> list[dict[str, Any]]:
+    return schema_wire()
+
+
+@functools.cache
+def schema_wire() -> list[dict[str, Any]]:
+    """The answer to `query-qmp-schema`."""
+    schema = Schema()
+    schema.command("qmp_capabilities", CapabilitiesArguments, NoArguments)
+    for name, row in COMMANDS.items():
+        schema.command(name, row.arguments, row.returns)
+    for name, data in EVENTS.items():
+        schema.event(name, data)
+    return schema.wire()
 
 
 COMMANDS: dict[str, CommandRow] = {
@@ -299,14 +335,14 @@ COMMANDS: dict[str, CommandRow] = {
     "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
     "blocker-add": CommandRow(blockers.AddArguments, blockers.add, at_vm=True),
     "blocker-remove": CommandRow(blockers.RemoveArguments, blockers.remove, at_vm=True),
-    "query-jobs": CommandRow(NoArguments, job_commands.query_jobs),
-    "job-cancel": CommandRow(job_commands.JobId, job_commands.job_cancel),
-    "job-pause": CommandRow(job_commands.JobId, job_commands.job_pause),
-    "job-resume": CommandRow(job_commands.JobId, job_commands.job_resume),
-    "job-complete": CommandRow(job_commands.JobId, job_commands.job_complete),
-    "job-finalize": CommandRow(job_commands.JobId, job_commands.job_finalize),
+    "query-jobs": CommandRow(NoArguments, job_commands.query_jobs, returns=list[JobInfo]),
+    "job-cancel": CommandRow(job_commands.JobId, job_commands.job_cancel, returns=JobInfo),
+    "job-pause": CommandRow(job_commands.JobId, job_commands.job_pause, returns=JobInfo),
+    "job-resume": CommandRow(job_commands.JobId, job_commands.job_resume, returns=JobInfo),
+    "job-complete": CommandRow(job_commands.JobId, job_commands.job_complete, returns=JobInfo),
+    "job-finalize": CommandRow(job_commands.JobId, job_commands.job_finalize, returns=JobInfo),
     "job-dismiss": CommandRow(job_commands.JobId, job_commands.job_dismiss),
-    "job-change": CommandRow(job_commands.ChangeArguments, job_commands.job_change),
+    "job-change": CommandRow(job_commands.ChangeArguments, job_commands.job_change, returns=JobInfo),
     "rescue-bring-back": CommandRow(
         rescue_commands.RescueArguments, rescue_commands.bring_back, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
     ),
@@ -323,7 +359,8 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-resolve": CommandRow(rescue_commands.ResolveArguments, rescue_commands.resolve, at_vm=True, of_job=True),
     "doctor": CommandRow(NoArguments, _doctor),
     "agent-status": CommandRow(NoArguments, _agent_status),
-    "query-commands": CommandRow(NoArguments, _commands),
+    "query-commands": CommandRow(NoArguments, _commands, returns=list[CommandName]),
+    "query-qmp-schema": CommandRow(NoArguments, _schema),
 }
 
 

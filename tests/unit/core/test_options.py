@@ -331,7 +331,6 @@ def test_what_is_forced_or_forbidden_may_be_repeated_but_not_turned() -> None:
 
 
 @pytest.mark.proves("S109", "S129")
-@pytest.mark.proves("S109")
 @pytest.mark.parametrize(
     ("name", "value"), [("x-colo", True), ("mode", "cpr-reboot"), ("mode", "cpr-exec"), ("mode", "cpr-transfer")]
 )
