@@ -7,9 +7,9 @@ from argparse import Namespace
 from typing import Any
 
 from vmferry.cli import client as agent_client
-from vmferry.cli.render import table
+from vmferry.cli.render import table, time_left
 from vmferry.errors import UsageError
-from vmferry.units import format_ms, format_size
+from vmferry.units import format_size
 
 SHOWN_ID = 12
 """So much of an id tells jobs apart; any beginning that only one job has is understood."""
@@ -55,10 +55,9 @@ def _progress(job: dict[str, Any]) -> str:
 
 
 def _left(job: dict[str, Any]) -> str:
-    low, high = job.get("left-ms-min"), job.get("left-ms-max")
-    if low is None or job["status"] == "concluded":
+    if job["status"] == "concluded":
         return ""
-    return f"{format_ms(low)} or more" if high is None else f"{format_ms(low)} to {format_ms(high)}"
+    return time_left(job.get("left-ms-min"), job.get("left-ms-max")).removeprefix(", ")
 
 
 def find(listed: list[dict[str, Any]], word: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.agent.conftest import make_site  # noqa: F401 - the fixture
 from vmferry.cli.job_cmd import find
 from vmferry.cli.main import main
+from vmferry.cli.render import time_left
 from vmferry.errors import UsageError
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -70,3 +71,9 @@ def test_a_job_is_meant_by_its_id_the_beginning_of_it_or_its_vm() -> None:
 @pytest.mark.parametrize("words", [("job", "change", "web1"), ("job", "cancel", "web1", "a=b")])
 def test_only_change_takes_settings(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--socket", "/nowhere"]) == 2
+
+
+def test_time_left_is_told_between_its_bounds_or_not_at_all() -> None:
+    assert time_left(None, None) == ""
+    assert time_left(2000.0, None) == ", 2.00 s or more"
+    assert time_left(2000.0, 5000.0) == ", 2.00 s to 5.00 s"

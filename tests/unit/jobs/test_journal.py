@@ -122,9 +122,9 @@ def test_entries_without_their_jobs_beginning_say_nothing() -> None:
 
 @pytest.mark.proves("S97")
 def test_leave_and_pauses_are_read_back() -> None:
-    wants = [(Entry.FINALIZE_WANTED, "j1", {}), (Entry.PAUSED, "j1", {"paused": True})]
+    wants = [(Entry.FINALIZE_WANTED, "j1", {}), (Entry.PAUSED, "j1", {"paused": True}), (Entry.TURNED_BACK, "j1", {})]
     state = replay(entries((Entry.WANTED, "j1", {}), *wants)).jobs["j1"]
-    assert (state.finalize_wanted, state.paused) == (True, True)
+    assert (state.finalize_wanted, state.paused, state.turned_back) == (True, True, True)
     over = (Entry.PAUSED, "j1", {"paused": False})
     assert not replay(entries((Entry.WANTED, "j1", {}), *wants, over)).jobs["j1"].paused
 
@@ -286,3 +286,24 @@ async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch
 def test_the_folder_is_private(path: Path) -> None:
     Journal(path).close()
     assert os.stat(path.parent).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.proves("S79")
+async def test_blockers_are_read_back_by_name_and_old_ones_dropped_at_the_start(path: Path) -> None:
+    journal = Journal(path)
+    await journal.append(Entry.KEPT, "web1", {})
+    for reason in ("first", "second"):
+        await journal.append(Entry.BLOCKED, "web1", {"name": "backup", "reason": reason})
+    await journal.append(Entry.BLOCKED, "web1", {"name": "gone", "reason": "?"})
+    await journal.append(Entry.UNBLOCKED, "web1", {"name": "gone"})
+    await journal.append(Entry.UNBLOCKED, "web2", {"name": "never"})
+    before = replay(journal.read()).blockers
+    assert before["web1"] == {"backup": {"name": "backup", "reason": "second"}}
+    journal.close()
+    journal = Journal(path)
+    left = journal.read()
+    assert [entry.body.get("reason") for entry in left if entry.kind is Entry.BLOCKED] == ["second"]
+    assert replay(left).blockers["web1"] == before["web1"]
+    await journal.append(Entry.FORGOTTEN, "web1", {})
+    assert "web1" not in replay(journal.read()).blockers
+    journal.close()
