@@ -149,7 +149,7 @@ class JobBook:
     def remember(self, kind: str, state: JobState) -> None:
         """The same of one that the journal tells of, when the agent begins."""
         if state.dismissed:
-            self.dismissed.add(state.job)
+            self._hide(kind, state.job)
         elif state.ended is not None and state.body.get("auto_dismiss") is False:
             is_automatic = bool(state.body.get("auto_finalize", True))
             self._ended[kind, state.job] = Ended(kind, state.job, state.ended, is_automatic)
@@ -157,9 +157,13 @@ class JobBook:
     async def dismiss(self, info: JobInfo) -> None:
         """The result is not shown any more; durable first. Raises Unfit: then it still is."""
         await self.agent.journal.append(Entry.DISMISSED, info.id)
-        self.dismissed.add(info.id)
+        self._hide(info.type, info.id)
         if self._ended.pop((info.type, info.id), None) is not None:
             job_events.tell_state(self.agent, info.type, job=info.id, vm=info.vm, state=JobStatus.NULL)
+
+    def _hide(self, kind: str, job: str) -> None:
+        if kind == MIGRATE.name:  # of an incoming job the source tells how it ended
+            self.dismissed.add(job)
 
     # --- one of each ---
 

@@ -163,7 +163,8 @@ async def _given_away(agent: Agent, job: JobState, wanted: Wanted) -> None:
         "notes": ["the source's agent restarted on the way; times are not known"],
     }
     await agent.journal.append(Entry.ENDED, job.job, ended)
-    agent.results[job.job] = ended
+    agent.results[job.job] = job.ended = ended
+    agent.jobs.remember(MIGRATE.name, job)
 
 
 async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:

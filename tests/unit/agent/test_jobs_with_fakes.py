@@ -408,3 +408,20 @@ async def test_commands_are_answered_while_an_effect_and_the_journals_thread_are
     await site.settle()
     assert attempt.wire()["status"] == "cancelled"
     await site.check("a")
+
+
+@pytest.mark.proves("S95")
+async def test_a_job_that_ended_without_its_agent_stays_too(make_site: MakeSite) -> None:
+    """1. the guest is given away, which is in the journal  2. the agent dies before it writes the job's end."""
+    site = await make_site()
+    site.crash_at("a", Fact.SOURCE_RETIRED)
+    attempt = await site.migrate(**KEPT)
+    await site.noted_by("a", Fact.SOURCE_RETIRED)
+    await site.restart("a")
+    shown = await the_job(site)
+    assert (shown["id"], shown["status"]) == (attempt.job, J.CONCLUDED)
+    assert shown["result"]["outcome"] == "destination"
+    await site.command("a", "job-dismiss", id=attempt.job)
+    assert await jobs(site) == []
+    await site.settle()
+    await site.check("b")
