@@ -17,7 +17,7 @@ Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest t
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -101,11 +101,12 @@ async def _source(agent: Agent, job: JobState) -> None:
     attempt.apply_policy(wanted.policy.changed(job.policy))
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
-    word = None
+    word, info = None, dict[str, Any]()
     try:
         if kept.machine.is_gone:
             raise QemuError("its process is gone", side="source", guest="unknown")
-        word = (await kept.machine.migration(deadline_s=2.0)).get("status")
+        info = await kept.machine.migration(deadline_s=2.0)
+        word = info.get("status")
         if word in ARRIVED and await kept.machine.run_state(deadline_s=2.0) not in GIVEN_AWAY:
             word = None
         if (await read_options(kept.machine)).get("switchover-ack"):
@@ -141,6 +142,8 @@ async def _source(agent: Agent, job: JobState) -> None:
         attempt.set_readings(target_answers=False)
     else:
         attempt.hear_word(word)
+        if word not in NOT_BEGUN:
+            attempt.count(info)  # progress goes on from where it was, and is not told from the start again
     agent.run_attempt(attempt)
 
 

@@ -425,3 +425,14 @@ async def test_a_job_that_ended_without_its_agent_stays_too(make_site: MakeSite)
     assert await jobs(site) == []
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.proves("S101")
+async def test_progress_does_not_begin_anew_with_the_agent(make_site: MakeSite) -> None:
+    site = await make_site()
+    await site.migrate_without_last_pages()
+    await site.until(lambda: site.agents["a"].jobs.infos()[0].current_progress > 0)
+    before = (await the_job(site))["current-progress"]
+    await site.restart("a")
+    assert (await the_job(site))["current-progress"] >= before > 0
+    await site.pages_arrive()
