@@ -17,9 +17,9 @@ AGENT = "src/vmferry/agent"
 CLI = "src/vmferry/cli"
 
 ALLOWED: Final[dict[tuple[str, str, str], str]] = {
-    ("records-fact", f"{AGENT}/control.py", "cancel"): _WANT,
-    ("records-fact", f"{AGENT}/control.py", "change"): _WANT,
-    ("records-fact", f"{AGENT}/control.py", "start_postcopy"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "cancel"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "change"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "start_postcopy"): _WANT,
     ("records-fact", f"{AGENT}/plan.py", "converge"): _WANT,
     ("records-fact", f"{AGENT}/peer_commands.py", "_release"): "the source's agent asks: its want arrives here",
     ("matches-effect", f"{AGENT}/source.py", "on_trouble"): "says what an effect that raised proves; does nothing",

@@ -194,6 +194,15 @@ RESCUE_PAUSE_S = 10.0
 # a guest of 1 TiB; what moves nothing is given up much sooner (ENGINE_STAND_IN_SILENCE_S).
 RESCUE_S = 1800.0
 
+# --- jobs -------------------------------------------------------------------------------------------------
+
+# Concluded jobs that wait to be dismissed: each holds a result of some 10 kB in memory and in the journal. Beyond, no
+# new job is taken that would wait too: who asked for results to be kept does not read them, and none is dropped.
+JOBS_UNDISMISSED_MAX = 500
+
+# Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
+BLOCKERS_MAX = 32
+
 # --- channels through an agent ----------------------------------------------------------------------------
 
 # How long a QEMU in postcopy may take for a question before it is taken for one whose main loop waits for a page. It

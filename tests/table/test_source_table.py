@@ -9,7 +9,7 @@ import pytest
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Change, Cpus, Grant, Retry, Source, SourceView, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, SourceView, Step, Target, Want
 from vmferry.testing.tables import Views, effects_of, views_with
 
 RAN = {Target.RAN, Target.DIED}
@@ -120,6 +120,27 @@ def test_a_refused_start_goes_back_again_or_waits_for_a_person_as_the_policy_say
             row = next(row for row in SOURCE_ROWS if row.matches(view))
             assert row.do is effect
             assert effect is not None or "vmferry cancel NAME" in row.action
+
+
+@pytest.mark.proves("S97", "S106")
+def test_a_switchover_that_waits_for_a_persons_leave_goes_on_by_nothing_else_and_goes_back_in_the_end() -> None:
+    assert {view.leave for view in where(Effect.CONTINUE)} == {Leave.GIVEN}
+    held = [row for row in SOURCE_ROWS if Leave.AWAITED in row.when.get("leave", ())]
+    assert [row.label for row in held] == ["M-hold"]
+    (row,) = held
+    assert (row.do, row.then, row.outcome) == (None, Effect.NOTE_TIMEOUT, Outcome.HELD)
+    assert row.limit_ms is not None
+    for word in ("finalize", "cancel"):
+        assert word in row.action
+
+
+@pytest.mark.proves("S99")
+def test_pages_are_paused_only_while_the_destination_runs_and_asks_for_them() -> None:
+    for view in where(Effect.PAUSE_PAGES):
+        assert (view.source, view.target, view.grant) == (Source.POSTCOPY, Target.RAN, Grant.SENT)
+        assert view.change is Change.PAUSE
+    for view in where(Effect.RECONNECT):
+        assert view.target is not Target.RAN or view.retry is Retry.AGAIN, "a person's pause is not undone by itself"
 
 
 @pytest.mark.proves("S36")

@@ -24,11 +24,13 @@ from typing import Any
 
 from vmferry import __version__
 from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act, standing
+from vmferry.agent.blockers import Blockers
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
 from vmferry.agent.host import Host, Listening, LocalHost
+from vmferry.agent.job_book import JobBook
 from vmferry.agent.machine import Machine
 from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
@@ -38,6 +40,7 @@ from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
+from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.core.table import Outcome
 from vmferry.errors import NotTrusted
 from vmferry.jobs.journal import Entry, JournalStore
@@ -94,6 +97,8 @@ class Agent:
         )
         self.planner = Planner(self)
         self.monitors = Monitors(self)
+        self.jobs = JobBook(self)
+        self.blockers = Blockers(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -208,6 +213,7 @@ class Agent:
             if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since
                 del self.vms[attempt.vm]
                 self.monitors.changed()
+                self.blockers.forget(attempt.vm)
             if kept.machine is not None:
                 self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
             if kept.directory:
@@ -215,6 +221,10 @@ class Agent:
         else:
             self.hold(kept)
         self.publish("JOB_ENDED", wire)
+        self.jobs.ended(
+            MIGRATE.name, attempt.job, wire, auto_dismiss=attempt.wanted.auto_dismiss,
+            auto_finalize=attempt.wanted.auto_finalize,
+        )  # fmt: skip
 
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         machine = attempt.machine
@@ -228,6 +238,7 @@ class Agent:
             machine=machine,
         )
         self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
+        await self.blockers.take_along(attempt.vm, attempt.place.blockers)
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
 
     async def tend_door(self, attempt: DestinationAttempt) -> None:
@@ -236,6 +247,10 @@ class Agent:
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()
         self.publish("TARGET", attempt.facts_wire())
+        self.jobs.ended(
+            INCOMING.name, attempt.job, attempt.result_wire(outcome), auto_dismiss=attempt.place.auto_dismiss,
+            auto_finalize=True,
+        )  # fmt: skip
         if outcome is Outcome.DESTINATION:
             self.hold(self.vms[attempt.vm])
             return

@@ -17,6 +17,7 @@ from vmferry.jobs.journal import JournalStore
 from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
+    from vmferry.agent.blockers import Blockers
     from vmferry.agent.destination import DestinationAttempt
     from vmferry.agent.plan import Plan
     from vmferry.agent.source import SourceAttempt
@@ -33,6 +34,7 @@ class Context(Protocol):
     peers: Peers
     job_directory: Path
     """Where credentials of jobs lie."""
+    blockers: Blockers
     source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]]
     destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]]
 

@@ -20,6 +20,7 @@ import contextlib
 import logging
 from typing import Any
 
+from vmferry.agent import job_events
 from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.host import Freezes
@@ -31,6 +32,7 @@ from vmferry.agent.wants import Place
 from vmferry.core.decide import destination_allows, destination_row
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog, open_round
+from vmferry.core.job import INCOMING
 from vmferry.core.report import place_wire
 from vmferry.core.status import derive_destination
 from vmferry.core.table import Outcome, Row
@@ -145,7 +147,11 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
 
     def on_facts(self, before: FactLog, after: FactLog) -> None:
         self.changed.set()
+        self.revision += 1
         was, now = derive_destination(before), derive_destination(after)
+        job_events.tell(
+            self.context, INCOMING, job=self.job, vm=self.vm, revision=self.revision, before=before, after=after
+        )
         if was.status is not now.status:
             data = {
                 "vm": self.vm,
@@ -160,7 +166,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.context.publish("TARGET", self.facts_wire())
 
     def on_row(self, row: Row[DestinationEffect]) -> None:
-        self.context.publish("JOB_CHANGE", self.brief())
+        self.revision += 1
+        job_events.tell_change(self.context, self.brief(), revision=self.revision)
 
     # --- inputs ---
 
@@ -411,6 +418,24 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             error=self.error.to_wire() if self.error is not None else None,
             over=self.ended.is_set(),
         )
+
+    def result_wire(self, outcome: Outcome) -> dict[str, Any]:
+        """How this side ended, for the journal and for who reads the ended job."""
+        ran, host = outcome is Outcome.DESTINATION, self.context.config.name
+        why = f": {self.error_text}" if self.error_text else ""
+        sentence = f"{self.vm} runs on {host}." if ran else f"{host} gave its place for {self.vm} up{why}."
+        if outcome is Outcome.LOST:
+            sentence = f"{self.vm} ran on {host}, and its QEMU is gone."
+        total = int(self.place.definition.get("memory_bytes", 0))
+        moved = {"current_bytes": total if ran else 0, "whole_bytes": total, "percent": 100 if ran else 0}
+        more: dict[str, Any] = {
+            "outcome": outcome.value,
+            "over": True,
+            "notes": [],
+            "sentence": sentence,
+            "progress": moved,
+        }
+        return {**self.wire(), **self.brief(), **more}
 
     async def until(self, *facts: Fact, deadline_s: float) -> None:
         """Waits until one of the facts is recorded or the deadline has passed; says nothing about which."""

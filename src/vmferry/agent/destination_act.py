@@ -265,9 +265,7 @@ async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
         channel.close()
     if not attempt.place.clear_text:
         await _drop_credentials(attempt)
-    await attempt.context.journal.append(
-        Entry.ENDED, attempt.job, {**attempt.brief(), "outcome": outcome.value, "over": True}
-    )
+    await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.result_wire(outcome))
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     await attempt.context.place_ended(attempt, outcome)

@@ -52,6 +52,8 @@ class AttemptLoop(ABC, Generic[E]):
     def __init__(self, *, job: str, vm: str, clock: Clock) -> None:
         self.job, self.vm, self.clock = job, vm, clock
         self.facts = FactLog()
+        self.revision = 0
+        """Grows with everything that is new of the job."""
         self.ended = asyncio.Event()
         self._wake = asyncio.Event()
         self._row: Row[E] | None = None

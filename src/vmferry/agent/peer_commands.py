@@ -136,6 +136,8 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
         clear_text=ca_pem is None,
         policy=msgspec.convert(arguments.get("policy") or {}, FailurePolicy),
         recovery_token=secrets.token_hex(knock.TOKEN_BYTES),
+        auto_dismiss=bool(arguments.get("auto_dismiss", True)),
+        blockers=tuple(dict(blocker) for blocker in arguments.get("blockers", ())),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
     )
     place = DestinationAttempt(agent, wanted)

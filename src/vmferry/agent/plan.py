@@ -24,6 +24,7 @@ from vmferry.agent.vms import DiskRef, KeptVm
 from vmferry.agent.wants import Wanted
 from vmferry.core import converge as core_converge
 from vmferry.core import hazards, preflight
+from vmferry.core.blockers import Operation
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
 from vmferry.core.facts import Fact
 from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build, with_switchover_ack
@@ -192,7 +193,16 @@ class Planner:
             here, (guest, source_names) = await here_task, await guest_task
         finally:
             await asyncio.gather(here_task, guest_task, return_exceptions=True)
-        return _decide(wanted, here, there, guest, source_names, running_job=running_job)
+        plan = _decide(wanted, here, there, guest, source_names, running_job=running_job)
+        held = [one for one in self.agent.blockers.held(wanted.vm) if one.operation is Operation.MIGRATE]
+        more = (
+            Objection(
+                code="blocked", side="source", message=f"it is blocked by {one.name}: {one.reason}",
+                fix=f"vmferry unblock {wanted.vm} {one.name}",
+            )
+            for one in held
+        )  # fmt: skip
+        return replace(plan, objections=(*plan.objections, *more))
 
     async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef]) -> HostReport:
         link = self.agent.peers.link(wanted.destination)
@@ -242,7 +252,7 @@ class Planner:
         sample = _sample(attempt, info)
         samples = self._samples.setdefault(attempt.job, [])
         samples.append(sample)
-        attempt.progress = attempt.progress.advance(sample)
+        attempt.tracking.advance(samples)
         if Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
             return
         mode, policy = _policy(attempt)
@@ -304,12 +314,15 @@ def _fence_paths(guest: GuestReport, there: HostReport) -> tuple[str, ...]:
 
 
 def _sample(attempt: SourceAttempt, info: dict[str, Any]) -> Sample:
-    ram = info.get("ram") or {}
+    ram, disk = info.get("ram") or {}, info.get("disk") or {}
     page_bytes = int(ram.get("page-size", 4096))
     return Sample(
         elapsed_ms=float(info.get("total-time", 0)),
         sent_bytes=int(ram.get("transferred", 0)),
-        remaining_bytes=int(ram.get("remaining", 0)),
+        # "remaining" beside the parts (QEMU 11 in postcopy) is the whole of the VM, device state included.
+        remaining_bytes=max(
+            int(ram.get("remaining", 0)) + int(disk.get("remaining", 0)), int(info.get("remaining", 0))
+        ),
         throughput_bytes_per_s=float(ram.get("mbps", 0.0)) * 1e6 / 8,
         dirty_rate_bytes_per_s=float(ram.get("dirty-pages-rate", 0)) * page_bytes,
         passes=_passes(ram, page_bytes),

@@ -18,19 +18,20 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import fences
+from vmferry.agent import fences, job_events
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, arrival, holds_back, source_findings
+from vmferry.agent.tracking import Tracking
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import RecoveryWay, Wanted
-from vmferry.core.converge import Progress
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, wants_pause
+from vmferry.core.job import MIGRATE
 from vmferry.core.options import Mode
 from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
@@ -110,7 +111,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
-        self.progress = Progress()
+        self.tracking = Tracking(context.clock, context.clock.now_s())
         self.cancel_tries = 0
         self.memory: Memory | None = None
         """What would outlive the source's QEMU, kept while a destination that runs needs it."""
@@ -145,6 +146,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._polled_s = float("-inf")
         self.apply_policy(wanted.policy)
         self.note(Fact.MIGRATE, by="person")
+        if not wanted.auto_finalize:
+            self.note(Fact.HOLD, text="auto-finalize is off", by="person")
         self.machine.on_event = self.on_qemu_event
         self.machine.on_gone = self.on_qemu_gone
 
@@ -184,7 +187,11 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self._stale = True
 
     def on_facts(self, before: FactLog, after: FactLog) -> None:
+        self.revision += 1
         was, now = derive_source(before), derive_source(after)
+        job_events.tell(
+            self.context, MIGRATE, job=self.job, vm=self.vm, revision=self.revision, before=before, after=after
+        )
         if was.status is not now.status:
             self.context.publish(
                 "MIGRATION",
@@ -210,7 +217,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             log.debug("job=%s vm=%s view=%s", self.job, self.vm, words)
 
     def on_row(self, row: Row[Effect]) -> None:
-        self.context.publish("JOB_CHANGE", self.brief())
+        self.revision += 1
+        job_events.tell_change(self.context, self.brief(), revision=self.revision)
 
     def forget_memory(self) -> None:
         """Nobody needs the source's memory any more."""
@@ -380,10 +388,29 @@ class SourceAttempt(AttemptLoop[Effect]):
         if refused > self.facts.last_round(Fact.TRY_AGAIN):
             self.note(Fact.TRY_AGAIN, round_no=refused, by="person")
             return "the start is tried again"
+        await self.resume_pages()
         self.broken_since_s = None
         self._count_patience()
         self.wake()
         return "the two QEMUs are connected again"
+
+    async def finalize(self) -> None:
+        """A person gives the leave to hand the guest over; durable first. Raises Unfit: then nothing is given."""
+        if Fact.HOLD in self.facts and Fact.FINALIZE not in self.facts:
+            await self.context.journal.append(Entry.FINALIZE_WANTED, self.job)
+            self.note(Fact.FINALIZE, by="person")
+
+    async def pause_pages(self) -> None:
+        """A person wants no page of the postcopy to move, until `resume_pages`; durable first. Raises Unfit."""
+        if not wants_pause(self.facts):
+            await self.context.journal.append(Entry.PAUSED, self.job, {"paused": True})
+            self.note(Fact.PAUSE, round_no=self.facts.last_round(Fact.PAUSE) + 1, by="person")
+
+    async def resume_pages(self) -> None:
+        """Ends `pause_pages`: what is broken is joined again. Durable first. Raises Unfit."""
+        if wants_pause(self.facts):
+            await self.context.journal.append(Entry.PAUSED, self.job, {"paused": False})
+            self.note(Fact.PAUSE_OVER, round_no=self.facts.last_round(Fact.PAUSE), by="person")
 
     async def fence(self, text: str, *, by: str) -> None:
         """The destination is fenced off: durable, then a fact. Raises Unfit; nothing follows from the fence then."""
@@ -531,7 +558,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             "total_bytes": self.measured.total_bytes,
             "mbps": self.measured.mbps,
             "passes": self.measured.passes,
-            "percent": self.progress.percent,
+            **self.tracking.wire(),
             "action": self.fix or self.row().action,
         }
 
@@ -549,6 +576,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             measured=self.measured,
             cause=self.cause,
             over=self.ended.is_set(),
+            progress=self.tracking.wire(),
             notes=self.plan.notes if self.plan else (),
             trouble=self.trouble,
             fix=self.fix,

@@ -23,6 +23,7 @@ from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import RecoveryWay
 from vmferry.core import hazards
+from vmferry.core.blockers import Operation
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
@@ -73,6 +74,9 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _start_postcopy(attempt)
         case Effect.LET_PAGES_GO:
             await way_back.let_pages_go(attempt)
+        case Effect.PAUSE_PAGES:
+            await attempt.machine.execute("migrate-pause", oob=True)
+            attempt.refresh()
         case Effect.MAKE_SURE:
             attempt.hear_target(await attempt.ask_facts("peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
@@ -189,6 +193,8 @@ async def _prepare(attempt: SourceAttempt) -> None:
             multifd=plan.multifd,
             run_after=wanted.running_before,
             policy=msgspec.to_builtins(attempt.policy),
+            auto_dismiss=wanted.auto_dismiss,
+            blockers=context.blockers.wire(attempt.vm),
             clear_text=wanted.clear_text,
             **more,
         )
@@ -283,6 +289,7 @@ async def set_options(
 async def _start(attempt: SourceAttempt) -> None:
     """Raises when the channel cannot be opened or QEMU refuses; the guest runs as before."""
     machine, offer = attempt.machine, attempt.offer
+    attempt.context.blockers.require(attempt.vm, Operation.MIGRATE)  # somebody may have come to hold one since the plan
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     if offer.get("uri"):
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
@@ -458,6 +465,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
                 side="destination",
             )
         )
+    if outcome is Outcome.DESTINATION:
+        attempt.tracking.finish()
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     try:

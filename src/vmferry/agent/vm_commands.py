@@ -15,6 +15,7 @@ from vmferry.agent.directories import remove_directory
 from vmferry.agent.machine import Machine
 from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
+from vmferry.core.blockers import Operation
 from vmferry.errors import Busy, QemuError, SpecError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
@@ -268,6 +269,7 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
         "serial": f"{kept.directory}/serial.log" if kept.directory else None,
         "qemu": kept.machine.version_text if kept.machine else "unknown",
         "blocked": blocked,
+        "blockers": [blocker.to_wire() for blocker in agent.blockers.all_of(name, blocked)],
         "migration": attempt.wire() if attempt is not None else await arrival(agent, name),
     }
 
@@ -293,6 +295,7 @@ def _awaited(agent: Agent, name: str) -> dict[str, Any]:
         "serial": f"{place.place.directory}/serial.log",
         "qemu": machine.version_text if machine else "unknown",
         "blocked": [],
+        "blockers": [blocker.to_wire() for blocker in agent.blockers.all_of(name)],
         "migration": place.wire(),
     }
 
@@ -374,12 +377,7 @@ async def list_vms(agent: Agent, *, local: bool) -> dict[str, Any]:
 async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
     """Ends a VM: by its own power button, or at once. Raises Busy while it is on its way somewhere."""
     kept = agent.vms[arguments.vm]
-    attempt = agent.attempts.get(arguments.vm)
-    if attempt is not None and not attempt.ended.is_set():
-        raise Busy(f"{arguments.vm} is on its way to {attempt.wanted.destination}; cancel that first")
-    place = agent.place_of(arguments.vm)
-    if place is not None and not place.ended.is_set():
-        raise Busy(f"{arguments.vm} is still arriving from {place.place.source}; wait until that has ended")
+    agent.blockers.require_free(arguments.vm, Operation.STOP)
     if kept.machine is not None and not kept.machine.is_gone:
         if arguments.force:
             await kept.machine.quit()
@@ -398,6 +396,7 @@ async def forget(agent: Agent, kept: KeptVm) -> None:
     await agent.journal.append(Entry.FORGOTTEN, kept.name)
     agent.vms.pop(kept.name, None)
     await agent.monitors.settle()
+    agent.blockers.forget(kept.name)
     if kept.machine is not None:
         await kept.machine.close()
     if kept.directory:

@@ -27,6 +27,10 @@ class Wanted:
     accept: tuple[str, ...] = ()
     """Codes of blockers that the person takes upon themselves."""
     policy: FailurePolicy = field(default_factory=FailurePolicy)
+    auto_finalize: bool = True
+    """False: the switchover waits until a person gives leave."""
+    auto_dismiss: bool = True
+    """False: the ended job is listed, with its result, until somebody dismisses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,9 @@ class Place:
     multifd: bool = False
     clear_text: bool = False
     policy: FailurePolicy = field(default_factory=FailurePolicy)
+    auto_dismiss: bool = True
+    blockers: tuple[dict[str, Any], ...] = ()
+    """What people hold on the VM: it goes along."""
     recovery_token: str = field(default="", repr=False)
     """Hexadecimal; who shows it may connect the two QEMUs again without the agents' link. Empty: nobody may."""
     directory: str = ""

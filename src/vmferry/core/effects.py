@@ -23,6 +23,7 @@ from vmferry.core.view import (
     Halt,
     Held,
     Incoming,
+    Leave,
     Ran,
     Source,
     SourceView,
@@ -48,6 +49,8 @@ class Effect(Enum):
     """Tell the source's QEMU to switch to postcopy."""
     LET_PAGES_GO = "let-pages-go"
     """Let the source's QEMU send pages as fast as it may: until the guest ran there it was held back."""
+    PAUSE_PAGES = "pause-pages"
+    """Break the channel of a postcopy on purpose: no page moves until it is joined again."""
     MAKE_SURE = "make-sure"
     """During the pause before the switchover: ask the destination whether it is there and loading."""
     CONTINUE = "continue"
@@ -151,8 +154,11 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
     Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
     Effect.LET_PAGES_GO: (_guard(step=Step.STARTED, target=Target.RAN, change=Change.PACE),),
+    Effect.PAUSE_PAGES: (
+        _guard(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.POSTCOPY, change=Change.PAUSE),
+    ),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
-    Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY),),
+    Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY, leave=Leave.GIVEN),),
     Effect.COMMIT: (
         _guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),
         # The only copy is there, and its process here is gone: forward is the only way, whatever was wanted.

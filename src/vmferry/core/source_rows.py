@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
 from vmferry.core.table import Outcome, Remedy, Row, pattern
-from vmferry.core.view import Change, Cpus, Grant, Retry, Source, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, Step, Target, Want
 
 EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
 UNSENT = (Grant.NONE, Grant.HELD)
@@ -54,6 +54,9 @@ STUCK_MS = 500
 PAGES_MS = 2_000
 """1. the last page arrives  2. stream and link break before anybody here has heard so  3. the link is there again, and
 nobody tells what was told before: it has to be asked for. An older QEMU says postcopy-active for ever."""
+HOLD_MS = 60_000
+"""A guest that stands still for a person's leave. Within a minute a person or a tool that asked for a say answers, and
+its users' connections live; who has not answered then is not there, and the guest runs on where it is."""
 UNCERTAIN_MS = 10_000
 """How long a silent destination is waited for before its locks are asked."""
 
@@ -105,14 +108,18 @@ MOVING: tuple[Row[E], ...] = (
                               target=USABLE, change=Change.POSTCOPY),
         E.START_POSTCOPY, "The switch to postcopy was asked for, by a person or by the policy."),
     Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
-                            target=USABLE, change=(Change.NONE, Change.PACE)),
+                            target=USABLE, change=(Change.NONE, Change.PACE, Change.PAUSE)),
         None, "Memory is on its way. A silent agent there is no failure: the QEMUs need nobody for this."),
+    Row("M-hold", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING, target=USABLE,
+                          leave=Leave.AWAITED),
+        None, "The guest is paused, and a person wanted to give the leave to hand it over.", Outcome.HELD,
+        HOLD_MS, E.NOTE_TIMEOUT, "vmferry job finalize NAME; or back to the source: vmferry cancel NAME"),
     Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN)),
+                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), leave=Leave.GIVEN),
         E.MAKE_SURE, "Paused and still whole: the last place where both sides can say no at no cost.",
         limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-continue", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                              target=Target.READY),
+                              target=Target.READY, leave=Leave.GIVEN),
         E.CONTINUE, "Both sides are there.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-target-lost", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
                                  source=(Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING,
@@ -232,6 +239,15 @@ GRANTED: tuple[Row[E], ...] = (
                                cpus=NOT_RUNNING, change=(Change.NONE, Change.POSTCOPY)),
         None, "The guest runs there; the last pages are on their way and both sides are needed.",
         Outcome.DESTINATION, PAGES_MS, E.ASK_TARGET),
+    Row("G-ran-pause", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.POSTCOPY,
+                               cpus=NOT_RUNNING, change=Change.PAUSE),
+        E.PAUSE_PAGES, "The guest runs there, and a person wants no page to move for now.", Outcome.DESTINATION),
+    Row("G-ran-pause-late", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, change=Change.PAUSE,
+                                    source=(Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
+                                            Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
+                                    cpus=NOT_RUNNING),
+        None, "The guest runs there; its pages can be paused once QEMU says that it sends them.",
+        Outcome.DESTINATION),
     Row("G-ran-pace", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, change=Change.PACE,
                               source=(Source.POSTCOPY, Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
                                       Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
@@ -243,8 +259,8 @@ GRANTED: tuple[Row[E], ...] = (
         Outcome.DEGRADED, action="none needed: the agents connect the two QEMUs again"),
     Row("G-ran-broken-hold", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.BROKEN,
                                      cpus=NOT_RUNNING, retry=(Retry.ASK, Retry.BACK)),
-        None, "It was tried for as long as the policy says; both QEMUs are needed and wait.",
-        Outcome.DEGRADED, action="mend the link between the hosts, then: vmferry recover NAME",
+        None, "A person paused it, or it was tried for as long as the policy says; both QEMUs are needed and wait.",
+        Outcome.DEGRADED, action="mend the link between the hosts if it is that, then: vmferry recover NAME",
         remedy=Remedy.TRY_AGAIN),
     Row("G-ran-failed", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                 source=(Source.ENDING, Source.BACK),

@@ -11,7 +11,7 @@ from itertools import product
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Row, find
-from vmferry.core.view import Change, Cpus, Grant, Retry, Source, SourceView, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, SourceView, Step, Target, Want
 from vmferry.model.pairs import PAIRS
 
 _HEAD = """\
@@ -43,8 +43,8 @@ def _lines(first: str, rows: Iterable[Row[Effect]]) -> Iterator[str]:
 def _rows(source: Source, target: Target) -> tuple[str, ...]:
     """Labels of the rows that hold in this pair once the migration has started, without those never reached."""
     found = {
-        find(SOURCE_ROWS, SourceView(want, Step.STARTED, source, cpus, target, grant, change, retry)).label
-        for want, cpus, grant, change, retry in product(Want, Cpus, Grant, Change, Retry)
+        find(SOURCE_ROWS, SourceView(want, Step.STARTED, source, cpus, target, grant, change, retry, leave)).label
+        for want, cpus, grant, change, retry, leave in product(Want, Cpus, Grant, Change, Retry, Leave)
     }
     return tuple(row.label for row in SOURCE_ROWS if row.label in found and not row.label.startswith("X-"))
 

@@ -23,6 +23,7 @@ from vmferry.core.view import (
     Grant,
     Held,
     Incoming,
+    Leave,
     Ran,
     Readings,
     SourceView,
@@ -44,6 +45,7 @@ PAUSED: Final = Setting("precopy", locks=False, owner_paused=True, faults=0, can
 HANG: Final = Setting("precopy", locks=False, faults=1, cancels=0, kinds=frozenset({"hang"}))
 CRASH_CANCEL: Final = replace(CRASH, cancels=1)
 POSTCOPY_CANCEL: Final = Setting("postcopy", locks=False, faults=0, cancels=1)
+HOLD: Final = Setting("precopy", locks=False, faults=0, cancels=0, holds=True)
 CUT: Final = Setting("postcopy", locks=False, faults=1, cancels=0, kinds=frozenset({"stream"}))
 
 
@@ -254,6 +256,7 @@ BY_HAND: Final[tuple[Mutant, ...]] = (
     Mutant("the guest is not stopped before postcopy", Breaks("stopped before postcopy"), (CUT,)),
     Mutant("the source does not say that its QEMU is gone", Breaks("says that its QEMU is gone"), (CRASH,)),
     Mutant("an accepted cancel is not asked about again", Breaks("a cancel is asked about twice"), (CRASH_CANCEL,)),
+    Mutant("a switchover waits for nobody's leave", OtherView("leave", Leave.AWAITED, Leave.GIVEN), (HOLD,)),
     Mutant("a cancel is not journalled", Breaks("a cancel is written before it counts"), (CRASH_CANCEL,)),
 )  # fmt: skip
 

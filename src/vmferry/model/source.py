@@ -194,6 +194,9 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
             yield "source agent stops the guest for postcopy", told
         case Effect.LET_PAGES_GO:
             yield "source agent lets the pages go", done(kit.note_source(w, Fact.PACED))
+        case Effect.PAUSE_PAGES:
+            paused = _pause_postcopy(w) if w.s_word in IN_POSTCOPY and not w.s_hung else w
+            yield "source agent pauses the pages", hear(kit, done(paused))
         case Effect.MAKE_SURE:
             yield "source agent asks whether the destination is ready", call(w, "ready")
         case Effect.CONTINUE:

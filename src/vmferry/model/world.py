@@ -18,7 +18,7 @@ DOWN: Final = -1
 """In place of a log: the agent's process is not there."""
 
 # What the source's journal says (WANTED is always there).
-S_COMMITTED, S_CANCEL, S_FORGOTTEN, S_TURNED, S_NO_CANCEL, S_FENCED = 1, 2, 4, 8, 16, 32
+S_COMMITTED, S_CANCEL, S_FORGOTTEN, S_TURNED, S_NO_CANCEL, S_FENCED, S_LEAVE, S_PAUSED = 1, 2, 4, 8, 16, 32, 64, 128
 # What the destination's journal says.
 D_PLACE, D_COMMITTED, D_KEPT, D_RENOUNCED, D_ENDED, D_RAN, D_DIED = 1, 2, 4, 8, 16, 32, 64
 # `cont` on the destination: written, carried out, refused; the last two are answers nobody has read yet.
@@ -114,6 +114,8 @@ class World(NamedTuple):
     """"": nobody asked; written: in the journal, not acted on yet; accepted: the person was told so."""
     cancels: int = 0
     """How often it may still be asked for."""
+    pauses: int = 0
+    """How often the pages of a postcopy may still be paused."""
     faults: int = 0
     """How many faults may still happen."""
 
@@ -144,6 +146,10 @@ class Setting:
     """The guest was paused by its owner before the migration."""
     faults: int = 2
     cancels: int = 1
+    holds: bool = False
+    """The switchover waits for a person's leave."""
+    pauses: int = 0
+    """How often a person may pause the pages of a postcopy."""
     kinds: frozenset[str] = frozenset()
     """Only these kinds of faults, of `outside.KINDS`; empty: all."""
 
@@ -152,6 +158,8 @@ class Setting:
         parts = [self.mode, "locks" if self.locks else "no locks"]
         if self.owner_paused:
             parts.append("paused by its owner")
+        parts += ["waits for leave"] if self.holds else []
+        parts += [f"{self.pauses} pauses"] if self.pauses else []
         only = f" of {' and '.join(sorted(self.kinds))}" if self.kinds else ""
         return f"{', '.join(parts)}, {self.faults} faults{only}, {self.cancels} cancels"
 
@@ -166,6 +174,7 @@ class Setting:
             s_before="paused" if self.owner_paused else "running",
             lock="src" if self.locks else "off",
             cancels=self.cancels,
+            pauses=self.pauses,
             faults=self.faults,
         )
 

@@ -214,7 +214,7 @@ class Site:
         assert self.relay is not None
         self.relay.refuse(refusing=False)
 
-    async def command(self, host: str, name: str, **arguments: Any) -> Any:
+    async def command(self, host: str, name: str, /, **arguments: Any) -> Any:
         """A command as a person gives it to the host's agent."""
         return await control.handle(self.agents[host], name, arguments)
 

@@ -37,13 +37,21 @@ async def test_a_guest_moves(make_site: MakeSite, source: str, destination: str,
     await site.check("b")
 
 
-async def test_and_back_again(make_site: MakeSite) -> None:
+@pytest.mark.proves("S84")
+async def test_and_back_again_in_an_attempt_of_its_own(make_site: MakeSite) -> None:
+    """A host that has taken the guest in sends it away in a fresh attempt, whatever its QEMU says of the arrival."""
     site = await make_site("11.1", "7.2")
-    await site.migrate()
+    first = await site.migrate()
     await site.settle()
-    await site.migrate("a", mode="postcopy")
+    second = await site.migrate("a", mode="postcopy")
+    arrived = site.place("b")
     await site.settle()
     await site.check("a")
+    assert (arrived.job, first.job) == (first.job, arrived.job) != (second.job, first.job)
+    assert second.wanted.generation == first.wanted.generation + 1
+    assert second.facts.entries[0].fact is Fact.MIGRATE, "nothing of the arrival is in it"
+    assert arrived.facts.entries[0].fact is Fact.PREPARE
+    assert second.wire()["outcome"] == "destination"
 
 
 @pytest.mark.proves("S130")

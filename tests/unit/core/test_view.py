@@ -17,6 +17,7 @@ from vmferry.core.view import (
     Halt,
     Held,
     Incoming,
+    Leave,
     Ran,
     Readings,
     Retry,
@@ -298,3 +299,19 @@ def test_pages_that_were_held_back_may_go_once_the_guest_runs_there() -> None:
     ran = slow.with_fact(F.RUN_ACKED)
     assert source_view(ran, Readings()).change is Change.PACE
     assert source_view(ran.with_fact(F.PACED), Readings()).change is Change.NONE
+
+
+@pytest.mark.proves("S97")
+def test_leave_is_awaited_only_where_it_was_asked_for_and_not_given() -> None:
+    assert source_view(log_of(F.MIGRATE), Readings()).leave is Leave.GIVEN
+    assert source_view(log_of(F.MIGRATE, F.HOLD), Readings()).leave is Leave.AWAITED
+    assert source_view(log_of(F.MIGRATE, F.HOLD, F.FINALIZE), Readings()).leave is Leave.GIVEN
+
+
+def test_a_pause_is_a_change_that_stays_and_a_broken_channel_is_then_left_alone() -> None:
+    paused = log_of(F.MIGRATE).with_fact(F.PAUSE, round_no=1)
+    running, broken = (source_view(paused, Readings(source=s)) for s in (Source.POSTCOPY, Source.BROKEN))
+    assert (running.change, running.retry) == (Change.PAUSE, Retry.AGAIN)
+    assert broken.retry is Retry.ASK
+    over = source_view(paused.with_fact(F.PAUSE_OVER, round_no=1), Readings(source=Source.BROKEN))
+    assert (over.change, over.retry) == (Change.NONE, Retry.AGAIN)

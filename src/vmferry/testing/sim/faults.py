@@ -282,6 +282,18 @@ class Injector:
         self.site.command(fault.host, "vm-start-postcopy", vm=VM)
         return True
 
+    def _do_finalize(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-finalize", id=self.job)
+        return True
+
+    def _do_pause(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-pause", id=self.job)
+        return True
+
+    def _do_resume(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-resume", id=self.job)
+        return True
+
     def _do_migrate_again(self, fault: Fault) -> bool:
         self.migrate(fault.host, mode="precopy")
         return True

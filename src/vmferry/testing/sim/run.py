@@ -27,6 +27,7 @@ from vmferry.agent.agent import Agent
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.status import source_status
+from vmferry.core.table import Remedy
 from vmferry.testing.sim.faults import Injector, heal
 from vmferry.testing.sim.loop import Spinning, Stalled, pass_s
 from vmferry.testing.sim.scenario import Scenario, draw
@@ -176,6 +177,8 @@ class Course:
         more: dict[str, Any] = {"mode": scenario.mode, "settings": list(scenario.settings)}
         if scenario.clear_text:
             more["clear_text"] = True
+        if scenario.holds:
+            more["auto_finalize"] = False
         if scenario.multifd:
             more["multifd"] = scenario.multifd
         if scenario.postcopy_after_passes is not None:
@@ -213,6 +216,10 @@ class Course:
         label, since_s = self._since.get(key, ("", 0.0))
         if label != row.label:
             self._since[key] = (row.label, self.site.loop.time())
+            return
+        if row.remedy is Remedy.TRY_AGAIN and self.site.loop.time() - since_s >= PERSON_S:
+            self._since[key] = (row.label, self.site.loop.time())
+            self.site.command(host, "job-resume", id=loop.job)
             return
         tool = RESCUE.search(row.action)
         if tool is None or self.site.loop.time() - since_s < PERSON_S or tool[1] in NOT_SIMULATED:
