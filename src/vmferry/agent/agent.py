@@ -270,6 +270,7 @@ class Agent:
 
     def _on_vm_gone(self, kept: KeptVm) -> None:
         log.warning("vm=%s pid=%d result=gone", kept.name, kept.identity.pid)
+        self.monitors.changed()
         self.publish("VM_GONE", {"vm": kept.name, "text": vm_spawn.tail_log(f"{kept.directory}/qemu.log")})
 
     def run_attempt(self, attempt: SourceAttempt) -> None:

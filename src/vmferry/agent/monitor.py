@@ -57,13 +57,13 @@ class Monitors:
         return self._directory / f"{vm}.sock"
 
     def changed(self) -> None:
-        """The VMs that this host keeps are others than before."""
+        """The VMs that this host keeps, or those of them that live, are others than before."""
         self._agent.keep_task(asyncio.create_task(self.settle(), name="monitors"))
 
     async def settle(self) -> None:
         """Returns when each VM that is kept has its monitor, and no other has one."""
         async with self._turn:
-            kept = {name: vm for name, vm in self._agent.vms.items() if vm.machine is not None}
+            kept = {n: vm for n, vm in self._agent.vms.items() if vm.machine is not None and not vm.machine.is_gone}
             for name, monitor in list(self._open.items()):
                 if kept.get(name) is not monitor.kept:
                     del self._open[name]
@@ -134,14 +134,17 @@ class Monitor:
 
     def tell(self, name: str, data: Mapping[str, Any]) -> None:
         """What vmferry has to say in QEMU's words."""
-        if name == "MIGRATION":
-            self._server.broadcast("MIGRATION", {"status": data["status"]})
+        members = _TOLD.get(name)
+        if members is not None and data.get("role") != "destination":  # what comes to a host is told at the other one
+            self._server.broadcast(name, {member: data[member] for member in members})
 
     # --- commands ---
 
     async def _answer(self, session: Session, command: Command) -> Any:
         fate, why = core_monitor.fate(command.name, command.arguments)
         match fate:
+            case Fate.OURS if command.name.startswith("job-"):
+                return await self.job(command)
             case Fate.OURS:
                 return await _OURS[command.name](self, dict(command.arguments))
             case Fate.NEVER:
@@ -189,9 +192,10 @@ class Monitor:
             vm=self.kept.name,
             destination=destination,
             mode=wish.mode.value,
-            settings=list(wish.settings),
+            config=dict(wish.config),
             multifd=wish.multifd_channels,
             postcopy_by_hand=wish.mode is Mode.POSTCOPY,
+            auto_finalize=not wish.waits,
         )
         return {}
 
@@ -208,16 +212,43 @@ class Monitor:
             await self._control("vm-cancel", vm=self.kept.name)
         return {}
 
+    async def pause(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """A postcopy that runs is paused until it is resumed."""
+        return await self._verb("job-pause")
+
     async def recover(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The agents join a broken postcopy again by themselves, and try now."""
-        attempt = self._attempt()
-        if attempt is None:
-            raise UsageError(f"{self.kept.name} has no migration that could go on")
-        attempt.wake()
-        return {}
+        """A paused postcopy is joined again; the agents know where."""
+        return await self._verb("job-resume")
+
+    async def go_on(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The leave for the switchover."""
+        return await self._verb("job-finalize")
 
     async def start_postcopy(self, arguments: dict[str, Any]) -> dict[str, Any]:
         await self._control("vm-start-postcopy", vm=self.kept.name)
+        return {}
+
+    async def _verb(self, name: str) -> dict[str, Any]:
+        attempt = self._attempt()
+        if attempt is None:
+            raise UsageError(f"{self.kept.name} has no migration on its way")
+        await self._control(name, id=attempt.job)
+        return {}
+
+    # --- jobs ---
+
+    def _jobs(self) -> list[dict[str, Any]]:
+        return [info.to_wire() for info in self._agent.jobs.infos() if info.vm == self.kept.name]
+
+    async def query_jobs(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        """QEMU's own, and vmferry's of this VM."""
+        return [*await self._machine.execute("query-jobs"), *self._jobs()]
+
+    async def job(self, command: Command) -> Any:
+        """A verb: vmferry's for its own jobs, QEMU's for all others."""
+        if command.arguments.get("id") not in {job["id"] for job in self._jobs()}:
+            return await self._pass(command)
+        await self._control(command.name, **command.arguments)
         return {}
 
     async def set_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -229,9 +260,9 @@ class Monitor:
 
     async def _set(self, changed: Setup, values: Mapping[str, Any]) -> dict[str, Any]:
         """Of the migration that is on its way, where its windows allow it; of the next one in any case."""
-        if self._attempt() is not None:
-            settings = [core_monitor.setting(name, value) for name, value in values.items()]
-            await self._control("vm-set", vm=self.kept.name, settings=settings)
+        attempt = self._attempt()
+        if attempt is not None:
+            await self._control("job-change", id=attempt.job, config=dict(values))
         self._setup = changed
         return {}
 
@@ -257,15 +288,21 @@ class Monitor:
         return [{**each, "state": shown.get(each["capability"], each["state"])} for each in found]
 
 
+_TOLD = {"MIGRATION": ("status",), "JOB_STATUS_CHANGE": ("id", "status")}
+"""Events of vmferry's that QEMU has too, and their members there."""
+
 _OURS: dict[str, Callable[[Monitor, dict[str, Any]], Awaitable[Any]]] = {
     "migrate": Monitor.migrate,
     "migrate-incoming": Monitor.incoming,
     "migrate_cancel": Monitor.cancel,
+    "migrate-pause": Monitor.pause,
     "migrate-recover": Monitor.recover,
+    "migrate-continue": Monitor.go_on,
     "migrate-start-postcopy": Monitor.start_postcopy,
     "migrate-set-parameters": Monitor.set_parameters,
     "migrate-set-capabilities": Monitor.set_capabilities,
     "query-migrate": Monitor.query,
     "query-migrate-parameters": Monitor.query_parameters,
     "query-migrate-capabilities": Monitor.query_capabilities,
+    "query-jobs": Monitor.query_jobs,
 }

@@ -23,8 +23,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
-from vmferry.core.option_table import OPTIONS, Kind, Option, Policy, ValueType
-from vmferry.core.options import Mode, find_option, parse_value, policy_objection
+from vmferry.core.option_table import OPTIONS, Kind, Policy
+from vmferry.core.options import Mode, check_value, find_option, policy_objection
 from vmferry.errors import UsageError
 
 
@@ -40,9 +40,10 @@ class Fate(StrEnum):
 
 OURS: Final[frozenset[str]] = frozenset(
     {
-        "migrate", "migrate-incoming", "migrate_cancel", "migrate-recover", "migrate-start-postcopy",
-        "migrate-set-parameters", "migrate-set-capabilities", "query-migrate", "query-migrate-parameters",
-        "query-migrate-capabilities",
+        "migrate", "migrate-incoming", "migrate_cancel", "migrate-pause", "migrate-recover", "migrate-continue",
+        "migrate-start-postcopy", "migrate-set-parameters", "migrate-set-capabilities", "query-migrate",
+        "query-migrate-parameters", "query-migrate-capabilities", "query-jobs",
+        "job-cancel", "job-pause", "job-resume", "job-complete", "job-finalize", "job-dismiss", "job-change",
     }
 )  # fmt: skip
 HELD: Final[frozenset[str]] = frozenset({"cont", "stop", "quit", "blockdev-set-active", "snapshot-load"})
@@ -51,8 +52,6 @@ NEVER: Final[Mapping[str, str]] = MappingProxyType(
     {
         "getfd": "a file descriptor cannot be passed on to QEMU here",
         "add-fd": "a file descriptor cannot be passed on to QEMU here",
-        "migrate-pause": "vmferry pauses a broken migration by itself",
-        "migrate-continue": "vmferry goes on by itself once both sides are ready",
     }
 )
 _HMP_HELD: Final[Mapping[str, str]] = MappingProxyType(
@@ -135,8 +134,8 @@ class Wish:
 
     mode: Mode
     multifd_channels: int = 0
-    settings: tuple[str, ...] = ()
-    """'NAME=VALUE' of the option table."""
+    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Options by QEMU's names, with QEMU's own types."""
     waits: bool = False
     """It wants to be asked before the switchover."""
 
@@ -184,7 +183,7 @@ class Setup:
         return Wish(
             mode=Mode.POSTCOPY if values.get("postcopy-ram") else Mode.PRECOPY,
             multifd_channels=channels if values.get("multifd") else 0,
-            settings=tuple(setting(name, value) for name, value in values.items() if _is_free(name)),
+            config=MappingProxyType({name: value for name, value in values.items() if _is_free(name)}),
             waits=bool(values.get("pause-before-switchover")),
         )
 
@@ -193,38 +192,14 @@ def _is_free(name: str) -> bool:
     return name not in _BY_THEIR_OWN and OPTIONS[name].policy is Policy.FREE
 
 
-def setting(name: str, value: Any) -> str:
-    """A value of QEMU's as 'NAME=VALUE' of the option table."""
-    return f"{name}={_text(value)}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
-
-
 def check(name: str, value: Any, kind: Kind) -> None:
     """Raises UsageError unless the next migration may have this value."""
     option = find_option(name)
     if option.kind is not kind:
         raise UsageError(f"{name} is a {option.kind}, not a {kind}")
-    _check_type(option, value)
-    if name in _BY_THEIR_OWN or _is_unset(value):
-        return
-    objection = policy_objection(option, value)
+    checked = check_value(option, value)
+    if name in _BY_THEIR_OWN or checked == "":
+        return  # an empty text takes back what was set before
+    objection = policy_objection(option, checked)
     if objection is not None:
         raise UsageError(objection)
-
-
-def _is_unset(value: Any) -> bool:
-    return value in ("", None)
-
-
-def _check_type(option: Option, value: Any) -> None:
-    if _is_unset(value):
-        return
-    is_right = isinstance(value, bool) if option.type is ValueType.BOOL else not isinstance(value, bool)
-    if not is_right or not isinstance(value, bool | int | str):
-        raise UsageError(f"{option.name} takes a value of another type", hint=f"allowed: {option.allowed()}")
-    parse_value(option, _text(value))

@@ -59,7 +59,7 @@ class Commands:
                 return profile.version_info()
             case "query-kvm":
                 return {"enabled": False, "present": True}
-            case "query-block" | "query-pci" | "query-memory-devices" | "query-named-block-nodes":
+            case "query-jobs" | "query-block" | "query-pci" | "query-memory-devices" | "query-named-block-nodes":
                 return []
             case "query-memory-size-summary":
                 return {"base-memory": self._memory_bytes, "plugged-memory": 0}

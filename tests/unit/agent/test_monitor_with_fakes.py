@@ -115,6 +115,30 @@ async def test_a_postcopy_waits_for_the_clients_word_and_a_cancel_ends_it(make_s
     await site.check("a")
 
 
+@pytest.mark.proves("S97", "S98", "S99")
+@pytest.mark.parametrize("verb", ["migrate-continue", "job-finalize", "job-cancel"])
+async def test_a_client_that_wants_a_say_has_it_in_qemus_words(make_site: MakeSite, verb: str) -> None:
+    site = await make_site()
+    async with monitor_of(site) as (client, heard):
+        assert await client.execute("query-jobs") == []
+        assert "no migration" in await refused(client, "migrate-continue", {"state": "pre-switchover"})
+        waits = {"capabilities": [{"capability": "pause-before-switchover", "state": True}]}
+        await client.execute("migrate-set-capabilities", waits)
+        await client.execute("migrate", {"uri": "vmferry:b"})
+        await site.until_row(site.attempt(), "M-hold")
+        assert (await client.execute("query-migrate"))["status"] == "pre-switchover"
+        (job,) = await client.execute("query-jobs")
+        assert (job["type"], job["status"]) == ("migrate", "pending")
+        assert "found" in await refused(client, "job-cancel", {"id": "another"}), "that one is QEMU's to know"
+        named = {"state": "pre-switchover"} if verb == "migrate-continue" else {"id": job["id"]}
+        await client.execute(verb, named)
+        await site.settle()
+        told = [event.data["status"] for event in heard if event.name == "JOB_STATUS_CHANGE"]
+        assert told[-2:] == ["concluded", "null"] or told[-1] == "concluded"
+        assert "pending" in told
+    await site.check("a" if verb == "job-cancel" else "b")
+
+
 async def test_what_cannot_be_meant_is_refused_in_words(make_site: MakeSite) -> None:
     site = await make_site()
     async with monitor_of(site) as (client, _):
