@@ -66,6 +66,11 @@ def _rounds(word: str, log: FactLog) -> tuple[Finding, ...]:
             return _healed(log)
 
 
+def _back(log: FactLog) -> tuple[Finding, ...]:
+    """QEMU gave the attempt up. What it has paused for the switchover it starts again by itself."""
+    return ((Fact.SOURCE_RESUMED, 0, "QEMU gave up, and may have"),) if Fact.CONTINUE in log else ()
+
+
 def _unheard_of(word: str, log: FactLog) -> tuple[Finding, ...]:
     """A word that nobody here knows: a new round, unless it is still the same one."""
     newest = log.last_round(Fact.UNKNOWN_STATUS)
@@ -96,8 +101,10 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
     proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
     switched = (*_stopped(log), (Fact.CONTINUE, 0, ""))
     match word:
-        case None | "none" | "setup" | "failing" | "failed":
-            return ()  # an error's text is asked for by the effect that records it
+        case None | "none" | "setup":
+            return ()
+        case "failing" | "failed":
+            return _back(log)  # an error's text is asked for by the effect that records it
         case "wait-unplug":
             return ((Fact.UNPLUG_WAIT, 0, ""),)
         case "active":
@@ -118,7 +125,8 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return arrival(log)
         case "cancelling" | "cancelled":
             ours = Fact.CANCEL in log or Fact.ERROR in log
-            return () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
+            cancel = () if ours else ((Fact.CANCEL, 0, "somebody cancelled it in QEMU's own monitor"),)
+            return (*cancel, *_back(log))
         case "colo":
             return ((Fact.COLO, 0, ""),)
         case _:

@@ -131,13 +131,15 @@ async def _source(agent: Agent, job: JobState) -> None:
     if job.committed_generation is not None:
         attempt.note(Fact.COMMITTED, by="journal")
         attempt.note(Fact.GRANT_SENT, text="it may have been sent before the restart", by="journal")
-        if job.turned_back:
-            attempt.fail(MigrationFailed("the guest was going back when the agent restarted", side="source"))
         if job.fenced:
             attempt.note(Fact.FENCED, round_no=1, text=job.fenced, by="journal")
             attempt.note(Fact.STAND_IN, text="it may have been used behind the fence", by="journal")
-    elif word in NOT_BEGUN and not kept.machine.is_gone:
+    elif word in NOT_BEGUN and not kept.machine.is_gone and not job.turned_back:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
+    if job.turned_back:
+        attempt.fail(MigrationFailed("the guest was going back when the agent restarted", side="source"))
+        attempt.note(Fact.SOURCE_RESUMED, text="it may have been, before the restart", by="journal")
+        attempt.has_turned_back = True
     if kept.machine.is_gone:
         # Not known here: whether it began. If it did, the destination knows; if not, that never loads, and says so.
         attempt.note(Fact.SOURCE_GONE, text="it ended while no agent ran", by="kernel")

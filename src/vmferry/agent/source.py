@@ -133,6 +133,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self._memory_asked = False
         self.was_restored = False
         """Made by an agent that began anew: what it did not see is asked for."""
+        self.has_turned_back = False
+        """The journal says that the commit will not be sent."""
         self.has_run_since = False
         """The guest was seen running here after the switchover: its memory is not what the destination lacks."""
         self.fd_given = False

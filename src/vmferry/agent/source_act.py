@@ -137,10 +137,9 @@ async def _resume(attempt: SourceAttempt) -> None:
     1. the commit is in the journal, and not sent  2. the guest goes back and runs here  3. the agent dies  4. the next
     one reads the commit, and finds a QEMU that has completed: it would send the grant. So the turning back is durable
     before the guest runs."""
-    if Fact.COMMITTED in attempt.facts and Fact.SOURCE_RESUMED not in attempt.facts:
-        await attempt.context.journal.append(Entry.TURNED_BACK, attempt.job)
-        if not attempt.allows(Effect.RESUME_SOURCE):
-            return  # the world went on while the disk was written
+    await _turn_back(attempt, must=Fact.COMMITTED in attempt.facts)
+    if not attempt.allows(Effect.RESUME_SOURCE):
+        return  # the world went on while the disk was written
     fence, attempt.locks = attempt.locks, None
     if fence is not None:
         fence.release()
@@ -150,9 +149,26 @@ async def _resume(attempt: SourceAttempt) -> None:
         if fence is not None:
             await way_back.fence_again(attempt, fence)
         raise
-    attempt.note(Fact.SOURCE_RESUMED)
     attempt.trouble = ""
     attempt.refresh()
+
+
+async def _turn_back(attempt: SourceAttempt, *, must: bool) -> None:
+    """The guest is about to run here again, so what the destination holds by then is of the past: nobody starts that
+    any more, not even when this QEMU dies next. Durable first; raises Unfit when it cannot be and `must`.
+
+    Before the switchover was let go on, the destination holds nothing that could be started."""
+    if Fact.CONTINUE not in attempt.facts:
+        return
+    if not attempt.has_turned_back:
+        try:
+            await attempt.context.journal.append(Entry.TURNED_BACK, attempt.job)
+            attempt.has_turned_back = True
+        except Unfit as error:
+            if must:
+                raise
+            log.warning("job=%s vm=%s journal=turned-back result=%s", attempt.job, attempt.vm, error)
+    attempt.note(Fact.SOURCE_RESUMED)
 
 
 async def _check_plan(attempt: SourceAttempt) -> None:
@@ -351,6 +367,9 @@ async def _cancel_source(attempt: SourceAttempt) -> None:
     3. migrate_cancel is refused  4. a cut would leave the source in postcopy-paused, and if the last page had just
     arrived, with a destination that takes no recovery. Without it the source completes, and goes on from there.
     """
+    await _turn_back(attempt, must=False)  # QEMU starts the guest again by itself
+    if not attempt.allows(Effect.CANCEL_SOURCE):
+        return
     attempt.cancel_tries += 1
     machine = attempt.machine
     polite = attempt.cancel_tries == 1

@@ -143,6 +143,8 @@ class Fact(StrEnum):
     SOURCE_GONE = "source-gone"
     """The source's QEMU process is gone."""
     SOURCE_RESUMED = "source-resumed"
+    """The source's QEMU is told to run the guest again, or may have done so by itself: from here on what the
+    destination has is a guest of the past, unless it ran it before."""
     SOURCE_RETIRED = "source-retired"
 
 

@@ -338,7 +338,9 @@ def _source(log: FactLog, said: Source) -> Source:
     """QEMU's own word, and what is known beside it of pages that the destination needs no more."""
     whole = Fact.ALL_SENT in log or Fact.TARGET_WHOLE in log
     if Fact.SOURCE_GONE in log:
-        return Source.RETIRED if whole else Source.GONE
+        # 1. the destination loads  2. the guest goes back and runs here  3. this QEMU dies: that copy is an old one.
+        is_old = Fact.SOURCE_RESUMED in log and Fact.RUN_ACKED not in log
+        return Source.RETIRED if whole and not is_old else Source.GONE
     if not whole:
         return Source.BACK if said is Source.DONE and Fact.STAND_IN in log else said
     if said not in (Source.BACK, Source.BROKEN, Source.POSTCOPY):

@@ -105,6 +105,8 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
         if may_start and w.s_word != "failing" and not (w.s_journal & S_FENCED and w.lock != "off"):
             yield "I5: the source starts while the destination may still start"
     if after.d_ran and not w.d_ran:
+        if w.d_stale:
+            yield "I5: the destination runs an old copy of a guest that ran on the source again"
         if not (w.s_journal & S_COMMITTED and w.d_journal & D_COMMITTED):
             yield "I4: the destination starts without a durable grant"
         went_back = w.s_word in ("failing", "failed") and w.s_run != "running" and w.d_word == "completed"

@@ -33,7 +33,7 @@ WON_FIRST: Final = 1 << len(_PLACES)
 _TELLS_STATUS_ONLY: Final = sum(
     _BIT[fact, 0]
     for fact in (
-        Fact.SETUP_DONE, Fact.DEVICES_READY, Fact.SWITCHOVER, Fact.CONTINUE, Fact.PAUSE_CAP, Fact.POSTCOPY_ANNOUNCED,
+        Fact.SETUP_DONE, Fact.DEVICES_READY, Fact.SWITCHOVER, Fact.PAUSE_CAP, Fact.POSTCOPY_ANNOUNCED,
     )
 )  # fmt: skip
 """Facts that only the rules of the status read, and those not any more once the attempt has turned back."""

@@ -96,12 +96,12 @@ def _source(kit: Kit, w: World) -> World:
         w = kit.note_source(w, Fact.COMMITTED)
         if not kit.breaks("a commit counts as sent after a restart"):
             w = kit.note_source(w, Fact.GRANT_SENT)
-        if w.s_journal & S_TURNED:
-            w = kit.note_source(w, Fact.ERROR)
         if w.s_journal & S_FENCED:
             w = kit.note_source(w, (Fact.FENCED, 1), Fact.STAND_IN)
-    elif alive and word in ("", *NOT_BEGUN):
+    elif alive and word in ("", *NOT_BEGUN) and not w.s_journal & S_TURNED:
         w = kit.note_source(w, Fact.ERROR)
+    if w.s_journal & S_TURNED:
+        w = kit.note_source(w, Fact.ERROR, Fact.SOURCE_RESUMED)
     if not alive:
         return kit.note_source(w, Fact.SOURCE_GONE)._replace(s_answers=False)
     return hear(kit, w) if word else w._replace(s_heard="", s_source="IDLE")

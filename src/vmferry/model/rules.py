@@ -49,7 +49,7 @@ class Rules:
     """Promises of the environment's contract that this mutant breaks."""
 
 
-NEVER_READ = frozenset({Fact.SOURCE_RESUMED, Fact.SOURCE_RETIRED, Fact.BROUGHT_BACK})
+NEVER_READ = frozenset({Fact.SOURCE_RETIRED, Fact.BROUGHT_BACK})
 """Facts for the reader of a timeline: no view, no rule and no finding asks for them."""
 TIMELESS_MS = 1e12
 """Longer than any limit: the row lasted too long."""

@@ -317,10 +317,19 @@ def _fence(kit: Kit, w: World) -> Iterator[Step]:
         yield "fault: the source's journal cannot be written, no fence", silent._replace(faults=w.faults - 1)
 
 
+def _turn_back(kit: Kit, w: World) -> World:
+    """`_turn_back`: durable, and then a fact."""
+    if not logs.has(w.s_log, Fact.CONTINUE):
+        return w
+    if not kit.breaks("turned back before the guest runs"):
+        w = w._replace(s_journal=w.s_journal | S_TURNED)
+    return kit.note_source(w, Fact.SOURCE_RESUMED)
+
+
 def _cancel(kit: Kit, w: World) -> World:
     """`_cancel_source`: politely at first; a QEMU that hangs or refuses, or is still at it, loses its channel."""
     polite = not w.s_cancelled_once
-    w = w._replace(s_cancelled_once=True)
+    w = _turn_back(kit, w)._replace(s_cancelled_once=True)
     if w.s_hung or not source_alive(w):
         polite = False
     elif w.s_word in CANCELLABLE:
@@ -336,13 +345,10 @@ def _cancel(kit: Kit, w: World) -> World:
 
 def _resume(kit: Kit, w: World) -> Iterator[Step]:
     """`_resume`: the turning back is durable, a fence is given back, `cont`."""
-    journal = w.s_journal
-    if logs.has(w.s_log, Fact.COMMITTED) and not kit.breaks("turned back before the guest runs"):
-        journal |= S_TURNED
-        if not w.s_journal & S_TURNED and kit.may_fail(w, "journal"):
-            failed = done(w)._replace(faults=w.faults - 1)
-            yield "fault: the source's journal cannot be written, no start", hear(kit, failed)
-    turned = w._replace(s_journal=journal)
+    if logs.has(w.s_log, Fact.COMMITTED) and not w.s_journal & S_TURNED and kit.may_fail(w, "journal"):
+        failed = done(w)._replace(faults=w.faults - 1)
+        yield "fault: the source's journal cannot be written, no start", hear(kit, failed)
+    turned = _turn_back(kit, w)
     if w.lock == "fence":
         given = turned._replace(lock="none", s_stage="unfenced")
         yield "source agent gives the fence's locks back", given
@@ -364,7 +370,7 @@ def _cont(kit: Kit, w: World) -> Iterator[Step]:
         yield "the source's QEMU refuses cont", refused
         return
     runs = w._replace(s_run="running", lock="off" if w.lock == "off" else "src", s_cpus="AS_BEFORE", d_stale=True)
-    yield "source agent starts the guest again", hear(kit, done(kit.note_source(runs, Fact.SOURCE_RESUMED)))
+    yield "source agent starts the guest again", hear(kit, done(runs))
     if w.s_run != "running" and w.lock != "src" and kit.may_fail(w, "storage"):
         yield "fault: storage refuses the source's cont", refused._replace(faults=w.faults - 1)
 
