@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import inspection, rescue_commands, vm_commands
+from vmferry.agent import inspection, rescue_commands, source_disks, vm_commands
+from vmferry.agent.plan_disks import choices
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
+from vmferry.core import disks as disk_rules
 from vmferry.core import policy as policies
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import Role
@@ -70,6 +72,10 @@ class MigrateArguments:
     postcopy_after_ms: int | None = None
     accept: list[str] = field(default_factory=list)
     """Codes of blockers that the person takes upon themselves."""
+    disks: str | None = None
+    """'copy': every disk that is local goes with the guest."""
+    disk: list[str] = field(default_factory=list)
+    """'ID=copy' or 'ID=shared' for one disk."""
     policy: dict[str, str] = field(default_factory=dict)
     """What to do in trouble, by the names of `core.policy`."""
 
@@ -136,6 +142,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
             raise UsageError(f"{text}: {objection}")
         options[option.name] = value
     _check_postcopy(arguments)
+    disks = disk_rules.parse(arguments.disks, arguments.disk)
+    disk_rules.choose(choices(kept.definition), disks)
     policy = FailurePolicy().changed(_policy_changes(arguments.policy))
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
@@ -153,6 +161,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         postcopy={k: v for k, v in postcopy.items() if v is not None},
         accept=tuple(arguments.accept),
         policy=policy,
+        disks=disks,
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
@@ -247,6 +256,8 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
         values[option.name] = value
     if values:
         await attempt.machine.execute("migrate-set-parameters", values)
+        if "max-bandwidth" in values:
+            await source_disks.change_speed(attempt, int(values["max-bandwidth"]))
     if changes:
         await attempt.change_policy(changes)
     round_no = attempt.facts.last_round(Fact.SET_OPTION) + 1

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Protocol
 
 from vmferry.agent import channel as channels
+from vmferry.agent import images, rescue
 from vmferry.agent import machine as machines
-from vmferry.agent import rescue
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
+from vmferry.agent.images import Identity
 from vmferry.agent.machine import Machine
 from vmferry.agent.processes import find_qemu
 from vmferry.agent.relayed import RelayedChannel
+from vmferry.agent.wants import PlacedDisk
 from vmferry.clock import Clock
+from vmferry.core.disk_reports import RoomReport
 from vmferry.core.rescue import NeverRan
 from vmferry.jobs.journal import Journal, JournalStore
 from vmferry.qmp.server import QmpServer
@@ -74,6 +77,18 @@ class Host(Protocol):
 
     def open_journal(self, path: Path) -> JournalStore:
         """The agent's journal. Raises Unfit when another agent has it or it is damaged."""
+
+    def image_room(self, path: str, qemu: str) -> RoomReport:
+        """What is there now, and how much room for an image."""
+
+    async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
+        """An empty image under a name that only this job uses. Raises Unfit; nothing is left then."""
+
+    def publish_image(self, path: str, job: str) -> None:
+        """It gets its own name. Raises Unfit where that is taken."""
+
+    def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
+        """Takes away what the job made; False when a file of that name is another one. Raises OSError."""
 
     # --- connections ---
 
@@ -151,6 +166,20 @@ class LocalHost:
 
     def open_journal(self, path: Path) -> JournalStore:
         return Journal(path)
+
+    def image_room(self, path: str, qemu: str) -> RoomReport:
+        return images.room(path, qemu=qemu)
+
+    async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
+        return await images.make(
+            disk.path, job=job, size_bytes=disk.size_bytes, format=disk.format, options=disk.options, qemu=qemu
+        )
+
+    def publish_image(self, path: str, job: str) -> None:
+        images.publish(path, job=job)
+
+    def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
+        return images.remove(path, identity, job=job)
 
     async def listen_for_people(self, server: QmpServer, path: Path) -> None:
         await server.listen_unix(str(path))

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vmferry.agent import fences
+from vmferry.agent import fences, source_disks
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
@@ -25,7 +25,7 @@ from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, arrival, source_findings
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Wanted
+from vmferry.agent.wants import Mirror, Wanted
 from vmferry.core.converge import Progress
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
@@ -108,6 +108,11 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
+        self.mirrors: tuple[Mirror, ...] = ()
+        self.mirror_states: dict[str, dict[str, Any]] = {}
+        """What QEMU said of each of their jobs last, by its id."""
+        self.mirrors_stale = True
+        self.mirrors_polled_s = float("-inf")
         self.progress = Progress()
         self.cancel_tries = 0
         self.memory: Memory | None = None
@@ -159,7 +164,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.trouble = str(error)
         self.fix = error.hint if isinstance(error, Unfit) else ""
         match effect:
-            case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
+            case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START_MIRRORS | Effect.START:
                 self.fail(error)
             case Effect.CONTINUE | Effect.COMMIT | Effect.START_POSTCOPY:
                 self._stale = True
@@ -238,6 +243,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self._run_state = "running"
                 self._note_running()
                 self._set_cpus()
+            case "JOB_STATUS_CHANGE" if any(event.data.get("id") == mirror.job for mirror in self.mirrors):
+                self.mirrors_stale = True
             case "MIGRATION_PASS":
                 self.measured.passes = int(event.data.get("pass", 0))
                 self._polled_s = float("-inf")
@@ -408,6 +415,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         if self.machine.is_gone:
             self.note(Fact.SOURCE_GONE, by="kernel")
             return
+        await source_disks.look(self)
         view = source_view(self.facts, self.readings)
         if view.step is not Step.STARTED:
             return
@@ -511,12 +519,13 @@ class SourceAttempt(AttemptLoop[Effect]):
             "mbps": self.measured.mbps,
             "passes": self.measured.passes,
             "percent": self.progress.percent,
+            "disks": source_disks.wire(self),
             "action": self.fix or self.row().action,
         }
 
     def wire(self) -> dict[str, Any]:
         """Everything about the attempt, for status and for the journal's ENDED entry."""
-        return job_wire(
+        wire = job_wire(
             job=self.job,
             vm=self.vm,
             source=self.context.config.name,
@@ -532,6 +541,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             trouble=self.trouble,
             fix=self.fix,
         )
+        wire["disks"] = source_disks.wire(self)
+        return wire
 
 
 async def run_attempt(attempt: SourceAttempt) -> None:

@@ -47,6 +47,8 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "multifd": arguments.multifd,
         "clear-text": arguments.clear_text,
         "accept": arguments.accept,
+        "disks": arguments.disks,
+        "disk": arguments.disk,
     }
     policies = {
         "on-storage-error": getattr(arguments, "on_storage_error", None),

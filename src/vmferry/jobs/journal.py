@@ -46,6 +46,10 @@ class Entry(StrEnum):
     """Source: the switch to postcopy was asked for by hand."""
     OPTIONS_BEFORE = "options-before"
     """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
+    MIRRORS = "mirrors"
+    """Source: its QEMU is about to be told to mirror these disks."""
+    IMAGE_MADE = "image-made"
+    """Destination: a file (device and inode) that is this job's, before it gets its name."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
@@ -85,6 +89,10 @@ class JobState:
     cancel_wanted: bool = False
     postcopy_wanted: bool = False
     options_before: dict[str, Any] = field(default_factory=dict)
+    mirrors: dict[str, Any] = field(default_factory=dict)
+    """What goes on without an agent: the mirrors, and what the plan was."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """Files that the job made: path to [device, inode]."""
     committed_generation: int | None = None
     renounced: bool = False
     turned_back: bool = False
@@ -130,6 +138,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.postcopy_wanted = True
             case Entry.OPTIONS_BEFORE if job:
                 job.options_before = {**entry.body, **job.options_before}
+            case Entry.MIRRORS if job:
+                job.mirrors = entry.body
+            case Entry.IMAGE_MADE if job:
+                job.images.update(entry.body)
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
             case Entry.TURNED_BACK if job:

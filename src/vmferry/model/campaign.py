@@ -20,6 +20,7 @@ SETTINGS: Final = (
     Setting("precopy", locks=False, faults=1, cancels=1),
     Setting("precopy", locks=True, faults=1, cancels=1),
     Setting("precopy", locks=True, owner_paused=True, faults=1, cancels=1),
+    Setting("precopy", locks=False, disks=True, faults=1, cancels=1),
 )
 """What is explored completely, the largest first."""
 

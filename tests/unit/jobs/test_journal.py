@@ -108,6 +108,18 @@ def test_a_switch_by_hand_and_the_first_value_of_each_option_are_remembered() ->
     assert (state.jobs["j2"].postcopy_wanted, state.jobs["j2"].options_before) == (False, {})
 
 
+def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
+    state = replay(
+        entries(
+            (Entry.WANTED, "j1", {}), (Entry.MIRRORS, "j1", {"mode": "precopy"}),
+            (Entry.PLACE_WANTED, "j2", {}), (Entry.IMAGE_MADE, "j2", {"/a": [1, 2]}),
+            (Entry.IMAGE_MADE, "j2", {"/b": [1, 3]}),
+        )
+    )  # fmt: skip
+    assert state.jobs["j1"].mirrors == {"mode": "precopy"}
+    assert state.jobs["j2"].images == {"/a": [1, 2], "/b": [1, 3]}
+
+
 def test_a_dismissed_job_is_forgotten_and_late_entries_of_it_say_nothing() -> None:
     late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
     state = replay(entries((Entry.WANTED, "j1", {}), (Entry.DISMISSED, "j1", {}), *late))

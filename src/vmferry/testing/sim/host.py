@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
 from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
+from vmferry.agent.images import Identity
 from vmferry.agent.machine import Machine
+from vmferry.agent.wants import PlacedDisk
 from vmferry.clock import Clock
+from vmferry.core.disk_reports import RoomReport
 from vmferry.errors import HostUnreachable, QemuError, SpecError, Unfit
 from vmferry.jobs.journal import JournalStore
 from vmferry.qmp.client import EventCallback, QmpClient
@@ -258,6 +261,9 @@ class Installed:
     script: dict[str, object]
     """Of every QEMU of this host (see `fake_state`)."""
     qemus: list[SimQemu]
+    images: dict[str, Identity] = field(default_factory=dict)
+    """Files by name: which they are."""
+    next_inode: int = 1
 
 
 @dataclass(eq=False)
@@ -306,6 +312,30 @@ class SimHost:
 
     def open_journal(self, path: Path) -> JournalStore:
         return SimJournal(self._installed.disk, self._agent, path)
+
+    def image_room(self, path: str, qemu: str) -> RoomReport:
+        folder = path.rpartition("/")[0]
+        images = self._installed.images
+        return RoomReport(path=path, folder=folder, exists=path in images, folder_writable=True, free_bytes=1 << 40)
+
+    async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
+        self._installed.images[f"{disk.path}.{job}"] = identity = (1, self._installed.next_inode)
+        self._installed.next_inode += 1
+        return identity
+
+    def publish_image(self, path: str, job: str) -> None:
+        images = self._installed.images
+        if path in images:
+            raise Unfit(f"the image {path} cannot get its name: File exists", side="destination")
+        images[path] = images.pop(f"{path}.{job}")
+
+    def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
+        images = self._installed.images
+        images.pop(f"{path}.{job}", None)
+        if path in images and images[path] != identity:
+            return False
+        images.pop(path, None)
+        return True
 
     # --- connections ---
 
