@@ -74,6 +74,7 @@ class MigrateArguments:
     """Codes of blockers that the person takes upon themselves."""
     disks: str | None = None
     """'copy': every disk that is local goes with the guest."""
+    verify_disks: bool = False
     disk: list[str] = field(default_factory=list)
     """'ID=copy' or 'ID=shared' for one disk."""
     policy: dict[str, str] = field(default_factory=dict)
@@ -162,6 +163,7 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         accept=tuple(arguments.accept),
         policy=policy,
         disks=disks,
+        verify_disks=arguments.verify_disks,
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
@@ -251,7 +253,7 @@ async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
             attempt=attempt.wanted.generation,
             has_attempt=True,
         )
-        if reason is not None:
+        if reason is not None and not (option.name == "max-bandwidth" and source_disks.are_copied(attempt)):
             raise OptionLocked(f"{option.name} cannot change now: {reason}")
         values[option.name] = value
     if values:

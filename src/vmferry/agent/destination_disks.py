@@ -19,7 +19,7 @@ from typing import Any
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.machine import Machine
 from vmferry.core.facts import Fact
-from vmferry.errors import QemuError
+from vmferry.errors import QemuError, Unfit
 from vmferry.jobs.journal import Entry
 from vmferry.pki.job_credentials import tag
 from vmferry.qmp.errors import QmpCommandError
@@ -126,3 +126,11 @@ async def close_exports(attempt: DestinationAttempt) -> None:
         if await machine.execute("query-block-exports"):
             raise
     attempt.note(Fact.DISKS_CLOSED, by="agent")
+
+
+async def digests(attempt: DestinationAttempt) -> dict[str, str]:
+    """Each disk's checksum. The mirrors have ended, and flushed. Raises Unfit."""
+    try:
+        return {disk.id: await attempt.context.host.image_digest(disk.path) for disk in attempt.place.disks}
+    except OSError as error:
+        raise Unfit(f"a copy cannot be read: {error}", side="destination", cause=error) from error

@@ -84,6 +84,9 @@ class Host(Protocol):
     async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
         """An empty image under a name that only this job uses. Raises Unfit; nothing is left then."""
 
+    async def image_digest(self, path: str) -> str:
+        """A checksum of the bytes of a raw image. Raises OSError."""
+
     def publish_image(self, path: str, job: str) -> None:
         """It gets its own name. Raises Unfit where that is taken."""
 
@@ -174,6 +177,9 @@ class LocalHost:
         return await images.make(
             disk.path, job=job, size_bytes=disk.size_bytes, format=disk.format, options=disk.options, qemu=qemu
         )
+
+    async def image_digest(self, path: str) -> str:
+        return await asyncio.to_thread(images.digest, path)
 
     def publish_image(self, path: str, job: str) -> None:
         images.publish(path, job=job)

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import hashlib
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from vmferry.core.disk_reports import RoomReport
@@ -28,6 +31,7 @@ from vmferry.errors import Unfit
 from vmferry.limits import IMAGE_TOOL_S
 from vmferry.pki.job_credentials import tag
 
+CHUNK_BYTES = 1 << 20
 Identity = tuple[int, int]
 """Device and inode."""
 
@@ -136,3 +140,28 @@ def remove(path: str, identity: Identity | None, *, job: str) -> bool:
         return False
     os.unlink(path)
     return True
+
+
+def digest(path: str) -> str:
+    """A checksum of the bytes that an image of plain bytes has, wherever it has holes. Raises OSError.
+
+    A chunk of zeroes counts as a hole, so that two files with the same bytes have the same digest."""
+    total = hashlib.blake2b(digest_size=32)
+    zeroes = bytes(CHUNK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        total.update(struct.pack("<Q", size))
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA) // CHUNK_BYTES * CHUNK_BYTES
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # nothing but a hole is left
+            chunk = os.pread(file.fileno(), min(CHUNK_BYTES, size - at), at)
+            if chunk != zeroes[: len(chunk)]:
+                total.update(struct.pack("<Q", at))
+                total.update(chunk)
+            at += CHUNK_BYTES
+    return total.hexdigest()

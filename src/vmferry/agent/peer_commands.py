@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, destination_act, inspection, recovery
+from vmferry.agent import control, destination_act, destination_disks, inspection, recovery
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place, PlacedDisk
@@ -210,6 +210,14 @@ async def _door(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dic
     return await destination_act.open_door(place)
 
 
+async def _digests(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the copies of the disks hold now, one checksum each. Raises QemuError, or Unfit when one cannot be read."""
+    place = _place(agent, arguments)
+    if place is None or place.machine is None or place.machine.is_gone:
+        raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    return await destination_disks.digests(place)
+
+
 async def _ready(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """During the source's pause: is the QEMU here and loading? Facts say so; a dead one is in them too."""
     place = _place(agent, arguments)
@@ -302,6 +310,7 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-report": _report,
     "peer-prepare": _prepare,
     "peer-door": _door,
+    "peer-digests": _digests,
     "peer-ready": _ready,
     "peer-grant": _grant,
     "peer-target": _target,

@@ -238,7 +238,14 @@ class Planner:
         return (
             plan
             if not chosen
-            else _with_disks(plan, here, there, await local_disks(kept, chosen), from_spec=definition.spec is not None)
+            else _with_disks(
+                plan,
+                here,
+                there,
+                await local_disks(kept, chosen),
+                from_spec=definition.spec is not None,
+                verify=wanted.verify_disks,
+            )
         )
 
     async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef], copies: list[str]) -> HostReport:
@@ -428,11 +435,11 @@ def _decide(
 
 
 def _with_disks(
-    plan: Plan, here: HostReport, there: HostReport, copies: tuple[LocalDisk, ...], *, from_spec: bool
+    plan: Plan, here: HostReport, there: HostReport, copies: tuple[LocalDisk, ...], *, from_spec: bool, verify: bool
 ) -> Plan:
     """The plan with these disks copied, and what speaks against that."""
     paths = {disk.path: there.rooms[disk.path].path for disk in copies if disk.path in there.rooms}
-    against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec)
+    against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec, verify=verify)
     return replace(
         plan,
         copies=copies,

@@ -370,6 +370,7 @@ async def cut(attempt: SourceAttempt) -> None:
     for channel in attempt.channels:
         channel.cut()
     attempt.measured.marks.append((attempt.clock.wall_s(), "channel cut"))
+    await source_disks.cut(attempt)
     try:
         await attempt.machine.execute("yank", {"instances": [{"type": "migration"}]}, oob=True, deadline_s=CANCEL_S)
     except QemuError as error:

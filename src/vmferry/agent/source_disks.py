@@ -34,7 +34,7 @@ from vmferry.agent.wants import Mirror
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.view import Disks, disks_of
-from vmferry.errors import MigrationFailed, QemuError
+from vmferry.errors import MigrationFailed, QemuError, Unfit
 from vmferry.jobs.journal import Entry
 from vmferry.pki import job_credentials
 from vmferry.pki.job_credentials import tag
@@ -50,8 +50,12 @@ POLL_S = 0.5
 ASK_S = 2.0
 OPEN_S = 10.0
 """QEMU connects with its main loop: a host that is not there holds it up, and is cut off after so long."""
+DRAIN_S = 8.0
+"""The guest is paused meanwhile: what a destination does not take within this time it will not take."""
 DRAIN_POLL_S = 0.002
 """While the guest is paused for it; QEMU tells of each change, and an event may be lost."""
+VERIFY_S = 3600.0
+"""Both sides read their images once; the guest is paused for it, as it was asked for."""
 DROP_S = 1.0
 """How long mirrors may take to obey before the connection that they hang in is cut."""
 CHANGES_MODE_SINCE: Final = (8, 2)
@@ -153,6 +157,11 @@ def _speed(attempt: SourceAttempt) -> int:
     return int(attempt.wanted.options.get("max-bandwidth", 0)) // max(1, len(attempt.mirrors))
 
 
+def are_copied(attempt: SourceAttempt) -> bool:
+    """The disks are on their way and the memory is not: what the job may send is the mirrors' to share."""
+    return disks_of(attempt.facts) in (Disks.COPYING, Disks.READY) and Fact.STARTED not in attempt.facts
+
+
 async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
     """The job may send so much from now on. Raises QemuError."""
     if disks_of(attempt.facts) not in (Disks.COPYING, Disks.READY):
@@ -227,11 +236,16 @@ async def drain(attempt: SourceAttempt) -> None:
     for mirror in attempt.mirrors:
         if statuses.get(mirror.job) in ("ready", "standby"):
             await machine.execute("block-job-cancel", {"device": mirror.job})
+    end_s = attempt.clock.now_s() + DRAIN_S
     while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):
         if not attempt.allows(Effect.DRAIN_MIRRORS):
             return  # one of them failed, or the guest goes back
+        if attempt.clock.now_s() >= end_s:
+            raise QemuError(f"{attempt.vm}: its disks were not written to the end within {DRAIN_S:g} s", side="both")
         await asyncio.sleep(DRAIN_POLL_S)
         statuses = await _statuses(attempt)
+    if attempt.wanted.verify_disks:
+        await _verify(attempt)
     for mirror in attempt.mirrors:
         if not attempt.allows(Effect.DRAIN_MIRRORS):
             return
@@ -246,26 +260,46 @@ async def drain(attempt: SourceAttempt) -> None:
         await _close_targets(attempt)
 
 
+async def _verify(attempt: SourceAttempt) -> None:
+    """Every mirror has written all and still waits: what both sides hold is read and compared. Raises HostUnreachable,
+    Unfit, and it is tried again; a difference is the disk's failure, and leads all back."""
+    began_s, host = attempt.clock.now_s(), attempt.context.host
+    theirs = asyncio.create_task(attempt.ask("peer-digests", deadline_s=VERIFY_S), name=f"digests-{attempt.job}")
+    try:
+        ours = {mirror.id: await host.image_digest(mirror.path) for mirror in attempt.mirrors}
+    except OSError as error:
+        raise Unfit(f"a disk cannot be read: {error}", side="source", cause=error) from error
+    finally:
+        found = (await asyncio.gather(theirs, return_exceptions=True))[0]
+    if isinstance(found, BaseException):
+        raise found
+    for mirror in attempt.mirrors:
+        if found.get(mirror.id) != ours[mirror.id]:
+            text = f"{mirror.id} ({mirror.path}): the copy differs"
+            attempt.note(Fact.DISK_FAILED, text=text, by="agent")
+    took_ms = (attempt.clock.now_s() - began_s) * 1000
+    attempt.measured.marks.append((attempt.clock.wall_s(), f"disks were read and compared in {took_ms:.0f} ms"))
+
+
 async def _statuses(attempt: SourceAttempt) -> dict[str, str]:
     _hear(attempt, await attempt.machine.execute("query-jobs", deadline_s=ASK_S))
     return {name: str(job["status"]) for name, job in attempt.mirror_states.items()}
 
 
 async def drop(attempt: SourceAttempt) -> None:
-    """Gives the mirrors up. Raises QemuError when QEMU does not answer; it is tried again then."""
-    try:
-        await _cancel(attempt)
-    except QmpTimeout:
-        await _yank(attempt, attempt.mirrors)
-        raise
+    """Gives the mirrors up. Raises QemuError when QEMU does not answer; it is tried again then.
+
+    The connections are cut first: to cancel a job QEMU waits for what it has under way, with its main loop, and a
+    destination that stands still would hold up the guest's whole QEMU."""
+    await _yank(attempt, attempt.mirrors)
+    await _cancel(attempt)
     await forget(attempt)
     attempt.note(Fact.DISKS_DROPPED)
 
 
 async def _cancel(attempt: SourceAttempt) -> None:
-    """Every mirror is concluded, or not there any more. Raises QmpTimeout when one hangs."""
+    """Every mirror is concluded, or not there any more. Raises QemuError when QEMU does not answer."""
     machine = attempt.machine
-    end_s = attempt.clock.now_s() + DROP_S
     jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
     while left := _unfinished(attempt, jobs):
         for name in left:
@@ -274,15 +308,18 @@ async def _cancel(attempt: SourceAttempt) -> None:
             except QmpCommandError as error:  # it has just ended
                 log.info("job=%s vm=%s command=job-cancel result=%s", attempt.job, attempt.vm, error)
         await asyncio.sleep(DRAIN_POLL_S)
-        if attempt.clock.now_s() > end_s:
-            await _yank(attempt, attempt.mirrors)
-            end_s = attempt.clock.now_s() + DROP_S
         jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
 
 
 def _unfinished(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> list[str]:
     ours = {mirror.job for mirror in attempt.mirrors}
     return [str(job["id"]) for job in jobs if job["id"] in ours and job["status"] not in ("concluded", "null")]
+
+
+async def cut(attempt: SourceAttempt) -> None:
+    """Cuts the mirrors that are there, out of band: QEMU may hang in one."""
+    if disks_of(attempt.facts) in LIVE:
+        await _yank(attempt, attempt.mirrors)
 
 
 async def _yank(attempt: SourceAttempt, mirrors: Iterable[Mirror]) -> None:

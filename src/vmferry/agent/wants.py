@@ -29,6 +29,8 @@ class Wanted:
     policy: FailurePolicy = field(default_factory=FailurePolicy)
     disks: dict[str, str] = field(default_factory=dict)
     """What goes how: a disk's id, or '*' for all that are local, to 'copy' or 'shared'."""
+    verify_disks: bool = False
+    """Both sides' disks are read and compared while the guest is paused for the switchover."""
 
 
 @dataclass(frozen=True, slots=True)

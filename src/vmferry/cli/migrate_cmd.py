@@ -49,6 +49,7 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "accept": arguments.accept,
         "disks": arguments.disks,
         "disk": arguments.disk,
+        "verify-disks": arguments.verify_disks,
     }
     policies = {
         "on-storage-error": getattr(arguments, "on_storage_error", None),

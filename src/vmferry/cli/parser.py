@@ -198,6 +198,11 @@ def _add_wish(parser: Any) -> None:
         metavar="ID=copy|shared",
         help="the same for one disk: disk0 is the guest's first",
     )
+    parser.add_argument(
+        "--verify-disks",
+        action="store_true",
+        help="read and compare both sides' disks while the guest is paused (raw images)",
+    )
     parser.add_argument("--multifd", type=int, default=0, metavar="N", help="send memory over N channels")
     parser.add_argument("--clear-text", action="store_true",
                         help="this guest's memory without encryption; only on a network you trust")  # fmt: skip

@@ -90,6 +90,7 @@ def objections(
     rooms: Mapping[str, RoomReport],
     *,
     from_spec: bool,
+    verify: bool = False,
 ) -> tuple[Objection, ...]:
     """Everything that speaks against copying these disks. `from_spec`: vmferry started the guest from a spec."""
     found: list[Objection] = []
@@ -103,6 +104,9 @@ def objections(
             )
         )
     for disk in disks:
+        if verify and disk.format != "raw":
+            message = f"{disk.id} ({disk.path}) is {disk.format}, and only raw images can be verified"
+            found.append(_objection("disk-verify-format", "client", message, "leave out --verify-disks"))
         found += (_objection(*words) for words in _at_source(source, disk))
         found += (_objection(*words) for words in _at_destination(destination, disk, rooms.get(disk.path)))
     found += (_objection(*words) for words in _together(destination, disks, rooms))

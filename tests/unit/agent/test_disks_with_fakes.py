@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 from vmferry.agent import images
 from vmferry.agent.source import SourceAttempt
+from vmferry.agent.source_disks import DRAIN_S
 from vmferry.core.facts import Fact
 from vmferry.errors import PlanRefused, UsageError
-from vmferry.testing.fake_site import MakeSite, Site
+from vmferry.testing.fake_site import JumpClock, MakeSite, Site
 
 PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1"), ("11.1", "7.2")]
 DISK = '[[disk]]\npath = "{path}"\nshared = false\n'
@@ -177,6 +179,19 @@ async def test_a_cancel_in_the_middle_of_the_drain(make_site: MakeSite) -> None:
     assert Fact.DISKS_DRAINED not in attempt.facts
 
 
+async def test_a_destination_that_does_not_take_the_rest_holds_the_guest_up_for_seconds_only(
+    make_site: MakeSite,
+) -> None:
+    clock = JumpClock()
+    ready = await moved(make_site, clock=clock)
+    ready.site.director.script("a", {"drain": "hold"})
+    attempt = await ready.migrate()
+    await ready.site.director.reached("a", "drain", times=2)
+    clock.leap(DRAIN_S + 3)
+    await ready.back_unharmed(attempt, "M-drain")
+    assert Fact.CONTINUE not in attempt.facts
+
+
 @pytest.mark.parametrize("host", ["a", "b"])
 @pytest.mark.parametrize("tls", [False, True])
 async def test_an_agent_that_begins_anew_goes_on_with_the_disks(make_site: MakeSite, host: str, tls: bool) -> None:
@@ -238,6 +253,42 @@ async def test_the_sources_qemu_dies_while_its_disks_are_on_their_way(make_site:
     assert attempt.wire()["outcome"] == "lost"
     assert not list(ready.folder.iterdir())
     assert all(path.exists() for path in ready.here)
+
+
+async def test_both_sides_are_read_and_compared_while_the_guest_is_paused(make_site: MakeSite) -> None:
+    """The fakes move no bytes: both images are empty, and so equal, until somebody writes to one."""
+    ready = await moved(make_site)
+    ready.site.director.script("a", {"drain": "hold"})
+    attempt = await ready.migrate(verify_disks=True)
+    await ready.site.director.reached("a", "drain")
+    with ready.there[1].open("r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"x")
+    ready.site.director.script("a")
+    ready.site.director.go("a", "drain")
+    await ready.back_unharmed(attempt, "disk1", "the copy differs")
+    attempt = await ready.migrate(verify_disks=True)
+    await ready.site.settle()
+    assert attempt.wire()["outcome"] == "destination", attempt.wire()
+    assert any("read and compared" in row["what"] for row in attempt.wire()["timeline"])
+    await ready.site.check("b", "d")
+
+
+def test_a_digest_is_of_the_bytes_and_not_of_the_holes(tmp_path: Path) -> None:
+    holes, zeroes, other, longer = (tmp_path / name for name in ("holes", "zeroes", "other", "longer"))
+    for path in (holes, zeroes, other, longer):
+        path.write_bytes(b"a" * 10)
+        os.truncate(path, 5 << 20)
+    with zeroes.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(bytes(3 << 20))
+    with other.open("r+b") as file:
+        file.seek(4 << 20)
+        file.write(b"b")
+    os.truncate(longer, (5 << 20) + 1)
+    found = [images.digest(str(path)) for path in (holes, zeroes, other, longer)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 def test_a_file_of_another_is_not_taken_away(tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_what_is_wrong_with_the_place(change: dict[str, Any], code: str) -> None
     assert codes(room=replace(ROOM, **change)) == [code]
 
 
+def test_only_bytes_can_be_compared() -> None:
+    for format, expected in (("raw", []), ("qcow2", ["disk-verify-format"])):
+        disk = replace(DISK, format=format)
+        found = disks.objections("a", "b", [disk], {DISK.path: ROOM}, from_spec=True, verify=True)
+        assert [o.code for o in found] == expected
+
+
 def test_only_images_that_are_more_than_their_bytes_need_a_tool() -> None:
     without = replace(ROOM, has_tool=False)
     assert codes(room=without) == []
