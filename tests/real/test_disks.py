@@ -27,6 +27,7 @@ def local(spec: str, more: str = "") -> str:
     return spec
 
 
+@pytest.mark.proves("S96", "S114")
 @pytest.mark.parametrize(("source", "destination"), PAIRS)
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
 def test_a_guest_goes_with_its_disk_and_loses_nothing(
@@ -216,6 +217,7 @@ def test_a_cancel_and_a_second_try(version: str, make_pair: MakePair, guests: Gu
     assert wire["outcome"] == "destination", wire
 
 
+@pytest.mark.proves("S12")
 @pytest.mark.parametrize("version", QEMUS)
 def test_a_destination_whose_host_stands_still(
     version: str, make_pair: MakePair, guests: Guests, tmp_path: Path

@@ -164,6 +164,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.trouble = str(error)
         self.fix = error.hint if isinstance(error, Unfit) else ""
         match effect:
+            case Effect.START if source_disks.are_copied(self) and isinstance(error, HostUnreachable):
+                # The disks are there, and the mirrors keep them equal: the destination's agent is waited for.
+                self.set_readings(target_answers=False)
             case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START_MIRRORS | Effect.START:
                 self.fail(error)
             case Effect.CONTINUE | Effect.COMMIT | Effect.START_POSTCOPY:
@@ -542,6 +545,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             fix=self.fix,
         )
         wire["disks"] = source_disks.wire(self)
+        # Nothing deletes them: whoever sees that the guest is well where it is may.
+        wire["images_left"] = [m.path for m in self.mirrors] if self.outcome() is Outcome.DESTINATION else []
         return wire
 
 

@@ -143,6 +143,8 @@ def show_end(wire: dict[str, Any], *, as_json: bool) -> int:
         print(row)
     for note in wire.get("notes") or ():
         print(f"  note: {note}")
+    for path in wire.get("images_left") or ():
+        print(f"  left on {wire['source']}: {path}")
     if error is None:
         return 0
     sys.stdout.flush()

@@ -8,6 +8,13 @@ from typing import Any, TextIO
 
 from vmferry.units import format_size
 
+_DISK_BYTES = ("current-progress", "total-progress")
+
+
+def is_copying(brief: dict[str, Any]) -> bool:
+    """The guest's disks are on their way, and its memory is not yet."""
+    return brief["status"] == "setup" and any(disk["status"] == "running" for disk in brief.get("disks") or ())
+
 
 class ProgressLine:
     """One line that grows on a terminal, a line per change of status elsewhere; nothing if not enabled."""
@@ -28,6 +35,8 @@ class ProgressLine:
             self._show_bar(brief)
             return
         text = f"{self.vm}: {brief['status']}"
+        if is_copying(brief):
+            text += ", its disks are on their way"
         if brief["outcome"] in ("uncertain", "held", "degraded", "lost"):
             text += f" ({brief['outcome']}; next: {brief.get('action', '')})"
         if text != self._last:
@@ -52,12 +61,17 @@ class ProgressLine:
             self._bar.start()
             self._task = self._bar.add_task(self.vm, total=100, detail="")
         detail = ""
+        percent = brief.get("percent") or 0
+        if is_copying(brief):
+            done, total = (sum(int(disk[key]) for disk in brief["disks"]) for key in _DISK_BYTES)
+            detail = f"disks: {format_size(done)} of {format_size(total)}"
+            percent = 100 * done // total if total else 0
         if brief.get("remaining_bytes") is not None and brief.get("mbps") is not None:
             rate = format_size(float(brief["mbps"]) * 1e6 / 8)
             detail = f"{format_size(brief['remaining_bytes'])} left, {rate}/s, pass {brief.get('passes') or 1}"
         self._bar.update(
             self._task,
-            completed=brief.get("percent") or 0,
+            completed=percent,
             description=f"{self.vm} {brief['status']}",
             detail=detail,
         )

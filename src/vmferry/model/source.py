@@ -19,6 +19,7 @@ from vmferry.model import logs
 from vmferry.model.qemu import IN_POSTCOPY
 from vmferry.model.rules import Kit, source_at_work
 from vmferry.model.world import (
+    DOWN,
     S_COMMITTED,
     S_FENCED,
     S_FORGOTTEN,
@@ -311,6 +312,8 @@ def _start(kit: Kit, w: World) -> Iterator[Step]:
         w = kit.note_source(w, Fact.STARTED)
         started = w._replace(s_word="setup", d_word="setup", channel="up", d_listens=False)
         yield "source agent tells its QEMU to migrate", hear(kit, done(started))
+    elif kit.setting.disks and (not w.link or w.d_log == DOWN):
+        yield "source agent cannot ask for the door", done(w._replace(s_answers=False))
     else:
         yield "source agent cannot connect the channel", done(kit.note_source(w, Fact.ERROR))
 

@@ -58,6 +58,7 @@ def in_order(site: Site, *steps: tuple[str, Fact]) -> None:
 
 @pytest.mark.parametrize(("source", "destination"), PAIRS)
 @pytest.mark.parametrize("mode", ["precopy", "postcopy"])
+@pytest.mark.proves("S96", "S114")
 async def test_two_disks_go_with_the_guest(make_site: MakeSite, source: str, destination: str, mode: str) -> None:
     ready = await moved(make_site, source, destination)
     attempt = await ready.migrate(mode=mode)
@@ -144,6 +145,7 @@ async def test_one_disk_by_its_name(make_site: MakeSite) -> None:
 
 @pytest.mark.parametrize("version", ["7.2", "11.1"])
 @pytest.mark.parametrize(("step", "stops"), [("mirror", False), ("drain", True)])
+@pytest.mark.proves("S96")
 async def test_one_that_fails_leads_all_back(make_site: MakeSite, version: str, step: str, stops: bool) -> None:
     ready = await moved(make_site, version, version)
     ready.site.director.script("a", {step: "fail"})
@@ -206,6 +208,26 @@ async def test_an_agent_that_begins_anew_goes_on_with_the_disks(make_site: MakeS
         ready.site.director.go("a", "mirror")
     await ready.site.settle()
     assert ready.site.attempt(vm="d").wire()["outcome"] == "destination", ready.site.attempt(vm="d").wire()
+    await ready.site.check("b", "d")
+
+
+async def test_a_link_that_is_down_when_the_disks_are_ready_is_waited_for(make_site: MakeSite) -> None:
+    """Hours of copying are not thrown away for it: the mirrors need no agent."""
+    ready = await moved(make_site)
+    ready.site.director.script("a", {"mirror": "hold"})
+    attempt = await ready.migrate()
+    await ready.site.until_row(attempt, "P-copying")
+    ready.site.part()
+    ready.site.director.script("a")
+    ready.site.director.go("a", "mirror")
+    await ready.site.noted_by("a", Fact.DISKS_READY)
+    await ready.site.until(lambda: ready.site.did.count(("a", "start")) > 1)
+    assert Fact.ERROR not in attempt.facts
+    ready.site.join()
+    await ready.site.settle()
+    wire = attempt.wire()
+    assert wire["outcome"] == "destination", wire
+    assert wire["images_left"] == [str(path) for path in ready.here]
     await ready.site.check("b", "d")
 
 
