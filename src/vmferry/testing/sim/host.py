@@ -264,6 +264,7 @@ class Installed:
     images: dict[str, Identity] = field(default_factory=dict)
     """Files by name: which they are."""
     next_inode: int = 1
+    next_port: int = 20_000
 
 
 @dataclass(eq=False)
@@ -482,7 +483,9 @@ class SimHost:
         return True
 
     def free_port(self, first: int, last: int, address: str) -> int | None:
-        return first
+        if not first:
+            self._installed.next_port += 1
+        return first or self._installed.next_port
 
 
 def _identity(qemu: SimQemu) -> ProcessIdentity:
