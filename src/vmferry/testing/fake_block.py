@@ -217,11 +217,14 @@ class Block:
         if name in self.nodes:
             raise Refused(f"Duplicate nodes with node-name='{name}'")
         server = arguments["server"]
+        link: Link | None = None
         try:
             link = await self.state.outside.connect(server["host"], int(server["port"]))
             link.send("nbd", export=arguments["export"])
             answer = await link.receive()
         except (OSError, LinkLost) as error:
+            if link is not None:
+                link.close()
             raise Refused("Failed to connect to the NBD server: Connection refused") from error
         if answer["kind"] != "export":
             link.close()

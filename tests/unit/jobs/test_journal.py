@@ -108,6 +108,11 @@ def test_a_switch_by_hand_and_the_first_value_of_each_option_are_remembered() ->
     assert (state.jobs["j2"].postcopy_wanted, state.jobs["j2"].options_before) == (False, {})
 
 
+def test_the_newest_policies_of_a_job_count() -> None:
+    rows = entries((Entry.WANTED, "j1", {}), (Entry.POLICY, "j1", {"a": 1, "b": 1}), (Entry.POLICY, "j1", {"a": 2}))
+    assert replay(rows).jobs["j1"].policy == {"a": 2, "b": 1}
+
+
 def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
     state = replay(
         entries(
