@@ -227,6 +227,7 @@ async def cont_when(pair: Pair) -> None:
     await pair.go_on()
     await pair.source.until("completed")
     await pair.destination.until_run_state("paused")
+    await pair.source.until_run_state("postmigrate")  # a moment after the word: until then it is in finish-migrate
     await pair.destination.kill()
     await pair.source.execute("cont")
     await pair.source.until("RESUME")
