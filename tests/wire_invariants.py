@@ -26,20 +26,26 @@ DECODERS: Final[tuple[Any, ...]] = (
     lambda: PreemptDecoder(BLOCKS),
 )
 MAIN, LENIENT, RECOVERY, RETURN_PATH, MULTIFD, PREEMPT = range(len(DECODERS))
+ROOM: Final = 4200
 SLABS: Final = (1, 7, 64, 4099, 4105, 65536, 16)
 Outcome = tuple[bytes, str | None, int | None]
 
 
-def run(kind: int, data: bytes, slab: int) -> Outcome:
-    """What came out, encoded again, and how it ended. Raises whatever is not allowed to happen."""
+def run(kind: int, data: bytes, slab: int, *, room: int = 0) -> Outcome:
+    """What came out, encoded again, and how it ended. Raises whatever is not allowed to happen.
+
+    `room`: so many bytes are free in front of each slab, where a decoder of the main channel may put what was left.
+    """
     decoder = DECODERS[kind]()
     inflate = _Inflate()
     out = bytearray()
     try:
         for at in range(0, len(data), slab):
-            piece = bytearray(data[at : at + slab])
+            piece = bytearray(room) + data[at : at + slab]
             lone = decoder.lone_request(memoryview(piece)) if isinstance(decoder, ReturnPathDecoder) else None
-            if lone is not None:
+            if isinstance(decoder, StreamDecoder) and room:
+                decoder.feed_behind(memoryview(piece), room, len(piece))
+            elif lone is not None:
                 out += b"".join(bytes(part) for part in encode(lone))
             else:
                 decoder.feed(piece)
@@ -96,6 +102,8 @@ def one_input(data: bytes) -> None:
     assert body.startswith(whole[0]), "what was read does not encode to what came"
     cut = run(kind, body, slab)
     assert cut == whole, "it matters how the bytes were cut"
+    if kind in (MAIN, LENIENT, RECOVERY):
+        assert run(kind, body, slab, room=ROOM) == whole, "it matters whether there is room in front of a slab"
 
 
 def seeds() -> dict[int, list[bytes]]:

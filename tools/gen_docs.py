@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import commands_doc, conformance, decision_tables, reliability, requirements
 from vmferry import errors
-from vmferry.core import migration_status, options, transitions
+from vmferry.core import job, migration_status, options, transitions
 from vmferry.model import faults_doc
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -25,6 +25,7 @@ DOCUMENTS: Final[tuple[tuple[str, Callable[[], str]], ...]] = (
     ("docs/options.md", options.docs_markdown),
     ("docs/migration-status.md", migration_status.docs_markdown),
     ("docs/status.md", transitions.docs_markdown),
+    ("docs/jobs.md", job.docs_markdown),
     ("docs/decision-table.md", decision_tables.docs_markdown),
     ("docs/faults.md", faults_doc.docs_markdown),
     ("docs/exit-codes.md", errors.docs_markdown),

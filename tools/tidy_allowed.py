@@ -17,9 +17,9 @@ AGENT = "src/vmferry/agent"
 CLI = "src/vmferry/cli"
 
 ALLOWED: Final[dict[tuple[str, str, str], str]] = {
-    ("records-fact", f"{AGENT}/control.py", "cancel"): _WANT,
-    ("records-fact", f"{AGENT}/control.py", "change"): _WANT,
-    ("records-fact", f"{AGENT}/control.py", "start_postcopy"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "cancel"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "change"): _WANT,
+    ("records-fact", f"{AGENT}/job_commands.py", "start_postcopy"): _WANT,
     ("records-fact", f"{AGENT}/plan.py", "converge"): _WANT,
     ("records-fact", f"{AGENT}/peer_commands.py", "_release"): "the source's agent asks: its want arrives here",
     ("matches-effect", f"{AGENT}/source.py", "on_trouble"): "says what an effect that raised proves; does nothing",
@@ -27,8 +27,8 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("compares-status", f"{AGENT}/destination.py", "on_facts"): "compares the status with itself, to publish a change",
     ("compares-qemu-word", f"{AGENT}/destination.py", "incoming"): "translates QEMU's word into the table's answer",
     ("compares-qemu-word", f"{AGENT}/destination.py", "_ask"): "knows which words come before the run state settles",
-    ("compares-qemu-word", f"{AGENT}/recovery.py", "_pause"): _CHOOSES_COMMAND,
-    ("compares-qemu-word", f"{AGENT}/reconnect.py", "reconnect"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/recovery.py", "pause"): _CHOOSES_COMMAND,
+    ("compares-qemu-word", f"{AGENT}/reconnect.py", "_let_go"): _CHOOSES_COMMAND,
     ("compares-qemu-word", f"{AGENT}/reconnect.py", "is_over"): "waits for the end of the command that it gave",
     ("records-fact", f"{AGENT}/rescue_commands.py", "_lead_out"): "a tool by hand: who took the stream must be known",
     ("records-fact", f"{AGENT}/way_back.py", "_lead_out"): _HAND,

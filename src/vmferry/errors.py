@@ -254,11 +254,35 @@ class RescueRefused(VmferryError):
     default_guest = "paused"
 
 
+class JobRefused(VmferryError):
+    """The job does not take this verb in the state that it is in; nothing was done."""
+
+    exit_code = 22
+    code = "job-refused"
+    default_side = "source"
+    default_hint = "'vmferry jobs' shows each job's state and what it takes; all of them: docs/jobs.md"
+
+
+class UnknownJob(VmferryError):
+    """This agent lists no job of this id."""
+
+    exit_code = 23
+    code = "unknown-job"
+    default_hint = "'vmferry jobs' lists the jobs of this host; one that was dismissed is not shown any more"
+
+
+class Blocked(VmferryError):
+    """Somebody holds a blocker against this operation on the VM; the message cites it. Nothing was done."""
+
+    exit_code = 24
+    code = "blocked"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
-    RescueRefused,
+    RescueRefused, JobRefused, UnknownJob, Blocked,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"

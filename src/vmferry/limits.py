@@ -66,6 +66,10 @@ QMP_SESSION_OUT_BYTES_MAX = 1 << 20
 # How long a session may take no byte at all, with something to send to it, before it is dropped.
 QMP_WRITE_STALL_S = 30.0
 
+# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer; no
+# other command of a client is passed on meanwhile, and the agent's own are not held up by it.
+MONITOR_COMMAND_S = 600.0
+
 # --- VMs and host probes --------------------------------------------------------------------------------
 
 # A throw-away QEMU that tells what it can do answers in 0.05 s; a host under heavy load takes seconds.
@@ -193,6 +197,15 @@ RESCUE_PAUSE_S = 10.0
 # a guest of 1 TiB; what moves nothing is given up much sooner (ENGINE_STAND_IN_SILENCE_S).
 RESCUE_S = 1800.0
 
+# --- jobs -------------------------------------------------------------------------------------------------
+
+# Concluded jobs that wait to be dismissed: each holds a result of some 10 kB in memory and in the journal. Beyond, no
+# new job is taken that would wait too: who asked for results to be kept does not read them, and none is dropped.
+JOBS_UNDISMISSED_MAX = 500
+
+# Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
+BLOCKERS_MAX = 32
+
 # --- channels through an agent ----------------------------------------------------------------------------
 
 # How long a QEMU in postcopy may take for a question before it is taken for one whose main loop waits for a page. It
@@ -209,3 +222,29 @@ RELAY_FIRST_BYTE_S = 30.0
 # From the end of one direction to that of the other one. A QEMU that is done closes its whole connection within
 # milliseconds; what is still on its way at that moment was acknowledged by the other one before.
 RELAY_LINGER_S = 10.0
+
+# --- a recovery beside the agents' link --------------------------------------------------------------------
+
+# Ports at which a place may be called, in the order of both sides: the first is free but for chance, and a source that
+# tries them all waits for as many refusals.
+RECOVERY_PORTS_MAX = 16
+
+# The facts of a place and where its QEMU listens: less than 1 KiB, and a reason, which may be QEMU's own words.
+RECOVERY_WORD_BYTES_MAX = 16 << 10
+
+# How long an agent's link may take for a question that needs no QEMU, before the destination is called without it: ten
+# round trips around the world. Guest and source stand still meanwhile.
+RECOVERY_LINK_S = 0.5
+
+# Until the destination's agent has shown that it has the token: three round trips.
+RECOVERY_CONNECT_S = 0.8
+
+# All addresses and ports of one call: each that refuses takes a round trip, one that is silent RECOVERY_CONNECT_S.
+RECOVERY_CALL_S = 4.0
+
+# From the token to the word: a QEMU that hangs is asked for RECOVERY_ANSWER_S and has seconds to pause.
+RECOVERY_WORD_S = 10.0
+
+# The longest pause between two tries to join a broken postcopy: each costs a connection or two, and a guest that lacks
+# pages stands still.
+RECOVERY_PAUSE_S = 0.3

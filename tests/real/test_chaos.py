@@ -20,6 +20,7 @@ from vmferry.chaos.cells import Cell
 from vmferry.chaos.ground import Ground
 from vmferry.chaos.run import Run
 from vmferry.chaos.verdict import Verdict
+from vmferry.core.facts import Fact
 from vmferry.testing.hosts import NEWEST, OLDEST, processes_of, wait_true
 from vmferry.testing.netns import namespaces_possible
 
@@ -42,6 +43,16 @@ SURVIVED = [
     f"lock-one-target/device/precopy/{SAME}",
     f"full-target/grant/precopy/{SAME}",
 ]
+SURVIVED_TWO = [
+    f"lock-all-target-and-reset/grant/postcopy/{SAME}",
+    f"cancel-then-reset/loaded/precopy/{SAME}",
+    f"reset-both-1s/last/postcopy/{SAME}",
+    f"message-peer-recovering-drop-answer/postcopy-paused/postcopy/{OLDEST}-{OLDEST}",
+    f"reset-stream-1s/postcopy-active/postcopy/{SAME}/linux",
+]
+"""Two troubles at once, in moments of which nobody has heard."""
+ONLY_THERE = {"P18", "P20", "P26", "P27"}
+"""Pairs into which only those lead."""
 
 
 def the_cell(name: str) -> Cell:
@@ -59,9 +70,10 @@ def ground(tmp_path: Path) -> Iterator[Ground]:
 
 
 @pytest.mark.proves("S17", "S53", "S119", "S121")
-def test_no_fault_loses_or_doubles_a_guest() -> None:
+@pytest.mark.parametrize(("names", "pairs_seen"), [(SURVIVED, set()), (SURVIVED_TWO, ONLY_THERE)])
+def test_no_fault_loses_or_doubles_a_guest(names: list[str], pairs_seen: set[str]) -> None:
     said: list[str] = []
-    chosen = [the_cell(name) for name in SURVIVED]
+    chosen = [the_cell(name) for name in names]
     work = Campaign(chosen, say=said.append)
     found = work.go(workers=1)  # other tests run beside it
     lines = "\n".join(said)
@@ -70,6 +82,7 @@ def test_no_fault_loses_or_doubles_a_guest() -> None:
     assert found["good"] + found["good_after_action"] == len(chosen), lines
     assert work.left == []
     assert all(run["lock_samples"] > 20 for run in work.runs), work.runs
+    assert {pair for run in work.runs for pair in run["through"]} >= pairs_seen, lines
     assert report.docs_markdown({"machine": "", "date": "", "pairs": [], "chaos": found})
 
 
@@ -102,6 +115,34 @@ def test_a_guest_that_runs_twice_is_seen(tmp_path: Path) -> None:
         run.stage.let_go()
         ground.link.clear()
         assert ground.close() == []
+
+
+@pytest.mark.parametrize(("phase", "mode"), [("loaded", "precopy"), ("loaded", "postcopy"), ("grant", "precopy")])
+@pytest.mark.proves("S17", "S52")
+def test_a_destination_that_has_loaded_does_not_run_before_it_is_told_to(
+    phase: str, mode: str, ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs P6 and P14: without the order nothing makes it run, however long the source's word is on its way, and with
+    it the order was first."""
+    cell = the_cell(f"kill-cli/{phase}/{mode}/{SAME}")
+    run = Run(ground, cell, "g1", threading.Event())
+    inject = run._inject
+
+    def look_first() -> None:
+        (there,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-b"]
+        state = run.witness.ask(there, "query-status")
+        assert (state["status"], state["running"]) == ("paused", False)
+        assert there.ran == []
+        inject()
+
+    monkeypatch.setattr(run, "_inject", look_first)
+    seen = run.go()
+    assert verdict.judge(cell, seen)[0] is Verdict.GOOD, seen
+    assert not {"P6", "P14"} & set(seen.through)
+    granted = run.stage.target.has("g1", Fact.GRANTED)
+    (there,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-b"]
+    assert granted is not None
+    assert there.ran[0][0] >= granted.at_s - 0.001  # the log has whole milliseconds
 
 
 def test_a_fault_in_the_wrong_phase_does_not_count(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:

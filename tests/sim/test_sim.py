@@ -61,6 +61,24 @@ def test_a_destination_that_hangs_for_want_of_a_page_is_joined_again(version: st
     assert (verdict.outcome, verdict.violations) == ("b", [])
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+@pytest.mark.proves("S36", "S53", "S121", "S123")
+def test_a_postcopy_that_breaks_while_the_agents_cannot_talk_is_joined_again(version: str, hangs: bool) -> None:
+    """Twice, and each time within two seconds after the memory's way is free; the link comes back at the end only."""
+    alone = tuple(Fault("alone", Trigger(text="step pages", host="a", nth=n), host="b") for n in (1, 2))
+    hung = (Fault("hung-stream", Trigger(text="step pages", host="a", nth=2), host="b"),) if hangs else ()
+    slow = ("max-bandwidth=1000000", "max-postcopy-bandwidth=1000000")
+    scenario = replace(CALM, profiles={"a": version, "b": version}, mode="postcopy", dirty=True, settings=slow)
+    verdict = run_scenario(replace(scenario, faults=(*alone, *hung)))
+    assert set(verdict.faults) == {str(each) for each in (*alone, *hung)}
+    healed = next(n for n, line in enumerate(verdict.trace) if "everything is healed" in line)
+    before = verdict.trace[:healed]
+    assert sum("the source called" in line for line in before) >= len(alone)
+    assert any("fact=all-sent" in line for line in before), "the pages arrived while the agents could not talk"
+    assert (verdict.outcome, verdict.violations) == ("b", [])
+
+
 def traced(seed: str, hash_seed: str) -> bytes:
     command = [sys.executable, "-m", "vmferry.testing.sim", "--seed", seed, "--trace"]
     done = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, check=True)

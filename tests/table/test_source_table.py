@@ -9,7 +9,7 @@ import pytest
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Outcome, Row
-from vmferry.core.view import Change, Cpus, Grant, Retry, Source, SourceView, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, SourceView, Step, Target, Want
 from vmferry.testing.tables import Views, effects_of, views_with
 
 RAN = {Target.RAN, Target.DIED}
@@ -122,10 +122,36 @@ def test_a_refused_start_goes_back_again_or_waits_for_a_person_as_the_policy_say
             assert effect is not None or "vmferry cancel NAME" in row.action
 
 
+@pytest.mark.proves("S97", "S106")
+def test_a_switchover_that_waits_for_a_persons_leave_goes_on_by_nothing_else_and_goes_back_in_the_end() -> None:
+    assert {view.leave for view in where(Effect.CONTINUE)} == {Leave.GIVEN}
+    held = [row for row in SOURCE_ROWS if Leave.AWAITED in row.when.get("leave", ())]
+    assert [row.label for row in held] == ["M-hold"]
+    (row,) = held
+    assert (row.do, row.then, row.outcome) == (None, Effect.NOTE_TIMEOUT, Outcome.HELD)
+    assert row.limit_ms is not None
+    for word in ("finalize", "cancel"):
+        assert word in row.action
+
+
+@pytest.mark.proves("S99")
+def test_pages_are_paused_only_while_the_destination_runs_and_asks_for_them() -> None:
+    for view in where(Effect.PAUSE_PAGES):
+        assert (view.source, view.target, view.grant) == (Source.POSTCOPY, Target.RAN, Grant.SENT)
+        assert view.change is Change.PAUSE
+    for view in where(Effect.RECONNECT):
+        assert view.target is not Target.RAN or view.retry is Retry.AGAIN, "a person's pause is not undone by itself"
+
+
 @pytest.mark.proves("S36")
 def test_nobody_is_connected_to_a_destination_that_is_not_known_to_live() -> None:
-    assert Target.UNKNOWN not in {view.target for view in where(Effect.RECONNECT)}
-    assert Target.GONE not in {view.target for view in where(Effect.RECONNECT)}
+    """Before the grant a silent one is not even tried: the guest goes back. After it the try itself asks, on both ways,
+    and no order to resume comes before the answer (`test_standing_with_fakes`)."""
+    views = where(Effect.RECONNECT)
+    assert Target.GONE not in {view.target for view in views}
+    silent = [view for view in views if view.target is Target.UNKNOWN]
+    assert {view.grant for view in silent} == {Grant.SENT}
+    assert {view.retry for view in silent} == {Retry.AGAIN}
 
 
 def test_the_source_is_cancelled_only_before_the_grant_or_after_the_destination_renounced() -> None:
@@ -173,7 +199,9 @@ def test_an_unknown_destination_never_leads_to_a_start_after_the_grant() -> None
     for view in walk().views:
         if view.target is Target.UNKNOWN and view.grant is Grant.SENT and view.step is Step.STARTED:
             row = next(row for row in SOURCE_ROWS if row.matches(view))
-            assert row.label == "G-uncertain"
+            assert row.label in ("G-uncertain", "G-uncertain-broken", "G-uncertain-hold")
+            assert row.do in (Effect.ASK_TARGET, Effect.RECONNECT)
+            assert row.then is Effect.FENCE_TARGET
 
 
 def test_the_attempt_is_cleaned_up_only_when_it_is_settled_where_the_guest_is() -> None:

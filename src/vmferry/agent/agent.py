@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from vmferry import __version__
-from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act
+from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act, standing
+from vmferry.agent.blockers import Blockers
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
 from vmferry.agent.host import Host, Listening, LocalHost
+from vmferry.agent.job_book import JobBook
 from vmferry.agent.machine import Machine
+from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
@@ -37,6 +40,7 @@ from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
+from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.core.table import Outcome
 from vmferry.errors import NotTrusted
 from vmferry.jobs.journal import Entry, JournalStore
@@ -92,6 +96,9 @@ class Agent:
             self._on_peer, version=VERSION, clock=self.clock, name="peer", prompt=PROMPT_FOR_AGENTS
         )
         self.planner = Planner(self)
+        self.monitors = Monitors(self)
+        self.jobs = JobBook(self)
+        self.blockers = Blockers(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -119,6 +126,7 @@ class Agent:
         await self.host.listen_for_people(self.control_server, self.config.control_socket)
         try:
             await restore(self)
+            await self.monitors.settle()
             if self.config.listen is not None:
                 context = None if self._is_clear else tls.server_context(self._pki)
                 self._listener = await self.host.listen_for_agents(
@@ -140,6 +148,7 @@ class Agent:
             self._listener.close()
         await self.control_server.close()
         await self.peer_server.close()
+        await self.monitors.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -152,6 +161,7 @@ class Agent:
                 await place.machine.close()
             if place.listener is not None:
                 await place.listener.close()
+            await standing.close(place)
         holders: list[SourceAttempt | DestinationAttempt] = [*self.attempts.values(), *self.places.values()]
         for holder in holders:
             for channel in holder.channels:
@@ -169,6 +179,7 @@ class Agent:
         told = {"host": self.config.name, **data}
         self.control_server.broadcast(name, told)
         self.peer_server.broadcast(name, told)
+        self.monitors.tell(name, told)
 
     def clock_offset_s(self, host: str) -> float:
         link = self.peers.link(host)
@@ -201,6 +212,8 @@ class Agent:
         if kept.is_leaving or (kept.machine is not None and kept.machine.is_gone):
             if self.vms.get(attempt.vm) is kept:  # never another VM that has the name since
                 del self.vms[attempt.vm]
+                self.monitors.changed()
+                self.blockers.forget(attempt.vm)
             if kept.machine is not None:
                 self.keep_task(asyncio.create_task(kept.machine.close(), name=f"close-{attempt.vm}"))
             if kept.directory:
@@ -208,6 +221,10 @@ class Agent:
         else:
             self.hold(kept)
         self.publish("JOB_ENDED", wire)
+        self.jobs.ended(
+            MIGRATE.name, attempt.job, wire, auto_dismiss=attempt.wanted.auto_dismiss,
+            auto_finalize=attempt.wanted.auto_finalize,
+        )  # fmt: skip
 
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         machine = attempt.machine
@@ -221,11 +238,19 @@ class Agent:
             machine=machine,
         )
         self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
+        await self.blockers.take_along(attempt.vm, attempt.place.blockers)
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
+
+    async def tend_door(self, attempt: DestinationAttempt) -> None:
+        await standing.tend(attempt)
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()
         self.publish("TARGET", attempt.facts_wire())
+        self.jobs.ended(
+            INCOMING.name, attempt.job, attempt.result_wire(outcome), auto_dismiss=attempt.place.auto_dismiss,
+            auto_finalize=True,
+        )  # fmt: skip
         if outcome is Outcome.DESTINATION:
             self.hold(self.vms[attempt.vm])
             return
@@ -237,6 +262,7 @@ class Agent:
 
     def hold(self, kept: KeptVm) -> None:
         """This VM has no attempt: its events and its end are the agent's to hear."""
+        self.monitors.changed()
         if kept.machine is None:
             return
         kept.machine.on_event = None
@@ -244,6 +270,7 @@ class Agent:
 
     def _on_vm_gone(self, kept: KeptVm) -> None:
         log.warning("vm=%s pid=%d result=gone", kept.name, kept.identity.pid)
+        self.monitors.changed()
         self.publish("VM_GONE", {"vm": kept.name, "text": vm_spawn.tail_log(f"{kept.directory}/qemu.log")})
 
     def run_attempt(self, attempt: SourceAttempt) -> None:
@@ -274,13 +301,13 @@ class Agent:
     # --- commands and events ---
 
     async def _on_control(self, session: Any, command: Any) -> Any:
-        return await self._to_the_end(control.handle(self, command.name, command.arguments), command.name)
+        return await self.to_the_end(control.handle(self, command.name, command.arguments), command.name)
 
     async def _on_peer(self, session: Any, command: Any) -> Any:
         body = peer_commands.handle(self, session, command.name, command.arguments)
-        return await self._to_the_end(body, command.name)
+        return await self.to_the_end(body, command.name)
 
-    async def _to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
+    async def to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
         """A command that was begun is carried out although its client goes away in the middle."""
         task = asyncio.create_task(body, name=f"command-{name}")
         self.keep_task(task)

@@ -57,7 +57,8 @@ KEEPALIVE_COUNT = 6
 
 _MAGIC = b"VMFERRY\x01"
 _GREETING = struct.Struct(f"!8s16s{NAME_BYTES_MAX}s32s")
-_REPLY_BYTES = 32
+GREETING_BYTES = _GREETING.size
+REPLY_BYTES = 32
 
 Address = tuple[str, int]
 
@@ -72,14 +73,14 @@ class Ticket:
 
     def greeting(self) -> bytes:
         """What the source sends first."""
-        return _GREETING.pack(_MAGIC, _job_tag(self.job_id), self.channel.encode(), self._proof(b"source"))
+        return _GREETING.pack(_MAGIC, job_tag(self.job_id), self.channel.encode(), self._proof(b"source"))
 
     def reply(self) -> bytes:
         """What the destination answers."""
         return self._proof(b"destination")
 
     def _proof(self, role: bytes) -> bytes:
-        text = b"\0".join((b"vmferry channel", role, _job_tag(self.job_id), self.channel.encode()))
+        text = b"\0".join((b"vmferry channel", role, job_tag(self.job_id), self.channel.encode()))
         return hmac.digest(self.token, text, "sha256")
 
 
@@ -116,6 +117,8 @@ class ChannelEnd(Protocol):
     def entrust(self, pid: int) -> bool: ...
 
     def is_held_by(self, pid: int) -> bool: ...
+
+    async def spoken(self, *, deadline_s: float) -> bool: ...
 
     def cut(self) -> None: ...
 
@@ -210,6 +213,20 @@ class Channel:
         """
         return self.inode in descriptors.socket_descriptors(pid)
 
+    async def spoken(self, *, deadline_s: float) -> bool:
+        """Wait until the peer has sent something, which stays for whoever reads next. False when the connection ended
+        instead, or nothing came in time. Only before it is entrusted."""
+        loop, descriptor, heard = asyncio.get_running_loop(), self._socket.fileno(), asyncio.Event()
+        loop.add_reader(descriptor, heard.set)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await heard.wait()
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except (TimeoutError, OSError):
+            return False
+        finally:
+            loop.remove_reader(descriptor)
+
     def cut(self) -> None:
         """End the connection for both QEMUs at once, whoever else holds descriptors of it. Never raises.
 
@@ -292,17 +309,7 @@ class ChannelListener:
 
         Raises Unfit when one of them cannot be bound; then nothing listens.
         """
-        assert hosts, "a listener needs an address"
-        servers: list[socket.socket] = []
-        choices = tuple(ports)
-        try:
-            for host in hosts:
-                servers.append(_bind_first(host, choices))
-        except Unfit:
-            for server in servers:
-                server.close()
-            raise
-        return cls(job_id, servers, greeting_s_max)
+        return cls(job_id, bind_all(hosts, ports), greeting_s_max)
 
     def expect(self, channel: str) -> Ticket:
         """A fresh ticket for a channel of this name; the name is used once per job."""
@@ -381,13 +388,13 @@ class ChannelListener:
         """Read one greeting; was the connection given to its channel?"""
         try:
             async with asyncio.timeout(self._greeting_s_max):
-                greeting = await _receive_exactly(connection, _GREETING.size)
+                greeting = await receive_exactly(connection, GREETING_BYTES)
                 ticket = self._ticket_for(greeting)
                 if ticket is None:
                     return False
                 # Rule 1: void before the next await, so a second greeter finds nothing.
                 del self._tickets[ticket.channel]
-                _tune(connection)
+                tune(connection)
                 await asyncio.get_running_loop().sock_sendall(connection, ticket.reply())
             return self._deliver(ticket, connection)
         except (OSError, EOFError):
@@ -428,14 +435,14 @@ async def dial(addresses: Sequence[Address], ticket: Ticket, *, deadline_s: floa
             async with asyncio.timeout(share_s):
                 return await _dial_one(address, ticket)
         except TimeoutError:
-            failures.append(f"{_text(address)} did not answer")
+            failures.append(f"{address_text(address)} did not answer")
         except EOFError:
-            failures.append(f"{_text(address)} hung up on the greeting")
+            failures.append(f"{address_text(address)} hung up on the greeting")
         except NotTrusted:
             impostor = True
-            failures.append(f"{_text(address)} answered without the token")
+            failures.append(f"{address_text(address)} answered without the token")
         except OSError as error:
-            failures.append(f"{_text(address)}: {_reason(error)}")
+            failures.append(f"{address_text(address)}: {reason_of(error)}")
     kind: type[VmferryError] = NotTrusted if impostor else HostUnreachable
     sentence = f"the {ticket.channel} channel cannot be opened: {'; '.join(failures)}"
     raise kind(sentence, hint="check that the migration ports are open at the destination")
@@ -443,14 +450,14 @@ async def dial(addresses: Sequence[Address], ticket: Ticket, *, deadline_s: floa
 
 async def _dial_one(address: Address, ticket: Ticket) -> Channel:
     loop = asyncio.get_running_loop()
-    family, target = _resolve(address)
+    family, target = resolve(address)
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
         connection.setblocking(False)
         await loop.sock_connect(connection, target)
-        _tune(connection)
+        tune(connection)
         await loop.sock_sendall(connection, ticket.greeting())
-        reply = await _receive_exactly(connection, _REPLY_BYTES)
+        reply = await receive_exactly(connection, REPLY_BYTES)
         if not hmac.compare_digest(reply, ticket.reply()):
             raise NotTrusted("the destination did not prove that it knows the token")
         connection.setblocking(True)
@@ -460,7 +467,7 @@ async def _dial_one(address: Address, ticket: Ticket) -> Channel:
         raise
 
 
-async def _receive_exactly(connection: socket.socket, count: int) -> bytes:
+async def receive_exactly(connection: socket.socket, count: int) -> bytes:
     """Exactly `count` bytes, and not one more taken from the kernel. Raises EOFError when they end early."""
     loop = asyncio.get_running_loop()
     received = b""
@@ -472,11 +479,26 @@ async def _receive_exactly(connection: socket.socket, count: int) -> bytes:
     return received
 
 
+def bind_all(hosts: Sequence[str], ports: Iterable[int]) -> list[socket.socket]:
+    """Listens at each of the hosts, on the first free port of `ports`. Raises Unfit; then nothing listens."""
+    assert hosts, "a listener needs an address"
+    servers: list[socket.socket] = []
+    choices = tuple(ports)
+    try:
+        for host in hosts:
+            servers.append(_bind_first(host, choices))
+    except Unfit:
+        for server in servers:
+            server.close()
+        raise
+    return servers
+
+
 def _bind_first(host: str, ports: Sequence[int]) -> socket.socket:
     reason = "no port was given"
     for port in ports:
         try:
-            family, target = _resolve((host, port))
+            family, target = resolve((host, port))
         except OSError:
             reason = "that is not an IP address"
             break
@@ -489,7 +511,7 @@ def _bind_first(host: str, ports: Sequence[int]) -> socket.socket:
             server.listen(BACKLOG)
         except OSError as error:
             server.close()
-            reason = _reason(error)
+            reason = reason_of(error)
             continue
         server.setblocking(False)
         return server
@@ -497,13 +519,14 @@ def _bind_first(host: str, ports: Sequence[int]) -> socket.socket:
     raise Unfit(f"the migration channel cannot listen at {host}, {span}: {reason}", side="destination")
 
 
-def _resolve(address: Address) -> tuple[int, Any]:
+def resolve(address: Address) -> tuple[int, Any]:
     """The family and the kernel's form of an IP address and port. Numbers only: names would need a thread."""
     found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][0], found[0][4]
 
 
-def _tune(connection: socket.socket) -> None:
+def tune(connection: socket.socket) -> None:
+    """What a migration channel needs of the kernel."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
@@ -512,7 +535,8 @@ def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS_MAX)
 
 
-def _job_tag(job_id: str) -> bytes:
+def job_tag(job_id: str) -> bytes:
+    """A job's name on the wire: 16 bytes that say nothing of it."""
     return hashlib.sha256(job_id.encode()).digest()[:16]
 
 
@@ -520,13 +544,15 @@ def _address(name: tuple[str, int] | tuple[str, int, int, int]) -> Address:
     return name[0], name[1]
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Why the kernel said no, in its words."""
     # asyncio puts a text of its own into a failed connect, and a resolver's errors are not errno values.
     resolver = isinstance(error, socket.gaierror) or error.errno is None
     return str(error.strerror or error) if resolver else os.strerror(error.errno or 0)
 
 
-def _text(address: Address) -> str:
+def address_text(address: Address) -> str:
+    """The address for people."""
     return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
 
 

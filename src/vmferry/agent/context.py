@@ -17,6 +17,7 @@ from vmferry.jobs.journal import JournalStore
 from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
+    from vmferry.agent.blockers import Blockers
     from vmferry.agent.destination import DestinationAttempt
     from vmferry.agent.plan import Plan
     from vmferry.agent.source import SourceAttempt
@@ -33,6 +34,7 @@ class Context(Protocol):
     peers: Peers
     job_directory: Path
     """Where credentials of jobs lie."""
+    blockers: Blockers
     source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]]
     destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]]
 
@@ -54,7 +56,7 @@ class Context(Protocol):
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         """New counters of QEMU: progress, and the policy that may ask for postcopy."""
 
-    def keep_task(self, task: asyncio.Task[None]) -> None:
+    def keep_task(self, task: asyncio.Task[Any]) -> None:
         """Holds a task of an attempt until it is over; the agent's close awaits it."""
 
     def tail_log(self, runtime: RuntimePaths) -> str:
@@ -65,6 +67,9 @@ class Context(Protocol):
 
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         """The guest runs here: keep it as this host's own, durably."""
+
+    async def tend_door(self, attempt: DestinationAttempt) -> None:
+        """A place that needs its source listens for it beside the agents' link, and no other does."""
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         """The destination's side is over and journalled."""

@@ -11,27 +11,29 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import inspection, rescue_commands, source_disks, vm_commands
+from vmferry.agent import blockers, inspection, job_commands, rescue_commands, vm_commands
+from vmferry.agent.events import EVENTS
+from vmferry.agent.job_book import JobInfo
 from vmferry.agent.plan_disks import choices
+from vmferry.agent.schema import Schema
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
 from vmferry.core import disks as disk_rules
 from vmferry.core import policy as policies
-from vmferry.core.facts import Fact
-from vmferry.core.option_table import Role
-from vmferry.core.options import Mode, parse_setting, policy_objection, refusal
-from vmferry.core.policy import FailurePolicy, parse_policy
-from vmferry.core.status import is_over, source_status
-from vmferry.errors import Busy, CancelRefused, OptionLocked, UnknownVm, UsageError, VmferryError
+from vmferry.core.blockers import Operation
+from vmferry.core.options import Mode, find_option, policy_objection
+from vmferry.core.policy import FailurePolicy
+from vmferry.errors import Busy, UnknownJob, UnknownVm, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.server import CommandNotFound
 
@@ -66,10 +68,14 @@ class MigrateArguments:
     mode: str = "auto"
     settings: list[str] = field(default_factory=list)
     """'NAME=VALUE' of the option table."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The same options by QEMU's names and with QEMU's own types, whole: what is not named has vmferry's default."""
     multifd: int = 0
     clear_text: bool = False
     postcopy_after_passes: int | None = None
     postcopy_after_ms: int | None = None
+    postcopy_by_hand: bool = False
+    """A postcopy begins only when `vm-start-postcopy` asks for it."""
     accept: list[str] = field(default_factory=list)
     """Codes of blockers that the person takes upon themselves."""
     disks: str | None = None
@@ -79,6 +85,10 @@ class MigrateArguments:
     """'ID=copy' or 'ID=shared' for one disk."""
     policy: dict[str, str] = field(default_factory=dict)
     """What to do in trouble, by the names of `core.policy`."""
+    auto_finalize: bool = True
+    """False: the switchover waits, the guest paused, until `job-finalize`; for a minute, then the guest goes back."""
+    auto_dismiss: bool = True
+    """False: the job stays in `query-jobs` with its result until `job-dismiss`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,34 +131,27 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
     return attempt.brief()
 
 
-async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wanted:
+async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is_plan: bool = False) -> Wanted:
     """Checks what can be checked here and now. Raises Busy, UsageError …; nothing was done."""
     kept = agent.vms[arguments.vm]
     machine = kept.require_machine()
-    current = agent.attempts.get(arguments.vm)
-    if current is not None and not current.ended.is_set():
-        raise Busy(f"{arguments.vm} is on its way to {current.wanted.destination} already (job {current.job})")
-    place = agent.place_of(arguments.vm)
-    if place is not None and not place.ended.is_set():
-        raise Busy(f"{arguments.vm} is still arriving from {place.place.source} (job {place.job})")
+    if not is_plan:
+        agent.blockers.require(arguments.vm, Operation.MIGRATE)  # a plan lists them with all other objections
+    agent.blockers.require_free(arguments.vm, Operation.MIGRATE, people=False)
     if arguments.destination != agent.config.name and arguments.destination not in agent.config.peers:
         agent.peers.link(arguments.destination)  # raises, naming the known hosts
     if arguments.mode not in ("auto", *Mode):
         raise UsageError(f"mode {arguments.mode!r} is not possible; allowed: auto, {', '.join(Mode)}")
-    options: dict[str, Any] = {}
-    for text in arguments.settings:
-        option, value = parse_setting(text)
-        objection = policy_objection(option, value)
-        if objection is not None:
-            raise UsageError(f"{text}: {objection}")
-        options[option.name] = value
+    agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
+    options = _options(arguments)
     _check_postcopy(arguments)
     disks = disk_rules.parse(arguments.disks, arguments.disk)
     disk_rules.choose(choices(kept.definition), disks)
-    policy = FailurePolicy().changed(_policy_changes(arguments.policy))
+    policy = FailurePolicy().changed(job_commands.policy_changes(arguments.policy))
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
+        "by_hand": 1 if arguments.postcopy_by_hand else None,
     }
     return Wanted(
         job=job,
@@ -164,20 +167,24 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str) -> Wa
         policy=policy,
         disks=disks,
         verify_disks=arguments.verify_disks,
+        auto_finalize=arguments.auto_finalize,
+        auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
         running_before=await machine.run_state() == "running",
     )
 
 
-def _policy_changes(policies: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of `FailurePolicy` in their plain form. Raises UsageError naming what is possible."""
-    changes: dict[str, Any] = {}
-    for name, text in policies.items():
-        try:
-            changes |= parse_policy(name, text)
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}") from error
-    return changes
+def _options(arguments: MigrateArguments) -> dict[str, Any]:
+    """What the person chose, whole. Raises UsageError for what can never be set, or may not be."""
+    policies_among = [text for text in arguments.settings if text.partition("=")[0] in policies.NAMES]
+    if policies_among:
+        raise UsageError(f"{policies_among[0]} is a policy and no option of QEMU; it is given as one")
+    options, _ = job_commands.split_settings(arguments.settings, arguments.config)
+    for name, value in options.items():
+        objection = policy_objection(find_option(name), value)
+        if objection is not None:
+            raise UsageError(f"{name}: {objection}")
+    return options
 
 
 def _check_postcopy(arguments: MigrateArguments) -> None:
@@ -196,100 +203,51 @@ def _check_postcopy(arguments: MigrateArguments) -> None:
 
 async def plan(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
     """Asks both hosts whether and how the guest could go; changes nothing."""
-    wanted = await wanted_from(agent, arguments, "plan")
+    wanted = await wanted_from(agent, arguments, "plan", is_plan=True)
     found = await agent.planner.plan(wanted, agent.vms[arguments.vm], running_job=False)
     return found.wire(arguments.vm, agent.config.name, arguments.destination)
 
 
 async def cancel(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Cancels the VM's migration. Raises CancelRefused with the reason after the grant; a second cancel, and
-    one after the end, change nothing.
-
-    A want is durable before anything follows from it, and the grant may go out while the disk is written:
-
-    1. a cancel is asked for, and nothing speaks against it  2. CANCEL_WANTED is being written  3. the grant is sent
-    4. it is too late: CANCEL_REFUSED is written  5. the person hears that  6. the agent restarts
-
-    An agent that dies before 4 has told nobody anything and reads a cancel, which after 3 only asks the destination
-    whether it ran the guest. After 4 it reads none: what a person was told holds."""
+    """`job-cancel` by the VM's name. Raises CancelRefused with the reason after the grant; a second cancel, and one
+    after the end, change nothing."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None:
         raise UsageError(f"{arguments.vm} has no migration to cancel")
-    if not attempt.ended.is_set() and attempt.want_cancel():
-        await agent.journal.append(Entry.CANCEL_WANTED, attempt.job)
-        try:
-            is_new = attempt.want_cancel()
-        except CancelRefused:
-            if Fact.CANCEL not in attempt.facts:  # what was accepted is not taken back by another one's refusal
-                await agent.journal.append(Entry.CANCEL_REFUSED, attempt.job)
-            raise
-        if is_new:
-            attempt.note(Fact.CANCEL, by="person")
+    await job_commands.cancel(agent, attempt)
     return attempt.brief()
 
 
 async def change(agent: Agent, arguments: SetArguments) -> dict[str, Any]:
-    """Changes options and policies of the running migration, options where their windows allow it. Raises
-    OptionLocked, and HostUnreachable when the destination did not hear of a policy: this side has it then."""
-    pairs = [text.partition("=") for text in arguments.settings]
-    changes = _policy_changes({name: value for name, _, value in pairs if name in policies.NAMES})
-    settings = [text for text in arguments.settings if text.partition("=")[0] not in policies.NAMES]
-    for text in settings:
-        parse_setting(text)  # a value that can never be set is said to be so, whatever is going on
+    """`job-change` by the VM's name."""
+    agent.blockers.require(arguments.vm, Operation.SET)
     attempt = agent.attempts.get(arguments.vm)
-    if attempt is None or attempt.ended.is_set():
-        raise OptionLocked(
-            f"{arguments.vm} has no migration whose options could change",
-            hint="give options when it starts: vmferry migrate NAME HOST --set NAME=VALUE",
-        )
-    values: dict[str, Any] = {}
-    for text in settings:
-        option, value = parse_setting(text)
-        reason = policy_objection(option, value) or refusal(
-            option,
-            source_status(attempt.facts),
-            role=Role.SOURCE,
-            cleanup_done=is_over(attempt.facts),
-            attempt=attempt.wanted.generation,
-            has_attempt=True,
-        )
-        if reason is not None and not (option.name == "max-bandwidth" and source_disks.are_copied(attempt)):
-            raise OptionLocked(f"{option.name} cannot change now: {reason}")
-        values[option.name] = value
-    if values:
-        await attempt.machine.execute("migrate-set-parameters", values)
-        if "max-bandwidth" in values:
-            await source_disks.change_speed(attempt, int(values["max-bandwidth"]))
-    if changes:
-        await attempt.change_policy(changes)
-    round_no = attempt.facts.last_round(Fact.SET_OPTION) + 1
-    attempt.note(Fact.SET_OPTION, round_no=round_no, text=", ".join(arguments.settings), by="person")
-    return {"set": {**values, **changes}}
+    return {"set": await job_commands.change(attempt, arguments.settings, {}, vm=arguments.vm)}
 
 
 async def start_postcopy(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
-    """Asks for the switch to postcopy now. Raises OptionLocked for a precopy, and UsageError without a migration."""
+    """`job-change` of the mode by the VM's name. Raises OptionLocked for a precopy, UsageError without a migration."""
     attempt = agent.attempts.get(arguments.vm)
     if attempt is None or attempt.ended.is_set():
         raise UsageError(f"{arguments.vm} has no migration on its way")
-    mode = attempt.wanted.mode if attempt.plan is None else attempt.plan.mode
-    if mode == Mode.PRECOPY:
-        raise OptionLocked(f"{arguments.vm}: this migration was started as {mode}")
-    if Fact.START_POSTCOPY not in attempt.facts:
-        await agent.journal.append(Entry.POSTCOPY_WANTED, attempt.job)
-        attempt.note(Fact.START_POSTCOPY, text="by hand", by="person")
+    agent.blockers.require(arguments.vm, Operation.SET)
+    await job_commands.start_postcopy(agent, attempt)
     return attempt.brief()
 
 
 async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
     """The newest migration of a VM, or one by its id: as it stands, or as it ended."""
+    if arguments.job in agent.jobs.dismissed:
+        raise UnknownJob(f"the job {arguments.job} was dismissed")
     for attempt in agent.attempts.values():
+        if attempt.job in agent.jobs.dismissed:
+            continue
         if arguments.job == attempt.job or (arguments.vm and arguments.vm == attempt.vm):
             return attempt.wire()
     if arguments.job in agent.results:
         return agent.results[arguments.job]
     for wire in reversed(list(agent.results.values())):
-        if arguments.vm and wire["vm"] == arguments.vm:
+        if arguments.vm and wire["vm"] == arguments.vm and wire["job"] not in agent.jobs.dismissed:
             return dict(wire)
     if arguments.vm in agent.vms:
         arrived = await vm_commands.arrival(agent, arguments.vm)
@@ -311,6 +269,8 @@ class CommandRow:
     at_vm: bool = False
     of_job: bool = False
     """About the VM's migration: that is conducted by its source, also while the guest runs elsewhere already."""
+    returns: object = Any
+    """The type of the answer, for the schema."""
     of_place: bool = False
     """Can be said of a VM that is only awaited here, too."""
     forward_s: float = FORWARD_S
@@ -342,7 +302,37 @@ async def _stop(agent: Agent, arguments: vm_commands.StopArguments) -> dict[str,
 
 
 async def _commands(agent: Agent, arguments: NoArguments) -> list[dict[str, str]]:
-    return [{"name": name} for name in sorted(COMMANDS)]
+    return [{"name": name} for name in sorted((*COMMANDS, "qmp_capabilities"))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandName:
+    """One line of `query-commands`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapabilitiesArguments:
+    """`qmp_capabilities`, which the session itself answers."""
+
+    enable: list[Literal["oob"]] = field(default_factory=list)
+
+
+async def _schema(agent: Agent, arguments: NoArguments) -> list[dict[str, Any]]:
+    return schema_wire()
+
+
+@functools.cache
+def schema_wire() -> list[dict[str, Any]]:
+    """The answer to `query-qmp-schema`."""
+    schema = Schema()
+    schema.command("qmp_capabilities", CapabilitiesArguments, NoArguments)
+    for name, row in COMMANDS.items():
+        schema.command(name, row.arguments, row.returns)
+    for name, data in EVENTS.items():
+        schema.event(name, data)
+    return schema.wire()
 
 
 COMMANDS: dict[str, CommandRow] = {
@@ -357,6 +347,16 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
     "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),
     "job-status": CommandRow(JobArguments, job_status, at_vm=True, of_job=True),
+    "blocker-add": CommandRow(blockers.AddArguments, blockers.add, at_vm=True),
+    "blocker-remove": CommandRow(blockers.RemoveArguments, blockers.remove, at_vm=True),
+    "query-jobs": CommandRow(NoArguments, job_commands.query_jobs, returns=list[JobInfo]),
+    "job-cancel": CommandRow(job_commands.JobId, job_commands.job_cancel, returns=JobInfo),
+    "job-pause": CommandRow(job_commands.JobId, job_commands.job_pause, returns=JobInfo),
+    "job-resume": CommandRow(job_commands.JobId, job_commands.job_resume, returns=JobInfo),
+    "job-complete": CommandRow(job_commands.JobId, job_commands.job_complete, returns=JobInfo),
+    "job-finalize": CommandRow(job_commands.JobId, job_commands.job_finalize, returns=JobInfo),
+    "job-dismiss": CommandRow(job_commands.JobId, job_commands.job_dismiss),
+    "job-change": CommandRow(job_commands.ChangeArguments, job_commands.job_change, returns=JobInfo),
     "rescue-bring-back": CommandRow(
         rescue_commands.RescueArguments, rescue_commands.bring_back, at_vm=True, of_job=True, forward_s=limits.RESCUE_S
     ),
@@ -373,7 +373,8 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-resolve": CommandRow(rescue_commands.ResolveArguments, rescue_commands.resolve, at_vm=True, of_job=True),
     "doctor": CommandRow(NoArguments, _doctor),
     "agent-status": CommandRow(NoArguments, _agent_status),
-    "query-commands": CommandRow(NoArguments, _commands),
+    "query-commands": CommandRow(NoArguments, _commands, returns=list[CommandName]),
+    "query-qmp-schema": CommandRow(NoArguments, _schema),
 }
 
 

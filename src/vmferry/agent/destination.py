@@ -20,9 +20,11 @@ import contextlib
 import logging
 from typing import Any
 
+from vmferry.agent import job_events
 from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.host import Freezes
+from vmferry.agent.knock import KnockDoor
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
 from vmferry.agent.observe import destination_findings
@@ -30,6 +32,7 @@ from vmferry.agent.wants import Place
 from vmferry.core.decide import destination_allows, destination_row
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact, FactLog, open_round
+from vmferry.core.job import INCOMING
 from vmferry.core.report import place_wire
 from vmferry.core.status import derive_destination
 from vmferry.core.table import Outcome, Row
@@ -81,6 +84,12 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """How often the channel was made anew."""
         self.recovering: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when QEMU has taken the newest of them to recover on."""
+        self.joining = asyncio.Lock()
+        """Held while QEMU is given a channel to recover on: one try at a time."""
+        self.door: KnockDoor | None = None
+        """Where the source may call when the agents' link is down."""
+        self.called_round = 0
+        """The newest round that a caller there began: orders that are older come late."""
         self.error_text = ""
         self.error: VmferryError | None = None
         self.resume_s: float | None = None
@@ -140,7 +149,11 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
 
     def on_facts(self, before: FactLog, after: FactLog) -> None:
         self.changed.set()
+        self.revision += 1
         was, now = derive_destination(before), derive_destination(after)
+        job_events.tell(
+            self.context, INCOMING, job=self.job, vm=self.vm, revision=self.revision, before=before, after=after
+        )
         if was.status is not now.status:
             data = {
                 "vm": self.vm,
@@ -155,7 +168,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.context.publish("TARGET", self.facts_wire())
 
     def on_row(self, row: Row[DestinationEffect]) -> None:
-        self.context.publish("JOB_CHANGE", self.brief())
+        self.revision += 1
+        job_events.tell_change(self.context, self.brief(), revision=self.revision)
 
     # --- inputs ---
 
@@ -240,9 +254,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """Asks QEMU for its word and run state whenever an answer may have changed."""
         machine = self.machine
         if machine is None or machine.is_gone:
-            self._note_exit()
+            self.note_exit()
             return
         cut_what_was_let_go(self.channels, machine.pid)
+        await self.context.tend_door(self)
         await self._ask_source_if_orphaned()
         settled = Fact.LOADED in self.facts and Fact.COMMITTED not in self.facts
         due = self.clock.now_s() - self._asked_s >= (1.0 if settled or self._word is None else 0.5)
@@ -304,8 +319,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             self.unanswered = None
             self.note(Fact.START_REFUSED, round_no=tries, text="cont had no effect, and was answered late", by="agent")
 
-    def _note_exit(self) -> None:
-        if self.machine is not None and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
+    def note_exit(self) -> None:
+        """Why the QEMU ended, if it ended by itself."""
+        is_gone = self.machine is not None and self.machine.is_gone
+        if is_gone and Fact.ERROR not in self.facts and Fact.TARGET_RAN not in self.facts:
             words = self.context.tail_log(self.runtime)
             self.fail(QemuError(f"the destination's QEMU ended: {words or 'no reason given'}", side="destination"))
 
@@ -409,6 +426,24 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
             error=self.error.to_wire() if self.error is not None else None,
             over=self.ended.is_set(),
         )
+
+    def result_wire(self, outcome: Outcome) -> dict[str, Any]:
+        """How this side ended, for the journal and for who reads the ended job."""
+        ran, host = outcome is Outcome.DESTINATION, self.context.config.name
+        why = f": {self.error_text}" if self.error_text else ""
+        sentence = f"{self.vm} runs on {host}." if ran else f"{host} gave its place for {self.vm} up{why}."
+        if outcome is Outcome.LOST:
+            sentence = f"{self.vm} ran on {host}, and its QEMU is gone."
+        total = int(self.place.definition.get("memory_bytes", 0))
+        moved = {"current_bytes": total if ran else 0, "whole_bytes": total, "percent": 100 if ran else 0}
+        more: dict[str, Any] = {
+            "outcome": outcome.value,
+            "over": True,
+            "notes": [],
+            "sentence": sentence,
+            "progress": moved,
+        }
+        return {**self.wire(), **self.brief(), **more}
 
     async def until(self, *facts: Fact, deadline_s: float) -> None:
         """Waits until one of the facts is recorded or the deadline has passed; says nothing about which."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import assert_never
 
-from vmferry.agent import destination_disks, recovery
+from vmferry.agent import destination_disks, knock, recovery, standing
 from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
@@ -85,6 +85,9 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     # Side by side: QEMU answers one after another, and the agent need not wait between two questions.
     seen, _ = await asyncio.gather(hardware.look(machine.execute), set_options(machine, commands, place.expected))
     offer["hardware"] = [list(part) for part in seen.parts]
+    ports = knock.ports_of(attempt.job, *context.config.migration_ports)
+    if place.recovery_token and ports:
+        offer["recovery"] = {"token": place.recovery_token, "hosts": context.config.data_addresses, "ports": ports}
     if place.disks:
         offer["disks"] = await destination_disks.serve(attempt)  # the door is opened when they are there: `open_door`
     else:
@@ -249,7 +252,11 @@ async def _renounce(attempt: DestinationAttempt) -> None:
     """Makes durable that the QEMU, which never ran, never will, and kills it. Only then is it said.
 
     Durable first: 1. an order to start is in the journal, and was refused  2. the QEMU is killed  3. the agent dies
-    4. the next one finds an order and no QEMU, and must take the guest for one that ran and died."""
+    4. the next one finds an order and no QEMU, and must take the guest for one that ran and died.
+
+    With the reason: 1. QEMU is asked something  2. it dies  3. the table hears of that, not of a question without an
+    answer, and nobody has looked why."""
+    attempt.note_exit()
     if not attempt.is_renounced:
         await attempt.context.journal.append(Entry.RENOUNCED, attempt.job, {"text": attempt.error_text})
         attempt.is_renounced = True
@@ -268,15 +275,14 @@ async def _report_died(attempt: DestinationAttempt) -> None:
 async def _finish(attempt: DestinationAttempt, outcome: Outcome) -> None:
     """Gives back sockets and credentials; the runtime directory too unless the guest lives there now."""
     await _thaw(attempt)
+    await standing.close(attempt)
     if attempt.listener is not None:
         await attempt.listener.close()
     for channel in attempt.channels:
         channel.close()
     if not attempt.place.clear_text:
         await _drop_credentials(attempt)
-    await attempt.context.journal.append(
-        Entry.ENDED, attempt.job, {**attempt.brief(), "outcome": outcome.value, "over": True}
-    )
+    await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.result_wire(outcome))
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     await attempt.context.place_ended(attempt, outcome)

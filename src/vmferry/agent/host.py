@@ -13,17 +13,18 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmferry.agent import channel as channels
-from vmferry.agent import images, rescue
+from vmferry.agent import images, knock, rescue
 from vmferry.agent import machine as machines
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
 from vmferry.agent.images import Identity
+from vmferry.agent.knock import KnockDoor, OnCaller
 from vmferry.agent.machine import Machine
 from vmferry.agent.processes import find_qemu
 from vmferry.agent.relayed import RelayedChannel
-from vmferry.agent.wants import PlacedDisk
+from vmferry.agent.wants import PlacedDisk, RecoveryWay
 from vmferry.clock import Clock
 from vmferry.core.disk_reports import RoomReport
 from vmferry.core.rescue import NeverRan
@@ -111,6 +112,14 @@ class Host(Protocol):
 
     async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
         """A channel to another host. Raises HostUnreachable or NotTrusted."""
+
+    async def open_door(
+        self, job: str, token: str, hosts: Sequence[str], ports: Sequence[int], on_caller: OnCaller
+    ) -> KnockDoor:
+        """Where the source of a broken postcopy may call. Raises Unfit."""
+
+    async def call_door(self, job: str, way: RecoveryWay) -> tuple[ChannelEnd, dict[str, Any]]:
+        """Calls at another host's: the channel, and the word. Raises HostUnreachable or NotTrusted."""
 
     def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
         """The same channel, its bytes passed on to and from a process that listens at `path`. Takes `channel` over."""
@@ -203,6 +212,14 @@ class LocalHost:
 
     async def dial_channel(self, addresses: Sequence[Address], ticket: Ticket, *, deadline_s: float) -> ChannelEnd:
         return await channels.dial(addresses, ticket, deadline_s=deadline_s)
+
+    async def open_door(
+        self, job: str, token: str, hosts: Sequence[str], ports: Sequence[int], on_caller: OnCaller
+    ) -> KnockDoor:
+        return await knock.KnockListener.listen(job, token, hosts, ports, on_caller)
+
+    async def call_door(self, job: str, way: RecoveryWay) -> tuple[ChannelEnd, dict[str, Any]]:
+        return await knock.call(job, way)
 
     def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
         return RelayedChannel(channel, path)

@@ -40,6 +40,8 @@ MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 5.0
 """Pauses between tries of the same effect in the same row: doubled from first to last."""
+DOUBLINGS_MAX = 20
+"""Beyond any last pause; an effect may be tried for days."""
 RESCAN_S = 1.0
 """The loop looks again at least this often, so that a lost wake-up costs a second and never a guest."""
 
@@ -50,6 +52,8 @@ class AttemptLoop(ABC, Generic[E]):
     def __init__(self, *, job: str, vm: str, clock: Clock) -> None:
         self.job, self.vm, self.clock = job, vm, clock
         self.facts = FactLog()
+        self.revision = 0
+        """Grows with everything that is new of the job."""
         self.ended = asyncio.Event()
         self._wake = asyncio.Event()
         self._row: Row[E] | None = None
@@ -89,6 +93,10 @@ class AttemptLoop(ABC, Generic[E]):
     @abstractmethod
     def on_trouble(self, effect: E, error: Exception) -> None:
         """An effect raised: record what that proves."""
+
+    def pause_last_s(self, effect: E) -> float:
+        """The longest pause between two tries of the effect."""
+        return RETRY_LAST_S
 
     def on_facts(self, before: FactLog, after: FactLog) -> None:
         """Called after a fact was added: publish what changed."""
@@ -209,10 +217,11 @@ class AttemptLoop(ABC, Generic[E]):
             self.on_trouble(effect, error)
         except asyncio.CancelledError:
             task.cancel()
+            await asyncio.wait({task})  # what it holds, a socket or a thread, is given back before this has ended
             raise
         finally:
             self.doing = None
             self._idle.set()
-            pause_s = min(RETRY_FIRST_S * 2 ** (self._tries - 1), RETRY_LAST_S)
+            pause_s = min(RETRY_FIRST_S * 2 ** min(self._tries - 1, DOUBLINGS_MAX), self.pause_last_s(effect))
             self._not_before_s = self.clock.now_s() + pause_s
             self._wake.set()

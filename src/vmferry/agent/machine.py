@@ -120,6 +120,8 @@ class Machine:
         self.client: QmpClient | None = None
         self.on_event: EventHandler | None = None
         self.on_gone: Callable[[], None] | None = None
+        self.listeners: set[EventHandler] = set()
+        """Who hears its events beside the one who holds it."""
         self._process, self._connect = process, connect
         self._gone = asyncio.Event()
         self._watch = asyncio.create_task(self._watch_exit(), name=f"exit-{vm}-{identity.pid}")
@@ -163,9 +165,11 @@ class Machine:
             return self.client
 
     def hear(self, event: Event) -> None:
-        """An event of this QEMU arrived: pass it to the one who holds the machine."""
+        """An event of this QEMU arrived: pass it to the one who holds the machine, then to those who listen."""
         if self.on_event is not None:
             self.on_event(event)
+        for listen in tuple(self.listeners):
+            listen(event)
 
     async def execute(
         self,

@@ -8,7 +8,9 @@ recorded once, so saying more than is new is harmless.
 
 A QEMU before 10.2 calls its source `postcopy-active` as soon as the package is built, before the destination
 loaded anything. Its word then proves PACKAGE_SENT only; PACKAGE_LOADED is the destination agent's to say
-(`has_proof` False).
+(`has_proof` False). So it calls itself `postcopy-paused`, too, whether a postcopy broke that runs over there or one
+that never began, and only the latter is an error. What it proves of the channel is held back (`holds_back`) until it
+is known which of the two it is.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ Finding = tuple[Fact, int, str]
 
 PROOF_VERSION = (10, 2)
 """The first QEMU whose source waits for the destination's proof before it says postcopy-active."""
+
+_BROKEN = frozenset({"postcopy-paused", "postcopy-recover-setup", "postcopy-recover"})
+_WHICH = (Fact.PACKAGE_LOADED, Fact.TARGET_GONE, Fact.FENCED, Fact.STAND_IN)
+"""Each says whether the destination has loaded: it has; or it never ran, and nobody waits for it any more."""
 
 _BEGUN: tuple[Finding, ...] = ((Fact.LISTENING, 0, ""), (Fact.HEADER_SEEN, 0, ""))
 _PACKAGE: Finding = (Fact.PACKAGE_SENT, 0, "")
@@ -82,6 +88,11 @@ def arrival(log: FactLog) -> tuple[Finding, ...]:
     return (*_stopped(log), (Fact.CONTINUE, 0, ""), *loaded, *_healed(log), *sent)
 
 
+def holds_back(word: str | None, log: FactLog, *, has_proof: bool) -> bool:
+    """Whether `source_findings` has more to say of this very word once the log says what became of the destination."""
+    return word in _BROKEN and not has_proof and not any(fact in log for fact in _WHICH)
+
+
 def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple[Finding, ...]:
     """What the source QEMU's status word proves; `log` gives the rounds and who ended the attempt."""
     proof = ((Fact.PACKAGE_LOADED, 0, "the return path"),) if has_proof else ()
@@ -101,7 +112,8 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
         case "postcopy-device":
             return (*switched, _PACKAGE)
         case "postcopy-active" | "postcopy-paused" | "postcopy-recover-setup" | "postcopy-recover":
-            return (*switched, _PACKAGE, *proof, *_rounds(word, log))
+            rounds = () if holds_back(word, log, has_proof=has_proof) else _rounds(word, log)
+            return (*switched, _PACKAGE, *proof, *rounds)
         case "completed" if Fact.STAND_IN in log and Fact.ALL_SENT not in log:
             return (*switched, *_healed(log))  # it went to a stand-in, and none of it to the destination
         case "completed":

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, destination_act, destination_disks, inspection, recovery
+from vmferry.agent import control, destination_act, destination_disks, inspection, knock, recovery
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place, PlacedDisk
@@ -135,6 +136,9 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
         clear_text=ca_pem is None,
         policy=msgspec.convert(arguments.get("policy") or {}, FailurePolicy),
         disks=msgspec.convert(arguments.get("disks") or (), tuple[PlacedDisk, ...]),
+        recovery_token=secrets.token_hex(knock.TOKEN_BYTES),
+        auto_dismiss=bool(arguments.get("auto_dismiss", True)),
+        blockers=tuple(dict(blocker) for blocker in arguments.get("blockers", ())),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
     )
     place = DestinationAttempt(agent, wanted)
@@ -266,11 +270,12 @@ async def _reconnect(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
-    return await recovery.reconnect(place)
+    after = arguments.get("after")
+    return await recovery.reconnect(place, after=None if after is None else int(after))
 
 
 async def _recovering(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Answers when the QEMU here has taken the channel to recover on. Raises what kept it from that."""
+    """Answers when the channel to recover on is here and QEMU waits for it. Raises what kept it from that."""
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")

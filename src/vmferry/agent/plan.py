@@ -27,6 +27,7 @@ from vmferry.agent.wants import PlacedDisk, Wanted
 from vmferry.core import converge as core_converge
 from vmferry.core import disks as disk_rules
 from vmferry.core import hazards, preflight
+from vmferry.core.blockers import Operation
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
 from vmferry.core.disk_reports import DiskReport, DiskUse, LocalDisk, RoomReport
 from vmferry.core.facts import Fact
@@ -235,18 +236,19 @@ class Planner:
             wanted, here, there, replace(guest, disks=tuple(d for d in guest.disks if d.path not in copied)),
             source_names, running_job=running_job,
         )  # fmt: skip
-        return (
-            plan
-            if not chosen
-            else _with_disks(
-                plan,
-                here,
-                there,
-                await local_disks(kept, chosen),
-                from_spec=definition.spec is not None,
-                verify=wanted.verify_disks,
+        if chosen:
+            local = await local_disks(kept, chosen)
+            from_spec = definition.spec is not None
+            plan = _with_disks(plan, here, there, local, from_spec=from_spec, verify=wanted.verify_disks)
+        held = [one for one in self.agent.blockers.held(wanted.vm) if one.operation is Operation.MIGRATE]
+        more = (
+            Objection(
+                code="blocked", side="source", message=f"it is blocked by {one.name}: {one.reason}",
+                fix=f"vmferry unblock {wanted.vm} {one.name}",
             )
-        )
+            for one in held
+        )  # fmt: skip
+        return replace(plan, objections=(*plan.objections, *more))
 
     async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef], copies: list[str]) -> HostReport:
         link = self.agent.peers.link(wanted.destination)
@@ -298,7 +300,7 @@ class Planner:
         sample = _sample(attempt, info)
         samples = self._samples.setdefault(attempt.job, [])
         samples.append(sample)
-        attempt.progress = attempt.progress.advance(sample)
+        attempt.tracking.advance(samples)
         if Fact.START_POSTCOPY in attempt.facts or Fact.SWITCHOVER in attempt.facts:
             return
         mode, policy = _policy(attempt)
@@ -360,12 +362,15 @@ def _fence_paths(guest: GuestReport, there: HostReport) -> tuple[str, ...]:
 
 
 def _sample(attempt: SourceAttempt, info: dict[str, Any]) -> Sample:
-    ram = info.get("ram") or {}
+    ram, disk = info.get("ram") or {}, info.get("disk") or {}
     page_bytes = int(ram.get("page-size", 4096))
     return Sample(
         elapsed_ms=float(info.get("total-time", 0)),
         sent_bytes=int(ram.get("transferred", 0)),
-        remaining_bytes=int(ram.get("remaining", 0)),
+        # "remaining" beside the parts (QEMU 11 in postcopy) is the whole of the VM, device state included.
+        remaining_bytes=max(
+            int(ram.get("remaining", 0)) + int(disk.get("remaining", 0)), int(info.get("remaining", 0))
+        ),
         throughput_bytes_per_s=float(ram.get("mbps", 0.0)) * 1e6 / 8,
         dirty_rate_bytes_per_s=float(ram.get("dirty-pages-rate", 0)) * page_bytes,
         passes=_passes(ram, page_bytes),
@@ -490,6 +495,8 @@ def _policy(attempt: SourceAttempt) -> tuple[Mode, ConvergePolicy]:
 
 
 def _asked_start(wanted: Wanted) -> PostcopyStart:
+    if wanted.postcopy.get("by_hand"):
+        return PostcopyStart.HAND
     if wanted.postcopy.get("after_ms") is not None:
         return PostcopyStart.TIME
     if wanted.postcopy.get("after_passes") is not None:

@@ -5,7 +5,7 @@ Theory of operation
 The source's agent asks (`peer-reconnect`), connects, and asks whether QEMU has taken the connection
 (`peer-recovering`). There are two ways to give it to QEMU:
 
-    QEMU answers        getfd, then migrate-recover with `fd:`
+    QEMU answers        getfd, then migrate-recover with `fd:`, once the source's QEMU has begun to speak
     it does not         migrate-pause and migrate-recover with `unix:`, out of band, and a relay (`agent.relayed`)
                         from that address to the connection
 
@@ -17,19 +17,23 @@ handshake's next step (seen with 7.2 and 11.1).
 
 Rule 1: without QEMU's answer its events must have said that it is in postcopy and has lost its channel.
 Rule 2: whatever goes wrong before QEMU has the connection cuts it: the source's QEMU would wait for a peer in vain.
+Rule 3: QEMU gets no connection on which nobody speaks (`core.hazards`: an old one dies of a recovery that breaks off).
+        What waits for a first byte keeps no newer try waiting, and is of no use to QEMU any more once there is one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from vmferry import limits
 from vmferry.agent.channel import ChannelDoor, ChannelEnd
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.core.facts import Fact, open_round, waits_for_channel
-from vmferry.errors import HostUnreachable, QemuError
+from vmferry.errors import Busy, HostUnreachable, QemuError
 from vmferry.qmp.errors import QmpCommandError, QmpTimeout
 
 log = logging.getLogger("vmferry.agent")
@@ -37,15 +41,30 @@ log = logging.getLogger("vmferry.agent")
 ARRIVE_S = 30.0
 """From the offer to the source's connection; the source configures its QEMU in between."""
 PAUSE_S = 3.0
+SPEAK_S = 15.0
+"""From the word that the connection is here until the source's QEMU, told to resume, says something."""
 
 
-async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
-    """Makes the QEMU of a broken postcopy wait for a new channel. Raises QemuError; nothing is changed then."""
+async def reconnect(attempt: DestinationAttempt, *, after: int | None = None) -> dict[str, Any]:
+    """Makes the QEMU of a broken postcopy wait for a new channel. `after`: the newest round of which the source had
+    heard when it asked. Raises QemuError or Busy; nothing is changed then.
+
+    1. the source asks over the link, which holds the message back  2. it gives up, calls at the door (`standing`), and
+    the two are joined  3. the message comes after all: what it would cut is the channel that has just been made."""
+    if attempt.joining.locked():
+        raise Busy(f"{attempt.vm}: its QEMU is being given a channel at this moment", side="destination")
+    if after is not None and after < attempt.called_round:
+        raise Busy(f"{attempt.vm}: an order of before round {attempt.called_round} came late", side="source")
+    async with attempt.joining:
+        return await _offer(attempt)
+
+
+async def _offer(attempt: DestinationAttempt) -> dict[str, Any]:
     machine, config = attempt.machine, attempt.context.config
     assert machine is not None
     for channel in attempt.channels:
         channel.cut()
-    answers = await _pause(attempt)
+    answers = await pause(attempt)
     if attempt.place.multifd:
         return {"uri": await listen_inside(attempt, "migrate-recover", oob=True), "cut_off": open_round(attempt.facts)}
     first, last = config.migration_ports
@@ -59,7 +78,13 @@ async def reconnect(attempt: DestinationAttempt) -> dict[str, Any]:
     ticket = listener.expect(name)
     attempt.context.keep_task(asyncio.create_task(_accept_again(attempt, listener, name, answers=answers), name=name))
     addresses = [list(address) for address in listener.addresses]
-    return {"channel": name, "token": ticket.token.hex(), "addresses": addresses, "cut_off": open_round(attempt.facts)}
+    return {
+        "channel": name,
+        "token": ticket.token.hex(),
+        "addresses": addresses,
+        "round": attempt.rounds,
+        "cut_off": open_round(attempt.facts),
+    }
 
 
 async def listen_inside(attempt: DestinationAttempt, command: str = "migrate-incoming", *, oob: bool = False) -> str:
@@ -88,7 +113,7 @@ def uri_of(info: dict[str, Any]) -> str:
     return f"tcp:{host}:{address['port']}"
 
 
-async def _pause(attempt: DestinationAttempt) -> bool:
+async def pause(attempt: DestinationAttempt) -> bool:
     """Leads QEMU into postcopy-paused. Whether it answers in band. Raises QemuError when it does not get there."""
     machine = attempt.machine
     assert machine is not None
@@ -131,22 +156,11 @@ async def _pause_unheard(attempt: DestinationAttempt) -> None:
 
 
 async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name: str, *, answers: bool) -> None:
-    machine, recovering = attempt.machine, attempt.recovering
-    assert machine is not None
+    recovering = attempt.recovering
     channel: ChannelEnd | None = None
     try:
         channel = await listener.arrived(name, deadline_s=ARRIVE_S)
-        if answers:
-            await hand_over(attempt, channel, name)
-            await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
-        else:
-            # Each try has a path of its own: QEMU takes the one before away when it listens anew.
-            path = attempt.runtime.recovery_path(attempt.rounds)
-            channel = attempt.context.host.relay(channel, path)
-            attempt.channels.append(channel)
-            await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
-        if not recovering.done():
-            recovering.set_result(None)
+        await give(attempt, channel, name, answers=answers, say=lambda: _tell(recovering))
     except (HostUnreachable, QemuError) as error:
         log.warning("job=%s vm=%s command=migrate-recover result=%s", attempt.job, attempt.vm, error)
         if channel is not None:
@@ -155,7 +169,45 @@ async def _accept_again(attempt: DestinationAttempt, listener: ChannelDoor, name
             recovering.set_exception(error)
             recovering.exception()  # whoever asks reads it; nobody may
     finally:
+        if channel is not None and channel not in attempt.channels:
+            channel.close()  # nobody has it, also when this task was ended while it waited for a word
         await listener.close()
+
+
+async def give(
+    attempt: DestinationAttempt, channel: ChannelEnd, name: str, *, answers: bool, say: Callable[[], None]
+) -> None:
+    """Has QEMU take this connection to recover on, once the source's QEMU speaks on it. `say` is called when all is
+    ready for that, while the connection is still ours to speak on. Raises VmferryError, or what `say` raises: the
+    caller cuts the channel then."""
+    machine, number = attempt.machine, attempt.rounds
+    assert machine is not None
+    if answers:
+        say()
+        if not await channel.spoken(deadline_s=SPEAK_S):
+            raise HostUnreachable(f"nobody spoke on {name}: the source has given this try up", side="source")
+    async with attempt.joining:
+        if attempt.rounds != number:
+            raise HostUnreachable(f"{name} is not the newest try any more", side="source")
+        if answers:
+            await hand_over(attempt, channel, name)
+            try:
+                await machine.execute("migrate-recover", {"uri": f"fd:{name}"}, oob=True)
+            except QmpCommandError:
+                with contextlib.suppress(QmpCommandError):  # it may have been used up
+                    await machine.execute("closefd", {"fdname": name})
+                raise
+            return
+        # Each try has a path of its own: QEMU takes the one before away when it listens anew.
+        path = attempt.runtime.recovery_path(number)
+        await machine.execute("migrate-recover", {"uri": f"unix:{path}"}, oob=True)
+        say()  # the relay connects to QEMU when the first byte is there
+        attempt.channels.append(attempt.context.host.relay(channel, path))
+
+
+def _tell(recovering: asyncio.Future[None]) -> None:
+    if not recovering.done():
+        recovering.set_result(None)
 
 
 async def hand_over(attempt: DestinationAttempt, channel: ChannelEnd, name: str) -> None:

@@ -17,7 +17,7 @@ Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest t
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -28,9 +28,10 @@ from vmferry.agent.plan import taken_over
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Mirror, Place, Wanted
+from vmferry.agent.wants import Mirror, Place, RecoveryWay, Wanted
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
+from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.errors import MigrationFailed, QemuError
 from vmferry.jobs.journal import Entry, JobState, Replayed, replay
 from vmferry.pki import job_credentials
@@ -59,6 +60,8 @@ async def restore(agent: Agent) -> None:
             log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
     for body in state.vms.values():
         await _attach(agent, KeptVm.from_journal(body))
+    for vm, held in state.blockers.items():
+        agent.blockers.restore(vm, held.values())
     for job in state.jobs.values():
         if job.role == "source":
             await _source(agent, job)
@@ -83,6 +86,7 @@ async def _attach(agent: Agent, kept: KeptVm) -> None:
 async def _source(agent: Agent, job: JobState) -> None:
     wanted = msgspec.convert(job.body, Wanted)
     if job.ended is not None:
+        agent.jobs.remember(MIGRATE.name, job)
         agent.results[job.job] = job.ended
         return
     kept = agent.vms.get(wanted.vm)
@@ -95,14 +99,17 @@ async def _source(agent: Agent, job: JobState) -> None:
     attempt = SourceAttempt(agent, wanted, kept)
     attempt.saved_options = job.options_before
     attempt.was_restored = True
+    if job.recovery_way is not None:
+        attempt.recovery_way = msgspec.convert(job.recovery_way, RecoveryWay)
     attempt.apply_policy(wanted.policy.changed(job.policy))
     if job.cancel_wanted:
         attempt.note(Fact.CANCEL, text="asked before the restart", by="journal")
-    word = None
+    word, info = None, dict[str, Any]()
     try:
         if kept.machine.is_gone:
             raise QemuError("its process is gone", side="source", guest="unknown")
-        word = (await kept.machine.migration(deadline_s=2.0)).get("status")
+        info = await kept.machine.migration(deadline_s=2.0)
+        word = info.get("status")
         if word in ARRIVED and await kept.machine.run_state(deadline_s=2.0) not in GIVEN_AWAY:
             word = None
         if (await read_options(kept.machine)).get("switchover-ack"):
@@ -117,6 +124,10 @@ async def _source(agent: Agent, job: JobState) -> None:
         attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
     if hazards.waits_for_ever_after_last_page(kept.machine.version):
         attempt.note(Fact.SLOWED, text="it may have been", by="journal")
+    if job.finalize_wanted:
+        attempt.note(Fact.FINALIZE, text="given before the restart", by="journal")
+    if job.paused:
+        attempt.note(Fact.PAUSE, round_no=1, text="before the restart", by="journal")
     if job.postcopy_wanted:
         attempt.note(Fact.START_POSTCOPY, text="by hand, before the restart", by="journal")
     if job.committed_generation is not None:
@@ -135,6 +146,8 @@ async def _source(agent: Agent, job: JobState) -> None:
         attempt.set_readings(target_answers=False)
     else:
         attempt.hear_word(word)
+        if word not in NOT_BEGUN:
+            attempt.count(info)  # progress goes on from where it was, and is not told from the start again
     agent.run_attempt(attempt)
 
 
@@ -170,7 +183,8 @@ async def _given_away(agent: Agent, job: JobState, wanted: Wanted) -> None:
         "notes": ["the source's agent restarted on the way; times are not known"],
     }
     await agent.journal.append(Entry.ENDED, job.job, ended)
-    agent.results[job.job] = ended
+    agent.results[job.job] = job.ended = ended
+    agent.jobs.remember(MIGRATE.name, job)
 
 
 async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
@@ -181,6 +195,7 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
             "job": job.job, "vm": place.vm, "generation": place.generation, "gone": job.renounced, "ran": ran,
             "loaded": ran, "whole": ran, "died": job.ended is not None and job.ended.get("outcome") == "lost",
         }  # fmt: skip
+        agent.jobs.remember(INCOMING.name, job)
         left = agent.host.find_qemu(place.directory) if job.renounced and job.ended is None else None
         if left is not None and agent.host.kill(left):
             # The agent died between the promise and its keeping.

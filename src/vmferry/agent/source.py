@@ -17,19 +17,21 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from vmferry.agent import fences, source_disks
+from vmferry import limits
+from vmferry.agent import fences, job_events, source_disks
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
-from vmferry.agent.observe import PROOF_VERSION, arrival, source_findings
+from vmferry.agent.observe import PROOF_VERSION, arrival, holds_back, source_findings
+from vmferry.agent.tracking import Tracking
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Mirror, Wanted
-from vmferry.core.converge import Progress
+from vmferry.agent.wants import Mirror, RecoveryWay, Wanted
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
-from vmferry.core.facts import Fact, FactLog
+from vmferry.core.facts import Fact, FactLog, wants_pause
+from vmferry.core.job import MIGRATE
 from vmferry.core.options import Mode
 from vmferry.core.policy import FailurePolicy
 from vmferry.core.report import Measured, job_wire
@@ -49,6 +51,7 @@ from vmferry.core.view import (
 )
 from vmferry.errors import (
     CancelRefused,
+    GuestHeld,
     HostUnreachable,
     MigrationFailed,
     NotTrusted,
@@ -113,7 +116,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         """What QEMU said of each of their jobs last, by its id."""
         self.mirrors_stale = True
         self.mirrors_polled_s = float("-inf")
-        self.progress = Progress()
+        self.tracking = Tracking(context.clock, context.clock.now_s())
         self.cancel_tries = 0
         self.memory: Memory | None = None
         """What would outlive the source's QEMU, kept while a destination that runs needs it."""
@@ -124,6 +127,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The guest's writable images as they were when the order to start was sent; see `fences`."""
         self.healed_round = 0
         """The newest loss of the channel, as the destination counts them, that was healed from here."""
+        self.recovery_way: RecoveryWay | None = None
+        """Where the destination may be called when the agents' link is down; journalled."""
+        self.question: asyncio.Task[dict[str, Any]] | None = None
+        """Asked over the link by a try to recover, and not answered yet."""
+        self.heard_round: int | None = None
+        """The newest round of recoveries of which the destination told; None: not known."""
         self.broken_since_s: float | None = None
         """Since when the newest broken channel is tried again, and a person has not said to try it anew."""
         self._memory_asked = False
@@ -134,12 +143,16 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.fd_given = False
         """The channel's descriptor may be in QEMU's hands under its name."""
         self._qemu_word: str | None = None
+        self._word_is_kept = False
+        """Its word says more once it is known what became of the destination."""
         self._run_state: str | None = None
         self._events_heard = 0
         self._stale = True
         self._polled_s = float("-inf")
         self.apply_policy(wanted.policy)
         self.note(Fact.MIGRATE, by="person")
+        if not wanted.auto_finalize:
+            self.note(Fact.HOLD, text="auto-finalize is off", by="person")
         self.machine.on_event = self.on_qemu_event
         self.machine.on_gone = self.on_qemu_gone
 
@@ -155,6 +168,9 @@ class SourceAttempt(AttemptLoop[Effect]):
         # A dial may hang for seconds; once QEMU was told to migrate the effect is nearly over.
         return effect in INTERRUPTIBLE or (effect is Effect.START and Fact.STARTED not in self.facts)
 
+    def pause_last_s(self, effect: Effect) -> float:
+        return limits.RECOVERY_PAUSE_S if effect is Effect.RECONNECT else super().pause_last_s(effect)
+
     async def act(self, effect: Effect) -> None:
         from_hands = self.context.source_hands
         await from_hands(self, effect)
@@ -162,7 +178,7 @@ class SourceAttempt(AttemptLoop[Effect]):
     def on_trouble(self, effect: Effect, error: Exception) -> None:
         """Which errors end the attempt, which only mean that the destination is silent, which are retried."""
         self.trouble = str(error)
-        self.fix = error.hint if isinstance(error, Unfit) else ""
+        self.fix = error.hint if isinstance(error, Unfit | GuestHeld) else ""
         match effect:
             case Effect.START if source_disks.are_copied(self) and isinstance(error, HostUnreachable):
                 # The disks are there, and the mirrors keep them equal: the destination's agent is waited for.
@@ -179,7 +195,11 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self._stale = True
 
     def on_facts(self, before: FactLog, after: FactLog) -> None:
+        self.revision += 1
         was, now = derive_source(before), derive_source(after)
+        job_events.tell(
+            self.context, MIGRATE, job=self.job, vm=self.vm, revision=self.revision, before=before, after=after
+        )
         if was.status is not now.status:
             self.context.publish(
                 "MIGRATION",
@@ -205,7 +225,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             log.debug("job=%s vm=%s view=%s", self.job, self.vm, words)
 
     def on_row(self, row: Row[Effect]) -> None:
-        self.context.publish("JOB_CHANGE", self.brief())
+        self.revision += 1
+        job_events.tell_change(self.context, self.brief(), revision=self.revision)
 
     def forget_memory(self) -> None:
         """Nobody needs the source's memory any more."""
@@ -263,11 +284,12 @@ class SourceAttempt(AttemptLoop[Effect]):
         """QEMU said its status word: facts follow."""
         if Fact.STARTED not in self.facts:
             return  # it speaks of an earlier attempt
-        if word == self._qemu_word:
+        if word == self._qemu_word and not self._word_is_kept:
             self.set_readings(source=source_word(word))
             return
         self._qemu_word = word
         has_proof = self.machine.version >= PROOF_VERSION
+        self._word_is_kept = holds_back(word, self.facts, has_proof=has_proof)
         for fact, round_no, text in source_findings(word, self.facts, has_proof=has_proof):
             self.note(fact, round_no=round_no, text=text, by="source QEMU")
         self._run_state = None
@@ -338,6 +360,8 @@ class SourceAttempt(AttemptLoop[Effect]):
             self.note(Fact.TARGET_DIED, text=str(facts.get("text", "")), by="destination agent")
         if facts.get("gone"):
             self.note(Fact.TARGET_GONE, text=str(facts.get("text", "")), by="destination agent")
+        if self._word_is_kept:
+            self.hear_word(self._qemu_word)
         self.wake()
 
     def set_readings(self, **changes: Any) -> None:
@@ -374,10 +398,29 @@ class SourceAttempt(AttemptLoop[Effect]):
         if refused > self.facts.last_round(Fact.TRY_AGAIN):
             self.note(Fact.TRY_AGAIN, round_no=refused, by="person")
             return "the start is tried again"
+        await self.resume_pages()
         self.broken_since_s = None
         self._count_patience()
         self.wake()
         return "the two QEMUs are connected again"
+
+    async def finalize(self) -> None:
+        """A person gives the leave to hand the guest over; durable first. Raises Unfit: then nothing is given."""
+        if Fact.HOLD in self.facts and Fact.FINALIZE not in self.facts:
+            await self.context.journal.append(Entry.FINALIZE_WANTED, self.job)
+            self.note(Fact.FINALIZE, by="person")
+
+    async def pause_pages(self) -> None:
+        """A person wants no page of the postcopy to move, until `resume_pages`; durable first. Raises Unfit."""
+        if not wants_pause(self.facts):
+            await self.context.journal.append(Entry.PAUSED, self.job, {"paused": True})
+            self.note(Fact.PAUSE, round_no=self.facts.last_round(Fact.PAUSE) + 1, by="person")
+
+    async def resume_pages(self) -> None:
+        """Ends `pause_pages`: what is broken is joined again. Durable first. Raises Unfit."""
+        if wants_pause(self.facts):
+            await self.context.journal.append(Entry.PAUSED, self.job, {"paused": False})
+            self.note(Fact.PAUSE_OVER, round_no=self.facts.last_round(Fact.PAUSE), by="person")
 
     async def fence(self, text: str, *, by: str) -> None:
         """The destination is fenced off: durable, then a fact. Raises Unfit; nothing follows from the fence then."""
@@ -406,8 +449,13 @@ class SourceAttempt(AttemptLoop[Effect]):
         )
 
     def refresh(self) -> None:
-        """The next look asks QEMU again."""
+        """The next look asks QEMU again, of its CPUs too: not every change of theirs has an event.
+
+        1. QEMU says that its migration failed, and is still in finish-migrate: its guest looks stuck  2. it goes on to
+        postmigrate and tells nobody  3. what leads a stuck one out finds nothing to do, for ever
+        """
         self._stale = True
+        self._run_state = None
         self.wake()
 
     # --- looking ---
@@ -468,27 +516,8 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def count(self, info: dict[str, Any]) -> None:
         """Takes QEMU's counters over: what query-migrate said."""
-        ram = info.get("ram") or {}
-        measured = self.measured
-        if ram:
-            measured.transferred_bytes = int(ram.get("transferred", 0))
-            measured.total_bytes = int(ram.get("total", 0))
-            measured.remaining_bytes = int(ram.get("remaining", 0))
-            measured.normal_pages = int(ram.get("normal", 0))
-            measured.zero_pages = int(ram.get("duplicate", 0))
-            measured.mbps = float(ram.get("mbps", 0.0))
-            measured.passes = int(ram.get("dirty-sync-count", measured.passes or 0))
-        measured.throttle_percent = int(info.get("cpu-throttle-percentage", 0))
-        measured.remaining_by_source = {
-            name: int(info[name]["remaining"])
-            for name in ("ram", "disk", "vfio")
-            if "remaining" in (info.get(name) or {})
-        }
-        if "setup-time" in info:
-            measured.setup_ms = float(info["setup-time"])
-        if "downtime" in info:
-            measured.qemu_downtime_ms = float(info["downtime"])
-        if ram and Fact.STARTED in self.facts:
+        self.measured.count(info)
+        if info.get("ram") and Fact.STARTED in self.facts:
             self.context.converge(self, info)
             self.context.publish("JOB_PROGRESS", self.brief())
 
@@ -521,7 +550,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             "total_bytes": self.measured.total_bytes,
             "mbps": self.measured.mbps,
             "passes": self.measured.passes,
-            "percent": self.progress.percent,
+            **self.tracking.wire(),
             "disks": source_disks.wire(self),
             "action": self.fix or self.row().action,
         }
@@ -540,6 +569,7 @@ class SourceAttempt(AttemptLoop[Effect]):
             measured=self.measured,
             cause=self.cause,
             over=self.ended.is_set(),
+            progress=self.tracking.wire(),
             notes=self.plan.notes if self.plan else (),
             trouble=self.trouble,
             fix=self.fix,

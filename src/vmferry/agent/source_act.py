@@ -15,12 +15,15 @@ from typing import Any, Final, Literal, assert_never
 
 import msgspec
 
+from vmferry import limits
 from vmferry.agent import channel as channels
 from vmferry.agent import fences, reconnect, source_disks, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
+from vmferry.agent.wants import RecoveryWay
 from vmferry.core import hazards
+from vmferry.core.blockers import Operation
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
@@ -74,18 +77,16 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _start_postcopy(attempt)
         case Effect.LET_PAGES_GO:
             await way_back.let_pages_go(attempt)
+        case Effect.PAUSE_PAGES:
+            await attempt.machine.execute("migrate-pause", oob=True)
+            attempt.refresh()
         case Effect.MAKE_SURE:
             attempt.hear_target(await attempt.ask_facts("peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
         case Effect.CONTINUE:
-            await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
-            attempt.note(Fact.CONTINUE)
-            attempt.set_readings(source=Source.SWITCHING)
+            await _continue(attempt)
         case Effect.COMMIT:
-            await attempt.context.journal.append(
-                Entry.COMMITTED, attempt.job, {"generation": attempt.wanted.generation}
-            )
-            attempt.note(Fact.COMMITTED)
+            await _commit(attempt)
         case Effect.SEND_GRANT:
             if Fact.GRANT_SENT not in attempt.facts and attempt.plan is not None:
                 attempt.stamps = fences.stamps(attempt.plan.fence_paths)
@@ -126,6 +127,17 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _clean_up(attempt)
         case _:
             assert_never(effect)
+
+
+async def _continue(attempt: SourceAttempt) -> None:
+    await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
+    attempt.note(Fact.CONTINUE)
+    attempt.set_readings(source=Source.SWITCHING)
+
+
+async def _commit(attempt: SourceAttempt) -> None:
+    await attempt.context.journal.append(Entry.COMMITTED, attempt.job, {"generation": attempt.wanted.generation})
+    attempt.note(Fact.COMMITTED)
 
 
 async def _mirror(
@@ -208,6 +220,8 @@ async def _prepare(attempt: SourceAttempt) -> None:
             multifd=plan.multifd,
             run_after=wanted.running_before,
             policy=msgspec.to_builtins(attempt.policy),
+            auto_dismiss=wanted.auto_dismiss,
+            blockers=context.blockers.wire(attempt.vm),
             clear_text=wanted.clear_text,
             disks=msgspec.to_builtins(plan.placed_disks()),
             **more,
@@ -230,7 +244,24 @@ async def _prepare(attempt: SourceAttempt) -> None:
         )
     if attempt.credentials is not None:
         attempt.credentials.accept_peer(str(attempt.offer["ca_pem"]).encode())
+    if plan.options.source_capabilities.get("postcopy-ram"):
+        await _remember_way(attempt)
     attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
+
+
+async def _remember_way(attempt: SourceAttempt) -> None:
+    """Where the destination may be called if a postcopy breaks while the agents cannot talk: durable, as an agent that
+    is started then has nobody to ask. One that tells no way is called nowhere. Raises Unfit; nothing has started."""
+    told = attempt.offer.get("recovery")
+    if not told:
+        return
+    way = RecoveryWay(
+        token=str(told["token"]),
+        hosts=tuple(str(host) for host in told["hosts"]),
+        ports=tuple(int(port) for port in told["ports"])[: limits.RECOVERY_PORTS_MAX],
+    )
+    await attempt.context.journal.append(Entry.RECOVERY_WAY, attempt.job, msgspec.to_builtins(way))
+    attempt.recovery_way = way
 
 
 async def _look_and_set(attempt: SourceAttempt, plan: Plan) -> hardware.HardwareView:
@@ -286,6 +317,7 @@ async def set_options(
 async def _start(attempt: SourceAttempt) -> None:
     """Raises when the channel cannot be opened or QEMU refuses; the guest runs as before."""
     machine, offer = attempt.machine, attempt.offer
+    attempt.context.blockers.require(attempt.vm, Operation.MIGRATE)  # somebody may have come to hold one since the plan
     if attempt.mirrors:  # that took its time: the door is opened now
         offer = await attempt.ask("peer-door", deadline_s=DOOR_S)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
@@ -464,6 +496,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
                 side="destination",
             )
         )
+    if outcome is Outcome.DESTINATION:
+        attempt.tracking.finish()
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
     try:

@@ -196,6 +196,12 @@ async def look(attempt: SourceAttempt) -> None:
 def _hear(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> None:
     said = {str(job["id"]): job for job in jobs}
     attempt.mirror_states = {m.job: said[m.job] for m in attempt.mirrors if m.job in said}
+    states = attempt.mirror_states.values()
+    attempt.tracking.disks_are_at(
+        sum(int(job["current-progress"]) for job in states),
+        sum(int(job["total-progress"]) for job in states),
+        guest_bytes=attempt.kept.definition.memory_bytes,
+    )
     words: list[tuple[int, str, str | None, str]] = []
     for mirror in attempt.mirrors:
         job = said.get(mirror.job, {})

@@ -15,6 +15,7 @@ from vmferry.agent.directories import remove_directory
 from vmferry.agent.machine import Machine
 from vmferry.agent.peers import PROTOCOL
 from vmferry.agent.vms import DiskRef, KeptVm, VmDefinition, adopted_to_wire
+from vmferry.core.blockers import Operation
 from vmferry.errors import Busy, QemuError, SpecError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
@@ -124,6 +125,7 @@ async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
         raise
     agent.vms[spec.name] = kept
     agent.hold(kept)
+    await agent.monitors.settle()
 
 
 async def _accel(
@@ -195,6 +197,7 @@ async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.Adopte
         raise
     agent.vms[arguments.vm] = kept
     agent.hold(kept)
+    await agent.monitors.settle()
 
 
 async def _definition_of_adopted(
@@ -261,10 +264,12 @@ async def vm_status(agent: Agent, name: str) -> dict[str, Any]:
         "origin": "spec" if kept.definition.spec is not None else "adopted",
         "pid": kept.identity.pid,
         "qmp": kept.qmp_path,
+        "monitor": str(agent.monitors.path_of(name)),
         "directory": kept.directory,
         "serial": f"{kept.directory}/serial.log" if kept.directory else None,
         "qemu": kept.machine.version_text if kept.machine else "unknown",
         "blocked": blocked,
+        "blockers": [blocker.to_wire() for blocker in agent.blockers.all_of(name, blocked)],
         "migration": attempt.wire() if attempt is not None else await arrival(agent, name),
     }
 
@@ -290,6 +295,7 @@ def _awaited(agent: Agent, name: str) -> dict[str, Any]:
         "serial": f"{place.place.directory}/serial.log",
         "qemu": machine.version_text if machine else "unknown",
         "blocked": [],
+        "blockers": [blocker.to_wire() for blocker in agent.blockers.all_of(name)],
         "migration": place.wire(),
     }
 
@@ -371,12 +377,7 @@ async def list_vms(agent: Agent, *, local: bool) -> dict[str, Any]:
 async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
     """Ends a VM: by its own power button, or at once. Raises Busy while it is on its way somewhere."""
     kept = agent.vms[arguments.vm]
-    attempt = agent.attempts.get(arguments.vm)
-    if attempt is not None and not attempt.ended.is_set():
-        raise Busy(f"{arguments.vm} is on its way to {attempt.wanted.destination}; cancel that first")
-    place = agent.place_of(arguments.vm)
-    if place is not None and not place.ended.is_set():
-        raise Busy(f"{arguments.vm} is still arriving from {place.place.source}; wait until that has ended")
+    agent.blockers.require_free(arguments.vm, Operation.STOP)
     if kept.machine is not None and not kept.machine.is_gone:
         if arguments.force:
             await kept.machine.quit()
@@ -394,6 +395,8 @@ async def forget(agent: Agent, kept: KeptVm) -> None:
     """This host does not keep the VM any more; its QEMU is gone."""
     await agent.journal.append(Entry.FORGOTTEN, kept.name)
     agent.vms.pop(kept.name, None)
+    await agent.monitors.settle()
+    agent.blockers.forget(kept.name)
     if kept.machine is not None:
         await kept.machine.close()
     if kept.directory:

@@ -1,4 +1,4 @@
-"""What was asked for: the bodies of the journal's WANTED and PLACE_WANTED entries. Values, nothing else."""
+"""What was asked for and agreed: the bodies of the journal's WANTED, PLACE_WANTED and RECOVERY_WAY. Values only."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Wanted:
     """What goes how: a disk's id, or '*' for all that are local, to 'copy' or 'shared'."""
     verify_disks: bool = False
     """Both sides' disks are read and compared while the guest is paused for the switchover."""
+    auto_finalize: bool = True
+    """False: the switchover waits until a person gives leave."""
+    auto_dismiss: bool = True
+    """False: the ended job is listed, with its result, until somebody dismisses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,19 @@ class Mirror:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryWay:
+    """How the source's agent reaches a place without the agents' link: the body of the journal's RECOVERY_WAY entry.
+    See `knock`."""
+
+    token: str = field(repr=False)
+    """Hexadecimal."""
+    hosts: tuple[str, ...]
+    """The destination's addresses for guests' memory, best first."""
+    ports: tuple[int, ...]
+    """In the order in which both sides try them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """What was asked for: the body of the journal's PLACE_WANTED entry."""
 
@@ -79,8 +96,11 @@ class Place:
     multifd: bool = False
     clear_text: bool = False
     policy: FailurePolicy = field(default_factory=FailurePolicy)
-    recovery_token: str = ""
-    """Hexadecimal; who shows it may connect the two QEMUs again without asking this agent first."""
+    auto_dismiss: bool = True
+    blockers: tuple[dict[str, Any], ...] = ()
+    """What people hold on the VM: it goes along."""
+    recovery_token: str = field(default="", repr=False)
+    """Hexadecimal; who shows it may connect the two QEMUs again without the agents' link. Empty: nobody may."""
     disks: tuple[PlacedDisk, ...] = ()
     directory: str = ""
     """The QEMU's runtime directory on this host."""

@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from vmferry.agent import fences, rescue
+from vmferry.agent import fences, reconnect, rescue
 from vmferry.agent.fences import Verdict
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import hazards
@@ -25,7 +25,7 @@ from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool, has_settled
 from vmferry.core.view import Grant, Source, source_view
-from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused
+from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused, VmferryError
 
 log = logging.getLogger("vmferry.agent")
 
@@ -128,6 +128,13 @@ async def fence(attempt: SourceAttempt) -> None:
         silence = error
     if attempt.machine.is_gone:
         raise silence  # there is nothing to go back to
+    if attempt.recovery_way is not None and source_view(attempt.facts, attempt.readings).source is Source.BROKEN:
+        try:
+            await reconnect.without_the_link(attempt)  # it may be that only the agents cannot talk
+        except VmferryError as error:
+            log.info("job=%s vm=%s call=none result=%s", attempt.job, attempt.vm, error)
+        if not attempt.allows(Effect.FENCE_TARGET):
+            return  # it spoke
     if not attempt.wanted.running_before:
         raise HostUnreachable(  # a guest that stays paused is taken over without a lock
             f"{silence}; no fence: the guest is paused, and locks say nothing of who has it",

@@ -12,6 +12,9 @@ What is compared is timed by the QEMU that is the same in both: for incoming, th
 Rule 1: memory is taken before the clock starts, on both sides (prealloc and `prefault`): the first touch of a page
         costs more than its transfer.
 Rule 2: nothing is left out of a figure because it is bad; every sample is in the report.
+Rule 3: each side has a processor of its own, the same for both contenders, as it would have on two hosts. Left to the
+        scheduler, both ends of a local socket are put on one processor in one run and on two in the next one, which
+        makes a difference of two, and shows nothing of either.
 """
 
 from __future__ import annotations
@@ -46,6 +49,9 @@ RESUME_MIB: Final = (256, 1024, 4096)
 RESUME_FILLED_MIB: Final = 192
 """The same in every size: what grows is the memory that nobody has touched, as in real guests."""
 MOVE_S: Final = 60.0
+
+PROCESSORS: Final = sorted(os.sched_getaffinity(0))
+SOURCE_CPU, DESTINATION_CPU = PROCESSORS[0], PROCESSORS[-1]
 
 GOALS: Final = {
     "ratio": 1.15,
@@ -91,6 +97,7 @@ class Bed:
         self._stack = stack
         self.source = stack.enter_context(self._peer(touch_mib=filled_mib, delay_loops=0))
         self.source.execute("stop")
+        _put(self.source.process.pid, SOURCE_CPU)
         self.memory_mb = 0.0
         self.image = self._take_first()
 
@@ -127,7 +134,8 @@ class Bed:
         """Seconds of a move into an endpoint of ours."""
         image = self.new_image()
         try:
-            return self._incoming(image, channels=channels)
+            with _on(DESTINATION_CPU):
+                return self._incoming(image, channels=channels)
         finally:
             image.close()
 
@@ -166,6 +174,7 @@ class Bed:
     def destination(self, *, channels: int = 0, postcopy: bool = False) -> Iterator[QemuPeer]:
         """A QEMU that listens."""
         with self._peer(incoming=True) as peer:
+            _put(peer.process.pid, DESTINATION_CPU)
             _choose_multifd(peer, channels, *(["postcopy-ram"] if postcopy else []))
             peer.migrate_incoming(f"unix:{peer.folder}/in")
             yield peer
@@ -193,10 +202,11 @@ class Bed:
     def _outgoing(self, *, channels: int = 0, postcopy: bool = False) -> Iterator[Outgoing]:
         options = OutgoingOptions(channels=channels, postcopy="at-once" if postcopy else "never")
         endpoint = Outgoing(self.image, options=options)
-        try:
-            yield endpoint
-        finally:
-            endpoint.stop()
+        with _on(SOURCE_CPU):  # the endpoint's threads are made here
+            try:
+                yield endpoint
+            finally:
+                endpoint.stop()
 
     def serve(self) -> dict[str, float]:
         """One postcopy out of the warm image, while the guest runs: times of pages that it asked for, in µs."""
@@ -215,6 +225,23 @@ class Bed:
                 "p99_us": outcome.request_p99_us or 0.0,
                 "resume_ms": (resumed_s - began_s) * 1000,
             }
+
+
+def _put(pid: int, cpu: int) -> None:
+    """All threads of a process, and those that they will make, on one processor."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(thread), {cpu})
+
+
+@contextlib.contextmanager
+def _on(cpu: int) -> Iterator[None]:
+    """This thread, and those that it makes meanwhile, on one processor."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def own_memory_mb() -> float:

@@ -89,7 +89,7 @@ class BareRun:
         monitors.mkdir()
         disks = self.folder / "disks"
         disks.mkdir()
-        made = guests.make(self.folder, disks, "bare")
+        made = guests.Boot(self.folder, disks, "bare").files
         witness = Witness(monitors, f"{self.folder}/")
         self.stack.callback(witness.close)
         source = self._qemu("a", made.disks[0], ["-S"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -18,18 +19,22 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from vmferry.chaos.cells import Fault
+from vmferry.chaos.cells import ALONE, STREAM_BACK_S, Fault
 from vmferry.chaos.ground import PROXY_PORT, Ground
 from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.link import Rule
-from vmferry.chaos.stage import Stage
+from vmferry.chaos.stage import Stage, qemus
 from vmferry.chaos.told import now_s
 from vmferry.core.facts import Fact
-from vmferry.testing.hosts import process_state, processes_of, wait_true
+from vmferry.errors import VmferryError
+from vmferry.testing.hosts import process_state, wait_true
 from vmferry.vm import image_locks
 
 DELAY_S = 2.5
 PROBE_S = 0.15
+NEWS = "event TARGET"
+LOCKED = "Failed to get"
+"""How QEMU begins to say that a lock is refused."""
 _FLOCK = "hhqqi4x"
 STRANGE_ANSWERS: dict[str, bytes] = {
     "http": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
@@ -47,10 +52,13 @@ class Doing:
         self.proof = ""
         self.done_s = 0.0
         self.undone_s = 0.0
+        self.stream_back_s = 0.0
+        """When memory could move again while the agents still could not talk."""
         self.started_s = 0.0
         """When an agent that was killed was started again."""
+        self.cancels: list[str] = []
+        """What was answered to each cancel."""
         self.cli: subprocess.Popen[str] | None = None
-        self._pid = 0
         self._rule: Rule | None = None
         self._stack = contextlib.ExitStack()
         self._log_at = [len(host.log()) for host in (ground.a, ground.b)]
@@ -63,13 +71,19 @@ class Doing:
         if self.fault.kind == "message":
             action, _, side = how.partition("-")
             self._rule = Rule(self.fault.what, side or "request", action, delay_s=DELAY_S)
+            if self.fault.what == "news":
+                self._rule.command, self._rule.about = NEWS, "ran"
+                self._rule.times = 1000 if action == "drop" else 1
         if self.fault.kind == "strange":
             self._rule = Rule(self.fault.what, "answer", "replace", replace=STRANGE_ANSWERS[how])
         if self._rule is not None:
             if self.fault.what == "peer-target":
                 # It is asked after the order only when the answer to that was lost, and every news with it.
                 self._rule.after = self.ground.link.add(Rule("peer-grant", "answer", "drop"))
-                self.ground.link.add(Rule("event TARGET", "answer", "drop", times=1000, after=self._grant_went_by()))
+                self.ground.link.add(Rule(NEWS, "answer", "drop", times=1000, after=self._grant_went_by()))
+            if self.fault.what == "peer-grant" and (self.fault.kind == "strange" or how == "drop-answer"):
+                # What the destination tells by itself comes before its answer and would be enough.
+                self.ground.link.add(Rule(NEWS, "answer", "drop", times=1000, about="ran", until=self._rule))
             self.ground.link.add(self._rule)
             self.stage.fault_rule = self._rule
 
@@ -110,6 +124,8 @@ class Doing:
                 self._lock()
             case "full":
                 self._fill()
+            case "cancel":
+                self._cancel()
             case kind:
                 raise AssertionError(kind)
 
@@ -133,23 +149,27 @@ class Doing:
             assert process is not None
             pid = process.pid
         else:
-            folder = self.ground.host(what).runtime
-            mine = [p for p, words in processes_of(folder).items() if f"/{self.guest.name}-" in words]
+            mine = qemus(self.ground.host(what), self.guest.name)
             if len(mine) != 1:
                 return
             (pid,) = mine
-        self._pid = pid
+        end = os.pidfd_open(pid)
+        self._stack.callback(os.close, end)
         self.done_s = now_s()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if kill else signal.SIGSTOP)
         if kill:
-            self._wait_dead(what)
+            # Not its state: a process whose first thread is gone already may still read what it is told.
+            ended = select.select([end], [], [], 5.0)[0]
+            assert ended, f"process {pid} does not end"
+            self._reap(what)
         else:
             wait_true(lambda: process_state(pid) == "T", timeout_s=2, why="it is stopped")
             self._stack.callback(_go_on, pid)
         self.proof = f"process {pid} {'is gone' if kill else 'is stopped'}"
 
-    def _wait_dead(self, what: str) -> None:
+    def _reap(self, what: str) -> None:
+        """Those that are our own children."""
         if what == "cli":
             assert self.cli is not None
             self.cli.wait(5)
@@ -157,8 +177,6 @@ class Doing:
             process = self.ground.host(what).process
             assert process is not None
             process.wait(5)
-        else:
-            wait_true(lambda: not _is_alive(self._pid), timeout_s=5, why="it is gone")
 
     def _cut(self) -> None:
         ports: list[int] = []
@@ -173,18 +191,41 @@ class Doing:
 
     def _reset(self) -> None:
         self.done_s = now_s()
-        if self.fault.what == "stream":
+        if self.fault == ALONE:
+            self._leave_alone()
+            return
+        if self.fault.what in ("stream", "both"):
             before = self.ground.streams.passed()
             self.ground.streams.cut(refusing=True)
             self._stack.callback(self.ground.streams.refuse, refusing=False)
             if before or self.ground.streams.ports:
                 self.proof = f"the stream was cut after {before} bytes"
+        if self.fault.what == "stream":
             return
         cut = sum(link.cut(refusing=True) for link in self.ground.links)
         for link in self.ground.links:
             self._stack.callback(link.refuse, refusing=False)
-        if cut:
-            self.proof = f"{cut} connections of the agents were cut"
+        words = f"{cut} connections of the agents were cut"
+        if self.fault.what == "both":
+            self.proof = f"{self.proof}, {words}" if self.proof and cut else ""
+        else:
+            self.proof = words if cut else ""
+
+    def _leave_alone(self) -> None:
+        before = self.ground.streams.passed()
+        cut = sum(link.cut(refusing=True) for link in self.ground.links)
+        for link in self.ground.links:
+            self._stack.callback(link.refuse, refusing=False)
+        self.ground.streams.cut(refusing=True)
+        again = threading.Timer(STREAM_BACK_S, self._let_stream_pass)
+        again.start()
+        self._stack.callback(again.join)
+        if cut and before:
+            self.proof = f"{cut} connections of the agents were cut, and the stream after {before} bytes"
+
+    def _let_stream_pass(self) -> None:
+        self.stream_back_s = now_s()
+        self.ground.streams.refuse(refusing=False)
 
     def _message(self) -> None:
         """The rule is there since the beginning; the phase's hold is on the same message, or before it."""
@@ -196,7 +237,11 @@ class Doing:
         if self._rule is not None and self._rule.count:
             self.proof = f"{self._rule.count} {self.fault.what}: {self._rule.action}"
         if self.fault.kind == "lock":
-            refused = self.stage.target.has(self.guest.name, Fact.START_REFUSED)
+            if "source" in self.fault.more:
+                words = self.ground.a.log()[self._log_at[0] :] + self._qemu_log()
+                refused = LOCKED in words
+            else:
+                refused = self.stage.target.has(self.guest.name, Fact.START_REFUSED) is not None
             self.proof = self.proof if refused else ""
         if self.fault.kind == "full":
             # Its own agent says so to whoever asked it to write: in the end one of the two has it in its log.
@@ -204,18 +249,44 @@ class Doing:
             if not any("cannot be written" in log for log in logs):
                 self.proof = ""
 
+    def _qemu_log(self) -> str:
+        """What the source's QEMU has written."""
+        logs = (self.ground.a.runtime / "vms").glob(f"{self.guest.name}-*/qemu.log")
+        return "".join(log.read_text(errors="replace") for log in logs)
+
     def _lock(self) -> None:
         where = self.fault.more[0]
         folder = self.ground.disks_b if where == "target" else self.ground.disks
         disks = [folder / disk.name for disk in self.guest.disks]
         chosen = disks if self.fault.what == "all" else disks[1:]
-        if where == "both":  # as one who waits for it: the source's own lock must be gone first
+        if where in ("both", "source"):  # as one who waits for it: the source's own lock must be gone first
             self.stage.wait(lambda: all(_is_free(disk) for disk in chosen), why="the disks are still the source's")
         for disk in chosen:
             self._stack.callback(os.close, hold_disk(disk))
         self.done_s = now_s()
         if not any(_is_free(disk) for disk in chosen):
             self.proof = f"{len(chosen)} disks are locked"
+        if where == "source":
+            self.ground.streams.cut(refusing=False)  # so the guest has to go back, to disks that it cannot have
+        if "and-reset" in self.fault.more:
+            self.ground.streams.cut(refusing=True)
+            self._stack.callback(self.ground.streams.refuse, refusing=False)
+            self.stage.fact(Fact.LINK_LOST)
+
+    def _cancel(self) -> None:
+        """Done when it was asked for; whether it was accepted, or refused with a reason, is what it answers."""
+        self.done_s = now_s()
+        if self.fault.what == "after-reset":
+            self.ground.streams.cut(refusing=False)
+        for _ in range(2 if self.fault.what == "twice" else 1):
+            try:
+                self.ground.a.execute("vm-cancel", vm=self.guest.name)
+                self.cancels.append("accepted")
+            except VmferryError as error:
+                self.cancels.append(f"refused: {error}")
+        if self.fault.what == "then-reset":
+            self.ground.streams.cut(refusing=False)
+        self.proof = "; ".join(self.cancels)
 
     def _fill(self) -> None:
         folder = self.ground.host(self.fault.what).state
@@ -256,13 +327,6 @@ def _is_free(disk: Path) -> bool:
 def _go_on(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return process_state(pid) not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _connects(ground: Ground, port: int) -> bool:

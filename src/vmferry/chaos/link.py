@@ -48,6 +48,10 @@ class Rule:
     go: threading.Event = field(default_factory=threading.Event)
     after: Rule | None = None
     """Only once that one has happened."""
+    until: Rule | None = None
+    """Only as long as that one has not happened."""
+    about: str = ""
+    """Only news in which this is true."""
     count: int = 0
     at_s: float = 0.0
     """When it happened first, wall time."""
@@ -196,14 +200,17 @@ class LinkProxy:
             if held is not None:
                 held.seen.set()
                 held.go.wait()
-        rule = self._rule_for(command, side)
+        data = message.get("data")
+        rule = self._rule_for(command, side, data if isinstance(data, dict) else {})
         return [line] if rule is None else self._carry_out(rule, line, message, ident)
 
-    def _rule_for(self, command: str, side: str) -> Rule | None:
+    def _rule_for(self, command: str, side: str, data: dict[str, Any]) -> Rule | None:
         with self._lock:
             for rule in self._rules:
                 mine = "request" if rule.action == "hold-all" else rule.side
                 is_due = rule.after is None or rule.after.count > 0
+                is_due = is_due and (rule.until is None or rule.until.count == 0)
+                is_due = is_due and (not rule.about or bool(data.get(rule.about)))
                 if is_due and rule.times > 0 and rule.command == command and mine == side:
                     rule.times -= 1
                     rule.count += 1
@@ -230,6 +237,8 @@ class LinkProxy:
                 return [line]
             case "duplicate":
                 rule.seen.set()
+                if not ident:
+                    return [line, line]  # what is told by itself has no answer
                 again = {**message, "id": DUPLICATE + ident}
                 return [line, json.dumps(again).encode() + b"\r\n"]
             case "replace":

@@ -11,11 +11,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from vmferry.agent.destination import ORPHAN_S
 from vmferry.chaos import guest as guests
-from vmferry.chaos.cells import Cell
+from vmferry.chaos.cells import ALONE, Cell
 from vmferry.chaos.faults import Doing
 from vmferry.chaos.ground import PROXY_PORT, Ground
-from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.stage import NotReached, Stage
 from vmferry.chaos.told import facts_of, now_s, views_of
 from vmferry.chaos.verdict import Seen
@@ -23,8 +23,8 @@ from vmferry.chaos.witness import Life, first_run_after, longest_pause_s, overla
 from vmferry.core.facts import Fact
 from vmferry.errors import VmferryError
 from vmferry.model.pairs import PAIRS
+from vmferry.vm.image_locks import image_locks
 
-BOOT_S = 20.0
 OUTCOME_S = 25.0
 SETTLE_S = 1.5
 """How long a row must hold before its named action is taken."""
@@ -33,6 +33,7 @@ ACTIONS = 2
 GIVE_UP_S = 4.0
 """A row whose action is none of vmferry's commands is waited for so long."""
 LEFT_S = 4.0
+GOES_ON_S = 10.0
 _ACTION = re.compile(r"vmferry ((?:rescue|recover) [^;,.]*)")
 """Commands that a named action may have. `resolve` is a person's word about a host, which nobody here can give."""
 _FOLDERS = re.compile(r"/\S*/")
@@ -49,7 +50,8 @@ class Run:
         self.ground, self.cell, self.name, self.stop = ground, cell, name, stop
         self.witness = ground.witness
         self.seen = Seen(cell.name)
-        self.guest: GuestFiles = guests.make(ground.folder / "guests", ground.disks, name)
+        self.life: guests.Guest = guests.MAKE[cell.guest](ground.folder / "guests", ground.disks, name)
+        self.guest = self.life.files
         if ground.disks_b != ground.disks:
             for disk in self.guest.disks:
                 shutil.copy(disk, ground.disks_b / disk.name)
@@ -85,15 +87,16 @@ class Run:
 
     def _boot(self) -> None:
         self.ground.a.execute("vm-run", path=str(self.guest.spec))
-        self.stage.wait(lambda: self._letters() >= 3, BOOT_S, "the guest does not boot")
+        self.stage.wait(lambda: self.life.has_booted(self._logs()), self.life.boot_s, "the guest does not boot")
         self.stage.wait(lambda: self.witness.running(self.name), 5.0, "no second monitor")
 
-    def _logs(self) -> bytes:
-        folders = [d for host in (self.ground.a, self.ground.b) for d in (host.runtime / "vms").glob(f"{self.name}-*")]
-        return b"".join((d / "serial.log").read_bytes() for d in folders if (d / "serial.log").exists())
-
-    def _letters(self) -> int:
-        return len(self._logs())
+    def _logs(self) -> list[bytes]:
+        """What the guest said on either side."""
+        found = []
+        for host in (self.ground.a, self.ground.b):
+            logs = [folder / "serial.log" for folder in (host.runtime / "vms").glob(f"{self.name}-*")]
+            found.append(b"".join(log.read_bytes() for log in logs if log.exists()))
+        return found
 
     # --- the fault ---
 
@@ -119,7 +122,7 @@ class Run:
 
     def _let_go(self) -> None:
         self.stage.let_go()
-        if self.cell.fault.kind == "reset" and self.cell.fault.what == "stream":
+        if self.cell.fault.kind == "reset" and self.cell.fault.what != "link":
             self.ground.streams.refuse(refusing=True)  # until the fault is undone
 
     def _reattach(self) -> None:
@@ -178,6 +181,7 @@ class Run:
         self.seen.outcome = str(wire.get("outcome") or "none")
         self.seen.row = str(wire.get("row") or "")
         self.seen.action = str(wire.get("action") or "")
+        self.seen.status = str(wire.get("status") or "")
         self.seen.qemus_left = sum(life.gone_s is None for life in self.witness.of_vm(self.name))
         self.seen.running_on = [self._host_of(life) for life in self.witness.running(self.name)]
 
@@ -216,12 +220,16 @@ class Run:
             last = max((begin for life in lives for begin, _ in life.ran), default=done_s)
             self.seen.to_running_ms = max(0.0, (running - done_s) * 1000)
             self.seen.pause_ms = longest_pause_s(lives, done_s, max(until_s, last)) * 1000
-        self.seen.complete_there = self.cell.mode == "precopy" and bool(self.stage.target.has(self.name, Fact.LOADED))
+        whole = Fact.LOADED if self.cell.mode == "precopy" else Fact.ALL_SENT
+        self.seen.complete_there = self.stage.target.has(self.name, whole) is not None
+        self.seen.cancels = self.doing.cancels
         self.seen.two_writers, self.seen.lock_samples = self.witness.two_writers, self.witness.lock_samples
         if self.doing.undone_s:
             ack = self.stage.source.has(self.name, Fact.RESUME_ACK, since_s=done_s)
             if ack is not None:
-                self.seen.heal_ms = (ack.at_s - self.doing.undone_s) * 1000
+                self.seen.heal_ms = (ack.at_s - (self.doing.stream_back_s or self.doing.undone_s)) * 1000
+            if self.cell.fault == ALONE:
+                self.seen.waited_for_link = ack is None or ack.at_s >= self.doing.undone_s
         refused = self.stage.target.has(self.name, Fact.START_REFUSED)
         resumed = self.stage.source.has(self.name, Fact.SOURCE_RESUMED)
         if refused is not None and resumed is not None:
@@ -237,18 +245,28 @@ class Run:
         running = self.witness.running(self.name)
         if len(running) != 1:
             return
-        letters = self._letters()
+        side = 0 if self._host_of(running[0]) == "host-a" else 1
+        done = self.life.progress([self._logs()[side]])
         with contextlib.suppress(NotReached):
-            self.stage.wait(lambda: self._letters() >= letters + 2, 10.0)
+            self.stage.wait(lambda: self.life.progress([self._logs()[side]]) >= done + 2, GOES_ON_S)
             self.seen.makes_progress = True
-        before, self.seen.letters = guests.passes(self._logs())
-        if not self.seen.over or self.seen.letters:
-            return
+        self.seen.letters = self.life.complaint(self._logs())
+        folder = (self.ground.disks, self.ground.disks_b)[side]
+        for disk in self.guest.disks:
+            holders = {holder.pid for holder in image_locks(str(folder / disk.name)).writers}
+            if running[0].pid not in holders:
+                self.seen.unlocked.append(disk.name)
+        if self.seen.over and not self.seen.letters and self.life.has_pages:
+            self._judge_pages(running[0])
+
+    def _judge_pages(self, life: Life) -> None:
+        """The boot sector's memory, page by page."""
+        before, _ = guests.passes(b"".join(self._logs()))
         dump = Path(f"{self.ground.folder}/memory-{os.getpid()}-{self.name}")
         size = (guests.RAM_MIB - 1) * guests.MIB
         try:
-            self.witness.ask(running[0], "pmemsave", val=guests.MIB, size=size, filename=str(dump))
-            after, self.seen.letters = guests.passes(self._logs())
+            self.witness.ask(life, "pmemsave", val=guests.MIB, size=size, filename=str(dump))
+            after, self.seen.letters = guests.passes(b"".join(self._logs()))
             if self.stage.checks_memory:
                 self.seen.wrong_pages = guests.wrong_pages(dump.read_bytes(), before, after)
         except (TimeoutError, VmferryError) as error:
@@ -280,7 +298,8 @@ class Run:
             disk.unlink(missing_ok=True)
 
     def _wait_clean(self) -> list[str]:
-        end_s = now_s() + LEFT_S
+        # A place whose source could not release it, as the link was away, asks by itself whether it is still wanted.
+        end_s = now_s() + (LEFT_S + ORPHAN_S if self.cell.fault.what in ("link", "both") else LEFT_S)
         while True:
             ours = {PROXY_PORT, *self.ground.streams.ports}
             left = [

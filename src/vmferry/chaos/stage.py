@@ -7,18 +7,21 @@ Rule 1: what holds is never the product: a proxy keeps a message, a relay keeps 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-from vmferry.chaos.cells import PHASES, Cell
+from vmferry.chaos.cells import ENDS, PHASES, Cell
 from vmferry.chaos.ground import Ground
 from vmferry.chaos.guest import GuestFiles
 from vmferry.chaos.link import Rule
 from vmferry.chaos.told import facts_of, now_s, status_at
-from vmferry.core.facts import Fact
+from vmferry.core.facts import Fact, FactLog
 from vmferry.errors import VmferryError
+from vmferry.testing.hosts import AgentHost, process_state, processes_of
 
 REACH_S = 15.0
 POLL_S = 0.003
@@ -27,6 +30,11 @@ FAST = "max-bandwidth=10G"
 SLOW_PAGES = "max-postcopy-bandwidth=1M"
 FAST_PAGES = "max-postcopy-bandwidth=10G"
 PAGES_BYTES_PER_S = 600_000
+ASKED_S = 1.1
+TURNED = ("cancelling", "cancelled", "failing", "failed")
+PAGES_MISSING = ("grant", "starting", "started", "granted", "postcopy-active", "last", "postcopy-paused",
+                 "postcopy-recover")  # fmt: skip
+"""Phases in which a postcopy shall not be over by itself."""
 
 
 class NotReached(Exception):
@@ -37,6 +45,11 @@ class Stopped(Exception):
     """The campaign was told to end."""
 
 
+def qemus(host: AgentHost, vm: str) -> list[int]:
+    """The processes that have this guest on this host."""
+    return [pid for pid, words in processes_of(host.runtime).items() if f"/{vm}-" in words]
+
+
 class Stage:
     """One migration of one guest on one ground."""
 
@@ -45,6 +58,7 @@ class Stage:
         self.job = uuid.uuid4().hex
         self.source, self.target = ground.logs["host-a"], ground.logs["host-b"]
         self._rules: list[Rule] = []
+        self._stopped: list[int] = []
         self._begun_slow = False
         self._pages_slow = False
         self._done: set[str] = set()
@@ -83,14 +97,38 @@ class Stage:
         match self.cell.phase:
             case "grant" if self.fault_rule is not None:
                 return Fact.GRANT_SENT in facts and Fact.RUN_ACKED not in facts
-            case "grant":
-                there = facts_of(self.target.read(), self.guest.name, before_s=at_s)
-                return Fact.GRANT_SENT in facts and Fact.RUN_ACKED not in facts and Fact.GRANTED not in there
-            case "granted":
-                there = facts_of(self.target.read(), self.guest.name, before_s=at_s)
-                return Fact.GRANT_SENT in facts and Fact.RUN_ACKED not in facts and Fact.TARGET_RAN in there
+            case phase if PHASES[phase]:
+                return self.status(at_s) == phase
             case phase:
-                return self.status(at_s) == PHASES[phase]
+                there = facts_of(self.target.read(), self.guest.name, before_s=at_s)
+                return self._is_in_moment(phase, facts, there, at_s)
+
+    def _is_in_moment(self, phase: str, here: FactLog, there: FactLog, at_s: float) -> bool:
+        """The same for moments within a status, which take the facts of both sides."""
+        is_sent = Fact.GRANT_SENT in here and Fact.RUN_ACKED not in here
+        match phase:
+            case "loaded":
+                return Fact.LOADED in here and Fact.PEER_ACK not in here and Fact.GRANT_SENT not in here
+            case "grant":
+                return is_sent and Fact.GRANTED not in there
+            case "starting":
+                return is_sent and Fact.START_SENT in there and not self._has_run_there(at_s)
+            case "started":
+                return is_sent and Fact.TARGET_RAN not in there and self._has_run_there(at_s)
+            case "granted":
+                return is_sent and Fact.TARGET_RAN in there
+            case "last":
+                heard = Fact.ALL_SENT in here or Fact.TARGET_WHOLE in here
+                return Fact.RUN_ACKED in here and Fact.ALL_SENT in there and not heard
+            case _:
+                raise AssertionError(phase)
+
+    def _has_run_there(self, at_s: float) -> bool:
+        """Whether the destination's QEMU has started the guest's CPUs by then, as its own events say."""
+        assert self.ground.witness is not None
+        lives = self.ground.witness.of_vm(self.guest.name)
+        there = [life for life in lives if f"{self.ground.b.runtime}/" in life.words]
+        return any(begin <= at_s for life in there for begin, _ in life.ran)
 
     # --- the way there ---
 
@@ -102,7 +140,7 @@ class Stage:
         """What is asked for, so that the phase can be held."""
         settings: list[str] = []
         wish: dict[str, Any] = {"vm": self.guest.name, "destination": "host-b", "mode": self.cell.mode, "job": self.job}
-        if self.cell.phase in ("active", "cancelling", "failing"):
+        if self.cell.phase in ("active", *TURNED):
             settings.append(SLOW)
             self._begun_slow = True
         if self.cell.mode == "postcopy":
@@ -112,7 +150,7 @@ class Stage:
                 wish["accept"] = ["tcg-loses-writes"]
                 wish.pop("postcopy_after_passes")
                 wish["postcopy_after_ms"] = 3_600_000
-            if self.cell.phase in ("postcopy-active", "postcopy-paused", "granted", "grant"):
+            if self.cell.phase in PAGES_MISSING:
                 settings.append(SLOW_PAGES)
                 self._pages_slow = True
         wish["settings"] = settings
@@ -128,7 +166,7 @@ class Stage:
         streams = self.ground.streams
         match self.cell.phase:
             case "setup":
-                rule = self._hold("peer-prepare", "answer")
+                rule = self.fault_rule or self._hold("peer-prepare", "answer")
                 begin(self.wish())
                 self.wait(rule.seen.is_set, why="no place was offered")
             case "active":
@@ -141,10 +179,22 @@ class Stage:
                 barrier.release()
                 self.fact(Fact.CONTINUE)
                 self.wait(lambda: self.status() == self.cell.phase, why=f"no {self.cell.phase}")
+            case "loaded":
+                barrier = self._to_barrier(begin)
+                streams.hold_back()
+                barrier.release()
+                self.fact(Fact.LOADED)
             case "grant":
-                rule = self._hold("peer-grant", "request")
-                self._brake_pages(begin)
-                self.wait(rule.seen.is_set, why="no grant was sent")
+                self._to_grant(begin)
+            case "starting":
+                self._to_start(begin)
+            case "started":
+                qemu = self._to_start(begin)
+                agent = self.ground.b.process
+                assert agent is not None
+                self._stop(agent.pid)
+                self._let_run(qemu)
+                self.wait(lambda: self._has_run_there(now_s()), why="the guest was not started")
             case "granted":
                 if self.fault_rule is not None:  # a question that is asked when the order's answer was lost
                     self._brake_pages(begin)
@@ -154,31 +204,39 @@ class Stage:
                 self._brake_pages(begin)
                 self.wait(rule.seen.is_set, why="no grant was sent")
                 self.fact(Fact.RUN_ACKED, log=self.target)
-            case "postcopy-active":
+            case "postcopy-active" | "last" | "postcopy-paused" | "postcopy-recover":
                 self._brake_pages(begin)
                 self.fact(Fact.RUN_ACKED)
+                self._among_pages()
+            case "completed":
+                begin(self.wish())
+                self._until_status()
+            case "cancelling" | "cancelled":
+                self._turn(begin, lambda: self.ground.a.execute("vm-cancel", vm=self.guest.name))
+            case "failing" | "failed":
+                self._turn(begin, lambda: streams.cut(refusing=False))
+            case phase:
+                raise AssertionError(phase)
+
+    def _among_pages(self) -> None:
+        """From a guest that runs on the destination and lacks pages to the phase."""
+        streams = self.ground.streams
+        match self.cell.phase:
+            case "last":
+                self._hold_back()
+                streams.hold_back()
+                streams.throttle(None)
+                self._try("vm-set", vm=self.guest.name, settings=[FAST_PAGES])
+                self.fact(Fact.ALL_SENT, log=self.target)
             case "postcopy-paused":
-                self._brake_pages(begin)
-                self.fact(Fact.RUN_ACKED)
                 streams.cut(refusing=self.fault_rule is None)
                 self.fact(Fact.LINK_LOST)
                 if self.fault_rule is not None:
                     self.wait(self.fault_rule.seen.is_set, why="nobody reconnected")
-            case "completed":
-                begin(self.wish())
-                self.wait(lambda: self.status() == "completed", why="it was not completed")
-            case "cancelling":
-                self._slowly(begin)
-                self._hold_back()
-                self.ground.a.execute("vm-cancel", vm=self.guest.name)
-                self._wait_release()
-            case "failing":
-                self._slowly(begin)
-                self._hold_back()
+            case "postcopy-recover":
+                streams.hold_back_new()
                 streams.cut(refusing=False)
-                self._wait_release()
-            case phase:
-                raise AssertionError(phase)
+                self._until_status()
 
     def _hold(self, command: str, side: str) -> Rule:
         if self.fault_rule is not None and self.fault_rule.command == command:
@@ -195,14 +253,25 @@ class Stage:
         self.fact(Fact.SETUP_DONE)
         self.wait(lambda: self.ground.streams.passed() > 100_000, why="no memory moves")
 
+    def _turn(self, begin: Callable[[dict[str, Any]], None], what: Callable[[], Any]) -> None:
+        """The guest goes back: held while its agent does not hear that the destination gave up, or to the end."""
+        self._slowly(begin)
+        if self.cell.phase in ENDS:
+            what()
+            self._until_status()
+            return
+        self._hold_back()
+        what()
+        self.wait(lambda: "B-release" in self.source.rows(self.guest.name), why="no release was asked for")
+
+    def _until_status(self) -> None:
+        self.wait(lambda: self.status() == self.cell.phase, why=f"no {self.cell.phase}")
+
     def _hold_back(self) -> None:
         """The source's agent does not hear any more that its destination has given up: it has to ask for that."""
         rule = Rule("", "answer", "hold-all")
         self._rules.append(rule)
         self.ground.link.hold_back(rule)
-
-    def _wait_release(self) -> None:
-        self.wait(lambda: "B-release" in self.source.rows(self.guest.name), why="no release was asked for")
 
     def _to_barrier(self, begin: Callable[[dict[str, Any]], None]) -> Rule:
         """Up to the pause before the switchover."""
@@ -218,6 +287,38 @@ class Stage:
             self.fact(Fact.LOADED, log=self.target)
             self.ground.streams.throttle(PAGES_BYTES_PER_S)
 
+    def _to_grant(self, begin: Callable[[dict[str, Any]], None]) -> Rule:
+        """Until the order to start is on its way."""
+        rule = self._hold("peer-grant", "request")
+        self._brake_pages(begin)
+        self.wait(rule.seen.is_set, why="no grant was sent")
+        return rule
+
+    def _to_start(self, begin: Callable[[dict[str, Any]], None]) -> int:
+        """Until the order has been written to a QEMU that does nothing; its process."""
+        rule = self._to_grant(begin)
+        # A QEMU that its agent asks anything when the order comes is found to hang, and `cont` is not written to it. It
+        # is asked once a second while it waits: this is just after that.
+        asked_s = self.fact(Fact.LOADED, log=self.target) + ASKED_S
+        self.wait(lambda: now_s() >= asked_s)
+        mine = qemus(self.ground.b, self.guest.name)
+        if len(mine) != 1:
+            raise NotReached(f"{len(mine)} QEMUs are there")
+        self._stop(mine[0])
+        rule.release()
+        self.fact(Fact.START_SENT, 3.0, log=self.target)
+        return mine[0]
+
+    def _stop(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        self._stopped.append(pid)
+        self.wait(lambda: process_state(pid) == "T", why=f"process {pid} is not stopped")
+
+    def _let_run(self, pid: int) -> None:
+        self._stopped.remove(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
     # --- the way on ---
 
     def let_go(self) -> None:
@@ -225,13 +326,15 @@ class Stage:
         for rule in self._rules:
             self.ground.link.let_back(rule)
         self.ground.streams.let_go()
+        for pid in list(self._stopped):
+            self._let_run(pid)
         if self.cell.phase == "postcopy-paused":
             self.ground.streams.refuse(refusing=False)
 
     def hurry(self) -> None:
         """Takes the brakes out of the migration itself, as far as that is possible now: it may be over, or its agent
         dead, or in a phase in which no option may change. Again later is harmless."""
-        if self.cell.phase in ("cancelling", "failing"):
+        if self.cell.phase in TURNED:
             return
         vm = self.guest.name
         if self._begun_slow:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from vmferry.chaos.cells import Cell
+from vmferry.core import hazards
 
 
 class Verdict(StrEnum):
@@ -45,18 +46,24 @@ class Seen:
     overlap_ms: float = 0.0
     two_writers: str = ""
     complete_there: bool = False
-    """The destination's QEMU had loaded all of the guest, in precopy."""
+    """The destination's QEMU had loaded all of the guest, every page among it."""
     lock_samples: int = 0
     running_on: list[str] = field(default_factory=list)
     makes_progress: bool = False
     wrong_pages: int | None = None
     letters: str = ""
     """What is wrong with the guest's output over both sides; "" for nothing."""
+    unlocked: list[str] = field(default_factory=list)
+    """Disks of which the QEMU that runs it has no lock to write."""
     over: bool = False
     ended_first: bool = False
     """The job was over before the kernel told its agent that the source's QEMU has ended."""
     outcome: str = ""
     row: str = ""
+    status: str = ""
+    """The public status at the end."""
+    cancels: list[str] = field(default_factory=list)
+    """What was answered to each cancel: accepted, or refused with the reason."""
     action: str = ""
     taken: list[str] = field(default_factory=list)
     """Commands that were named and taken."""
@@ -66,6 +73,8 @@ class Seen:
     to_running_ms: float | None = None
     pause_ms: float | None = None
     heal_ms: float | None = None
+    waited_for_link: bool = False
+    """A postcopy whose memory could move stood still until the agents could talk."""
     reattach_ms: float | None = None
     resumed_ms: float | None = None
     """From the refused start on the target to running on the source."""
@@ -74,21 +83,28 @@ class Seen:
     """The pairs of states that the two sides went through (`model.pairs`)."""
 
 
+UNMOVED = ("setup", "active", "pre-switchover", "device", "postcopy-device", "cancelling", "cancelled", "failing",
+           "failed")  # fmt: skip
+RAN_THERE = ("started", "granted", "postcopy-active", "last", "postcopy-paused", "postcopy-recover", "completed")
+
+
 def physics(cell: Cell, *, complete_there: bool) -> str:
     """Why this fault may cost the guest whatever anybody does; "" where it must not. `complete_there`: the destination
     had everything that there is, before or after the fault."""
+    breaks_stream = cell.fault.kind in ("cut", "reset") and cell.fault.what in ("stream", "both")
+    if breaks_stream and cell.phase == "postcopy-recover" and hazards.dies_of_broken_recovery(cell.versions[1]):
+        return "the destination's QEMU, which ran the guest, dies of a recovery that breaks off (QEMU before 8.2)"
     if cell.fault.kind != "kill":
         return ""
     if cell.fault.what == "source-qemu" and not complete_there:
-        if cell.phase in ("setup", "active", "pre-switchover", "device", "postcopy-device", "cancelling", "failing"):
+        if cell.phase in UNMOVED:
             return "the source's QEMU died with the only complete copy, as in any crash of it"
-        if cell.phase in ("postcopy-active", "postcopy-paused") or (
-            cell.mode == "postcopy" and cell.phase in ("grant", "granted")
-        ):
+        if cell.mode == "postcopy":
             return "the source's QEMU died with pages that the destination had not got yet"
-    if cell.fault.what == "target-qemu" and cell.phase in ("granted", "postcopy-active", "postcopy-paused",
-                                                           "completed"):  # fmt: skip
+    if cell.fault.what == "target-qemu" and cell.phase in RAN_THERE:
         return "the destination's QEMU died after it had run the guest: no current copy exists"
+    if cell.fault.what == "target-qemu" and cell.phase == "starting":
+        return "the destination's QEMU died with the order to start in it: nobody can know whether it ran the guest"
     return ""
 
 
@@ -131,12 +147,19 @@ def _stands_still(cell: Cell, seen: Seen) -> tuple[Verdict, str]:
 
 
 def _wrong(seen: Seen) -> list[str]:
+    is_cancelled = seen.status == "cancelled"
     where = {"host-a": "source", "host-b": "destination"}[seen.running_on[0]]
     found = {
         f"{seen.wrong_pages} pages are wrong": bool(seen.wrong_pages),
         f"its output is not that of one life: {seen.letters}": bool(seen.letters),
         f"it runs on the {where} and the job says {seen.outcome} ({seen.row})": seen.outcome != where,
         "the job does not end": not seen.over,
+        "it waited for the agents' link, and its memory could have moved": seen.waited_for_link,
+        f"it runs without a lock on {', '.join(seen.unlocked)}": bool(seen.unlocked),
+        f"a cancel was accepted and it ended as {seen.status}": "accepted" in seen.cancels and not is_cancelled,
+        f"every cancel was refused and it ended as {seen.status}": bool(seen.cancels)
+        and "accepted" not in seen.cancels
+        and is_cancelled,
         f"left behind: {', '.join(seen.left)}": bool(seen.left),
         f"an agent's log has {seen.troubles[:2]}": bool(seen.troubles),
     }

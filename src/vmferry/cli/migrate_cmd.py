@@ -56,6 +56,10 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "on-postcopy-failure": getattr(arguments, "on_postcopy_failure", None),
         "retry-for": getattr(arguments, "retry_for", None),
     }
+    if getattr(arguments, "no_auto_finalize", False):
+        wish["auto-finalize"] = False
+    if getattr(arguments, "no_auto_dismiss", False):
+        wish["auto-dismiss"] = False
     wish["policy"] = {name: value for name, value in policies.items() if value is not None}
     if arguments.postcopy_after_passes is not None:
         wish["postcopy-after-passes"] = arguments.postcopy_after_passes

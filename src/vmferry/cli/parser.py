@@ -55,6 +55,34 @@ examples
   vmferry set web1 downtime-limit=200ms max-bandwidth=2G
   vmferry set web1 on-postcopy-failure=pause
 """
+JOB_EPILOG = """\
+verbs
+  cancel    the guest stays here, as long as nobody was told to run it there
+  pause     a postcopy: no page moves until it is resumed. A precopy cannot be paused: change max-bandwidth
+  resume    a paused postcopy, also one whose channel broke, is joined again now
+  change    options ('vmferry options') and policies, as 'vmferry set', and mode=postcopy
+  complete  for kinds of jobs that wait for it; a migration does not
+  finalize  hand the guest over, where --no-auto-finalize made the job wait for this word
+  dismiss   the result of a concluded job is not shown any more
+
+  A job takes a verb only in some states; 'vmferry jobs' shows which. All of them: docs/jobs.md.
+
+exit codes
+  0 done, or nothing was left to do;  10 the option is locked now;  18 too late to cancel;
+  22 the job does not take this verb in its state;  23 no such job. All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry job finalize web1
+  vmferry job change web1 downtime-limit=200ms mode=postcopy
+  vmferry job dismiss 3f2a
+"""
+BLOCK_EPILOG = """\
+A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
+lists it together with what migrations and QEMU itself hold. The same name again replaces it.
+
+example
+  vmferry block web1 migrate backup "its disks are being copied"
+"""
 INSPECT_EPILOG = """\
 Shows for each side its QEMU's process, migration status and run state, who has the guest's disks, where the whole
 guest is, and the one action that follows. All pairs of states and what follows from each: docs/faults.md.
@@ -111,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_agent(commands)
     _add_vm_commands(commands)
     _add_migration_commands(commands)
+    _add_jobs(commands)
     _add_rescue(commands)
     _add_host_commands(commands)
     _add_demo_and_bench(commands)
@@ -233,6 +262,11 @@ def _add_migration_commands(commands: Any) -> None:
     migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     migrate.add_argument("--patience", default="10s", metavar="TIME",
                          help="how long to wait until an uncertain guest is settled (default: 10s)")  # fmt: skip
+    migrate.add_argument("--no-auto-finalize", action="store_true",
+                         help="pause before the guest is handed over, until 'vmferry job finalize NAME'; for a minute, "
+                         "then it runs on here")  # fmt: skip
+    migrate.add_argument("--no-auto-dismiss", action="store_true",
+                         help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
     plan = _command(commands, "plan", "migrate_cmd:plan",
                     "ask both hosts whether a VM can move; changes nothing")  # fmt: skip
     _add_wish(plan)
@@ -247,6 +281,26 @@ def _add_migration_commands(commands: Any) -> None:
     change.epilog = SET_EPILOG
     postcopy = _command(commands, "postcopy", "migrate_cmd:postcopy", "switch a migration to postcopy now")
     postcopy.add_argument("vm", metavar="NAME")
+
+
+def _add_jobs(commands: Any) -> None:
+    _command(commands, "jobs", "job_cmd:jobs", "list this host's jobs, with their states and what they take")
+    job = _command(commands, "job", "job_cmd:act", "steer one job, or read and dismiss it", epilog=JOB_EPILOG)
+    job.add_argument(
+        "verb", choices=("cancel", "pause", "resume", "change", "complete", "finalize", "dismiss"), metavar="VERB"
+    )
+    job.add_argument("job", metavar="JOB", help="its id, the beginning of it, or its VM")
+    job.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="for change")
+    block = _command(commands, "block", "job_cmd:block", "have an operation on a VM refused, with a reason",
+                     epilog=BLOCK_EPILOG)  # fmt: skip
+    block.add_argument("vm", metavar="NAME")
+    block.add_argument("operation", choices=("migrate", "set", "stop", "snapshot"), metavar="OPERATION",
+                       help="migrate, set (options of a migration), stop, or snapshot (for other tools)")  # fmt: skip
+    block.add_argument("name", metavar="BLOCKER", help="the name by which it is removed")
+    block.add_argument("reason", metavar="REASON", help="what a person reads whom it stops")
+    unblock = _command(commands, "unblock", "job_cmd:unblock", "remove a blocker")
+    unblock.add_argument("vm", metavar="NAME")
+    unblock.add_argument("name", metavar="BLOCKER")
 
 
 def _add_rescue(commands: Any) -> None:
@@ -315,7 +369,7 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--dirty", type=int, default=20, metavar="MIB", help="MiB/s that the guest rewrites")
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
-    bench.add_argument("what", choices=("migrate", "stream", "disks"))
+    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks"))
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
     chaos = _command(commands, "chaos", "chaos_cmd:chaos",
                      "do faults to migrations on purpose, and let outsiders judge what became of the guests",

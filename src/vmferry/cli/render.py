@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-from vmferry.units import format_size
+from vmferry.units import format_ms, format_size
 
 _DISK_BYTES = ("current-progress", "total-progress")
 
@@ -68,7 +68,10 @@ class ProgressLine:
             percent = 100 * done // total if total else 0
         if brief.get("remaining_bytes") is not None and brief.get("mbps") is not None:
             rate = format_size(float(brief["mbps"]) * 1e6 / 8)
-            detail = f"{format_size(brief['remaining_bytes'])} left, {rate}/s, pass {brief.get('passes') or 1}"
+            left = time_left(brief.get("left_ms_min"), brief.get("left_ms_max"))
+            detail = f"{format_size(brief['remaining_bytes'])} left, {rate}/s, pass {brief.get('passes') or 1}{left}"
+            if brief.get("percent_error"):
+                detail = f"± {brief['percent_error']} %, {detail}"
         self._bar.update(
             self._task,
             completed=percent,
@@ -81,6 +84,13 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def time_left(low_ms: float | None, high_ms: float | None) -> str:
+    """', 2.0 s to 5.0 s' between its bounds, or nothing where even the lower one is not known."""
+    if low_ms is None:
+        return ""
+    return f", {format_ms(low_ms)} or more" if high_ms is None else f", {format_ms(low_ms)} to {format_ms(high_ms)}"
 
 
 def table(headers: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -8,6 +8,7 @@ from argparse import Namespace
 from typing import Any
 
 from vmferry.cli import client as agent_client
+from vmferry.cli.job_cmd import blocker_line
 from vmferry.cli.render import table, timeline_lines
 from vmferry.units import format_size
 
@@ -68,8 +69,8 @@ def status(arguments: Namespace) -> int:
         print(json.dumps(wire))
         return 0
     print(_sentence(wire))
-    for reason in wire["blocked"]:
-        print(f"  QEMU refuses to migrate it: {reason}")
+    for blocker in wire["blockers"]:
+        print(f"  {blocker_line(blocker)}")
     if wire["migration"]:
         print(wire["migration"]["sentence"])
         for line in timeline_lines(wire["migration"]):

@@ -20,11 +20,11 @@ from enum import StrEnum
 from typing import Final
 
 from vmferry.core.options import Mode
-from vmferry.core.progress import Eta, Progress, Sample, eta
+from vmferry.core.progress import Eta, Forecast, Progress, Sample, eta
 from vmferry.units import format_ms, format_size
 
 __all__ = [
-    "Choice", "ConvergePolicy", "Decision", "Eta", "FailurePreference", "GiveUp", "Keep", "ModeInputs",
+    "Choice", "ConvergePolicy", "Decision", "Eta", "FailurePreference", "Forecast", "GiveUp", "Keep", "ModeInputs",
     "PostcopyStart", "Progress", "RaiseThrottle", "Sample", "StartPostcopy", "decide", "eta", "is_stalled",
     "pass_ends", "pick_mode",
 ]  # fmt: skip

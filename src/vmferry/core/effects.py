@@ -24,6 +24,7 @@ from vmferry.core.view import (
     Halt,
     Held,
     Incoming,
+    Leave,
     Ran,
     Served,
     Source,
@@ -56,6 +57,8 @@ class Effect(Enum):
     """Tell the source's QEMU to switch to postcopy."""
     LET_PAGES_GO = "let-pages-go"
     """Let the source's QEMU send pages as fast as it may: until the guest ran there it was held back."""
+    PAUSE_PAGES = "pause-pages"
+    """Break the channel of a postcopy on purpose: no page moves until it is joined again."""
     MAKE_SURE = "make-sure"
     """During the pause before the switchover: ask the destination whether it is there and loading."""
     CONTINUE = "continue"
@@ -164,15 +167,28 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
     Effect.START_MIRRORS: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, disks=Disks.TODO),),
     Effect.DRAIN_MIRRORS: (
-        # Before the pause the guest would write on behind the mirrors' backs.
-        _guard(want=Want.GO, source=Source.WAITING, target=Target.READY, grant=_UNSENT, disks=Disks.READY),
+        # Before the pause the guest would write on behind the mirrors' backs, and one that waits for a person's leave
+        # keeps its mirrors: whoever says no has lost nothing.
+        _guard(
+            want=Want.GO,
+            source=Source.WAITING,
+            target=Target.READY,
+            grant=_UNSENT,
+            leave=Leave.GIVEN,
+            disks=Disks.READY,
+        ),
     ),
     Effect.DROP_MIRRORS: (_guard(want=Want.BACK, grant=_UNSENT, disks=_LIVE_MIRRORS),),
     Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, disks=(Disks.SETTLED, Disks.READY)),),
     Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
     Effect.LET_PAGES_GO: (_guard(step=Step.STARTED, target=Target.RAN, change=Change.PACE),),
+    Effect.PAUSE_PAGES: (
+        _guard(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.POSTCOPY, change=Change.PAUSE),
+    ),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
-    Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY, disks=Disks.SETTLED),),
+    Effect.CONTINUE: (
+        _guard(want=Want.GO, source=Source.WAITING, target=Target.READY, leave=Leave.GIVEN, disks=Disks.SETTLED),
+    ),
     Effect.COMMIT: (
         _guard(
             want=Want.GO,

@@ -37,6 +37,14 @@ class Fact(StrEnum):
     """The source's QEMU took the order to switch to postcopy."""
     CONTINUE = "continue"
     """The source may leave its pause before the switchover."""
+    HOLD = "hold"
+    """The switchover waits until a person gives leave (auto-finalize is off)."""
+    FINALIZE = "finalize"
+    """A person gave it."""
+    PAUSE = "pause"
+    """No page of a postcopy shall move until a person says so (rounds count)."""
+    PAUSE_OVER = "pause-over"
+    """A person said so (rounds are those of PAUSE)."""
     SET_OPTION = "set-option"
     """An option was changed while the attempt ran (rounds count the changes)."""
     PREPARE = "prepare"
@@ -165,6 +173,8 @@ ROUNDED: frozenset[Fact] = frozenset(
         Fact.RECONNECTED,
         Fact.RESUME_ACK,
         Fact.RECONNECT_FAILED,
+        Fact.PAUSE,
+        Fact.PAUSE_OVER,
         Fact.SET_OPTION,
         Fact.GRANTED,
         Fact.START_SENT,
@@ -244,6 +254,11 @@ def waits_for_channel(log: FactLog) -> bool:
     """Whether the channel is lost and nothing was seen since of a try to make it anew."""
     lost = open_round(log)
     return lost > 0 and log.stamp(Fact.RESUME_WANTED, lost) is None
+
+
+def wants_pause(log: FactLog) -> bool:
+    """A person paused the pages of a postcopy, and nobody has resumed them since."""
+    return log.last_round(Fact.PAUSE) > log.last_round(Fact.PAUSE_OVER)
 
 
 def first_error(log: FactLog) -> Recorded | None:

@@ -32,6 +32,13 @@ postcopy-active for good: the thread that listens waits for a recovery, the one 
 and migrate-pause, cancel and yank reach neither. Seen with 7.2 as 3 of 8 destinations that were ended in that moment.
 So no destination of such a source is ended by us before it is sure that pages are left: the source is made slow first.
 
+A recovery that breaks off, before 8.2
+--------------------------------------
+A destination whose channel breaks while it is in postcopy-recover takes that for a pause that is over, reads from a
+connection that it has closed, and dies (SIGSEGV; seen with 7.2 each time) with the guest, which ran there. A source in
+the same place waits for ever (7.2; since 8.0 it pauses again). So a destination gets no connection before the source's
+QEMU speaks on it; what is left is a break within the handshake of the two, which takes milliseconds.
+
 A destination that refuses to run, all versions
 -----------------------------------------------
 A destination that goes from POSTCOPY_ADVISE to POSTCOPY_LISTEN without a discard in between prepares for discards when
@@ -55,6 +62,8 @@ TCG_STEP_BYTES: Final = 256 * 1024
 GOES_BACK_SINCE: Final = (10, 2)
 
 LEAVES_LAST_PAGE_SINCE: Final = (8, 2)
+
+RECOVERS_TWICE_SINCE: Final = (8, 2)
 
 WHY_PRECOPY: Final = (
     "the guest runs under TCG, where this QEMU loses writes of a guest that runs while postcopy stands by"
@@ -86,6 +95,11 @@ def goes_back_after_grant(version: tuple[int, ...] | None) -> bool:
 def waits_for_ever_after_last_page(version: tuple[int, ...] | None) -> bool:
     """This source must not lose its destination between its last page and the destination's result."""
     return version is None or version[:2] < LEAVES_LAST_PAGE_SINCE
+
+
+def dies_of_broken_recovery(version: tuple[int, ...] | None) -> bool:
+    """This destination does not live through a channel that breaks while it is in postcopy-recover."""
+    return version is None or version[:2] < RECOVERS_TWICE_SINCE
 
 
 def stops_first(mode: Mode, accelerator: str | None, version: tuple[int, ...] | None) -> bool:

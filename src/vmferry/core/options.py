@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from vmferry.core.migration_status import MigrationStatus
 from vmferry.core.option_table import (
@@ -46,7 +46,7 @@ from vmferry.units import format_size, parse_size_bytes, parse_time_ms
 __all__ = [
     "BOTH", "CAPABILITIES", "DESTINATION", "ENDING", "OPEN", "OPTIONS", "OVER", "PARAMETERS", "SOURCE",
     "UNSET", "AttemptOptions", "Config", "Kind", "Mode", "Option", "Policy", "Refused", "Role", "Skipped",
-    "TlsChoice", "Value", "ValueType", "Window", "build", "differences", "docs_markdown", "find_option",
+    "TlsChoice", "Value", "ValueType", "Window", "build", "check_value", "differences", "docs_markdown", "find_option",
     "format_value", "help_lines", "parse_setting", "parse_value", "policy_objection", "refusal",
 ]  # fmt: skip
 
@@ -111,13 +111,36 @@ def parse_value(option: Option, text: str) -> Value:
         raise UsageError(
             f"{option.name}={text} is not possible: {error}", hint=f"allowed: {option.allowed()}"
         ) from error
+    _check_range(option, value)
+    return value
+
+
+_TYPES: Final[dict[ValueType, type]] = {
+    ValueType.BOOL: bool,
+    ValueType.ENUM: str,
+    ValueType.STR: str,
+    ValueType.LIST: list,
+}
+"""What a value is in JSON; all others are numbers."""
+
+
+def check_value(option: Option, given: Any) -> Value:
+    """A value in QEMU's own type and unit, as it is. Raises UsageError with what is allowed."""
+    kind = _TYPES.get(option.type, int)
+    if type(given) is not kind or (option.words and given not in option.words):
+        raise UsageError(f"{option.name} cannot be {given!r}", hint=f"allowed: {option.allowed()}, as {kind.__name__}")
+    value = cast(Value, given)
+    _check_range(option, value)
+    return value
+
+
+def _check_range(option: Option, value: Value) -> None:
     if option.low is not None and option.high is not None:
         assert isinstance(value, int), "only numbers have a range"
         if not option.low <= value <= option.high:
-            raise UsageError(f"{option.name}={text} is out of range; allowed: {option.allowed()}")
+            raise UsageError(f"{option.name}={value} is out of range; allowed: {option.allowed()}")
     if option.power_of_two and isinstance(value, int) and value & (value - 1):
-        raise UsageError(f"{option.name}={text} is not a power of two")
-    return value
+        raise UsageError(f"{option.name}={value} is not a power of two")
 
 
 def _read(option: Option, text: str) -> Value:

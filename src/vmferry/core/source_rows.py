@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
 from vmferry.core.table import Outcome, Remedy, Row, pattern
-from vmferry.core.view import Change, Cpus, Disks, Grant, Retry, Source, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Disks, Grant, Leave, Retry, Source, Step, Target, Want
 
 EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
 UNSENT = (Grant.NONE, Grant.HELD)
@@ -43,6 +43,11 @@ SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
 ASK = "free the disk, then: vmferry recover NAME; or back to the source: vmferry cancel NAME"
 FEED = "keep the destination's QEMU, and if the source's memory was kept: vmferry recover NAME"
 
+REACH = (
+    "bring the link to the destination back, and the agents agree by themselves; or, when its host is known to be "
+    "dead: vmferry resolve NAME --other-side-is-dead"
+)
+
 SETUP_MS = 10_000
 UNPLUG_MS = 60_000
 SWITCHOVER_MS = 3_000
@@ -58,6 +63,12 @@ BROKEN_MS = 5_000
 """A guest that stands still on both sides for a channel that is broken could run on the source meanwhile."""
 STUCK_MS = 500
 """Until finish-migrate after the end of an attempt is not taken for a step on the way any more."""
+PAGES_MS = 2_000
+"""1. the last page arrives  2. stream and link break before anybody here has heard so  3. the link is there again, and
+nobody tells what was told before: it has to be asked for. An older QEMU says postcopy-active for ever."""
+HOLD_MS = 60_000
+"""A guest that stands still for a person's leave. Within a minute a person or a tool that asked for a say answers, and
+its users' connections live; who has not answered then is not there, and the guest runs on where it is."""
 UNCERTAIN_MS = 10_000
 """How long a silent destination is waited for before its locks are asked."""
 
@@ -127,22 +138,26 @@ MOVING: tuple[Row[E], ...] = (
                               target=USABLE, change=Change.POSTCOPY, disks=UNBROKEN),
         E.START_POSTCOPY, "The switch to postcopy was asked for, by a person or by the policy."),
     Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
-                            target=USABLE, change=(Change.NONE, Change.PACE), disks=UNBROKEN),
+                            target=USABLE, change=(Change.NONE, Change.PACE, Change.PAUSE), disks=UNBROKEN),
         None, "Memory is on its way. A silent agent there is no failure: the QEMUs need nobody for this."),
+    Row("M-hold", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING, target=USABLE,
+                          leave=Leave.AWAITED, disks=UNBROKEN),
+        None, "The guest is paused, and a person wanted to give the leave to hand it over.", Outcome.HELD,
+        HOLD_MS, E.NOTE_TIMEOUT, "vmferry job finalize NAME; or back to the source: vmferry cancel NAME"),
     Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), disks=UNBROKEN),
+                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), leave=Leave.GIVEN, disks=UNBROKEN),
         E.MAKE_SURE, "Paused and still whole: the last place where both sides can say no at no cost.",
         limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-drain", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                           target=Target.READY, disks=Disks.READY),
+                           target=Target.READY, leave=Leave.GIVEN, disks=Disks.READY),
         E.DRAIN_MIRRORS, "The guest is paused: what the mirrors have left to write is all there will be.",
         limit_ms=DRAIN_MS, then=E.NOTE_TIMEOUT),
     Row("M-drain-wait", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                                target=Target.READY, disks=Disks.COPYING),
+                                target=Target.READY, leave=Leave.GIVEN, disks=Disks.COPYING),
         None, "Whether the mirrors are ready is not known yet: QEMU is asked.",
         limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-continue", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                              target=Target.READY, disks=Disks.SETTLED),
+                              target=Target.READY, leave=Leave.GIVEN, disks=Disks.SETTLED),
         E.CONTINUE, "Both sides are there, and their disks are equal.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-target-lost", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
                                  source=(Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING,
@@ -274,6 +289,15 @@ GRANTED: tuple[Row[E], ...] = (
                                        Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
                                cpus=NOT_RUNNING, change=(Change.NONE, Change.POSTCOPY)),
         None, "The guest runs there; the last pages are on their way and both sides are needed.",
+        Outcome.DESTINATION, PAGES_MS, E.ASK_TARGET),
+    Row("G-ran-pause", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.POSTCOPY,
+                               cpus=NOT_RUNNING, change=Change.PAUSE),
+        E.PAUSE_PAGES, "The guest runs there, and a person wants no page to move for now.", Outcome.DESTINATION),
+    Row("G-ran-pause-late", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, change=Change.PAUSE,
+                                    source=(Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
+                                            Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING),
+                                    cpus=NOT_RUNNING),
+        None, "The guest runs there; its pages can be paused once QEMU says that it sends them.",
         Outcome.DESTINATION),
     Row("G-ran-pace", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, change=Change.PACE,
                               source=(Source.POSTCOPY, Source.SWITCHING, Source.UNKNOWN, Source.SILENT,
@@ -286,13 +310,13 @@ GRANTED: tuple[Row[E], ...] = (
         Outcome.DEGRADED, action="none needed: the agents connect the two QEMUs again"),
     Row("G-ran-broken-hold", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.BROKEN,
                                      cpus=NOT_RUNNING, retry=(Retry.ASK, Retry.BACK)),
-        None, "It was tried for as long as the policy says; both QEMUs are needed and wait.",
-        Outcome.DEGRADED, action="mend the link between the hosts, then: vmferry recover NAME",
+        None, "A person paused it, or it was tried for as long as the policy says; both QEMUs are needed and wait.",
+        Outcome.DEGRADED, action="mend the link between the hosts if it is that, then: vmferry recover NAME",
         remedy=Remedy.TRY_AGAIN),
     Row("G-ran-failed", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN,
                                 source=(Source.ENDING, Source.BACK),
                                 cpus=NOT_RUNNING),
-        None, "The guest runs there and the source's QEMU gave up with pages that it still needs.",
+        E.ASK_TARGET, "The guest runs there, and the source's QEMU gave up with pages that it may still need.",
         Outcome.DEGRADED, action="keep both QEMUs, then: vmferry recover NAME", remedy=Remedy.FEED),
     Row("G-ran-clean", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
         E.CLEAN_UP, "The guest runs there and the source's QEMU is gone.", Outcome.DESTINATION),
@@ -355,11 +379,18 @@ GRANTED: tuple[Row[E], ...] = (
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         None, "The source's process died before it had given everything away.", Outcome.HELD,
         action=FEED, remedy=Remedy.FEED),
-    Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN),
+    Row("G-uncertain-broken", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                                      source=Source.BROKEN, retry=Retry.AGAIN),
+        E.RECONNECT, "The destination may run the guest, and lacks pages: it is asked on both ways, and connected when "
+        "it has answered.", Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
+    Row("G-uncertain", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                               source=tuple(s for s in Source if s is not Source.BROKEN)),
         E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
-        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET,
-        "bring the link to the destination back, and the agents agree by themselves; or, when its host is known to be "
-        "dead: vmferry resolve NAME --other-side-is-dead"),
+        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
+    Row("G-uncertain-hold", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.UNKNOWN,
+                                    source=Source.BROKEN, retry=(Retry.ASK, Retry.BACK)),
+        E.ASK_TARGET, "The destination may run the guest: both QEMUs are kept and the source stays paused.",
+        Outcome.UNCERTAIN, UNCERTAIN_MS, E.FENCE_TARGET, REACH),
     Row("G-back-release", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.SENT, source=ALIVE,
                                   target=(Target.ABSENT, *PAUSED_THERE)),
         E.RELEASE_TARGET, "Going back needs the destination's word that it never ran and never will.",

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from vmferry.core.facts import Fact, FactLog, open_round
+from vmferry.core.facts import Fact, FactLog, open_round, wants_pause
 
 
 class Want(Enum):
@@ -118,6 +118,16 @@ class Change(Enum):
     POSTCOPY = "postcopy"
     PACE = "pace"
     """The pages that were held back may go: the destination runs the guest."""
+    PAUSE = "pause"
+    """No page shall move until a person says so. It stays so when it is done: it holds until then."""
+
+
+class Leave(Enum):
+    """Whether the source may leave its pause before the switchover, as far as people have a say."""
+
+    GIVEN = "given"
+    """Nobody wanted a say, or leave was given."""
+    AWAITED = "awaited"
 
 
 class Disks(Enum):
@@ -156,6 +166,7 @@ class SourceView:
     grant: Grant
     change: Change
     retry: Retry
+    leave: Leave = Leave.GIVEN
     disks: Disks = Disks.SETTLED
 
 
@@ -340,8 +351,9 @@ def _change(log: FactLog) -> Change:
     asked = Fact.START_POSTCOPY in log and Fact.POSTCOPY_TOLD not in log
     if asked:
         return Change.POSTCOPY
-    is_slow = Fact.SLOWED in log and Fact.PACED not in log and Fact.RUN_ACKED in log
-    return Change.PACE if is_slow else Change.NONE
+    if Fact.SLOWED in log and Fact.PACED not in log and Fact.RUN_ACKED in log:
+        return Change.PACE
+    return Change.PAUSE if wants_pause(log) else Change.NONE
 
 
 def disks_of(log: FactLog) -> Disks:
@@ -376,7 +388,7 @@ def _retry(log: FactLog, readings: Readings, source: Source, target: Target) -> 
     if target is Target.REFUSED:
         asked = log.last_round(Fact.TRY_AGAIN) >= log.last_round(Fact.START_REFUSED)
         return Retry.AGAIN if readings.on_refused_start is Retry.ASK and asked else readings.on_refused_start
-    if source is Source.BROKEN and not readings.is_patient:
+    if source is Source.BROKEN and (wants_pause(log) or not readings.is_patient):
         return Retry.ASK
     return Retry.AGAIN
 
@@ -397,6 +409,7 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
         grant=_grant(log),
         change=_change(log),
         retry=_retry(log, readings, source, target),
+        leave=Leave.AWAITED if Fact.HOLD in log and Fact.FINALIZE not in log else Leave.GIVEN,
         disks=disks_of(log),
     )
 

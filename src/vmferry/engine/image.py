@@ -41,8 +41,8 @@ PAGE_BYTES: Final = 4096
 
 
 _HUGE_FROM_BYTES: Final = 64 << 20
-"""Blocks of this size get huge pages where the kernel has them, as QEMU's own memory does: a fifth less time to fill
-them. Small ones (firmware, video memory) would only take more memory."""
+"""Blocks of this size get huge pages where the kernel gives them to shared memory (`shmem_enabled`, which is `never` on
+many hosts). Small ones (firmware, video memory) would only take more memory."""
 
 
 class PageStore(Protocol):
@@ -142,11 +142,13 @@ class ImageBlock:
         assert isinstance(self.store, MemoryFile)
         return self.store.pages
 
-    def write(self, offsets: npt.NDArray[np.uint64], pages: Pages) -> None:
-        """Stores pages; row i at byte offset `offsets[i]`. Any order; of equal offsets the last one counts."""
+    def write(self, offsets: npt.NDArray[np.uint64], pages: Pages, *, is_row: bool = False) -> None:
+        """Stores pages; row i at byte offset `offsets[i]`. Any order; of equal offsets the last one counts.
+
+        `is_row`: somebody has looked already: they lie side by side."""
         count = len(offsets)
         first = int(offsets[0]) // PAGE_BYTES
-        if count == 1 or _is_ascending(offsets):
+        if is_row or count == 1 or _is_ascending(offsets):
             where: slice | npt.NDArray[np.intp] = slice(first, first + count)
         else:
             where = _numbers(offsets)

@@ -84,6 +84,8 @@ from vmferry.wire.xbzrle import apply
 
 PROOF_PING = 0x42
 """The ping whose answer decides whether the source may still take its guest back (QEMU 10.2 and newer)."""
+_ROOM_BYTES = 2 * PAGE_BYTES
+"""In front of what is read: for the beginning of a page's record whose rest is read next."""
 
 
 class End(enum.Enum):
@@ -141,10 +143,11 @@ class MainIntake:
             self.over.set()
 
     def _loop(self) -> None:
-        slab = memoryview(bytearray(limits.ENGINE_SLAB_BYTES))
+        slab = memoryview(bytearray(_ROOM_BYTES + limits.ENGINE_SLAB_BYTES))
         if self._round:
             self.shared.ledger.post(Fact.RECONNECTED, round_no=self._round)
-        self._digest(memoryview(self._first))
+        slab[_ROOM_BYTES : _ROOM_BYTES + len(self._first)] = self._first
+        self._digest(slab, len(self._first))
         while self.end is None:
             self._look_up()
             if self.end is None:
@@ -167,22 +170,22 @@ class MainIntake:
 
     def _read(self, slab: memoryview) -> None:
         may_read = not self._is_input_over and not self._voice.is_full
-        count = self.wire.read_much(slab[: self._decoder.best_read(len(slab))]) if may_read else None
+        count = self.wire.read_much(slab[_ROOM_BYTES:]) if may_read else None
         if count is None:
             left_s = self._patience_s - self.shared.clock.now_s() if self._owed > 0 else None
             self.wire.wait(
                 readable=may_read, writable=self._voice.has_words, timeout_s=left_s, waker=self.shared.waker
             )  # fmt: skip
         elif count:
-            self._digest(slab[:count])
+            self._digest(slab, count)
         else:
             self._on_close()
 
-    def _digest(self, data: memoryview) -> None:
-        self._counters.bytes += len(data)
+    def _digest(self, slab: memoryview, count: int) -> None:
+        self._counters.bytes += count
         if self._is_stream_over:
             return  # whatever a source says behind its stream, QEMU's own destination ignores it too
-        self._decoder.feed(data)
+        self._decoder.feed_behind(slab, _ROOM_BYTES, _ROOM_BYTES + count)
         self._take_events()
         self.shared.image.announce_pages()
 
@@ -206,7 +209,7 @@ class MainIntake:
             if self._decoder.is_postcopy:
                 stored = block.write_missing(offsets, run.pages)
             else:
-                block.write(offsets, run.pages)
+                block.write(offsets, run.pages, is_row=run.is_row)
         else:
             self._counters.zero_pages += count
             if self._decoder.is_postcopy:

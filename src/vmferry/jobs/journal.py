@@ -36,6 +36,10 @@ class Entry(StrEnum):
     """This host keeps the VM: its definition, its QEMU, its generation."""
     FORGOTTEN = "forgotten"
     """This host does not keep the VM any more."""
+    BLOCKED = "blocked"
+    """Somebody holds a blocker on the VM; the newest of its name counts."""
+    UNBLOCKED = "unblocked"
+    """They do not any more."""
     WANTED = "wanted"
     """Source: a migration was asked for."""
     CANCEL_WANTED = "cancel-wanted"
@@ -44,12 +48,18 @@ class Entry(StrEnum):
     """Source: it was too late when that had been written. The person hears so; the cancel never acts."""
     POSTCOPY_WANTED = "postcopy-wanted"
     """Source: the switch to postcopy was asked for by hand."""
+    FINALIZE_WANTED = "finalize-wanted"
+    """Source: a person gave the leave to hand the guest over, for which the job was to wait."""
+    PAUSED = "paused"
+    """Source: whether a person wants the pages of the postcopy paused; the newest holds."""
     OPTIONS_BEFORE = "options-before"
     """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
     MIRRORS = "mirrors"
     """Source: its QEMU is about to be told to mirror these disks."""
     IMAGE_MADE = "image-made"
     """Destination: a file (device and inode) that is this job's, before it gets its name."""
+    RECOVERY_WAY = "recovery-way"
+    """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     PLACE_WANTED = "place-wanted"
@@ -65,7 +75,8 @@ class Entry(StrEnum):
     ENDED = "ended"
     """The job is over: its result."""
     DISMISSED = "dismissed"
-    """The result of the job was read and may be forgotten."""
+    """The result of the job was read and is not shown any more. What it proves to other agents stays until the job is
+    old: a place that was not released asks whether it is still wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,7 @@ class Written:
     seq: int
     kind: Entry
     subject: str
-    """A VM's name for KEPT and FORGOTTEN, else a job's id."""
+    """A VM's name for KEPT, FORGOTTEN, BLOCKED and UNBLOCKED, else a job's id."""
     body: dict[str, Any]
 
 
@@ -88,11 +99,14 @@ class JobState:
     body: dict[str, Any]
     cancel_wanted: bool = False
     postcopy_wanted: bool = False
+    finalize_wanted: bool = False
+    paused: bool = False
     options_before: dict[str, Any] = field(default_factory=dict)
     mirrors: dict[str, Any] = field(default_factory=dict)
     """What goes on without an agent: the mirrors, and what the plan was."""
     images: dict[str, Any] = field(default_factory=dict)
     """Files that the job made: path to [device, inode]."""
+    recovery_way: dict[str, Any] | None = None
     committed_generation: int | None = None
     renounced: bool = False
     turned_back: bool = False
@@ -100,6 +114,7 @@ class JobState:
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
+    dismissed: bool = False
 
 
 @dataclass
@@ -108,6 +123,8 @@ class Replayed:
 
     vms: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: dict[str, JobState] = field(default_factory=dict)
+    blockers: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """By VM and name."""
     retired: list[dict[str, Any]] = field(default_factory=list)
     """Identities of QEMUs whose guests were given away for good: such a process is of no use any more."""
 
@@ -122,26 +139,37 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.vms[entry.subject] = entry.body
             case Entry.FORGOTTEN:
                 state.vms.pop(entry.subject, None)
+                state.blockers.pop(entry.subject, None)
                 if "identity" in entry.body:
                     state.retired.append(entry.body["identity"])
+            case Entry.BLOCKED:
+                state.blockers.setdefault(entry.subject, {})[str(entry.body.get("name"))] = entry.body
+            case Entry.UNBLOCKED:
+                state.blockers.get(entry.subject, {}).pop(str(entry.body.get("name")), None)
             case Entry.WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
-            case Entry.DISMISSED:
-                state.jobs.pop(entry.subject, None)
+            case Entry.DISMISSED if job:
+                job.dismissed = True
             case Entry.CANCEL_WANTED if job:
                 job.cancel_wanted = True
             case Entry.CANCEL_REFUSED if job:
                 job.cancel_wanted = False
             case Entry.POSTCOPY_WANTED if job:
                 job.postcopy_wanted = True
+            case Entry.FINALIZE_WANTED if job:
+                job.finalize_wanted = True
+            case Entry.PAUSED if job:
+                job.paused = bool(entry.body.get("paused"))
             case Entry.OPTIONS_BEFORE if job:
                 job.options_before = {**entry.body, **job.options_before}
             case Entry.MIRRORS if job:
                 job.mirrors = entry.body
             case Entry.IMAGE_MADE if job:
                 job.images.update(entry.body)
+            case Entry.RECOVERY_WAY if job:
+                job.recovery_way = entry.body
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
             case Entry.TURNED_BACK if job:
@@ -155,12 +183,13 @@ def replay(entries: Iterable[Written]) -> Replayed:
             case Entry.ENDED if job:
                 job.ended = entry.body
             case _:
-                pass  # an entry of a job that was dismissed since: nothing to say any more
+                pass  # an entry of a job whose beginning is not there any more: nothing to say
     return state
 
 
 KEEP_ENDED_JOBS = 200
-"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries."""
+"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries. Those that wait to
+be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them)."""
 
 
 class JournalStore(Protocol):
@@ -249,11 +278,21 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " (SELECT max(seq) FROM entry WHERE kind IN ('kept','forgotten') GROUP BY subject)"
         )
         old = db.execute(
-            "SELECT subject FROM entry WHERE kind='ended' ORDER BY seq DESC LIMIT -1 OFFSET ?",
+            "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
+            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted')"
+            "  AND json_extract(body, '$.auto_dismiss') = 0"
+            "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+            " ORDER BY seq DESC LIMIT -1 OFFSET ?",
             (KEEP_ENDED_JOBS,),
         ).fetchall()
-        gone = db.execute("SELECT subject FROM entry WHERE kind='dismissed'").fetchall()
-        db.executemany("DELETE FROM entry WHERE subject=? AND kind NOT IN ('kept','forgotten')", old + gone)
+        of_vms = "('kept','forgotten','blocked','unblocked')"
+        db.executemany(f"DELETE FROM entry WHERE subject=? AND kind NOT IN {of_vms}", old)
+        db.execute(
+            "DELETE FROM entry WHERE kind='blocked' AND seq NOT IN"
+            " (SELECT max(seq) FROM entry WHERE kind IN ('blocked','unblocked')"
+            "  GROUP BY subject, json_extract(body, '$.name'))"
+        )
+        db.execute("DELETE FROM entry WHERE kind='unblocked'")
 
 
 def _append(db: sqlite3.Connection, kind: Entry, subject: str, body: str) -> None:

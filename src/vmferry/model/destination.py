@@ -316,6 +316,16 @@ def _reconnect(kit: Kit, w: World, *, awaited: bool) -> World:
     return paused._replace(s_stage="answered", s_answer="offer") if awaited else paused
 
 
+def at_door(w: World) -> bool:
+    """`standing._needs_door`, and the QEMU behind it answers."""
+    if w.d_log <= 0 or not destination_alive(w) or w.d_hung:
+        return False
+    over = (Fact.RELEASE, Fact.TARGET_GONE, Fact.ALL_SENT, Fact.CLEANUP)
+    is_open = logs.has(w.d_log, Fact.PACKAGE_LOADED) and logs.has(w.d_log, Fact.LOADED)
+    is_there = is_open and not any(logs.has(w.d_log, fact) for fact in over)
+    return is_there and w.d_word in ("postcopy-active", "postcopy-recover", "postcopy-paused")
+
+
 def _grant(kit: Kit, w: World) -> World:
     """`DestinationAttempt.grant`: durable before anything follows from it."""
     refuses = logs.has(w.d_log, Fact.RELEASE) or logs.has(w.d_log, Fact.TARGET_GONE)

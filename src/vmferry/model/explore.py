@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vmferry.core.effects import DestinationEffect, Effect
-from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.model import destination, invariants, outside, qemu, restart, source
 from vmferry.model.logs import TooManyRounds
+from vmferry.model.restart import begins
 from vmferry.model.rules import Kit, Rules, place_at_work, source_at_work
 from vmferry.model.world import Setting, World
 
@@ -108,7 +108,7 @@ PARTS = (
 
 def is_wanted_only(name: str) -> bool:
     """A fault, or a wish that nobody need have: liveness must not depend on it."""
-    return name.startswith("fault:") or name == "person: cancels"
+    return name.startswith(("fault:", "person: cancels", "person: gives leave", "person: pauses", "person: resumes"))
 
 
 @dataclass
@@ -139,7 +139,7 @@ class Explorer:
         self.kit = Kit(self.rules, self.setting)
         self.result = Result(self.setting.name)
         first = self.setting.first()
-        first = self.kit.note_source(first, Fact.MIGRATE)
+        first = self.kit.note_source(first, *begins(self.setting))
         self.number: dict[World, int] = {first: 0}
         self.worlds: list[World] = [first]
         self.before, self.depth = array("l", [-1]), array("l", [0])
@@ -247,7 +247,7 @@ def replay(rules: Rules, setting: Setting, schedule: tuple[str, ...] | list[str]
 
     Where two steps of one state have the same name the search goes on with each of them."""
     kit = Kit(rules, setting)
-    reached = [(kit.note_source(setting.first(), Fact.MIGRATE), tuple[str, ...]())]
+    reached = [(kit.note_source(setting.first(), *begins(setting)), tuple[str, ...]())]
     for number, wanted in enumerate(schedule):
         possible, following = set(), []
         for w, broken in reached:

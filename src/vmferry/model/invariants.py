@@ -21,6 +21,7 @@ from vmferry.model.world import (
     DOWN,
     S_COMMITTED,
     S_FENCED,
+    S_LEAVE,
     World,
     destination_alive,
     source_alive,
@@ -115,6 +116,9 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
         went_back = w.s_word in ("failing", "failed") and w.s_run != "running" and w.d_word == "completed"
         if w.s_word not in GIVEN and not went_back:
             yield f"I4: the destination starts while the source is in {w.s_word}"
+    leave = not kit.setting.holds or w.s_journal & S_LEAVE
+    if (w.s_word, after.s_word) == ("pre-switchover", "device") and not leave:
+        yield "S97: the switchover goes on without the leave that it was to wait for"
     if after.s_result and not w.s_result:
         yield from _on_end(kit, w, after)
     # Where the source's process died the only copy goes forward, whatever was wanted.

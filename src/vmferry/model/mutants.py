@@ -24,6 +24,7 @@ from vmferry.core.view import (
     Grant,
     Held,
     Incoming,
+    Leave,
     Ran,
     Readings,
     Served,
@@ -48,6 +49,7 @@ DISKS: Final = Setting("precopy", locks=False, disks=True, faults=0, cancels=0)
 DISKS_FAULT: Final = replace(DISKS, faults=1, kinds=frozenset({"stream"}))
 CRASH_CANCEL: Final = replace(CRASH, cancels=1)
 POSTCOPY_CANCEL: Final = Setting("postcopy", locks=False, faults=0, cancels=1)
+HOLD: Final = Setting("precopy", locks=False, faults=0, cancels=0, holds=True)
 CUT: Final = Setting("postcopy", locks=False, faults=1, cancels=0, kinds=frozenset({"stream"}))
 
 
@@ -263,6 +265,7 @@ BY_HAND: Final[tuple[Mutant, ...]] = (
     Mutant("the guest is not stopped before postcopy", Breaks("stopped before postcopy"), (CUT,)),
     Mutant("the source does not say that its QEMU is gone", Breaks("says that its QEMU is gone"), (CRASH,)),
     Mutant("an accepted cancel is not asked about again", Breaks("a cancel is asked about twice"), (CRASH_CANCEL,)),
+    Mutant("a switchover waits for nobody's leave", OtherView("leave", Leave.AWAITED, Leave.GIVEN), (HOLD,)),
     Mutant("a cancel is not journalled", Breaks("a cancel is written before it counts"), (CRASH_CANCEL,)),
 )  # fmt: skip
 

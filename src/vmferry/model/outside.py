@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from vmferry.core.facts import Fact
+from vmferry.core.facts import Fact, FactLog, wants_pause
 from vmferry.core.table import Remedy
 from vmferry.core.view import Source, Target
 from vmferry.model import destination, logs, restart, source
@@ -21,7 +21,9 @@ from vmferry.model.world import (
     D_COMMITTED,
     DOWN,
     S_CANCEL,
+    S_LEAVE,
     S_NO_CANCEL,
+    S_PAUSED,
     World,
     destination_alive,
     source_alive,
@@ -80,8 +82,23 @@ def people(kit: Kit, w: World) -> Iterator[Step]:
             yield "the cancel is refused: too late", w._replace(cancel="", s_journal=journal)
     if kit.setting.mode == "postcopy" and w.s_source == "BUSY" and Fact.START_POSTCOPY not in log:
         yield "policy: the switch to postcopy", kit.note_source(w, Fact.START_POSTCOPY)
+    yield from _jobs(kit, w, log)
     if kit.source(w).row.remedy is Remedy.FEED and not w.s_doing:
         yield from _feed(kit, w)
+
+
+def _jobs(kit: Kit, w: World, log: FactLog) -> Iterator[Step]:
+    """`job-finalize`, `job-pause` and `job-resume`: journalled, then facts."""
+    if kit.setting.holds and Fact.FINALIZE not in log and w.s_source == "WAITING":
+        given = w._replace(s_journal=w.s_journal | S_LEAVE)
+        yield "person: gives leave", kit.note_source(given, Fact.FINALIZE)
+    number = log.last_round(Fact.PAUSE)
+    if wants_pause(log):
+        resumed = w._replace(s_journal=w.s_journal & ~S_PAUSED)
+        yield "person: resumes", kit.note_source(resumed, (Fact.PAUSE_OVER, number))
+    elif w.pauses and w.s_source in ("POSTCOPY", "BROKEN"):
+        paused = w._replace(s_journal=w.s_journal | S_PAUSED, pauses=w.pauses - 1)
+        yield "person: pauses", kit.note_source(paused, (Fact.PAUSE, number + 1))
 
 
 def _may_cancel(kit: Kit, w: World) -> bool:

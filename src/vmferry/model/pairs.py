@@ -13,7 +13,7 @@ from typing import Final
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Row, find
-from vmferry.core.view import Change, Cpus, Grant, Retry, Source, SourceView, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, SourceView, Step, Target, Want
 
 BOTH: Final = (Want.GO, Want.BACK)
 STARTED: Final = (Step.STARTED,)
@@ -56,10 +56,10 @@ class Pair:
         return [row for row in SOURCE_ROWS if row.label in found]
 
     def _views(self) -> Iterator[SourceView]:
-        for want, step, source, cpus, target, grant, retry in product(
-            self.want, self.step, self.source, self.cpus, self.target, self.grant, Retry
+        for want, step, source, cpus, target, grant, retry, leave in product(
+            self.want, self.step, self.source, self.cpus, self.target, self.grant, Retry, Leave
         ):
-            yield SourceView(want, step, source, cpus, target, grant, Change.NONE, retry)
+            yield SourceView(want, step, source, cpus, target, grant, Change.NONE, retry, leave)
 
 
 S, T = Source, Target
@@ -100,7 +100,8 @@ PAIRS: Final[tuple[Pair, ...]] = (
          (Want.BACK,), is_cancelled=False),
     Pair("P25", "failed, runs / postcopy-paused or completed, never ran", (S.BACK,), (T.LOADED,),
          (Grant.HELD, Grant.SENT), (Cpus.AS_BEFORE,), (Want.BACK,), is_cancelled=False),
-    Pair("P26", "failed / postcopy-paused, ran", (S.BACK,), (T.RAN,), SENT, is_cancelled=False),
+    Pair("P26", "failed / postcopy-paused, ran", (S.BACK,), (T.RAN,), SENT,
+         (Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN), is_cancelled=False),
     Pair("P27", "cancelled, as P23 to P26", (S.BACK,), (T.PREPARED, T.LOADED, T.GONE), (Grant.HELD, Grant.SENT),
          (Cpus.AS_BEFORE, Cpus.STOPPED, Cpus.STUCK), (Want.BACK,), is_cancelled=True),
     Pair("P28", "dead / postcopy-device or earlier", (S.GONE,), (T.PREPARED, T.READY), NOT_SENT, (Cpus.UNKNOWN,)),

@@ -22,8 +22,11 @@ from vmferry.model.world import (
     S_COMMITTED,
     S_FENCED,
     S_FORGOTTEN,
+    S_LEAVE,
     S_MIRRORS,
+    S_PAUSED,
     S_TURNED,
+    Setting,
     World,
     destination_alive,
     source_alive,
@@ -33,6 +36,11 @@ Step = tuple[str, World]
 
 NOT_BEGUN = ("none", "failed", "cancelled", "dead")
 GIVEN_AWAY = ("postmigrate", "finish-migrate")
+
+
+def begins(setting: Setting) -> tuple[Fact, ...]:
+    """What an attempt knows at its begin (`SourceAttempt.__init__`)."""
+    return (Fact.MIGRATE, Fact.HOLD) if setting.holds else (Fact.MIGRATE,)
 
 
 def source_dies(w: World) -> World:
@@ -73,9 +81,13 @@ def _source(kit: Kit, w: World) -> World:
         # It was retired after the destination ran the guest and had every page: restore ends that very process.
         return quit_qemu(w)._replace(s_log=0, s_result=Outcome.DESTINATION.value)
     alive = source_alive(w)
-    w = kit.note_source(w._replace(s_log=0, s_restored=True), Fact.MIGRATE)
+    w = kit.note_source(w._replace(s_log=0, s_restored=True), *begins(kit.setting))
     if w.s_journal & S_CANCEL:
         w = kit.note_source(w, Fact.CANCEL)
+    if w.s_journal & S_LEAVE:
+        w = kit.note_source(w, Fact.FINALIZE)
+    if w.s_journal & S_PAUSED:
+        w = kit.note_source(w, (Fact.PAUSE, 1))
     word = "" if w.s_hung or not alive or w.s_word == "none" else w.s_word
     if word == "completed" and w.s_run not in GIVEN_AWAY:
         word = ""

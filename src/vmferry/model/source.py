@@ -16,6 +16,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
 from vmferry.core.view import Cpus, Disks, Source, Target, Want, cpus_from, is_fenced, source_word
 from vmferry.model import logs
+from vmferry.model.destination import at_door, told
 from vmferry.model.qemu import IN_POSTCOPY
 from vmferry.model.rules import Kit, source_at_work
 from vmferry.model.world import (
@@ -203,12 +204,8 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
             yield "source agent asks for a place", call(kit.note_source(w, Fact.PREPARE), "prepare")
         case Effect.CONFIGURE:
             yield "source agent configures its QEMU", done(kit.note_source(w, Fact.CONFIGURED))
-        case Effect.START_MIRRORS:
-            yield from _start_mirrors(kit, w)
-        case Effect.DRAIN_MIRRORS:
-            yield from _drain(kit, w)
-        case Effect.DROP_MIRRORS:
-            yield "source agent drops the mirrors", _drop(kit, w)
+        case Effect.START_MIRRORS | Effect.DRAIN_MIRRORS | Effect.DROP_MIRRORS:
+            yield from _mirror(kit, w, effect)
         case Effect.START:
             yield from _start(kit, w)
         case Effect.START_POSTCOPY:
@@ -217,6 +214,9 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
             yield "source agent stops the guest for postcopy", told
         case Effect.LET_PAGES_GO:
             yield "source agent lets the pages go", done(kit.note_source(w, Fact.PACED))
+        case Effect.PAUSE_PAGES:
+            paused = _pause_postcopy(w) if w.s_word in IN_POSTCOPY and not w.s_hung else w
+            yield "source agent pauses the pages", hear(kit, done(paused))
         case Effect.MAKE_SURE:
             yield "source agent asks whether the destination is ready", call(w, "ready")
         case Effect.CONTINUE:
@@ -261,6 +261,16 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
                 yield "source agent cleans up", _clean_up(kit, w)
         case _:
             assert_never(effect)
+
+
+def _mirror(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
+    """What is done to the mirrors, all of them together."""
+    if effect is Effect.START_MIRRORS:
+        yield from _start_mirrors(kit, w)
+    elif effect is Effect.DRAIN_MIRRORS:
+        yield from _drain(kit, w)
+    else:
+        yield "source agent drops the mirrors", _drop(kit, w)
 
 
 def call(w: World, kind: str) -> World:
@@ -491,10 +501,25 @@ def _waits(kit: Kit, w: World) -> Iterator[Step]:
     if effect.name in INTERRUPTIBLE and kit.source(w).row.do is not effect and w.s_stage != "answered":
         late = w.stray or (w.request if w.request not in QUESTIONS else "")
         yield f"source agent gives {effect.value} up", done(w)._replace(request="", stray=late)
+    if w.s_stage == "answered" and w.s_answer == "unreachable":
+        yield from _calls(kit, w, effect)
     if w.s_stage == "answered" and effect is Effect.FENCE_TARGET and w.s_answer == "unreachable":
         yield from _fence(kit, w)
     elif w.s_stage == "answered":
         yield f"source agent hears the answer to {effect.value}", _answered(kit, w, effect)
+
+
+def _calls(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
+    """`reconnect.call`: no answer over the link, and the way of the memory may be open all the same. At most one of the
+    two QEMUs is given a connection on which the other one is not: its end is seen, and it is tried again."""
+    reaches = effect in (Effect.RECONNECT, Effect.FENCE_TARGET) and at_door(w)
+    if not reaches or w.s_hung or w.s_word != "postcopy-paused" or kit.source(w).view.source is not Source.BROKEN:
+        return
+    paused = w._replace(d_word="postcopy-paused", channel="cut" if w.channel == "up" else w.channel)
+    heard = hear_target(kit, done(paused), told(kit, w))
+    joined = heard._replace(s_word="postcopy-recover", d_word="postcopy-recover", channel="up")
+    yield "source agent connects the two beside the agents' link", hear(kit, joined)
+    yield "the word that the connection is taken is lost", hear(kit, done(paused)._replace(s_answers=False))
 
 
 def _answered(kit: Kit, w: World, effect: Effect) -> World:

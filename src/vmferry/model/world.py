@@ -18,7 +18,8 @@ DOWN: Final = -1
 """In place of a log: the agent's process is not there."""
 
 # What the source's journal says (WANTED is always there).
-S_COMMITTED, S_CANCEL, S_FORGOTTEN, S_TURNED, S_NO_CANCEL, S_FENCED, S_MIRRORS = 1, 2, 4, 8, 16, 32, 64
+S_COMMITTED, S_CANCEL, S_FORGOTTEN, S_TURNED, S_NO_CANCEL, S_FENCED, S_LEAVE, S_PAUSED = 1, 2, 4, 8, 16, 32, 64, 128
+S_MIRRORS = 256
 # What the destination's journal says.
 D_PLACE, D_COMMITTED, D_KEPT, D_RENOUNCED, D_ENDED, D_RAN, D_DIED = 1, 2, 4, 8, 16, 32, 64
 # `cont` on the destination: written, carried out, refused; the last two are answers nobody has read yet.
@@ -119,6 +120,8 @@ class World(NamedTuple):
     """"": nobody asked; written: in the journal, not acted on yet; accepted: the person was told so."""
     cancels: int = 0
     """How often it may still be asked for."""
+    pauses: int = 0
+    """How often the pages of a postcopy may still be paused."""
     faults: int = 0
     """How many faults may still happen."""
 
@@ -151,6 +154,10 @@ class Setting:
     """Local disks go with the guest; each side has images of its own, so no lock says anything of the other."""
     faults: int = 2
     cancels: int = 1
+    holds: bool = False
+    """The switchover waits for a person's leave."""
+    pauses: int = 0
+    """How often a person may pause the pages of a postcopy."""
     kinds: frozenset[str] = frozenset()
     """Only these kinds of faults, of `outside.KINDS`; empty: all."""
 
@@ -159,8 +166,9 @@ class Setting:
         parts = [self.mode, "locks" if self.locks else "no locks"]
         if self.owner_paused:
             parts.append("paused by its owner")
-        if self.disks:
-            parts.append("with disks")
+        parts += ["with disks"] if self.disks else []
+        parts += ["waits for leave"] if self.holds else []
+        parts += [f"{self.pauses} pauses"] if self.pauses else []
         only = f" of {' and '.join(sorted(self.kinds))}" if self.kinds else ""
         return f"{', '.join(parts)}, {self.faults} faults{only}, {self.cancels} cancels"
 
@@ -175,6 +183,7 @@ class Setting:
             s_before="paused" if self.owner_paused else "running",
             lock="src" if self.locks else "off",
             cancels=self.cancels,
+            pauses=self.pauses,
             faults=self.faults,
         )
 

@@ -320,6 +320,10 @@ class QmpClient:
             self._transport.abort()
 
 
+QUEUE_POLL_S = 0.005
+"""There is no event for a listener's queue that has room again."""
+
+
 async def connect_socket(
     sock: socket.socket,
     *,
@@ -340,10 +344,25 @@ async def connect_unix(
     on_event: EventCallback | None = None,
     deadline_s: float = limits.QMP_CONNECT_DEADLINE_S,
 ) -> QmpClient:
-    """A negotiated client of the QMP socket at `path`. Raises QmpDisconnected if nothing listens there."""
+    """A negotiated client of the QMP socket at `path`. Raises QmpDisconnected if nothing listens there, or if nobody
+    takes its connections for that long."""
     name = name or f"QMP socket {path}"
-    sock = open_unix(path, name=name)
-    return await connect_socket(sock, name=name, on_event=on_event, deadline_s=deadline_s)
+    end_s = asyncio.get_running_loop().time() + deadline_s
+    sock = await _open(path, name=name, end_s=end_s)
+    left_s = end_s - asyncio.get_running_loop().time()
+    return await connect_socket(sock, name=name, on_event=on_event, deadline_s=left_s)
+
+
+async def _open(path: str, *, name: str, end_s: float) -> socket.socket:
+    # QEMU's queue holds one connection. 1. two come at once  2. the second one finds it full  3. the first is accepted.
+    while True:
+        try:
+            return open_unix(path, name=name)
+        except QmpDisconnected as error:
+            is_full = isinstance(error.__cause__, BlockingIOError)
+            if not is_full or asyncio.get_running_loop().time() + QUEUE_POLL_S >= end_s:
+                raise
+        await asyncio.sleep(QUEUE_POLL_S)
 
 
 async def connect_stream(

@@ -25,10 +25,10 @@ from vmferry import limits
 from vmferry.clock import Clock
 from vmferry.errors import Busy, Unfit
 from vmferry.qmp.errors import QmpDisconnected
-from vmferry.qmp.session import CommandNotFound, Handler, Peer, Session
+from vmferry.qmp.session import CommandNotFound, Handler, Peer, Session, Verbatim
 from vmferry.qmp.sockets import UNIX_PATH_BYTES_MAX, open_unix, peer_credentials
 
-__all__ = ["CommandNotFound", "Handler", "Peer", "QmpServer", "Session"]
+__all__ = ["CommandNotFound", "Handler", "Peer", "QmpServer", "Session", "Verbatim"]
 
 _log = logging.getLogger(__name__)
 
@@ -102,10 +102,10 @@ class QmpServer:
         finally:
             self._sessions.pop(session).set()
 
-    def broadcast(self, name: str, data: Mapping[str, Any] | None = None) -> None:
+    def broadcast(self, name: str, data: Mapping[str, Any] | None = None, *, timestamp_us: int | None = None) -> None:
         """Send an event to every client that has negotiated."""
         for session in self.sessions:
-            session.emit(name, data)
+            session.emit(name, data, timestamp_us=timestamp_us)
 
     async def close(self) -> None:
         """Stop listening, end every session, and wait for their ends. May be called twice.

@@ -67,6 +67,14 @@ class CommandNotFound(UsageError):
         super().__init__(f"The command {command} has not been found")
 
 
+class Verbatim(Exception):
+    """A handler raises this to answer with exactly these words: it passes on what another server said."""
+
+    def __init__(self, qmp_class: str, desc: str) -> None:
+        super().__init__(desc)
+        self.qmp_class, self.desc = qmp_class, desc
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Who is at the other end: `credentials` of a unix socket, or the `certificate` of TLS (a dict)."""
@@ -120,11 +128,13 @@ class Session:
 
     # --- for handlers and the server ---
 
-    def emit(self, name: str, data: Mapping[str, Any] | None = None) -> None:
-        """Send an event, after all that was sent before; before negotiation and after the end do nothing."""
+    def emit(self, name: str, data: Mapping[str, Any] | None = None, *, timestamp_us: int | None = None) -> None:
+        """Send an event, after all that was sent before; before negotiation and after the end do nothing.
+        `timestamp_us`: when it happened, if that was not now."""
         if not self.negotiated or self.ended_because:
             return
-        line = encode_event(name, data, timestamp_us=int(self._clock.wall_s() * 1e6))
+        at_us = int(self._clock.wall_s() * 1e6) if timestamp_us is None else timestamp_us
+        line = encode_event(name, data, timestamp_us=at_us)
         if self._event_bytes + len(line) > limits.QMP_SESSION_EVENT_BYTES_MAX:
             self.drop(f"it reads too slowly: {self._event_bytes} bytes of events are unsent")
             return
@@ -228,6 +238,8 @@ class Session:
             return encode_reply({} if value is None else value, id=command.id)
         except CommandNotFound as error:
             return encode_error("CommandNotFound", error.message, id=command.id)
+        except Verbatim as error:
+            return encode_error(error.qmp_class, error.desc, id=command.id)
         except QmpCommandError as error:
             return encode_error(error.qmp_class, error.message, id=command.id, data=error.to_wire())
         except VmferryError as error:

@@ -125,6 +125,9 @@ class Incoming:
             try:
                 message = await self.link.receive()
             except LinkLost:
+                if state.script.get("frail"):
+                    state.outside.exit_soon(139)
+                    await asyncio.Event().wait()
                 continue
             assert message["kind"] == "resume", message
             self.link.send("resumed")

@@ -250,17 +250,22 @@ class Outgoing:
         """An error or a cancel while the guest is still whole here."""
         state = self.state
         has_failing = state.profile.has_proof
+        # An old one does not start its guest again when a postcopy fails, and leaves finish-migrate a moment later.
+        is_late = state.word == "postcopy-active"
         state.audible.set()
         if not self.is_cancelled:
             state.error_desc = text or "Unable to write to socket: Broken pipe"
             state.set_word("failing" if has_failing else "failed")
-        if self.stopped_s is not None and not state.script.get("relock"):
+        if self.stopped_s is not None and not is_late and not state.script.get("relock"):
             state.set_run_state(self._run_state_before)  # else it cannot take its disks back, and stays as it is
         await state.step("cleanup")
         if self.is_cancelled:
             state.set_word("cancelled")
         elif has_failing:
             state.set_word("failed")
+        if is_late and state.run_state == "finish-migrate" and not state.script.get("relock"):
+            await state.step("postmigrate")
+            state.set_run_state("postmigrate")
 
     # --- helpers ---
 

@@ -131,13 +131,12 @@ class Site:
                 state_dir=self.directory / f"s{host}",
                 runtime_dir=self.directory / host,
                 listen=Address(self._address, ports[host]),
-                migration_ports=(0, 0),
                 clear_text=not self._tls,
                 pki_dir=self.directory / "pki" / host if self._tls else None,
                 peers={other: PeerConfig(other, (Address(self._address, seen_at[other]),))},
                 qemu=str(self.director.wrapper(host, self._profiles[host])),
                 disk_dir=self.disks(host),
-                **self._settings.get(host, {}),
+                **{"migration_ports": (0, 0), **self._settings.get(host, {})},
             ),
             clock=self._clock,
             host=machine_room,
@@ -221,7 +220,7 @@ class Site:
         assert self.relay is not None
         self.relay.refuse(refusing=False)
 
-    async def command(self, host: str, name: str, **arguments: Any) -> Any:
+    async def command(self, host: str, name: str, /, **arguments: Any) -> Any:
         """A command as a person gives it to the host's agent."""
         return await control.handle(self.agents[host], name, arguments)
 
@@ -264,15 +263,17 @@ class Site:
                 await self._moved.wait()
 
     async def until_outcome(self, attempt: SourceAttempt, outcome: Outcome) -> None:
-        """Waits until the attempt's row says so; a reading may change it without a fact, so its events are heard."""
-        async with asyncio.timeout(SETTLE_S):
-            while attempt.outcome() is not outcome:
-                await self._changes[attempt.context.config.name].wait()
+        """Waits until the attempt's row says so."""
+        await self.until_seen(attempt, lambda: attempt.outcome() is outcome)
 
     async def until_row(self, attempt: SourceAttempt, label: str) -> None:
         """Waits until this row holds for the attempt and its loop has entered it."""
+        await self.until_seen(attempt, lambda: attempt.entered == label)
+
+    async def until_seen(self, attempt: SourceAttempt, holds: Callable[[], bool]) -> None:
+        """Waits until `holds()` of the attempt; a reading may change that without a fact, so its events are heard."""
         async with asyncio.timeout(SETTLE_S):
-            while attempt.entered != label:
+            while not holds():
                 await self._changes[attempt.context.config.name].wait()
 
     async def settle(self) -> None:

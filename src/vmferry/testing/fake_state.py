@@ -15,7 +15,8 @@ does what the script says there:
 Other keys of a script: `cont` (refuse it with this text), `refuse` and `wrong` (option to text, option to the value
 that is read back), `dirty` (memory never converges), `cancel` (`failed`: as 7.2 does at times), `relock` (a source
 that gave its disks away cannot take them back, with this text), `hang` (a destination without its channel answers
-nothing in band until pages come, as one whose main loop waits for one).
+nothing in band until pages come, as one whose main loop waits for one), `frail` (a destination dies of a
+recovery that breaks off before the source has said a word, as one before 8.2).
 """
 
 from __future__ import annotations

@@ -93,13 +93,13 @@ class Host:
         self,
         *,
         percent: int = 100,
-        port: int | None = None,
+        port: int | tuple[int, int] | None = None,
         direction: Direction = "both",
         reset: bool = False,
     ) -> Iterator[None]:
         """While the block runs, packets at this host get lost.
 
-        `percent`: how many of those that match. `port`: only TCP segments from or to this port. `direction`:
+        `percent`: how many of those that match. `port`: only TCP segments from or to this port (of these). `direction`:
         as this host sees it. `reset`: instead of silence the sender gets a TCP reset.
         """
         self._need_cable()
@@ -237,13 +237,14 @@ def _enter(libc: ctypes.CDLL, namespace: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _rules(table: str, *, percent: int, port: int | None, direction: Direction, reset: bool) -> str:
+def _rules(table: str, *, percent: int, port: int | tuple[int, int] | None, direction: Direction, reset: bool) -> str:
     assert 1 <= percent <= 100, percent
     # Resets pass: our own would else be answered instead of sent.
     verdict = "tcp flags & rst == 0 reject with tcp reset" if reset else "drop"
     chance = "" if percent == 100 else f"numgen random mod 100 < {percent} "
     if port is not None:
-        matches = [f"tcp sport {port} ", f"tcp dport {port} "]
+        ports = "-".join(map(str, port)) if isinstance(port, tuple) else str(port)
+        matches = [f"tcp sport {ports} ", f"tcp dport {ports} "]
     else:
         matches = ["meta l4proto tcp "] if reset else [""]
     commands = [f"add table inet {table}"]

@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 The caller reads its socket into a slab and feeds it. What lies whole inside the slab is handed out as a view of
 it. Only what begins in one slab and ends in another is copied, into `_carry`, and no more of it than the
-element needs; so at one slab per mebibyte one page in 256 is copied.
+element needs. A caller who leaves room in front of what it reads (`feed_behind`) gets the beginning put there: then
+nothing is cut in two, and what began in one slab is read with the rest of the next as if it had come with it.
 
 Rule 1: views that `take` and `window` give alias the caller's slab. After `release` (which the decoders call
         before they say NEED_DATA) the buffer holds no view of the slab any more; the caller may use it again
@@ -40,6 +41,18 @@ class Buffer:
         """Append a slab. What is left of the one before is copied, so feed again only after NEED_DATA."""
         self.release()
         self._slab = memoryview(data).cast("B")
+
+    def feed_behind(self, slab: memoryview, start: int, stop: int) -> None:
+        """Append slab[start:stop], of single bytes; the beginning of it is free, and takes what is left, if it can."""
+        self.release()
+        left = len(self._carry)
+        if left <= start:
+            start -= left
+            slab[start : start + left] = self._carry
+            self._carry.clear()
+            self._slab, self._position = slab[:stop], start
+        else:
+            self._slab = slab[start:stop]
 
     def release(self) -> None:
         """Keep a copy of what is left, and no view of the slab."""

@@ -222,13 +222,15 @@ class MappedData:
 class PageRun:
     """Pages of one block whose records lie side by side; row i of `pages` belongs at `offsets[i]`.
 
-    `named`: the first record names the block; all others continue the one before.
+    `named`: the first record names the block; all others continue the one before. `is_row`: the decoder has seen that
+    the pages lie side by side in the block too, so that nobody has to look again; they may do so without it.
     """
 
     block: RamBlock
     offsets: Offsets
     pages: Pages
     named: bool
+    is_row: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -37,6 +37,7 @@ from vmferry.wire.events import (
     MappedData,
     MemorySize,
     MultifdFlush,
+    Offsets,
     PageRun,
     Pause,
     RamBlock,
@@ -64,6 +65,8 @@ _LENGTH = struct.Struct(">I")
 # should cost neither numpy's fixed price per call nor a look at the whole slab.
 _FEW: Final = 8
 _LOOK: Final = 256
+_ROW_PAGES_MAX: Final = 1024
+"""Pages that are compared at once with a row of heads made before; twice so many heads are kept, 16 KiB."""
 
 
 class RamReader:
@@ -92,6 +95,8 @@ class RamReader:
         self._block: RamBlock | None = None
         self._announced = bool(self.blocks)
         self._unlisted_bytes = 0
+        self._region, self._region_heads = -1, b""  # what the heads of pages side by side look like here
+        self._region_offsets = np.empty(0, np.uint64)
 
     def set_page_size(self, page_size: int) -> None:
         """The configuration section has told it; nothing was read so far."""
@@ -106,28 +111,52 @@ class RamReader:
         if self._block is not None:
             window = buffer.window()
             if len(window) > 8:
-                flags = _WORD.unpack_from(window)[0] & self._low
-                if flags == PAGE | CONTINUE and not self.mapped:
-                    run: PageRun | ZeroRun | None = self._page_run(self._block, window)
-                elif flags == ZERO | CONTINUE and not self.mapped:
-                    run = self._zero_run(self._block, window)
-                else:
-                    run = None
-                if run is not None:
-                    stride = 9 if isinstance(run, ZeroRun) else 8 + self.page_size
-                    buffer.skip(len(run.offsets) * stride)
-                    return run
+                (word,) = _WORD.unpack_from(window)
+                flags = word & self._low
+                if flags == PAGE | CONTINUE and not self.mapped and word < self._block.used_length:
+                    if len(window) < 8 + self.page_size:
+                        return NEED_DATA
+                    return self._page_run(self._block, buffer, window, word)
+                if flags == ZERO | CONTINUE and not self.mapped:
+                    zeros = self._zero_run(self._block, window)
+                    if zeros is not None:
+                        buffer.skip(len(zeros.offsets) * 9)
+                        return zeros
         return self._next_record(buffer)
 
     # --- the fast path ----------------------------------------------------------------------------------------
 
-    def _page_run(self, block: RamBlock, window: memoryview) -> PageRun | None:
+    def _page_run(self, block: RamBlock, buffer: Buffer, window: memoryview, word: int) -> PageRun:
+        """Of a window that begins with the whole record of a page, whose head is `word`."""
         stride = 8 + self.page_size
-        offsets = self._run(window, stride, PAGE | CONTINUE, block.used_length)
-        if len(offsets) == 0:
+        offsets = self._row(block, window, word)
+        is_row = offsets is not None
+        if offsets is None:
+            offsets = self._run(window, stride, PAGE | CONTINUE, block.used_length)
+        count = len(offsets)
+        pages: npt.NDArray[np.uint8] = np.ndarray((count, self.page_size), np.uint8, window, 8, (stride, 1))
+        buffer.skip(count * stride)
+        return PageRun(block, offsets, pages, named=False, is_row=is_row)
+
+    def _row(self, block: RamBlock, window: memoryview, word: int) -> Offsets | None:
+        """The offsets, if the window has nothing but pages that lie side by side in their block too.
+
+        That is how nearly all pages come, and one comparison with what their heads must be then shows it.
+        """
+        count = min(len(window) // (8 + self.page_size), _ROW_PAGES_MAX)
+        if (word | self._low) + (count - 1) * self.page_size >= block.used_length:
             return None
-        pages: npt.NDArray[np.uint8] = np.ndarray((len(offsets), self.page_size), np.uint8, window, 8, (stride, 1))
-        return PageRun(block, offsets, pages, named=False)
+        first = word // self.page_size
+        region, at = divmod(first, _ROW_PAGES_MAX)
+        if region != self._region:
+            start = region * _ROW_PAGES_MAX
+            numbers = np.arange(start, start + 2 * _ROW_PAGES_MAX, dtype=np.uint64)
+            self._region, self._region_offsets = region, numbers * np.uint64(self.page_size)
+            self._region_heads = _heads(self._region_offsets, PAGE | CONTINUE).tobytes()
+        heads: npt.NDArray[Any] = np.ndarray((count,), "V8", window, 0, (8 + self.page_size,))
+        if heads.tobytes() != self._region_heads[8 * at : 8 * (at + count)]:
+            return None
+        return self._region_offsets[at : at + count]
 
     def _zero_run(self, block: RamBlock, window: memoryview) -> ZeroRun | None:
         offsets = self._run(window, 9, ZERO | CONTINUE, block.used_length)

@@ -136,20 +136,15 @@ class StreamDecoder:
 
     # --- the public side ----------------------------------------------------------------------------------
 
-    def best_read(self, most: int) -> int:
-        """How many bytes to feed next, at most `most`: such that pages, if nothing else comes, end with the slab.
-
-        A record that is cut in two costs as much as a hundred that are not.
-        """
-        stride = 8 + self.ram.page_size
-        if self._state != "ram" or most < 2 * stride:
-            return most
-        return most // stride * stride - len(self._buffer) % stride
-
     def feed(self, data: Bytes) -> None:
         """Append bytes. Events may be views of `data`: leave it as it is until they are done with."""
         assert not self._finished
         self._buffer.feed(data)
+
+    def feed_behind(self, slab: memoryview, start: int, stop: int) -> None:
+        """Append slab[start:stop]; slab[:start] is room for the beginning of what goes on there (see `Buffer`)."""
+        assert not self._finished
+        self._buffer.feed_behind(slab, start, stop)
 
     def finish(self) -> None:
         """The connection or file has ended: `next` gives what is left, then DONE or an error."""

@@ -427,3 +427,28 @@ async def test_an_address_of_another_machine_is_refused() -> None:
         await ChannelListener.open("job-1", ["host-b"])
     with pytest.raises(Unfit, match="no port"):
         await ChannelListener.open("job-1", [LOOPBACK], ports=())
+
+
+async def test_that_the_peer_speaks_is_heard_and_nothing_is_read() -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+    heard = asyncio.create_task(destination.spoken(deadline_s=5))
+    await asyncio.sleep(0)
+    assert not heard.done()
+    source.hand_over().sendall(b"abc")
+    assert await heard
+    assert destination.hand_over().recv(10) == b"abc"
+    assert destination.hand_over().getblocking()
+    for side in (source, destination):
+        side.close()
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+async def test_who_hangs_up_or_says_nothing_has_not_spoken(hangs_up: bool) -> None:
+    async with listening() as listener:
+        source, destination = await connected(listener)
+    if hangs_up:
+        source.cut()
+    assert not await destination.spoken(deadline_s=5 if hangs_up else 0.05)
+    for side in (source, destination):
+        side.close()

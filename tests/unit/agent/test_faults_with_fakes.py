@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
-from vmferry.errors import Busy, CancelRefused
+from vmferry.errors import Busy, CancelRefused, QemuError
 from vmferry.testing.fake_site import MakeSite
 
 BEFORE_RUN = ["in-start", "in-listen", "in-header", "in-load", "in-loaded"]
@@ -38,6 +40,30 @@ async def test_a_load_that_fails_costs_nothing(make_site: MakeSite, step: str) -
     await site.settle()
     assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("failed", "source")
     assert "scripted failure" in str(attempt.wire()["error"])
+    await site.check("a")
+
+
+@pytest.mark.proves("S36")
+async def test_a_destination_that_dies_while_it_is_asked_is_named(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. its agent asks  2. it dies  3. the table hears of the death before anybody has looked why."""
+    site = await make_site()
+    site.director.script("b", {"in-load": "hold"})
+    attempt = await site.migrate()
+    await site.noted_by("b", Fact.HEADER_SEEN)
+    machine = site.place().machine
+    assert machine is not None
+
+    async def dies(**_: object) -> dict[str, object]:
+        os.kill(machine.pid, signal.SIGKILL)
+        assert await machine.wait_gone(deadline_s=5.0)
+        raise QemuError("it ended before it answered")
+
+    monkeypatch.setattr(machine, "migration", dies)
+    await site.settle()
+    wire = attempt.wire()
+    assert (wire["status"], wire["outcome"], wire["error"]["side"]) == ("failed", "source", "destination")
     await site.check("a")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -75,3 +76,30 @@ async def test_a_malformed_answer_is_trouble_and_does_not_end_the_loop() -> None
     loop = Malformed(True, True, True, True)
     await loop.run()
     assert [type(error) for error in loop.troubles] == [TypeError, TypeError]
+
+
+class Holding(OneRow):
+    """Its effect holds something, and takes a turn of the loop to give it back."""
+
+    def __init__(self) -> None:
+        super().__init__(True, True, True)
+        self.holds = asyncio.Event()
+
+    async def act(self, effect: Effect) -> None:
+        self.holds.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            self.holds.clear()
+
+
+async def test_a_loop_that_is_ended_has_given_back_what_its_effect_held() -> None:
+    """An agent that closes ends its attempts in the middle of what they do."""
+    loop = Holding()
+    running = asyncio.create_task(loop.run())
+    await loop.holds.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not loop.holds.is_set()

@@ -37,13 +37,21 @@ async def test_a_guest_moves(make_site: MakeSite, source: str, destination: str,
     await site.check("b")
 
 
-async def test_and_back_again(make_site: MakeSite) -> None:
+@pytest.mark.proves("S84")
+async def test_and_back_again_in_an_attempt_of_its_own(make_site: MakeSite) -> None:
+    """A host that has taken the guest in sends it away in a fresh attempt, whatever its QEMU says of the arrival."""
     site = await make_site("11.1", "7.2")
-    await site.migrate()
+    first = await site.migrate()
     await site.settle()
-    await site.migrate("a", mode="postcopy")
+    second = await site.migrate("a", mode="postcopy")
+    arrived = site.place("b")
     await site.settle()
     await site.check("a")
+    assert (arrived.job, first.job) == (first.job, arrived.job) != (second.job, first.job)
+    assert second.wanted.generation == first.wanted.generation + 1
+    assert second.facts.entries[0].fact is Fact.MIGRATE, "nothing of the arrival is in it"
+    assert arrived.facts.entries[0].fact is Fact.PREPARE
+    assert second.wire()["outcome"] == "destination"
 
 
 @pytest.mark.proves("S130")
@@ -180,6 +188,20 @@ async def test_a_refused_start_brings_the_guest_back_with_the_words(make_site: M
     await site.settle()
     assert ended(site) == ("failed", "source")
     assert LOCK in str(site.attempt().wire()["error"])
+    await site.check("a")
+
+
+@pytest.mark.proves("S36", "S53")
+async def test_a_guest_that_only_looked_stuck_goes_on(make_site: MakeSite) -> None:
+    """1. an old QEMU says that its migration failed, and is still in finish-migrate  2. that is read  3. it goes on to
+    postmigrate, of which it has no event  4. what leads a stuck one out finds that it is none."""
+    site = await make_site("7.2", "7.2")
+    site.director.script("a", {"package": "fail", "postmigrate": "hold"})
+    attempt = await site.migrate(mode="postcopy")
+    await site.until_row(attempt, "B-stuck")
+    site.director.go("a", "postmigrate")
+    await site.settle()
+    assert ended(site) == ("failed", "source")
     await site.check("a")
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from vmferry.agent.observe import Finding, arrival, destination_findings, mirror_findings, source_findings
+from vmferry.agent.observe import (
+    Finding,
+    arrival,
+    destination_findings,
+    holds_back,
+    mirror_findings,
+    source_findings,
+)
 from vmferry.core.facts import Fact, FactLog, open_round, waits_for_channel
 from vmferry.core.migration_status import MigrationStatus as S
 from vmferry.core.status import derive_destination, destination_status, source_status
@@ -129,6 +136,34 @@ def test_an_old_qemu_says_postcopy_active_before_the_destination_loaded() -> Non
     assert source_status(log) is S.POSTCOPY_DEVICE
     proven = log.with_fact(F.PACKAGE_LOADED)
     assert source_status(proven) is S.POSTCOPY_ACTIVE
+
+
+BROKEN_WORDS = ["postcopy-paused", "postcopy-recover-setup", "postcopy-recover"]
+
+
+@pytest.mark.parametrize("word", BROKEN_WORDS)
+@pytest.mark.proves("S27", "S53")
+def test_an_old_qemu_that_lost_its_channel_may_have_lost_a_guest_that_arrived(word: str) -> None:
+    """A loss before the proof is an error, one after it is not: it is held back until it is known which it is."""
+    log = hear("postcopy-active", word, has_proof=False)
+    assert holds_back(word, log, has_proof=False)
+    assert F.LINK_LOST not in log
+    assert source_status(log) is S.POSTCOPY_DEVICE
+    arrived = hear(word, log=log.with_fact(F.PACKAGE_LOADED), has_proof=False)
+    assert not holds_back(word, arrived, has_proof=False)
+    assert (
+        source_status(arrived)
+        is {
+            "postcopy-paused": S.POSTCOPY_PAUSED,
+            "postcopy-recover-setup": S.POSTCOPY_RECOVER_SETUP,
+            "postcopy-recover": S.POSTCOPY_RECOVER,
+        }[word]
+    )
+    for fact, round_no in ((F.TARGET_GONE, 0), (F.FENCED, 1), (F.STAND_IN, 0)):
+        never_ran = hear(word, log=log.with_fact(fact, round_no=round_no), has_proof=False)
+        assert source_status(never_ran) is S.FAILING
+    assert not holds_back(word, log, has_proof=True)
+    assert not holds_back("postcopy-active", log, has_proof=False)
 
 
 @pytest.mark.parametrize("has_proof", [True, False])

@@ -94,3 +94,27 @@ async def test_a_silent_qemu_that_did_not_say_that_it_is_in_postcopy_is_left_alo
     with pytest.raises(QemuError, match="nothing says that it is in postcopy"):
         await recovery.reconnect(site.place())
     assert not site.director.newest("b").is_gone
+
+
+@pytest.mark.parametrize(("version", "word"), [("7.2", "postcopy-active"), ("11.1", "failed")])
+@pytest.mark.proves("S53", "S121")
+async def test_a_source_that_was_not_told_of_the_last_page_asks(make_site: MakeSite, version: str, word: str) -> None:
+    """1. the last page is there  2. stream and link break, so nobody here has heard  3. the link is there again, and
+    nobody tells twice. QEMU says that it failed, or waits for ever."""
+    site = await make_site(version, version)
+    attempt = await site.migrate_without_last_pages()
+
+    async def migration(**_: object) -> dict[str, Any]:
+        return {"status": word}
+
+    attempt.machine.on_event = None
+    attempt.machine.migration = migration  # type: ignore[method-assign]
+    site.part()
+    site.director.go("a", "pages")
+    await site.noted_by("b", Fact.ALL_SENT)
+    site.join()
+    attempt.refresh()
+    await site.noted_by("a", Fact.TARGET_WHOLE)
+    del attempt.machine.migration
+    await site.settle()
+    await site.check("b")

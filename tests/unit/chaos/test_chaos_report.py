@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from vmferry.chaos import report
+from vmferry.testing.host_tools import project_root
 
 
 def run(verdict: str = "good", **more: Any) -> dict[str, Any]:
@@ -67,7 +70,17 @@ def test_the_page_says_which_pairs_were_gone_through() -> None:
     page = report.docs_markdown(
         {"machine": "", "date": "", "pairs": [], "chaos": report.summary(runs, seconds=1.0), "runs": runs}
     )
-    assert "| P1 | none, setup / none, setup | 1 | 1 good |" in page
-    assert "| P2 | active / active | 2 | 1 good, 1 lost-by-physics |" in page
-    assert "| P3 | pre-switchover / active | 0 |  |" in page
+    cell = "`kill-cli/active/precopy/7.2-7.2`"
+    assert f"| P1 | none, setup / none, setup | 1 | 1 good | {cell} |" in page
+    assert f"| P2 | active / active | 2 | 1 good, 1 lost-by-physics | {cell}<br>{cell} |" in page
+    assert "| P3 | pre-switchover / active | 0 | not run |  |" in page
     assert "| P6 | device / completed, runs | 0 | not reached: the destination starts with -S" in page
+    (p20,) = [line for line in page.splitlines() if line.startswith("| P20 |")]
+    assert "tests/real/test_rescue_agents.py::" in p20
+
+
+@pytest.mark.parametrize("name", [name for names in report.PAIR_TESTS.values() for name in names])
+def test_a_test_that_the_page_names_is_there(name: str) -> None:
+    path, _, function = name.partition("::")
+    text = (project_root() / path).read_text()
+    assert f"def {function}(" in text

@@ -35,6 +35,9 @@ class Agent:
                 for line in lines:
                     asked = json.loads(line)
                     self.heard.append(asked)
+                    if asked["execute"] == "tell":
+                        for ran in (False, True, True):
+                            link.sendall(json.dumps({"event": "TARGET", "data": {"ran": ran}}).encode() + b"\r\n")
                     answer = {"return": {"addresses": [["10.0.0.1", 5]], "to": asked["execute"]}, "id": asked["id"]}
                     link.sendall(json.dumps(answer).encode() + b"\r\n")
 
@@ -157,6 +160,30 @@ def test_a_rule_that_waits_for_another(proxy: LinkProxy, agent: Agent) -> None:
     caller.say("peer-target")
     assert caller.ask("peer-ready")["return"]["to"] == "peer-ready"
     assert [asked["execute"] for asked in agent.heard] == ["peer-target", "peer-grant", "peer-ready"]
+
+
+def test_news_is_taken_by_what_it_says_and_has_no_answer(proxy: LinkProxy) -> None:
+    rule = proxy.add(Rule("event TARGET", "answer", "drop", about="ran"))
+    caller = Caller(proxy.address)
+    caller.say("tell")
+    assert [caller.hear().get("data") for _ in range(3)] == [{"ran": False}, {"ran": True}, None]
+    assert rule.count == 1
+    proxy.add(Rule("event TARGET", "answer", "duplicate", about="ran"))
+    caller.say("tell")
+    assert [caller.hear().get("data", {}).get("ran") for _ in range(5)] == [False, True, True, True, None]
+
+
+def test_a_rule_that_holds_until_another_has_happened(proxy: LinkProxy) -> None:
+    last = Rule("peer-ready", "answer", "delay")
+    rule = proxy.add(Rule("event TARGET", "answer", "drop", times=1000, until=last))
+    proxy.add(last)
+    caller = Caller(proxy.address)
+    caller.say("tell")
+    assert "event" not in caller.hear()
+    assert rule.count == 3
+    caller.ask("peer-ready")
+    caller.say("tell")
+    assert [caller.hear().get("event") for _ in range(4)] == ["TARGET"] * 3 + [None]
 
 
 def test_a_cut_ends_sessions_and_refusing_keeps_new_ones_out(proxy: LinkProxy) -> None:

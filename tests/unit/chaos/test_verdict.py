@@ -62,6 +62,9 @@ def test_double(changes: dict[str, Any]) -> None:
         {"over": False},
         {"left": ["host-b: process 1"]},
         {"troubles": ["Traceback"]},
+        {"unlocked": ["g1-0.img"]},
+        {"cancels": ["accepted"], "status": "completed"},
+        {"cancels": ["refused: too late"], "status": "cancelled"},
     ],
 )
 def test_surprises(changes: dict[str, Any]) -> None:
@@ -104,3 +107,19 @@ def test_the_wire_form_says_how_to_repeat_it() -> None:
     found = wire(CUT, seen(wall_s=1.234))
     assert found["cell"] == CUT.name
     assert (found["verdict"], found["wall_s"]) == ("good", 1.23)
+
+
+def test_a_cancel_is_kept_or_refused() -> None:
+    assert judge(CUT, seen(cancels=["refused: too late"], status="completed"))[0] is Verdict.GOOD
+    cancelled = seen(cancels=["accepted", "accepted"], status="cancelled", outcome="source", running_on=["host-a"])
+    assert judge(CUT, cancelled)[0] is Verdict.GOOD
+
+
+def test_an_old_destination_does_not_live_through_a_recovery_that_breaks_off() -> None:
+    for pair, why in ((("7.2", "7.2"), True), (("7.2", "11.1"), False)):
+        cell = Cell(Fault("reset", "stream", ("1s",)), "postcopy-recover", "postcopy", pair)
+        assert bool(physics(cell, complete_there=False)) is why
+    link = Cell(Fault("reset", "link", ("1s",)), "postcopy-recover", "postcopy", ("7.2", "7.2"))
+    assert physics(link, complete_there=False) == ""
+    starting = Cell(Fault("kill", "target-qemu"), "starting", "precopy", PAIR)
+    assert "nobody can know" in physics(starting, complete_there=True)

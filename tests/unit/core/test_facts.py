@@ -16,6 +16,7 @@ from vmferry.core.facts import (
     open_round,
     visible_error,
     waits_for_channel,
+    wants_pause,
 )
 from vmferry.core.status import source_status
 
@@ -134,3 +135,12 @@ def test_a_destination_waits_for_a_channel_until_a_try_is_seen() -> None:
     assert [waits_for_channel(log) for log in (FactLog(), lost, tried, healed, again)] == [
         False, True, False, False, True,
     ]  # fmt: skip
+
+
+def test_a_pause_holds_until_the_same_round_is_over() -> None:
+    assert not wants_pause(FactLog())
+    paused = FactLog().with_fact(Fact.PAUSE, round_no=1)
+    assert wants_pause(paused)
+    resumed = paused.with_fact(Fact.PAUSE_OVER, round_no=1)
+    assert not wants_pause(resumed)
+    assert wants_pause(resumed.with_fact(Fact.PAUSE, round_no=2))

@@ -31,6 +31,7 @@ from vmferry.core.options import (
     ValueType,
     Window,
     build,
+    check_value,
     differences,
     docs_markdown,
     find_option,
@@ -513,3 +514,28 @@ def test_differences_find_every_value_that_did_not_stick() -> None:
 
 def test_the_public_names_exist() -> None:
     assert all(hasattr(options, name) for name in options.__all__)
+
+
+@pytest.mark.proves("S82")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("downtime-limit", 300), ("auto-converge", True), ("multifd-compression", "zlib"), ("tls-creds", "tls0"),
+        ("block-bitmap-mapping", []), ("xbzrle-cache-size", 1 << 20), ("multifd-zlib-level", 9),
+    ],
+)  # fmt: skip
+def test_a_typed_value_is_taken_as_it_is(name: str, given: Value) -> None:
+    assert check_value(find_option(name), given) == given
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("downtime-limit", "300"), ("downtime-limit", True), ("downtime-limit", -1), ("downtime-limit", None),
+        ("auto-converge", 1), ("multifd-compression", "gzip"), ("multifd-compression", 1), ("tls-creds", 7),
+        ("block-bitmap-mapping", {}), ("xbzrle-cache-size", 5000), ("downtime-limit", 1.5),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_or_out_of_range_is_refused_with_what_is_allowed(name: str, given: Any) -> None:
+    with pytest.raises(UsageError, match=name):
+        check_value(find_option(name), given)

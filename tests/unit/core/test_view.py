@@ -18,6 +18,7 @@ from vmferry.core.view import (
     Halt,
     Held,
     Incoming,
+    Leave,
     Ran,
     Readings,
     Retry,
@@ -330,3 +331,19 @@ def test_how_it_stands_with_the_disks(facts: tuple[FactOrRound, ...], disks: Dis
 )
 def test_whether_the_network_can_write_to_the_disks(facts: tuple[Fact, ...], served: Served) -> None:
     assert destination_view(log_of(*facts), Incoming.LOADED).served is served
+
+
+@pytest.mark.proves("S97")
+def test_leave_is_awaited_only_where_it_was_asked_for_and_not_given() -> None:
+    assert source_view(log_of(F.MIGRATE), Readings()).leave is Leave.GIVEN
+    assert source_view(log_of(F.MIGRATE, F.HOLD), Readings()).leave is Leave.AWAITED
+    assert source_view(log_of(F.MIGRATE, F.HOLD, F.FINALIZE), Readings()).leave is Leave.GIVEN
+
+
+def test_a_pause_is_a_change_that_stays_and_a_broken_channel_is_then_left_alone() -> None:
+    paused = log_of(F.MIGRATE).with_fact(F.PAUSE, round_no=1)
+    running, broken = (source_view(paused, Readings(source=s)) for s in (Source.POSTCOPY, Source.BROKEN))
+    assert (running.change, running.retry) == (Change.PAUSE, Retry.AGAIN)
+    assert broken.retry is Retry.ASK
+    over = source_view(paused.with_fact(F.PAUSE_OVER, round_no=1), Readings(source=Source.BROKEN))
+    assert (over.change, over.retry) == (Change.NONE, Retry.AGAIN)

@@ -125,10 +125,25 @@ def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
     assert state.jobs["j2"].images == {"/a": [1, 2], "/b": [1, 3]}
 
 
-def test_a_dismissed_job_is_forgotten_and_late_entries_of_it_say_nothing() -> None:
+def test_a_dismissed_job_says_so_and_still_proves_what_it_proved() -> None:
+    """A place that was not released asks whether it is wanted: what the job ended with answers that."""
+    ended = (Entry.ENDED, "j1", {"outcome": "source"})
+    state = replay(entries((Entry.WANTED, "j1", {}), ended, (Entry.DISMISSED, "j1", {}))).jobs["j1"]
+    assert (state.dismissed, state.ended) == (True, {"outcome": "source"})
+
+
+def test_entries_without_their_jobs_beginning_say_nothing() -> None:
     late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
-    state = replay(entries((Entry.WANTED, "j1", {}), (Entry.DISMISSED, "j1", {}), *late))
-    assert state.jobs == {}
+    assert replay(entries(*late)).jobs == {}
+
+
+@pytest.mark.proves("S97")
+def test_leave_and_pauses_are_read_back() -> None:
+    wants = [(Entry.FINALIZE_WANTED, "j1", {}), (Entry.PAUSED, "j1", {"paused": True}), (Entry.TURNED_BACK, "j1", {})]
+    state = replay(entries((Entry.WANTED, "j1", {}), *wants)).jobs["j1"]
+    assert (state.finalize_wanted, state.paused, state.turned_back) == (True, True, True)
+    over = (Entry.PAUSED, "j1", {"paused": False})
+    assert not replay(entries((Entry.WANTED, "j1", {}), *wants, over)).jobs["j1"].paused
 
 
 @given(
@@ -260,7 +275,13 @@ async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch
         await journal.append(Entry.WANTED, f"j{number}")
         await journal.append(Entry.ENDED, f"j{number}", {})
     await journal.append(Entry.WANTED, "going-on")
-    await journal.append(Entry.DISMISSED, "j3")
+    for job in ("kept", "read"):
+        await journal.append(Entry.WANTED, job, {"auto_dismiss": False})
+        await journal.append(Entry.ENDED, job, {})
+    await journal.append(Entry.DISMISSED, "read")
+    for number in (4, 5):
+        await journal.append(Entry.WANTED, f"j{number}", {"auto_dismiss": True})
+        await journal.append(Entry.ENDED, f"j{number}", {})
     before = replay(journal.read())
     journal.close()
     journal = Journal(path)
@@ -268,13 +289,38 @@ async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch
     journal.close()
     assert [(entry.kind, entry.subject) for entry in left] == [
         (Entry.KEPT, "web1"),
-        (Entry.WANTED, "j2"),
-        (Entry.ENDED, "j2"),
         (Entry.WANTED, "going-on"),
-    ]
+        (Entry.WANTED, "kept"),
+        (Entry.ENDED, "kept"),
+        (Entry.WANTED, "j4"),
+        (Entry.ENDED, "j4"),
+        (Entry.WANTED, "j5"),
+        (Entry.ENDED, "j5"),
+    ], "two of the newest, and what waits to be dismissed"
     assert replay(left).vms == before.vms
 
 
 def test_the_folder_is_private(path: Path) -> None:
     Journal(path).close()
     assert os.stat(path.parent).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.proves("S79")
+async def test_blockers_are_read_back_by_name_and_old_ones_dropped_at_the_start(path: Path) -> None:
+    journal = Journal(path)
+    await journal.append(Entry.KEPT, "web1", {})
+    for reason in ("first", "second"):
+        await journal.append(Entry.BLOCKED, "web1", {"name": "backup", "reason": reason})
+    await journal.append(Entry.BLOCKED, "web1", {"name": "gone", "reason": "?"})
+    await journal.append(Entry.UNBLOCKED, "web1", {"name": "gone"})
+    await journal.append(Entry.UNBLOCKED, "web2", {"name": "never"})
+    before = replay(journal.read()).blockers
+    assert before["web1"] == {"backup": {"name": "backup", "reason": "second"}}
+    journal.close()
+    journal = Journal(path)
+    left = journal.read()
+    assert [entry.body.get("reason") for entry in left if entry.kind is Entry.BLOCKED] == ["second"]
+    assert replay(left).blockers["web1"] == before["web1"]
+    await journal.append(Entry.FORGOTTEN, "web1", {})
+    assert "web1" not in replay(journal.read()).blockers
+    journal.close()

@@ -49,3 +49,14 @@ def test_a_schedule_can_be_followed_step_by_step() -> None:
 def test_a_step_that_is_not_possible_is_refused_with_what_is() -> None:
     with pytest.raises(NotReplayable, match=r"step 2, 'the QEMUs shake hands'.*source agent asks for a place"):
         replay(RULES, NO_FAULT, (STRAIGHT[0], "the QEMUs shake hands"))
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(3600)
+@pytest.mark.proves("S36", "S121", "S123")
+def test_a_stream_that_breaks_while_the_agents_cannot_talk_breaks_nothing() -> None:
+    """Two faults, as one of them leaves the agents their link: a million states, in minutes."""
+    apart = Setting("postcopy", locks=False, faults=2, cancels=0, kinds=frozenset({"network", "stream"}))
+    result = Explorer(RULES, apart).run()
+    assert result.violations == []
+    assert result.settled > 0

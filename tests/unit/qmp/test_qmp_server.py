@@ -19,11 +19,12 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from vmferry import limits
 from vmferry.errors import Busy, PlanRefused, Unfit
+from vmferry.qmp import client as client_module
 from vmferry.qmp.client import connect_socket, connect_stream, connect_unix
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpCommandError, QmpDisconnected, QmpTimeout
 from vmferry.qmp.server import Peer, QmpServer
-from vmferry.qmp.sockets import peer_credentials
+from vmferry.qmp.sockets import open_unix, peer_credentials
 
 Serving = Any  # conftest.Serving: server, path, handler
 MakeServer = Callable[..., QmpServer]
@@ -354,10 +355,42 @@ async def test_a_path_too_long_or_a_full_queue_is_a_clear_error(tmp_path: Path, 
         listener.listen(0)
         queued.connect(path)
         with pytest.raises(QmpDisconnected, match="queue of connections is full"):
-            await connect_unix(path)
+            await connect_unix(path, deadline_s=0.0)
         server = make_server("t")
         with pytest.raises(Busy):
             await server.listen_unix(path)
+
+
+async def test_a_queue_that_is_full_for_a_moment_is_waited_for(
+    tmp_path: Path, make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU's queue holds one: 1. two come at once  2. the second finds it full  3. the first is accepted."""
+    path, found_full = os.fspath(tmp_path / "busy"), asyncio.Event()
+
+    def opening(path: str, *, name: str) -> socket.socket:
+        try:
+            return open_unix(path, name=name)
+        except QmpDisconnected:
+            found_full.set()
+            raise
+
+    monkeypatch.setattr(client_module, "open_unix", opening)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(path)
+        listener.listen(0)
+        first.connect(path)
+        second = asyncio.create_task(connect_unix(path))
+        await found_full.wait()
+        listener.accept()[0].close()
+        listener.setblocking(False)
+        accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+        server = make_server("t")
+        serving = asyncio.create_task(server.serve(*await asyncio.open_unix_connection(sock=accepted)))
+        client = await second
+        assert client.version == (1, 2, 3)
+        await client.close()
+        await serving
+        await server.close()
 
 
 # --- over TLS, between agents ---

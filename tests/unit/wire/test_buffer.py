@@ -64,3 +64,31 @@ def test_bytes_can_be_put_back() -> None:
     buffer.unread(b"cd")
     assert buffer.offset == 2
     assert content(buffer.take(4)) == b"cdef"
+
+
+def test_what_is_left_is_put_in_front_of_what_comes_next() -> None:
+    buffer, slab = Buffer(), memoryview(bytearray(b"....cdefg"))
+    buffer.feed(b"xab")
+    buffer.skip(1)
+    buffer.feed_behind(slab, 4, 8)
+    assert content(buffer.window()) == b"abcdef"
+    assert (len(buffer), buffer.offset) == (6, 1)
+    buffer.skip(5)
+    slab[4:8] = b"hijk"  # what was fed is looked at until it is released
+    assert content(buffer.window()) == b"k"
+    buffer.release()
+    slab[4:8] = b"lmno"
+    assert buffer.peek(1) == b"k"
+    buffer.feed_behind(slab, 4, 8)
+    assert content(buffer.take(5)) == b"klmno"
+    assert len(buffer) == 0
+
+
+def test_what_is_left_and_has_no_room_in_front_is_joined_as_always() -> None:
+    buffer, slab = Buffer(), memoryview(bytearray(b".defg"))
+    buffer.feed(b"abc")
+    buffer.feed_behind(slab, 1, 4)
+    assert slab[0] == ord(".")
+    assert content(buffer.window()) == b""
+    assert buffer.peek(4) == b"abcd"
+    assert content(buffer.take(6)) == b"abcdef"

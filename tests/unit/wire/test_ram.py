@@ -107,6 +107,36 @@ def test_a_run_of_pages_is_a_view_of_the_slab() -> None:
     assert ram.page_heads(run).tobytes()[:8] == struct.pack(">Q", SIZE | ram.PAGE | ram.CONTINUE)
 
 
+@pytest.mark.parametrize("first", [0, 1, 900, 1023, 1024, 2047, 3000])
+def test_pages_side_by_side_are_known_as_such_up_to_the_end_of_their_block(first: int) -> None:
+    block = RamBlock("big", 3100 * SIZE)
+    target = RamReader(page_size=SIZE, blocks={"big": block})
+    read(target, join([pages([0], block=block)]))
+    buffer = Buffer()
+    numbers = list(range(first, min(first + 1500, 3100)))
+    buffer.feed(join([pages(numbers, block=block, named=False)]))
+    found: list[int] = []
+    while len(buffer):
+        run = target.next(buffer)
+        assert isinstance(run, PageRun)
+        assert run.is_row
+        assert run.pages[:, 7].tolist() == [each & 0xFF for each in numbers[len(found) : len(found) + len(run.pages)]]
+        found += (run.offsets // SIZE).tolist()
+    assert found == numbers
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 4, 5], [1, 2, 2, 3], [3, 2, 1, 0], [1, 2, 3, 5], [1, *range(3, 60)]])
+def test_pages_that_do_not_lie_side_by_side_are_not_taken_for_such(numbers: list[int]) -> None:
+    target = reader()
+    read(target, join([pages([0])]))
+    buffer = Buffer()
+    buffer.feed(join([pages(numbers, named=False)]))
+    run = target.next(buffer)
+    assert isinstance(run, PageRun)
+    assert not run.is_row
+    assert (run.offsets // SIZE).tolist() == numbers
+
+
 def test_a_run_ends_before_a_page_outside_of_its_block() -> None:
     for kind in (pages, zeros):
         target = reader()

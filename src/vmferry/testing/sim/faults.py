@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from vmferry.testing.sim.scenario import FOR_GOOD_S, LOCK_TEXT, Fault, Trigger
 from vmferry.testing.sim.site import HOSTS, VM, Answer, Script, Site
+
+STREAM_BACK_S = 1.0
+"""How long the stream's way is blocked where the agents are left without their link."""
 
 
 class Injector:
@@ -22,6 +26,8 @@ class Injector:
         """Those that really were injected."""
         self.accepted_cancels: list[str] = []
         """Jobs whose cancel was accepted."""
+        self.alone_s: float | None = None
+        """When the stream's way was free again after it broke while the agents cannot talk."""
         self.job = ""
         self.is_over = False
         self._counts: dict[int, int] = {}
@@ -169,6 +175,14 @@ class Injector:
             was_there
         )
 
+    def _do_alone(self, fault: Fault) -> bool:
+        """The agents cannot talk, and the stream is broken: it gets through again soon, they do not."""
+        self._block("agents", replace(fault, more={"way": "both"}))
+        was_there = self.site.kernel.reset("stream")
+        if was_there:
+            self.alone_s = self.site.loop.time() + STREAM_BACK_S
+        return self._block("stream", replace(fault, for_s=STREAM_BACK_S, more={"way": "both"})) or was_there
+
     def _do_hung_stream(self, fault: Fault) -> bool:
         """Broken, and for a while each QEMU whose pages are out of reach answers nothing in band until they come."""
         for host in HOSTS:
@@ -270,6 +284,18 @@ class Injector:
 
     def _do_start_postcopy(self, fault: Fault) -> bool:
         self.site.command(fault.host, "vm-start-postcopy", vm=VM)
+        return True
+
+    def _do_finalize(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-finalize", id=self.job)
+        return True
+
+    def _do_pause(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-pause", id=self.job)
+        return True
+
+    def _do_resume(self, fault: Fault) -> bool:
+        self.site.command(fault.host, "job-resume", id=self.job)
         return True
 
     def _do_migrate_again(self, fault: Fault) -> bool:

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmferry import limits
+from vmferry.agent import knock
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
 from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
 from vmferry.agent.images import Identity
+from vmferry.agent.knock import OnCaller
 from vmferry.agent.machine import Machine
-from vmferry.agent.wants import PlacedDisk
+from vmferry.agent.wants import PlacedDisk, RecoveryWay
 from vmferry.clock import Clock
 from vmferry.core.disk_reports import RoomReport
 from vmferry.errors import HostUnreachable, QemuError, SpecError, Unfit
@@ -25,6 +28,7 @@ from vmferry.qmp.client import EventCallback, QmpClient
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.qmp.server import QmpServer
 from vmferry.testing.fake_profile import Profile
+from vmferry.testing.sim.channels import SimChannel, SimDoor, SimKnockDoor, SimRelay
 from vmferry.testing.sim.disk import Disk, SimJournal
 from vmferry.testing.sim.kernel import Kernel, SimProcess, Socket
 from vmferry.testing.sim.loop import pass_s
@@ -86,168 +90,6 @@ class HeldProcess:
     def _end(self) -> None:
         if not self._ended.done():
             self._ended.set_result(None)
-
-
-class SimChannel:
-    """One end of a migration channel."""
-
-    def __init__(self, kernel: Kernel, agent: SimProcess, name: str, sock: Socket) -> None:
-        self.name = name
-        self._kernel, self._agent, self._sock = kernel, agent, sock
-        self._descriptor = kernel.give(agent, sock)
-        self._is_ours = True
-        self._is_cut = False
-        self._pid = 0
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    @property
-    def is_entrusted(self) -> bool:
-        return self._pid > 0
-
-    @property
-    def is_cut(self) -> bool:
-        return self._is_cut
-
-    def entrust(self, pid: int) -> bool:
-        self._pid = pid
-        self._give_up()
-        return True
-
-    def is_held_by(self, pid: int) -> bool:
-        return any(holder.pid == pid for holder in self._sock.holders)
-
-    def cut(self) -> None:
-        self._is_cut = True
-        if self._is_ours or self.is_held_by(self._pid):
-            self._sock.shut("cut")
-
-    def close(self) -> None:
-        self._is_cut = True
-        self._give_up()
-        self._pid = 0
-
-    def give_away(self) -> Socket:
-        """The connection, for somebody in this agent who takes it over."""
-        sock = self._sock.held_by(self._agent)
-        self.close()
-        return sock
-
-    def _give_up(self) -> None:
-        if self._is_ours:
-            self._is_ours = False
-            self._kernel.close(self._descriptor)
-
-
-class SimRelay(SimChannel):
-    """A channel whose bytes go through the agent. Its QEMU is connected to when the first of them is there."""
-
-    def __init__(self, kernel: Kernel, agent: SimProcess, channel: SimChannel, path: str) -> None:
-        super().__init__(kernel, agent, channel.name, channel.give_away())
-        self._path = path
-        self._inner: Socket | None = None
-        self._early: list[Any] = []
-        self._sock.read(agent, self._from_source, self._ended)
-
-    @property
-    def is_entrusted(self) -> bool:
-        return True
-
-    def is_held_by(self, pid: int) -> bool:
-        return not self._is_cut
-
-    def cut(self) -> None:
-        super().cut()
-        if self._inner is not None:
-            self._inner.shut("cut")
-
-    def close(self) -> None:
-        """The relay ends with its connection."""
-
-    def _from_source(self, payload: Any) -> None:
-        if self._inner is not None:
-            self._inner.send(payload)
-            return
-        self._early.append(payload)
-        if len(self._early) == 1:
-            self._agent.spawn(self._connect(), f"relay {self.name}")
-
-    async def _connect(self) -> None:
-        try:
-            inner = await self._kernel.connect(self._agent, self._agent.host, self._path, "local")
-        except OSError:
-            self.cut()
-            return
-        self._inner = inner
-        if self._is_cut:
-            inner.shut("cut")
-            return
-        for payload in self._early:
-            inner.send(payload)
-        inner.read(self._agent, self._sock.send, self._ended)
-
-    def _ended(self, reason: str) -> None:
-        """Of either side; what was sent before travels ahead of the end."""
-        self.cut()
-        self._give_up()
-        if self._inner is not None:
-            self._inner.let_go(self._agent)
-
-
-class SimDoor:
-    """Where a job's channels arrive. The greeting is the ticket itself: its bytes are `agent.channel`'s own tests' to
-    show."""
-
-    def __init__(self, kernel: Kernel, agent: SimProcess, job: str) -> None:
-        self._kernel, self._agent, self._job = kernel, agent, job
-        self._tickets: dict[str, Ticket] = {}
-        self._arrivals: dict[str, asyncio.Future[SimChannel]] = {}
-        port = kernel.listen(agent, 0, self._accept, f"stream {job}")
-        self.addresses: tuple[Address, ...] = ((agent.host, port),)
-
-    def expect(self, channel: str) -> Ticket:
-        ticket = Ticket(self._job, channel, channel.encode().ljust(32, b"\0"))
-        self._tickets[channel] = ticket
-        self._arrivals[channel] = asyncio.get_running_loop().create_future()
-        return ticket
-
-    async def arrived(self, channel: str, *, deadline_s: float) -> ChannelEnd:
-        arrival = self._arrivals[channel]
-        try:
-            async with asyncio.timeout(deadline_s):
-                await asyncio.shield(arrival)
-        except TimeoutError as error:
-            self._tickets.pop(channel, None)
-            if arrival.cancel():
-                del self._arrivals[channel]
-                sentence = f"the source did not open the {channel} channel of job {self._job} in {deadline_s:g} s"
-                raise HostUnreachable(sentence, side="source") from error
-        del self._arrivals[channel]
-        return arrival.result()
-
-    async def close(self) -> None:
-        for address in self.addresses:
-            self._kernel.unlisten(address, self._agent)
-        self._tickets.clear()
-        for arrival in self._arrivals.values():
-            if not arrival.cancel() and not arrival.cancelled():
-                arrival.result().close()
-        self._arrivals.clear()
-
-    def _accept(self, sock: Socket) -> None:
-        sock.read(self._agent, lambda payload: self._greeted(sock, payload), lambda reason: sock.let_go(self._agent))
-
-    def _greeted(self, sock: Socket, payload: object) -> None:
-        assert isinstance(payload, Ticket)
-        ticket = self._tickets.pop(payload.channel, None)
-        arrival = self._arrivals.get(payload.channel)
-        if ticket != payload or arrival is None or arrival.done():
-            sock.let_go(self._agent)
-            return
-        sock.unread()
-        sock.send("welcome")
-        arrival.set_result(SimChannel(self._kernel, self._agent, payload.channel, sock))
 
 
 @dataclass(eq=False)
@@ -397,6 +239,49 @@ class SimHost:
             raise
         sock.unread()
         return SimChannel(self._kernel, self._agent, ticket.channel, sock)
+
+    async def open_door(
+        self, job: str, token: str, hosts: Sequence[str], ports: Sequence[int], on_caller: OnCaller
+    ) -> SimKnockDoor:
+        return SimKnockDoor(self._kernel, self._agent, job, token, ports, on_caller)
+
+    async def call_door(self, job: str, way: RecoveryWay) -> tuple[ChannelEnd, dict[str, Any]]:
+        failures: list[str] = []
+        for port in way.ports:
+            try:
+                return await self._call_one(way, way.hosts[0], port)
+            except TimeoutError:
+                failures.append(f"{port} did not answer")
+                break
+            except OSError as error:
+                failures.append(f"{port}: {error.strerror}")
+        raise HostUnreachable(f"the destination cannot be reached beside its agent's link: {'; '.join(failures)}")
+
+    async def _call_one(self, way: RecoveryWay, host: str, port: int) -> tuple[ChannelEnd, dict[str, Any]]:
+        sock: Socket | None = None
+        word: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def heard(payload: Any) -> None:
+            if not word.done():
+                word.set_result(payload)
+
+        def ended(reason: str) -> None:
+            if not word.done():
+                word.set_exception(ConnectionResetError(104, reason))
+
+        try:
+            async with asyncio.timeout(limits.RECOVERY_CONNECT_S):
+                sock = await self._kernel.connect(self._agent, host, port, "stream")
+            sock.read(self._agent, heard, ended)
+            sock.send(way.token)
+            async with asyncio.timeout(limits.RECOVERY_WORD_S):
+                said = await word
+        except BaseException:
+            if sock is not None:
+                sock.let_go(self._agent)
+            raise
+        sock.unread()
+        return SimChannel(self._kernel, self._agent, knock.NAME, sock), said
 
     def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
         assert isinstance(channel, SimChannel)

@@ -25,7 +25,9 @@ from typing import Any
 
 from vmferry.agent.agent import Agent
 from vmferry.agent.loop import AttemptLoop
+from vmferry.agent.source import SourceAttempt
 from vmferry.core.status import source_status
+from vmferry.core.table import Remedy
 from vmferry.testing.sim.faults import Injector, heal
 from vmferry.testing.sim.loop import Spinning, Stalled, pass_s
 from vmferry.testing.sim.scenario import Scenario, draw
@@ -36,6 +38,8 @@ READY_S = 1.0
 SAFETY_S = 40.0
 """Longer than every limit of the tables but those of half a minute."""
 LIVENESS_S = 400.0
+HEALS_S = 2.0
+"""From the moment in which the stream gets through again to two QEMUs that are joined."""
 PERSON_S = 20.0
 """How long a row must stay before a person acts on it."""
 SPEC = 'name = "g"\nmemory = "32M"\nmachine = "pc-q35-7.2"\naccel = "tcg"\n'
@@ -144,6 +148,7 @@ class Course:
         await pass_s(READY_S)
         await self._begin()
         await pass_s(SAFETY_S)
+        self._judge_alone()
         self.injector.end()
         site.trace.tell("PHASE", "everything is healed")
         heal(site)
@@ -178,6 +183,8 @@ class Course:
         if scenario.clear_text:
             more["clear_text"] = True
         self.injector.disks = "copy" if scenario.disks else None
+        if scenario.holds:
+            more["auto_finalize"] = False
         if scenario.multifd:
             more["multifd"] = scenario.multifd
         if scenario.postcopy_after_passes is not None:
@@ -216,6 +223,10 @@ class Course:
         if label != row.label:
             self._since[key] = (row.label, self.site.loop.time())
             return
+        if row.remedy is Remedy.TRY_AGAIN and self.site.loop.time() - since_s >= PERSON_S:
+            self._since[key] = (row.label, self.site.loop.time())
+            self.site.command(host, "job-resume", id=loop.job)
+            return
         tool = RESCUE.search(row.action)
         if tool is None or self.site.loop.time() - since_s < PERSON_S or tool[1] in NOT_SIMULATED:
             return
@@ -240,6 +251,16 @@ class Course:
             wire = site.oracle.ended_jobs.get(self.injector.job) or {}
             site.trace.violate(f"without any fault the guest stayed on {was_at}: {wire.get('error')}")
         self.outcome = was_at
+
+    def _judge_alone(self) -> None:
+        """Nothing else is wrong than the link between the agents: a broken postcopy does not wait for that."""
+        injector, now_s = self.injector, self.site.loop.time()
+        only_alone = all(fault.kind == "alone" for fault in injector.done)
+        if injector.alone_s is None or not only_alone or now_s < injector.alone_s + HEALS_S:
+            return
+        for host, loop in self._open():
+            if isinstance(loop, SourceAttempt) and "broken" in loop.current_row().label:
+                self.site.trace.violate(f"{host} stays in {loop.current_row().label}, and only the agents' link is cut")
 
     # --- the end ---
 

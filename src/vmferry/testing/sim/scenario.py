@@ -42,9 +42,9 @@ DISK_MOMENTS: Final = (
 KINDS: Final = (
     "crash-agent", "freeze-agent", "kill-qemu", "freeze-qemu", "cut-agents", "reset-agents", "drop", "double", "slow",
     "cut-stream", "reset-stream", "refuse-cont", "refuse-relock", "disk-full", "cancel", "start-postcopy",
-    "migrate-again", "clock-jump", "fail-step", "unplugged-stream", "hung-stream",
+    "migrate-again", "clock-jump", "fail-step", "unplugged-stream", "hung-stream", "alone",
 )  # fmt: skip
-WEIGHTS: Final = (6, 2, 2, 2, 4, 2, 1, 1, 1, 3, 3, 4, 1, 2, 5, 1, 2, 1, 1, 1, 2)
+WEIGHTS: Final = (6, 2, 2, 2, 4, 2, 1, 1, 1, 3, 3, 4, 1, 2, 5, 1, 2, 1, 1, 1, 2, 2)
 DISKS_SHARE: Final = 0.3
 """Of all seeds."""
 FAILING_STEPS: Final = ("in-load", "in-header", "device", "setup", "package")
@@ -106,6 +106,8 @@ class Scenario:
     """Asked for by name; else the job has credentials of its own."""
     disks: bool = False
     """The guest has two local disks, which go with it."""
+    holds: bool = False
+    """The switchover waits for a person's leave."""
 
 
 CALM = Scenario(
@@ -146,6 +148,7 @@ def _draw(seed: str) -> Scenario:
         late = chance.choice((None, 1_000_000, 3_000_000))
         settings += [] if late is None else [f"max-postcopy-bandwidth={late}"]
     count = chance.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))
+    holds, words = _people(random.Random(f"people {seed}"), mode)
     return Scenario(
         seed=seed,
         profiles={host: chance.choice(VERSIONS) for host in ("a", "b")},
@@ -155,11 +158,27 @@ def _draw(seed: str) -> Scenario:
         dirty=mode == "postcopy" and chance.random() < 0.7,
         owner_paused=chance.random() < 0.08,
         latency_s=chance.choice((0.0002, 0.001, 0.02)),
-        faults=tuple(_fault(chance) for _ in range(count)),
+        faults=(*(_fault(chance) for _ in range(count)), *words),
+        holds=holds,
         restart_all=chance.random() < 0.5,
         postcopy_after_passes=chance.choice((None, 1, 0)) if mode == "postcopy" else None,
         clear_text=chance.random() < 0.4,
     )
+
+
+def _people(chance: random.Random, mode: str) -> tuple[bool, list[Fault]]:
+    """Whether the switchover waits for leave, and what people say to the job; drawn apart from all that goes wrong."""
+    holds, words = chance.random() < 0.12, list[Fault]()
+    if holds and chance.random() < 0.75:  # else nobody gives it
+        trigger = Trigger(text="row=M-hold", host="a", nth=chance.choice((1, 1, 2)), steps=chance.randrange(100))
+        words.append(Fault("finalize", trigger, host="a"))
+    if mode == "postcopy" and chance.random() < 0.2:
+        moment = chance.choice(("fact=package-loaded", "fact=run-acked", "fact=link-lost"))
+        words.append(Fault("pause", Trigger(text=moment, host="a", steps=chance.randrange(100)), host="a"))
+        if chance.random() < 0.7:
+            after = Trigger(text="row=G-ran-broken-hold", host="a", steps=chance.randrange(200))
+            words.append(Fault("resume", after, host="a"))
+    return holds, words
 
 
 def _trigger(chance: random.Random) -> Trigger:

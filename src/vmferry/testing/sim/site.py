@@ -34,6 +34,7 @@ from vmferry.testing.sim.trace import Trace
 
 HOSTS = ("a", "b")
 PORT = 7600
+MIGRATION_PORTS = (49152, 49167)
 MADE = datetime(2026, 1, 1, tzinfo=UTC)
 VM = "g"
 
@@ -147,7 +148,7 @@ class Site:
             state_dir=self.directory / f"s{host}",
             runtime_dir=self.directory / host,
             listen=Address(host, PORT),
-            migration_ports=(0, 0),
+            migration_ports=MIGRATION_PORTS,
             pki_dir=certificates() / host,
             peers={other: PeerConfig(other, (Address(other, PORT),))},
             qemu="qemu",

@@ -1,0 +1,148 @@
+"""A postcopy breaks while the agents cannot talk, and heals as soon as memory can move again: each side acts alone."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vmferry.testing.bootsector import count_passes
+from vmferry.testing.hosts import (
+    AGENT_PORT,
+    MIGRATION_PORTS,
+    NEWEST,
+    OLDEST,
+    AgentHost,
+    Guests,
+    MakePair,
+    TwoAgents,
+    boot,
+    wait_true,
+)
+
+pytestmark = pytest.mark.real
+
+HEALS_S = 2.0
+"""From the moment in which memory can move again."""
+BROKEN_S = 1.0
+SLOW = ("--mode", "postcopy", "--postcopy-after-passes", "0",
+        "--set", "max-bandwidth=2M", "--set", "max-postcopy-bandwidth=2M")  # fmt: skip
+
+
+@contextlib.contextmanager
+def agents_apart(pair: TwoAgents, *, reset: bool) -> Iterator[None]:
+    """No word of one agent reaches the other one, and no new connection."""
+    with pair.b.net.drop(port=AGENT_PORT, reset=reset):
+        yield
+
+
+def wait_said(host: AgentHost, words: str, *, since: int = 0) -> None:
+    """Until the host's agent has said so, `since` that place of its log."""
+    wait_true(lambda: words in host.log()[since:], why=f"{host.name} says {words}")
+
+
+def heals(pair: TwoAgents) -> float:
+    """Breaks the stream for a while. How long it takes from its end to two QEMUs that are joined."""
+    sides = [(host, len(host.log())) for host in (pair.a, pair.b)]
+    with pair.b.net.drop(port=MIGRATION_PORTS, reset=True):
+        for host, since in sides:
+            wait_said(host, "fact=link-lost", since=since)
+        end_s = time.monotonic() + BROKEN_S
+        wait_true(lambda: time.monotonic() > end_s)
+        assert not any("fact=resume-ack" in host.log()[since:] for host, since in sides)
+        free_s = time.monotonic()
+    for host, since in sides:
+        wait_said(host, "fact=resume-ack", since=since)
+    took_s = time.monotonic() - free_s
+    print(f"healed within {took_s * 1000:.0f} ms")
+    return took_s
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["refused", "silent"])
+@pytest.mark.parametrize("clear_text", [False, True], ids=["tls", "clear-text"])
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.proves("S36", "S53", "S121", "S123")
+def test_a_postcopy_that_breaks_while_the_agents_cannot_talk_heals(
+    version: str, clear_text: bool, reset: bool, make_pair: MakePair, guests: Guests
+) -> None:
+    pair = make_pair(version, clear_text=clear_text)
+    boot(pair.a, guests.boot())
+    here = pair.a.vm_directory("web1")
+    with pair.a.follow() as follow:
+        pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW)
+        wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs on the destination")
+        with agents_apart(pair, reset=reset):
+            took_s = heals(pair)
+            assert "the source called" in pair.b.log()
+            assert "link=down" in pair.a.log()
+            assert "command=peer-reconnect" not in pair.a.log()
+        ended = follow.end()
+    assert took_s < HEALS_S
+    assert ended["outcome"] == "destination"
+    there = pair.b.vm_directory("web1")
+    with pair.b.console("web1") as console:
+        console.wait_bytes(3, timeout_s=30)
+    assert count_passes(pair.letters(here, there)) >= 4
+    assert pair.running_on("web1") == ["host-b"]
+    assert pair.a.qemus() == {}
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.proves("S26", "S36", "S53", "S121", "S123")
+def test_a_linux_guest_loses_nothing_by_it(version: str, make_pair: MakePair, guests: Guests) -> None:
+    """Its memory and its disk are checked inside of it; the stream breaks twice, and both agents begin anew between."""
+    pair = make_pair(version)
+    pair.a.ok("run", guests.linux())
+    with pair.a.console("web1") as console:
+        console.wait_walks(1, timeout_s=60)
+    folders = [pair.a.vm_directory("web1")]
+    pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW)
+    wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs on the destination")
+    folders.append(pair.b.vm_directory("web1"))
+    with agents_apart(pair, reset=False):
+        first_s = heals(pair)
+        for host in (pair.b, pair.a):
+            host.kill()
+            host.restart()
+        again_s = heals(pair)
+    with pair.b.console("web1") as console:
+        console.wait_walks(2, timeout_s=120)
+    wait_true(lambda: pair.a.qemus() == {}, timeout_s=60, why="the source's QEMU is not needed any more")
+    assert pair.running_on("web1") == ["host-b"]
+    assert pair.judge(*folders).complaints() == []
+    assert max(first_s, again_s) < HEALS_S
+
+
+@pytest.mark.proves("S36", "S53", "S123")
+def test_a_recovery_that_needs_several_connections(make_pair: MakePair, guests: Guests) -> None:
+    """With preempt QEMU listens by itself; the word says where."""
+    pair = make_pair(NEWEST, clear_text=True)
+    boot(pair.a, guests.boot())
+    here = pair.a.vm_directory("web1")
+    with pair.a.follow() as follow:
+        pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW, "--set", "postcopy-preempt=on")
+        wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs on the destination")
+        with agents_apart(pair, reset=True):
+            took_s = heals(pair)
+            assert "the source called" in pair.b.log()
+        ended = follow.end()
+    assert took_s < HEALS_S
+    assert ended["outcome"] == "destination"
+    assert count_passes(pair.letters(here, pair.b.vm_directory("web1"))) >= 2
+    assert pair.running_on("web1") == ["host-b"]
+
+
+def test_nothing_listens_before_and_after(make_pair: MakePair, guests: Guests) -> None:
+    """The door is open while pages are missing, at one port, and no longer."""
+    pair = make_pair(OLDEST)
+    boot(pair.a, guests.boot())
+    with pair.a.follow() as follow:
+        pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW)
+        wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs on the destination")
+        doors = wait_true(lambda: pair.b.listening() - {AGENT_PORT}, why="the door is open")
+        assert len(doors) == 1
+        assert MIGRATION_PORTS[0] <= min(doors) <= MIGRATION_PORTS[1]
+        follow.end()
+    assert pair.b.listening() == {AGENT_PORT}

@@ -1,0 +1,168 @@
+"""A VM's monitor socket, between fake QEMUs: what passes, what is vmferry's, what is held."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from vmferry.core.facts import Fact
+from vmferry.qmp.client import QmpClient, connect_unix
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpCommandError
+from vmferry.testing.fake_site import MakeSite, Site
+
+Monitored = Callable[..., Awaitable[tuple[QmpClient, list[Event]]]]
+
+
+@asynccontextmanager
+async def monitor_of(site: Site, host: str = "a", vm: str = "g") -> AsyncIterator[tuple[QmpClient, list[Event]]]:
+    """A client of the VM's monitor, and the events that it heard."""
+    heard: list[Event] = []
+    client = await connect_unix(str(site.agents[host].monitors.path_of(vm)), on_event=heard.append)
+    try:
+        yield client, heard
+    finally:
+        await client.close()
+
+
+def statuses(heard: list[Event]) -> list[str]:
+    return [str(event.data["status"]) for event in heard if event.name == "MIGRATION"]
+
+
+async def refused(client: QmpClient, command: str, arguments: dict[str, Any] | None = None) -> str:
+    with pytest.raises(QmpCommandError) as caught:
+        await client.execute(command, arguments)
+    return caught.value.desc
+
+
+async def test_what_qemu_answers_comes_back_as_it_is(make_site: MakeSite) -> None:
+    site = await make_site()
+    machine = site.agents["a"].vms["g"].require_machine()
+    assert machine.client is not None
+    async with monitor_of(site) as (client, heard):
+        assert client.greeting is not None
+        assert machine.client.greeting is not None
+        assert client.greeting.version == machine.client.greeting.version
+        assert await client.execute("query-status") == await machine.execute("query-status")
+        with pytest.raises(QmpCommandError) as ours:
+            await client.execute("closefd", {"fdname": "none"})
+        with pytest.raises(QmpCommandError) as qemus:
+            await machine.execute("closefd", {"fdname": "none"})
+        assert (ours.value.qmp_class, ours.value.desc) == (qemus.value.qmp_class, qemus.value.desc)
+        assert ours.value.remote is None, "it is QEMU's word, with nothing of ours in it"
+        direct: list[Event] = []
+        machine.listeners.add(direct.append)
+        await client.execute("stop")
+        await client.execute("cont")
+        await client.execute("query-status")
+        told = [event for event in heard if event.name in ("STOP", "RESUME")]
+        assert [event.name for event in told] == ["STOP", "RESUME"]
+        assert told == direct, "with QEMU's own times"
+
+
+@pytest.mark.parametrize(("mode", "version"), [("precopy", "7.2"), ("precopy", "11.1"), ("postcopy", "11.1")])
+async def test_a_client_written_for_qemu_moves_a_guest(make_site: MakeSite, mode: str, version: str) -> None:
+    site = await make_site(version, version)
+    if mode == "postcopy":
+        site.director.change("a", dirty=True)
+    async with monitor_of(site) as (client, heard):
+        caps = [{"capability": "postcopy-ram", "state": mode == "postcopy"}]
+        await client.execute("migrate-set-capabilities", {"capabilities": caps})
+        await client.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30, "downtime-limit": 200})
+        assert (await client.execute("query-migrate-parameters"))["max-bandwidth"] == 1 << 30
+        assert caps[0] in await client.execute("query-migrate-capabilities")
+        await client.execute("migrate", {"uri": f"tcp:{site.agents['a'].config.peers['b'].addresses[0].host}:4444"})
+        wanted = site.attempt().wanted
+        assert (wanted.mode, wanted.options) == (mode, {"max-bandwidth": 1 << 30, "downtime-limit": 200})
+        if mode == "postcopy":
+            await client.execute("migrate-start-postcopy")
+        await site.settle()
+    await site.check("b")
+    told = statuses(heard)
+    assert told[:2] == ["setup", "active"]
+    assert ("postcopy-active" in told) == (mode == "postcopy")
+    assert not site.agents["a"].monitors.path_of("g").exists()
+    async with monitor_of(site, "b") as (there, _):
+        assert (await there.execute("query-status"))["status"] == "running"
+
+
+async def test_a_postcopy_waits_for_the_clients_word_and_a_cancel_ends_it(make_site: MakeSite) -> None:
+    site = await make_site("7.2")  # a newer one under TCG switches at once, or it would lose writes
+    site.director.change("a", dirty=True)
+    async with monitor_of(site) as (client, heard):
+        await client.execute("migrate_cancel")  # as with QEMU: there is none, and nothing happens
+        wanted = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+        await client.execute("migrate-set-capabilities", wanted)
+        await client.execute("migrate", {"uri": "vmferry:b"})
+        await site.noted_by("a", Fact.SETUP_DONE)
+        assert Fact.START_POSTCOPY not in site.attempt().facts
+        assert (await client.execute("query-migrate"))["status"] == "active"
+        for command in ("cont", "stop", "quit"):
+            assert "on its way to b" in await refused(client, command)
+            line = {"command-line": command}
+            assert "on its way to b" in await refused(client, "human-monitor-command", line)
+        assert "in use since" in await refused(client, "migrate-set-parameters", {"xbzrle-cache-size": 1 << 20})
+        await client.execute("migrate-set-parameters", {"downtime-limit": 100})
+        await client.execute("migrate_cancel")
+        await site.settle()
+        assert (await client.execute("query-migrate"))["status"] == "cancelled"
+        assert statuses(heard)[-2:] == ["cancelling", "cancelled"]
+        await client.execute("stop")
+        await client.execute("cont")
+    await site.check("a")
+
+
+@pytest.mark.proves("S97", "S98", "S99")
+@pytest.mark.parametrize("verb", ["migrate-continue", "job-finalize", "job-cancel"])
+async def test_a_client_that_wants_a_say_has_it_in_qemus_words(make_site: MakeSite, verb: str) -> None:
+    site = await make_site()
+    async with monitor_of(site) as (client, heard):
+        assert await client.execute("query-jobs") == []
+        assert "no migration" in await refused(client, "migrate-continue", {"state": "pre-switchover"})
+        waits = {"capabilities": [{"capability": "pause-before-switchover", "state": True}]}
+        await client.execute("migrate-set-capabilities", waits)
+        await client.execute("migrate", {"uri": "vmferry:b"})
+        await site.until_row(site.attempt(), "M-hold")
+        assert (await client.execute("query-migrate"))["status"] == "pre-switchover"
+        (job,) = await client.execute("query-jobs")
+        assert (job["type"], job["status"]) == ("migrate", "pending")
+        assert "found" in await refused(client, "job-cancel", {"id": "another"}), "that one is QEMU's to know"
+        named = {"state": "pre-switchover"} if verb == "migrate-continue" else {"id": job["id"]}
+        await client.execute(verb, named)
+        await site.settle()
+        told = [event.data["status"] for event in heard if event.name == "JOB_STATUS_CHANGE"]
+        assert told[-2:] == ["concluded", "null"] or told[-1] == "concluded"
+        assert "pending" in told
+    await site.check("a" if verb == "job-cancel" else "b")
+
+
+async def test_what_cannot_be_meant_is_refused_in_words(make_site: MakeSite) -> None:
+    site = await make_site()
+    async with monitor_of(site) as (client, _):
+        assert "known: b" in await refused(client, "migrate", {"uri": "tcp:10.9.9.9:1"})
+        assert "no host" in await refused(client, "migrate", {"uri": "exec:cat"})
+        assert "runs here" in await refused(client, "migrate-incoming", {"uri": "tcp:0:1"})
+        assert "descriptor" in await refused(client, "getfd", {"fdname": "x"})
+        assert "migrate-set-parameter" in await refused(
+            client, "human-monitor-command", {"command-line": "migrate_set_parameter downtime-limit 1"}
+        )
+        assert "no migration" in await refused(client, "migrate-recover", {"uri": "tcp:0:1"})
+        wrong = {"capabilities": [{"capability": "release-ram", "state": True}]}
+        assert "destroys the copy" in await refused(client, "migrate-set-capabilities", wrong)
+        assert "out of range" in await refused(client, "migrate-set-parameters", {"downtime-limit": 1 << 40})
+    await site.check("a")
+
+
+async def test_many_clients_at_once_and_the_end_of_the_vm(make_site: MakeSite) -> None:
+    site = await make_site()
+    async with AsyncExitStack() as stack:
+        clients = [(await stack.enter_async_context(monitor_of(site)))[0] for _ in range(5)]
+        for client in clients:
+            assert (await client.execute("query-status"))["status"] == "running"
+        await site.command("a", "vm-stop", vm="g", force=True)
+        for client in clients:
+            await client.closed
+    assert not site.agents["a"].monitors.path_of("g").exists()
