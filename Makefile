@@ -41,6 +41,7 @@ demo: setup venv ## two hosts on this machine, and a guest that moves between th
 bench: setup venv ## how long migrations take and pause; our own ends of the stream against QEMU's
 	@$(BIN)/vmferry bench migrate
 	@$(BIN)/vmferry bench stream
+	@$(BIN)/vmferry bench disks
 
 chaos: setup venv ## every fault in every phase, mode and pair of QEMUs (root; an hour and more)
 	@$(BIN)/vmferry chaos

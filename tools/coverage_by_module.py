@@ -25,6 +25,7 @@ SOURCE: Final = ROOT / "src" / "vmferry"
 CORE_TABLES: Final = {
     "core/source_rows.py": "tests/table/test_both_tables.py",
     "core/destination_rows.py": "tests/table/test_both_tables.py",
+    "core/disk_reports.py": "tests/unit/core/test_disks.py",
     "core/option_table.py": "tests/unit/core/test_options.py",
     "core/transitions.py": "tests/unit/core/test_status.py",
 }

@@ -82,6 +82,8 @@ FACT_WRITERS: Final = (
     "src/vmferry/agent/source.py",
     "src/vmferry/agent/destination.py",
     "src/vmferry/agent/restore.py",  # what the journal proves after a restart
+    "src/vmferry/agent/source_disks.py",  # hands of both sides for local disks
+    "src/vmferry/agent/destination_disks.py",
     *EFFECT_HANDS,
 )
 STATUS_NAMES: Final = frozenset(

@@ -75,6 +75,9 @@ MONITOR_COMMAND_S = 600.0
 # A throw-away QEMU that tells what it can do answers in 0.05 s; a host under heavy load takes seconds.
 VM_PROBE_S = 10.0
 
+# How long qemu-img may take to make an empty image: it writes some hundred KiB.
+IMAGE_TOOL_S = 20.0
+
 # How long a guest of one sector may take to boot and print under KVM. A healthy KVM needs 0.2 s, TCG 0.1 s;
 # a KVM that is itself emulated was seen to need 3.3 s, and is then forty times slower than TCG.
 VM_KVM_BOOT_S = 2.0

@@ -65,6 +65,9 @@ class SimPair(contract_pairs.Pair):
         left, right = self._site.kernel.pair("stream", *self._testers, "contract")
         return SimEnd(self._site, self._testers[0], left), SimEnd(self._site, self._testers[1], right)
 
+    def nbd_address(self) -> tuple[str, int]:
+        return "b", 10809
+
     def held_back(self, far: contract_pairs.End) -> contract_pairs.End:
         path = self._site.net.path("stream", "b", "a")
         self._site.net.block(path)

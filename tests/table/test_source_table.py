@@ -42,7 +42,7 @@ def test_nobody_waits_for_ever_with_the_guest_paused_on_both_sides() -> None:
 
     The exceptions wait for an answer of QEMU that it gives without being asked by anybody else.
     """
-    exceptions = {"B-cpus-unknown", "G-gone-cpus-unknown", "M-unknown-word", "M-memory"}
+    exceptions = {"B-cpus-unknown", "G-gone-cpus-unknown", "M-unknown-word", "M-memory", "P-copying"}
     for row in SOURCE_ROWS:
         if row.do is not None or row.limit_ms is not None or row.action or row.label in exceptions:
             continue
@@ -85,7 +85,7 @@ def test_the_source_resumes_only_if_the_destination_cannot_run() -> None:
 def test_a_cancel_before_the_grant_always_ends_with_the_guest_here_or_with_an_action() -> None:
     """With an unsent grant, a living source and a destination that never ran, the table leads back."""
     leads_back = {"P-back-release", "P-back-clean", "B-cancel", "B-ending", "B-resume", "B-release", "B-clean"}
-    leads_back |= {"B-stuck", "B-postcopy", "B-postcopy-lost"}
+    leads_back |= {"B-stuck", "B-postcopy", "B-postcopy-lost", "P-back-drop", "B-drop"}
     waits = {"B-cpus-unknown", "X-early-grant"}
     dead = {Source.GONE, Source.RETIRED}
     for row in SOURCE_ROWS:

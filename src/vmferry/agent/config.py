@@ -81,6 +81,8 @@ class AgentConfig:
     """No part in a migration in clear text, whoever asks for it by name, as a destination or a source."""
     peers: dict[str, PeerConfig] = field(default_factory=dict)
     qemu: str = DEFAULT_QEMU
+    disk_dir: Path | None = None
+    """Where copies of guests' disks are put; None: under the path that they have on the host they come from."""
 
     @property
     def control_socket(self) -> Path:
@@ -102,7 +104,7 @@ class AgentConfig:
         return self.data_addresses[0]
 
 
-_PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir")
+_PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir", "disk_dir")
 _SWITCHES = ("clear_text", "tls_only")
 _TEXTS = ("name", "qemu")
 

@@ -24,9 +24,11 @@ from vmferry import limits
 from vmferry.agent import blockers, inspection, job_commands, rescue_commands, vm_commands
 from vmferry.agent.events import EVENTS
 from vmferry.agent.job_book import JobInfo
+from vmferry.agent.plan_disks import choices
 from vmferry.agent.schema import Schema
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
+from vmferry.core import disks as disk_rules
 from vmferry.core import policy as policies
 from vmferry.core.blockers import Operation
 from vmferry.core.options import Mode, find_option, policy_objection
@@ -76,6 +78,11 @@ class MigrateArguments:
     """A postcopy begins only when `vm-start-postcopy` asks for it."""
     accept: list[str] = field(default_factory=list)
     """Codes of blockers that the person takes upon themselves."""
+    disks: str | None = None
+    """'copy': every disk that is local goes with the guest."""
+    verify_disks: bool = False
+    disk: list[str] = field(default_factory=list)
+    """'ID=copy' or 'ID=shared' for one disk."""
     policy: dict[str, str] = field(default_factory=dict)
     """What to do in trouble, by the names of `core.policy`."""
     auto_finalize: bool = True
@@ -138,6 +145,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is
     agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
     options = _options(arguments)
     _check_postcopy(arguments)
+    disks = disk_rules.parse(arguments.disks, arguments.disk)
+    disk_rules.choose(choices(kept.definition), disks)
     policy = FailurePolicy().changed(job_commands.policy_changes(arguments.policy))
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
@@ -156,6 +165,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is
         postcopy={k: v for k, v in postcopy.items() if v is not None},
         accept=tuple(arguments.accept),
         policy=policy,
+        disks=disks,
+        verify_disks=arguments.verify_disks,
         auto_finalize=arguments.auto_finalize,
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),

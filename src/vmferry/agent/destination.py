@@ -70,6 +70,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.channels: list[ChannelEnd] = []
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
+        self.images: dict[str, tuple[int, int]] = {}
+        """Files that this job made: path to device and inode; journalled."""
         self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
         self.is_renounced = False
@@ -341,8 +343,14 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         except (HostUnreachable, VmferryError) as error:
             log.info("job=%s vm=%s command=peer-wanted result=%s", self.job, self.vm, error)
             return
-        if not answer.get("wanted", True):
+        if not answer.get("wanted", True) or (answer.get("over") and self._nothing_came()):
             self.note(Fact.RELEASE, text="the source's agent does not want it any more", by="source agent")
+
+    def _nothing_came(self) -> bool:
+        """QEMU itself says that no stream has begun, and it has not been started: whatever became of the guest, nothing
+        of it is here. (A place for a guest with disks has no door until they are copied, so nobody comes too late.)"""
+        is_fresh = self._answers and self._asked_s > float("-inf")
+        return is_fresh and Fact.HEADER_SEEN not in self.facts and self.incoming() is Incoming.LOADING
 
     async def is_given_up(self, *, deadline_s: float) -> bool:
         """Whether this place is over. One that its source could not release, as this agent or the link was away, ends

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from typing import assert_never
 
-from vmferry.agent import knock, recovery, standing
+from vmferry.agent import destination_disks, knock, recovery, standing
+from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.machine import Machine
@@ -39,6 +40,8 @@ async def act(attempt: DestinationAttempt, effect: DestinationEffect) -> None:
     match effect:
         case DestinationEffect.SPAWN:
             await _spawn(attempt)
+        case DestinationEffect.CLOSE_EXPORTS:
+            await destination_disks.close_exports(attempt)
         case DestinationEffect.START_CPUS:
             await _start_cpus(attempt)
         case DestinationEffect.REPORT_RAN:
@@ -61,6 +64,7 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     definition = VmDefinition.from_wire(place.definition)
     argv = definition.incoming_argv(attempt.runtime, context.config.qemu)
     make_directory(attempt.runtime.directory)
+    await destination_disks.make_images(attempt)
     launching = asyncio.create_task(context.host.launch(attempt.vm, argv, attempt.runtime, clock=context.clock))
     try:
         await asyncio.sleep(0)  # the process is there; what does not need it is made while it starts
@@ -84,20 +88,32 @@ async def _spawn(attempt: DestinationAttempt) -> None:
     ports = knock.ports_of(attempt.job, *context.config.migration_ports)
     if place.recovery_token and ports:
         offer["recovery"] = {"token": place.recovery_token, "hosts": context.config.data_addresses, "ports": ports}
-    if place.multifd:
-        offer["addresses"] = []
-        offer["uri"] = await recovery.listen_inside(attempt)
+    if place.disks:
+        offer["disks"] = await destination_disks.serve(attempt)  # the door is opened when they are there: `open_door`
     else:
-        first, last = context.config.migration_ports
-        listener = await context.host.open_channels(attempt.job, context.config.data_addresses, range(first, last + 1))
-        attempt.listener = listener
-        offer["token"] = listener.expect("main").token.hex()
-        offer["addresses"] = [list(address) for address in listener.addresses]
-        task = asyncio.create_task(_accept(attempt), name=f"accept-{attempt.job}")
-        context.keep_task(task)
+        offer |= await open_door(attempt)
     attempt.note(Fact.LISTENING)
     if not attempt.offer.done():
         attempt.offer.set_result(offer)
+
+
+async def open_door(attempt: DestinationAttempt) -> dict[str, object]:
+    """Where the source may come with memory now. Raises Unfit or QemuError; nothing waits for it then."""
+    context, machine = attempt.context, attempt.machine
+    assert machine is not None
+    if attempt.place.multifd:
+        info = await machine.migration()
+        if info.get("socket-address"):  # asked for again: QEMU listens already
+            return {"addresses": [], "uri": recovery.uri_of(info)}
+        return {"addresses": [], "uri": await recovery.listen_inside(attempt)}
+    first, last = context.config.migration_ports
+    listener = await context.host.open_channels(attempt.job, context.config.data_addresses, range(first, last + 1))
+    if attempt.listener is not None:
+        await attempt.listener.close()
+    attempt.listener = listener
+    token = listener.expect("main").token.hex()
+    context.keep_task(asyncio.create_task(_accept(attempt, listener), name=f"accept-{attempt.job}"))
+    return {"addresses": [list(address) for address in listener.addresses], "token": token}
 
 
 def _make_credentials(attempt: DestinationAttempt) -> job_credentials.JobCredentials | None:
@@ -111,22 +127,22 @@ def _make_credentials(attempt: DestinationAttempt) -> job_credentials.JobCredent
     return credentials
 
 
-async def _accept(attempt: DestinationAttempt) -> None:
+async def _accept(attempt: DestinationAttempt, listener: ChannelDoor) -> None:
     """Waits for the source's connection and hands it to QEMU."""
     machine = attempt.machine
     assert machine is not None
-    assert attempt.listener is not None
     try:
-        channel = await attempt.listener.arrived("main", deadline_s=recovery.ARRIVE_S)
+        channel = await listener.arrived("main", deadline_s=recovery.ARRIVE_S)
         attempt.heard_source_s = attempt.clock.now_s()
         await recovery.hand_over(attempt, channel, CHANNEL_NAME)
         arguments: dict[str, object] = {"uri": f"fd:{CHANNEL_NAME}"}
         if machine.version >= (9, 1):
             arguments["exit-on-error"] = False  # keep the process, so that its words can be read
         await machine.execute("migrate-incoming", arguments)
-        await attempt.listener.close()
+        await listener.close()
     except (HostUnreachable, QemuError) as error:
-        attempt.fail(error)
+        if attempt.listener is listener:  # else it was asked for anew meanwhile
+            attempt.fail(error)
 
 
 async def _start_cpus(attempt: DestinationAttempt) -> None:
@@ -246,6 +262,7 @@ async def _renounce(attempt: DestinationAttempt) -> None:
         attempt.is_renounced = True
     if attempt.machine is not None and not await attempt.machine.kill():
         raise QemuError(f"{attempt.vm}: process {attempt.machine.pid} does not end", side="destination")
+    destination_disks.remove_images(attempt)
     attempt.note(Fact.TARGET_GONE, text=attempt.error_text, by="agent")
     await _finish(attempt, Outcome.SOURCE)
 

@@ -77,6 +77,8 @@ class JobBrief:
     percent_error: int | None = None
     left_ms_min: float | None = None
     left_ms_max: float | None = None
+    disks: list[dict[str, Any]] = field(default_factory=list)
+    """Each mirror of a local disk as a job of its own, in QEMU's words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,9 @@ class JobEnded:
     error: dict[str, Any] | None = None
     timeline: list[dict[str, Any]] = field(default_factory=list)
     trouble: str | None = None
+    disks: list[dict[str, Any]] = field(default_factory=list)
+    images_left: list[str] = field(default_factory=list)
+    """On the source, of disks that went: nothing deletes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

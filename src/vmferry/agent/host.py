@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vmferry.agent import channel as channels
-from vmferry.agent import knock, rescue
+from vmferry.agent import images, knock, rescue
 from vmferry.agent import machine as machines
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
+from vmferry.agent.images import Identity
 from vmferry.agent.knock import KnockDoor, OnCaller
 from vmferry.agent.machine import Machine
 from vmferry.agent.processes import find_qemu
 from vmferry.agent.relayed import RelayedChannel
-from vmferry.agent.wants import RecoveryWay
+from vmferry.agent.wants import PlacedDisk, RecoveryWay
 from vmferry.clock import Clock
+from vmferry.core.disk_reports import RoomReport
 from vmferry.core.rescue import NeverRan
 from vmferry.jobs.journal import Journal, JournalStore
 from vmferry.qmp.server import QmpServer
@@ -76,6 +78,21 @@ class Host(Protocol):
 
     def open_journal(self, path: Path) -> JournalStore:
         """The agent's journal. Raises Unfit when another agent has it or it is damaged."""
+
+    def image_room(self, path: str, qemu: str) -> RoomReport:
+        """What is there now, and how much room for an image."""
+
+    async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
+        """An empty image under a name that only this job uses. Raises Unfit; nothing is left then."""
+
+    async def image_digest(self, path: str) -> str:
+        """A checksum of the bytes of a raw image. Raises OSError."""
+
+    def publish_image(self, path: str, job: str) -> None:
+        """It gets its own name. Raises Unfit where that is taken."""
+
+    def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
+        """Takes away what the job made; False when a file of that name is another one. Raises OSError."""
 
     # --- connections ---
 
@@ -161,6 +178,23 @@ class LocalHost:
 
     def open_journal(self, path: Path) -> JournalStore:
         return Journal(path)
+
+    def image_room(self, path: str, qemu: str) -> RoomReport:
+        return images.room(path, qemu=qemu)
+
+    async def make_image(self, disk: PlacedDisk, job: str, qemu: str) -> Identity:
+        return await images.make(
+            disk.path, job=job, size_bytes=disk.size_bytes, format=disk.format, options=disk.options, qemu=qemu
+        )
+
+    async def image_digest(self, path: str) -> str:
+        return await asyncio.to_thread(images.digest, path)
+
+    def publish_image(self, path: str, job: str) -> None:
+        images.publish(path, job=job)
+
+    def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
+        return images.remove(path, identity, job=job)
 
     async def listen_for_people(self, server: QmpServer, path: Path) -> None:
         await server.listen_unix(str(path))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vmferry.agent import source_disks
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import policy as policies
@@ -219,10 +220,12 @@ async def change(
             attempt=attempt.wanted.generation,
             has_attempt=True,
         )
-        if reason is not None:
+        if reason is not None and not (name == "max-bandwidth" and source_disks.are_copied(attempt)):
             raise OptionLocked(f"{name} cannot change now: {reason}")
     if values:
         await attempt.machine.execute("migrate-set-parameters", values)
+        if "max-bandwidth" in values:
+            await source_disks.change_speed(attempt, int(values["max-bandwidth"]))
         attempt.tracking.changed_by_hand()
     if changes:
         await attempt.change_policy(changes)

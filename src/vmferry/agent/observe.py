@@ -15,6 +15,8 @@ is known which of the two it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vmferry.core.facts import Fact, FactLog, open_round
 
 Finding = tuple[Fact, int, str]
@@ -131,6 +133,33 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return ((Fact.COLO, 0, ""),)
         case _:
             return _unheard_of(word, log)
+
+
+def mirror_findings(words: Iterable[tuple[int, str, str | None, str]], log: FactLog) -> tuple[Finding, ...]:
+    """What QEMU's word of each mirror's job proves: (the disk's number, its name, the job's status or None for a job
+    that is not there, its error).
+
+    A job that ended without an error is a disk that is equal if the guest was paused by then; before, somebody ended
+    it behind our back, and the guest has written on since."""
+    paused = Fact.SWITCHOVER in log
+    found: list[Finding] = []
+    ready = drained = True
+    for number, name, status, error in words:
+        if status == "concluded" and not error and paused:
+            continue
+        drained = False
+        if status in ("ready", "standby", "waiting", "pending"):
+            found.append((Fact.DISK_READY, number, name))
+            continue
+        ready = False
+        if error or status in (None, "null", "aborting", "concluded"):
+            why = error or ("it is being given up" if status == "aborting" else "its mirror is not there any more")
+            found.append((Fact.DISK_FAILED, 0, f"{name}: {why}"))
+    if ready:
+        found.append((Fact.DISKS_READY, 0, ""))
+    if drained:
+        found.append((Fact.DISKS_DRAINED, 0, ""))
+    return tuple(found)
 
 
 def destination_findings(word: str | None, run_state: str | None, log: FactLog) -> tuple[Finding, ...]:

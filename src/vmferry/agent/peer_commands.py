@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, inspection, knock, recovery
+from vmferry.agent import control, destination_act, destination_disks, inspection, knock, recovery
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
-from vmferry.agent.wants import Place
+from vmferry.agent.wants import Place, PlacedDisk
 from vmferry.core.facts import Fact
 from vmferry.core.policy import FailurePolicy
 from vmferry.core.table import Outcome
@@ -135,6 +135,7 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
         multifd=bool(arguments.get("multifd")),
         clear_text=ca_pem is None,
         policy=msgspec.convert(arguments.get("policy") or {}, FailurePolicy),
+        disks=msgspec.convert(arguments.get("disks") or (), tuple[PlacedDisk, ...]),
         recovery_token=secrets.token_hex(knock.TOKEN_BYTES),
         auto_dismiss=bool(arguments.get("auto_dismiss", True)),
         blockers=tuple(dict(blocker) for blocker in arguments.get("blockers", ())),
@@ -202,6 +203,23 @@ async def _target(agent: Agent, who: str | None, arguments: dict[str, Any]) -> d
         return place.facts_wire()
     known = agent.known_jobs.get(str(arguments["job"]))
     return known if known is not None else await _unknown_place(agent, arguments)
+
+
+async def _door(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The disks are there: where the source may come with memory. Asked again, it is another door. Raises QemuError
+    or Unfit; nothing waits for the source then."""
+    place = _place(agent, arguments)
+    if place is None or place.machine is None or place.machine.is_gone:
+        raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    return await destination_act.open_door(place)
+
+
+async def _digests(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the copies of the disks hold now, one checksum each. Raises QemuError, or Unfit when one cannot be read."""
+    place = _place(agent, arguments)
+    if place is None or place.machine is None or place.machine.is_gone:
+        raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    return await destination_disks.digests(place)
 
 
 async def _ready(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -281,10 +299,12 @@ async def _policy(agent: Agent, who: str | None, arguments: dict[str, Any]) -> d
 
 async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """A destination asks whether its place is still wanted. The answer is no only where the job ended with the guest
-    here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy."""
+    here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy. That
+    the job is over is said beside it, for a place that knows that nothing of the guest ever came to it."""
     job = str(arguments["job"])
     result = agent.results.get(job)
-    return {"wanted": result is None or Outcome(result["outcome"]) is not Outcome.SOURCE}
+    outcome = None if result is None else Outcome(result["outcome"])
+    return {"wanted": outcome is not Outcome.SOURCE, "over": outcome in (Outcome.SOURCE, Outcome.LOST)}
 
 
 COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]]] = {
@@ -294,6 +314,8 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-forward": _forward,
     "peer-report": _report,
     "peer-prepare": _prepare,
+    "peer-door": _door,
+    "peer-digests": _digests,
     "peer-ready": _ready,
     "peer-grant": _grant,
     "peer-target": _target,

@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from vmferry import __version__
+from vmferry.agent.plan_disks import choices, image_options, local_disks
 from vmferry.agent.vms import DiskRef, KeptVm
-from vmferry.agent.wants import Wanted
+from vmferry.agent.wants import PlacedDisk, Wanted
 from vmferry.core import converge as core_converge
+from vmferry.core import disks as disk_rules
 from vmferry.core import hazards, preflight
 from vmferry.core.blockers import Operation
 from vmferry.core.converge import ConvergePolicy, GiveUp, ModeInputs, PostcopyStart, Sample, StartPostcopy
+from vmferry.core.disk_reports import DiskReport, DiskUse, LocalDisk, RoomReport
 from vmferry.core.facts import Fact
 from vmferry.core.options import AttemptOptions, Mode, Refused, TlsChoice, build, with_switchover_ack
-from vmferry.core.preflight import DiskReport, DiskUse, GuestReport, HostReport, Objection, Weight, Wish
+from vmferry.core.preflight import GuestReport, HostReport, Objection, Weight, Wish
 from vmferry.errors import HostUnreachable, MigrationFailed, QemuError
 from vmferry.pki import job_credentials
 from vmferry.vm import image_locks, probe, probe_qemu
@@ -65,8 +69,19 @@ class Plan:
 
     stops_first: bool = False
     """The guest is stopped before its memory moves, and switched over at once (`core.hazards`)."""
+    copies: tuple[LocalDisk, ...] = ()
+    """Local disks that go with the guest."""
+    image_paths: Mapping[str, str] = field(default_factory=dict)
+    """Where their copies are: path here -> path there."""
     fence_paths: tuple[str, ...] = ()
     """The guest's writable images, if both hosts see each other's locks on all of them."""
+
+    def placed_disks(self) -> tuple[PlacedDisk, ...]:
+        """The images that the destination is to make."""
+        return tuple(
+            PlacedDisk(disk.id, self.image_paths[disk.path], disk.format, disk.virtual_bytes, image_options(disk))
+            for disk in self.copies
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -88,6 +103,17 @@ class Plan:
             "mode": self.mode.value,
             "why": self.why,
             "objections": found,
+            "disks": [
+                {
+                    "id": disk.id,
+                    "path": disk.path,
+                    "there": self.image_paths.get(disk.path),
+                    "format": disk.format,
+                    "virtual_bytes": disk.virtual_bytes,
+                    "allocated_bytes": disk.allocated_bytes,
+                }
+                for disk in self.copies
+            ],
             "sentence": f"{vm} {verdict}: {self.mode.value}, because {self.why}"
             if not self.objections
             else f"{vm} cannot move from {source} to {destination}; nothing was changed.",
@@ -133,7 +159,17 @@ class Planner:
         if place is not None:  # of an earlier attempt: what nobody wants any more hinders nothing
             await place.is_given_up(deadline_s=GIVE_UP_S)
         report = await self.host_report(disks, accel=accel, vm=vm)
+        wanted = [str(path) for path in arguments.get("copies", ())]
+        rooms = {path: self._room(path, keeps_paths=bool(arguments.get("keeps_paths"))) for path in wanted}
+        report = replace(report, rooms=rooms)
         return dict(msgspec.to_builtins(report, str_keys=True))
+
+    def _room(self, path: str, *, keeps_paths: bool) -> RoomReport:
+        """Where the copy of this disk would be here."""
+        config = self.agent.config
+        folder = None if keeps_paths else config.disk_dir
+        there = path if folder is None else str(folder / os.path.basename(path))
+        return self.agent.host.image_room(there, config.qemu)
 
     async def host_report(self, disks: list[DiskRef], *, accel: str, vm: str) -> HostReport:
         """This host as a place for that guest."""
@@ -149,6 +185,7 @@ class Planner:
             clock_offset_ms=0.0,
             tls_only=config.tls_only,
             ports_free={},  # the default is a read-only view, which does not go on the wire
+            rooms={},
         )
         first, last = config.migration_ports
         if first and config.listen is not None:
@@ -180,7 +217,9 @@ class Planner:
     async def plan(self, wanted: Wanted, kept: KeptVm, *, running_job: bool) -> Plan:
         """Raises UnknownHost, HostUnreachable, NotTrusted, QemuError; nothing was changed."""
         definition, name = kept.definition, self.agent.config.name
-        disks = [disk.__class__(disk.path, disk.readonly, disk.shared, disk.format) for disk in definition.disks]
+        chosen = disk_rules.choose(choices(definition), wanted.disks)
+        copied = {disk.path for disk in chosen}
+        disks = [disk for disk in definition.disks if disk.path not in copied]
         here_task = asyncio.create_task(
             self.host_report(disks, accel=definition.accel, vm=wanted.vm), name="report-here"
         )
@@ -189,11 +228,18 @@ class Planner:
             if wanted.destination == name:
                 there = replace(await here_task, vms=frozenset())
             else:
-                there = await self._there(wanted, kept, disks)
+                there = await self._there(wanted, kept, disks, [disk.path for disk in chosen])
             here, (guest, source_names) = await here_task, await guest_task
         finally:
             await asyncio.gather(here_task, guest_task, return_exceptions=True)
-        plan = _decide(wanted, here, there, guest, source_names, running_job=running_job)
+        plan = _decide(
+            wanted, here, there, replace(guest, disks=tuple(d for d in guest.disks if d.path not in copied)),
+            source_names, running_job=running_job,
+        )  # fmt: skip
+        if chosen:
+            local = await local_disks(kept, chosen)
+            from_spec = definition.spec is not None
+            plan = _with_disks(plan, here, there, local, from_spec=from_spec, verify=wanted.verify_disks)
         held = [one for one in self.agent.blockers.held(wanted.vm) if one.operation is Operation.MIGRATE]
         more = (
             Objection(
@@ -204,12 +250,14 @@ class Planner:
         )  # fmt: skip
         return replace(plan, objections=(*plan.objections, *more))
 
-    async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef]) -> HostReport:
+    async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef], copies: list[str]) -> HostReport:
         link = self.agent.peers.link(wanted.destination)
         arguments = {
             "vm": wanted.vm,
             "accel": kept.definition.accel,
             "disks": [msgspec.to_builtins(disk) for disk in disks],
+            "copies": copies,
+            "keeps_paths": kept.definition.spec is None,
         }
         wire = await link.call("peer-report", arguments, deadline_s=REPORT_S)
         try:
@@ -391,7 +439,38 @@ def _decide(
     )
 
 
+def _with_disks(
+    plan: Plan, here: HostReport, there: HostReport, copies: tuple[LocalDisk, ...], *, from_spec: bool, verify: bool
+) -> Plan:
+    """The plan with these disks copied, and what speaks against that."""
+    paths = {disk.path: there.rooms[disk.path].path for disk in copies if disk.path in there.rooms}
+    against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec, verify=verify)
+    return replace(
+        plan,
+        copies=copies,
+        image_paths=paths,
+        objections=(*plan.objections, *against),
+        remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms)),
+        fence_paths=(),  # each host has images of its own: a lock on one says nothing of the other
+    )
+
+
 _NO_OPTIONS = AttemptOptions({}, {}, {}, {}, {}, ())
+
+
+def taken_over(journalled: Mapping[str, Any]) -> Plan:
+    """What of a plan is still to be carried out by an agent that was started since its disks began to be copied: the
+    options are set, and the images are there."""
+    return Plan(
+        mode=Mode(journalled["mode"]),
+        why=str(journalled["why"]),
+        policy=ConvergePolicy(start=PostcopyStart.NEVER),
+        options=_NO_OPTIONS,
+        objections=(),
+        remarks=(),
+        multifd=bool(journalled["multifd"]),
+        stops_first=bool(journalled["stops_first"]),
+    )
 
 
 def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...] | None] | None:
@@ -407,7 +486,7 @@ def _beyond(here: HostReport, there: HostReport) -> dict[str, tuple[str, ...] | 
 
 def _policy(attempt: SourceAttempt) -> tuple[Mode, ConvergePolicy]:
     """The plan's, or after a restart of the agent, which forgets the plan, what was asked for by name."""
-    if attempt.plan is not None:
+    if attempt.plan is not None and not attempt.was_restored:
         return attempt.plan.mode, attempt.plan.policy
     wanted = attempt.wanted
     if wanted.mode != Mode.POSTCOPY:

@@ -101,11 +101,16 @@ async def listen_inside(attempt: DestinationAttempt, command: str = "migrate-inc
         except QmpCommandError as error:
             failure = error
             continue
-        if port:
-            return f"tcp:{host}:{port}"
-        return f"tcp:{host}:{(await machine.migration())['socket-address'][0]['port']}"
+        return f"tcp:{host}:{port}" if port else uri_of(await machine.migration())
     assert failure is not None
     raise failure
+
+
+def uri_of(info: dict[str, Any]) -> str:
+    """Where QEMU itself says that it listens (query-migrate)."""
+    address = info["socket-address"][0]
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    return f"tcp:{host}:{address['port']}"
 
 
 async def pause(attempt: DestinationAttempt) -> bool:

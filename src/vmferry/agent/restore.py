@@ -24,10 +24,11 @@ import msgspec
 from vmferry.agent import machine as machines
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
+from vmferry.agent.plan import taken_over
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import Place, RecoveryWay, Wanted
+from vmferry.agent.wants import Mirror, Place, RecoveryWay, Wanted
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
 from vmferry.core.job import INCOMING, MIGRATE
@@ -117,8 +118,9 @@ async def _source(agent: Agent, job: JobState) -> None:
         log.warning("job=%s vm=%s command=query-migrate result=%s", job.job, wanted.vm, error)
     attempt.note(Fact.PREPARE, by="journal")
     attempt.note(Fact.PAUSE_CAP, by="journal")
+    still_copies = _take_mirrors_over(attempt, job, word)
     # STARTED in any case: then a guest that was stopped for the move and never left is started again.
-    for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED):
+    for fact in (Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, *(() if still_copies else (Fact.STARTED,))):
         attempt.note(fact, by="QEMU's status" if job.committed_generation is None else "journal")
     if hazards.waits_for_ever_after_last_page(kept.machine.version):
         attempt.note(Fact.SLOWED, text="it may have been", by="journal")
@@ -134,7 +136,7 @@ async def _source(agent: Agent, job: JobState) -> None:
         if job.fenced:
             attempt.note(Fact.FENCED, round_no=1, text=job.fenced, by="journal")
             attempt.note(Fact.STAND_IN, text="it may have been used behind the fence", by="journal")
-    elif word in NOT_BEGUN and not kept.machine.is_gone and not job.turned_back:
+    elif word in NOT_BEGUN and not kept.machine.is_gone and not job.turned_back and not still_copies:
         attempt.fail(MigrationFailed("the source's agent restarted before the migration had begun", side="source"))
     if job.turned_back:
         attempt.fail(MigrationFailed("the guest was going back when the agent restarted", side="source"))
@@ -149,6 +151,19 @@ async def _source(agent: Agent, job: JobState) -> None:
         if word not in NOT_BEGUN:
             attempt.count(info)  # progress goes on from where it was, and is not told from the start again
     agent.run_attempt(attempt)
+
+
+def _take_mirrors_over(attempt: SourceAttempt, job: JobState, word: str | None) -> bool:
+    """Finds the mirrors of the job again, which went on in QEMU. True while the disks are on their way and the memory
+    is not: then the attempt goes on from there."""
+    if not job.mirrors:
+        return False
+    attempt.mirrors = msgspec.convert(job.mirrors["mirrors"], tuple[Mirror, ...])
+    attempt.plan = taken_over(job.mirrors)
+    names = ", ".join(mirror.id for mirror in attempt.mirrors)
+    attempt.note(Fact.DISKS_WANTED, text=names, by="journal")
+    attempt.note(Fact.DISKS_STARTED, by="journal")
+    return word in NOT_BEGUN and job.committed_generation is None and not attempt.machine.is_gone
 
 
 async def _given_away(agent: Agent, job: JobState, wanted: Wanted) -> None:
@@ -192,6 +207,9 @@ async def _destination(agent: Agent, job: JobState, state: Replayed) -> None:
     attempt.heard_source_s = float("-inf")  # nobody knows how long its source has waited: it is asked at once
     attempt.orphan_s = ORPHAN_RESTORED_S
     attempt.policy = place.policy.changed(job.policy)
+    attempt.images = msgspec.convert(job.images, dict[str, tuple[int, int]])
+    if place.disks:
+        attempt.note(Fact.DISKS_SERVED, text="they may be", by="journal")
     identity = agent.host.find_qemu(place.directory)
     kept = agent.vms.get(place.vm)
     if kept is not None and kept.generation == place.generation:

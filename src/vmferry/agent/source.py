@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import fences, job_events
+from vmferry.agent import fences, job_events, source_disks
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
@@ -27,7 +27,7 @@ from vmferry.agent.machine import Machine
 from vmferry.agent.observe import PROOF_VERSION, arrival, holds_back, source_findings
 from vmferry.agent.tracking import Tracking
 from vmferry.agent.vms import KeptVm
-from vmferry.agent.wants import RecoveryWay, Wanted
+from vmferry.agent.wants import Mirror, RecoveryWay, Wanted
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact, FactLog, wants_pause
@@ -111,6 +111,11 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
+        self.mirrors: tuple[Mirror, ...] = ()
+        self.mirror_states: dict[str, dict[str, Any]] = {}
+        """What QEMU said of each of their jobs last, by its id."""
+        self.mirrors_stale = True
+        self.mirrors_polled_s = float("-inf")
         self.tracking = Tracking(context.clock, context.clock.now_s())
         self.cancel_tries = 0
         self.memory: Memory | None = None
@@ -177,7 +182,10 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.trouble = str(error)
         self.fix = error.hint if isinstance(error, Unfit | GuestHeld) else ""
         match effect:
-            case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START:
+            case Effect.START if source_disks.are_copied(self) and isinstance(error, HostUnreachable):
+                # The disks are there, and the mirrors keep them equal: the destination's agent is waited for.
+                self.set_readings(target_answers=False)
+            case Effect.CHECK_PLAN | Effect.PREPARE | Effect.CONFIGURE | Effect.START_MIRRORS | Effect.START:
                 self.fail(error)
             case Effect.CONTINUE | Effect.COMMIT | Effect.START_POSTCOPY:
                 self._stale = True
@@ -261,6 +269,8 @@ class SourceAttempt(AttemptLoop[Effect]):
                 self._run_state = "running"
                 self._note_running()
                 self._set_cpus()
+            case "JOB_STATUS_CHANGE" if any(event.data.get("id") == mirror.job for mirror in self.mirrors):
+                self.mirrors_stale = True
             case "MIGRATION_PASS":
                 self.measured.passes = int(event.data.get("pass", 0))
                 self._polled_s = float("-inf")
@@ -458,6 +468,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         if self.machine.is_gone:
             self.note(Fact.SOURCE_GONE, by="kernel")
             return
+        await source_disks.look(self)
         view = source_view(self.facts, self.readings)
         if view.step is not Step.STARTED:
             return
@@ -507,27 +518,8 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def count(self, info: dict[str, Any]) -> None:
         """Takes QEMU's counters over: what query-migrate said."""
-        ram = info.get("ram") or {}
-        measured = self.measured
-        if ram:
-            measured.transferred_bytes = int(ram.get("transferred", 0))
-            measured.total_bytes = int(ram.get("total", 0))
-            measured.remaining_bytes = int(ram.get("remaining", 0))
-            measured.normal_pages = int(ram.get("normal", 0))
-            measured.zero_pages = int(ram.get("duplicate", 0))
-            measured.mbps = float(ram.get("mbps", 0.0))
-            measured.passes = int(ram.get("dirty-sync-count", measured.passes or 0))
-        measured.throttle_percent = int(info.get("cpu-throttle-percentage", 0))
-        measured.remaining_by_source = {
-            name: int(info[name]["remaining"])
-            for name in ("ram", "disk", "vfio")
-            if "remaining" in (info.get(name) or {})
-        }
-        if "setup-time" in info:
-            measured.setup_ms = float(info["setup-time"])
-        if "downtime" in info:
-            measured.qemu_downtime_ms = float(info["downtime"])
-        if ram and Fact.STARTED in self.facts:
+        self.measured.count(info)
+        if info.get("ram") and Fact.STARTED in self.facts:
             self.context.converge(self, info)
             self.context.publish("JOB_PROGRESS", self.brief())
 
@@ -561,12 +553,13 @@ class SourceAttempt(AttemptLoop[Effect]):
             "mbps": self.measured.mbps,
             "passes": self.measured.passes,
             **self.tracking.wire(),
+            "disks": source_disks.wire(self),
             "action": self.fix or self.row().action,
         }
 
     def wire(self) -> dict[str, Any]:
         """Everything about the attempt, for status and for the journal's ENDED entry."""
-        return job_wire(
+        wire = job_wire(
             job=self.job,
             vm=self.vm,
             source=self.context.config.name,
@@ -583,6 +576,10 @@ class SourceAttempt(AttemptLoop[Effect]):
             trouble=self.trouble,
             fix=self.fix,
         )
+        wire["disks"] = source_disks.wire(self)
+        # Nothing deletes them: whoever sees that the guest is well where it is may.
+        wire["images_left"] = [m.path for m in self.mirrors] if self.outcome() is Outcome.DESTINATION else []
+        return wire
 
 
 async def run_attempt(attempt: SourceAttempt) -> None:

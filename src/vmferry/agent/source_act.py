@@ -11,13 +11,13 @@ import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final, assert_never
+from typing import Any, Final, Literal, assert_never
 
 import msgspec
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import fences, reconnect, way_back
+from vmferry.agent import fences, reconnect, source_disks, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
@@ -42,6 +42,7 @@ log = logging.getLogger("vmferry.agent")
 PREPARE_S = 30.0
 """The destination starts a QEMU; one that preallocates much memory takes seconds."""
 DIAL_S = 5.0
+DOOR_S = 5.0
 READY_S = 1.5
 GRANT_S = 5.0
 """The destination writes its journal and starts the CPUs; longer than this and it is asked again."""
@@ -68,6 +69,8 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _prepare(attempt)
         case Effect.CONFIGURE:
             await _configure(attempt)
+        case Effect.START_MIRRORS | Effect.DRAIN_MIRRORS | Effect.DROP_MIRRORS | Effect.NOTE_DISK_ERROR:
+            await _mirror(attempt, effect)
         case Effect.START:
             await _start(attempt)
         case Effect.START_POSTCOPY:
@@ -81,14 +84,9 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             attempt.hear_target(await attempt.ask_facts("peer-ready", deadline_s=READY_S))
             attempt.note(Fact.TARGET_READY, by="destination agent")
         case Effect.CONTINUE:
-            await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
-            attempt.note(Fact.CONTINUE)
-            attempt.set_readings(source=Source.SWITCHING)
+            await _continue(attempt)
         case Effect.COMMIT:
-            await attempt.context.journal.append(
-                Entry.COMMITTED, attempt.job, {"generation": attempt.wanted.generation}
-            )
-            attempt.note(Fact.COMMITTED)
+            await _commit(attempt)
         case Effect.SEND_GRANT:
             if Fact.GRANT_SENT not in attempt.facts and attempt.plan is not None:
                 attempt.stamps = fences.stamps(attempt.plan.fence_paths)
@@ -129,6 +127,33 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
             await _clean_up(attempt)
         case _:
             assert_never(effect)
+
+
+async def _continue(attempt: SourceAttempt) -> None:
+    await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
+    attempt.note(Fact.CONTINUE)
+    attempt.set_readings(source=Source.SWITCHING)
+
+
+async def _commit(attempt: SourceAttempt) -> None:
+    await attempt.context.journal.append(Entry.COMMITTED, attempt.job, {"generation": attempt.wanted.generation})
+    attempt.note(Fact.COMMITTED)
+
+
+async def _mirror(
+    attempt: SourceAttempt,
+    effect: Literal[Effect.START_MIRRORS, Effect.DRAIN_MIRRORS, Effect.DROP_MIRRORS, Effect.NOTE_DISK_ERROR],
+) -> None:
+    """What concerns local disks (`source_disks`)."""
+    match effect:
+        case Effect.START_MIRRORS:
+            await source_disks.start(attempt)
+        case Effect.DRAIN_MIRRORS:
+            await source_disks.drain(attempt)
+        case Effect.DROP_MIRRORS:
+            await source_disks.drop(attempt)
+        case Effect.NOTE_DISK_ERROR:
+            source_disks.note_error(attempt)
 
 
 async def _resume(attempt: SourceAttempt) -> None:
@@ -180,6 +205,8 @@ async def _check_plan(attempt: SourceAttempt) -> None:
         hints = "; ".join(objection.fix for objection in plan.objections if objection.fix)
         raise PlanRefused(sentence, side=first.side, hint=hints, retry="after-fix")
     attempt.plan = plan
+    if plan.copies:
+        attempt.note(Fact.DISKS_WANTED, text=", ".join(disk.id for disk in plan.copies))
     attempt.note(Fact.PLANNED, text=plan.why)
     attempt.note(Fact.PAUSE_CAP)
     if plan.options.source_capabilities.get("switchover-ack"):
@@ -203,7 +230,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             deadline_s=PREPARE_S,
             source=context.config.name,
             vm=attempt.vm,
-            definition=attempt.kept.definition.to_wire(),
+            definition=attempt.kept.definition.moved(plan.image_paths).to_wire(),
             commands=[list(step) for step in plan.options.commands(Role.DESTINATION)],
             expected=plan.options.expected(Role.DESTINATION),
             multifd=plan.multifd,
@@ -212,6 +239,7 @@ async def _prepare(attempt: SourceAttempt) -> None:
             auto_dismiss=wanted.auto_dismiss,
             blockers=context.blockers.wire(attempt.vm),
             clear_text=wanted.clear_text,
+            disks=msgspec.to_builtins(plan.placed_disks()),
             **more,
         )
     except HostUnreachable:
@@ -306,6 +334,8 @@ async def _start(attempt: SourceAttempt) -> None:
     """Raises when the channel cannot be opened or QEMU refuses; the guest runs as before."""
     machine, offer = attempt.machine, attempt.offer
     attempt.context.blockers.require(attempt.vm, Operation.MIGRATE)  # somebody may have come to hold one since the plan
+    if attempt.mirrors:  # that took its time: the door is opened now
+        offer = await attempt.ask("peer-door", deadline_s=DOOR_S)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     if offer.get("uri"):
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
@@ -391,6 +421,7 @@ async def cut(attempt: SourceAttempt) -> None:
     for channel in attempt.channels:
         channel.cut()
     attempt.measured.marks.append((attempt.clock.wall_s(), "channel cut"))
+    await source_disks.cut(attempt)
     try:
         await attempt.machine.execute("yank", {"instances": [{"type": "migration"}]}, oob=True, deadline_s=CANCEL_S)
     except QemuError as error:
@@ -499,6 +530,8 @@ async def _clean_up(attempt: SourceAttempt) -> None:
 async def _restore_source(attempt: SourceAttempt) -> None:
     """The options that QEMU had before, and no credentials object."""
     machine = attempt.machine
+    if attempt.mirrors:
+        await source_disks.forget(attempt)
     if attempt.plan is None or attempt.fd_given:
         # Without a plan the attempt was taken over from an agent that may have died before it said `migrate`. After
         # `migrate` QEMU has no descriptor of that name any more, and says so.

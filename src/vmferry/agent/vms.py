@@ -7,6 +7,7 @@ the journal's KEPT entry. `KeptVm` adds what belongs to this host alone.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +51,17 @@ class VmDefinition:
     def writable_paths(self) -> tuple[str, ...]:
         """The images that the guest may change."""
         return tuple(disk.path for disk in self.disks if not disk.readonly)
+
+    def moved(self, paths: Mapping[str, str]) -> VmDefinition:
+        """The same with images under other paths: what they are there. Raises SpecError for a VM that somebody else
+        started, whose command line is taken as it is."""
+        if all(path == there for path, there in paths.items()):
+            return self
+        if self.spec is None:
+            raise SpecError(f"{self.name} was not started from a spec: its disks keep their paths")
+        spec = {**self.spec, "disk": [{**d, "path": paths.get(d["path"], d["path"])} for d in self.spec["disk"]]}
+        disks = tuple(dataclasses.replace(d, path=paths.get(d.path, d.path)) for d in self.disks)
+        return dataclasses.replace(self, spec=spec, disks=disks)
 
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON values."""

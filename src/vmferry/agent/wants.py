@@ -27,10 +27,43 @@ class Wanted:
     accept: tuple[str, ...] = ()
     """Codes of blockers that the person takes upon themselves."""
     policy: FailurePolicy = field(default_factory=FailurePolicy)
+    disks: dict[str, str] = field(default_factory=dict)
+    """What goes how: a disk's id, or '*' for all that are local, to 'copy' or 'shared'."""
+    verify_disks: bool = False
+    """Both sides' disks are read and compared while the guest is paused for the switchover."""
     auto_finalize: bool = True
     """False: the switchover waits until a person gives leave."""
     auto_dismiss: bool = True
     """False: the ended job is listed, with its result, until somebody dismisses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedDisk:
+    """A disk that is copied to the place: an image to be made there, and filled over the network."""
+
+    id: str
+    path: str
+    format: str
+    size_bytes: int
+    options: tuple[str, ...] = ()
+    """For qemu-img create: 'cluster_size=65536' and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """One disk's mirror, as the source's agent asked its QEMU for it: the journal's MIRRORS entry."""
+
+    id: str
+    """The disk's id."""
+    path: str
+    node: str
+    """What is copied."""
+    job: str
+    """QEMU's job."""
+    target: str
+    """QEMU's node for the destination's export."""
+    number: int
+    """1 for the first disk: its round in the fact log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,5 +101,6 @@ class Place:
     """What people hold on the VM: it goes along."""
     recovery_token: str = field(default="", repr=False)
     """Hexadecimal; who shows it may connect the two QEMUs again without the agents' link. Empty: nobody may."""
+    disks: tuple[PlacedDisk, ...] = ()
     directory: str = ""
     """The QEMU's runtime directory on this host."""

@@ -108,13 +108,14 @@ class RawGuest:
 
     def start(self) -> None:
         """Boots it."""
-        self.qemu = self._spawn(incoming=False)
+        self.qemu = self.spawn(incoming=False)
         self.qemu.monitor.execute("cont")
         names = {c["capability"] for c in self.qemu.monitor.execute("query-migrate-capabilities")}
         names |= set(self.qemu.monitor.execute("query-migrate-parameters"))
         self.names = frozenset(names)
 
-    def _spawn(self, *, incoming: bool) -> RawQemu:
+    def spawn(self, *, incoming: bool) -> RawQemu:
+        """A QEMU of this guest; close it. Raises QemuError."""
         self.count += 1
         folder = self.folder / f"{self.spec.name}-{self.count}"
         folder.mkdir()
@@ -144,10 +145,10 @@ class RawGuest:
         """Moves the guest to a new QEMU. Returns the numbers, and the old QEMU, which is gone; close it."""
         here = self.qemu
         job = secrets.token_hex(16)
-        setup = {role: self._setup(job, role) for role in ("source", "destination")}
-        self._exchange(setup["source"], setup["destination"])
+        setup = {role: self.setup(job, role) for role in ("source", "destination")}
+        exchange(setup["source"], setup["destination"])
         began_s = time.monotonic()
-        there = self._spawn(incoming=True)
+        there = self.spawn(incoming=True)
         try:
             setup["destination"].apply(there.monitor)
             setup["source"].apply(here.monitor)
@@ -179,7 +180,7 @@ class RawGuest:
         pause_ms = ((resume.timestamp_us or 0) - (stop.timestamp_us or 0)) / 1000
         return RawMove(wall_ms, memory_ms, pause_ms), here
 
-    def _setup(self, job: str, side: Literal["source", "destination"]) -> _Setup:
+    def setup(self, job: str, side: Literal["source", "destination"]) -> Setup:
         """What vmferry would set on this side, from vmferry's own table."""
         creds_id = f"vmferry-tls-{job_credentials.tag(job)}"
         tls = TlsChoice(creds_id, creds_id, job_credentials.tls_hostname(job)) if self.with_tls else None
@@ -193,12 +194,7 @@ class RawGuest:
             version = self.qemu.monitor.execute("query-version")["qemu"]
             priority = job_credentials.tls_priority((version["major"], version["minor"]))
             creds = job_credentials.tls_creds_object(job, side, self.folder, priority=priority)
-        return _Setup(list(options.commands(Role.SOURCE if side == "source" else Role.DESTINATION)), made, creds)
-
-    def _exchange(self, one: _Setup, other: _Setup) -> None:
-        if one.made is not None and other.made is not None:
-            one.made.accept_peer(other.made.ca_pem_own)
-            other.made.accept_peer(one.made.ca_pem_own)
+        return Setup(list(options.commands(Role.SOURCE if side == "source" else Role.DESTINATION)), made, creds)
 
     @contextlib.contextmanager
     def _channel(self) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -220,7 +216,7 @@ class RawGuest:
 
 
 @dataclass(slots=True)
-class _Setup:
+class Setup:
     """One side's settings for one move."""
 
     commands: list[tuple[str, dict[str, Any]]]
@@ -228,6 +224,7 @@ class _Setup:
     creds: dict[str, Any] | None
 
     def apply(self, monitor: BlockingClient) -> None:
+        """Credentials and options."""
         if self.creds is not None:
             monitor.execute("object-add", self.creds)
         for name, arguments in self.commands:
@@ -240,8 +237,16 @@ class _Setup:
             monitor.execute("object-del", {"id": self.creds["id"]})
 
     def forget(self) -> None:
+        """The files go."""
         if self.made is not None:
             self.made.remove()
+
+
+def exchange(one: Setup, other: Setup) -> None:
+    """Each side trusts the other's certificates of the job."""
+    if one.made is not None and other.made is not None:
+        one.made.accept_peer(other.made.ca_pem_own)
+        other.made.accept_peer(one.made.ca_pem_own)
 
 
 def _is_status(word: str) -> Callable[[Event], bool]:

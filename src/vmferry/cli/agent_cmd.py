@@ -14,7 +14,7 @@ from vmferry.agent.agent import Agent
 
 FLAGS = (
     "name", "listen", "peers", "pki_dir", "clear_text", "tls_only", "state_dir", "runtime_dir", "socket",
-    "migration_address", "migration_ports", "qemu",
+    "migration_address", "migration_ports", "qemu", "disk_dir",
 )  # fmt: skip
 
 

@@ -47,6 +47,9 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "multifd": arguments.multifd,
         "clear-text": arguments.clear_text,
         "accept": arguments.accept,
+        "disks": arguments.disks,
+        "disk": arguments.disk,
+        "verify-disks": arguments.verify_disks,
     }
     policies = {
         "on-storage-error": getattr(arguments, "on_storage_error", None),
@@ -144,6 +147,8 @@ def show_end(wire: dict[str, Any], *, as_json: bool) -> int:
         print(row)
     for note in wire.get("notes") or ():
         print(f"  note: {note}")
+    for path in wire.get("images_left") or ():
+        print(f"  left on {wire['source']}: {path}")
     if error is None:
         return 0
     sys.stdout.flush()

@@ -187,6 +187,7 @@ def _add_agent(commands: Any) -> None:
         help="where guests' memory arrives; the first that can be reached is taken",
     )
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
+    agent.add_argument("--disk-dir", metavar="DIR", help="where copies of guests' disks are put (default: same path)")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
@@ -213,6 +214,24 @@ def _add_wish(parser: Any) -> None:
     parser.add_argument("--mode", choices=("auto", "precopy", "postcopy"), default="auto")
     parser.add_argument("--set", action="append", dest="settings", default=[], metavar="NAME=VALUE",
                         help="a migration option; 'vmferry options' lists them")  # fmt: skip
+    parser.add_argument(
+        "--disks",
+        choices=("copy", "shared"),
+        help="copy: every disk that is local (shared = false) goes with the guest",
+    )
+    parser.add_argument(
+        "--disk",
+        action="append",
+        dest="disk",
+        default=[],
+        metavar="ID=copy|shared",
+        help="the same for one disk: disk0 is the guest's first",
+    )
+    parser.add_argument(
+        "--verify-disks",
+        action="store_true",
+        help="read and compare both sides' disks while the guest is paused (raw images)",
+    )
     parser.add_argument("--multifd", type=int, default=0, metavar="N", help="send memory over N channels")
     parser.add_argument("--clear-text", action="store_true",
                         help="this guest's memory without encryption; only on a network you trust")  # fmt: skip
@@ -350,7 +369,7 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--dirty", type=int, default=20, metavar="MIB", help="MiB/s that the guest rewrites")
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
-    bench.add_argument("what", choices=("migrate", "stream", "monitor"))
+    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks"))
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
     chaos = _command(commands, "chaos", "chaos_cmd:chaos",
                      "do faults to migrations on purpose, and let outsiders judge what became of the guests",

@@ -8,6 +8,13 @@ from typing import Any, TextIO
 
 from vmferry.units import format_ms, format_size
 
+_DISK_BYTES = ("current-progress", "total-progress")
+
+
+def is_copying(brief: dict[str, Any]) -> bool:
+    """The guest's disks are on their way, and its memory is not yet."""
+    return brief["status"] == "setup" and any(disk["status"] == "running" for disk in brief.get("disks") or ())
+
 
 class ProgressLine:
     """One line that grows on a terminal, a line per change of status elsewhere; nothing if not enabled."""
@@ -28,6 +35,8 @@ class ProgressLine:
             self._show_bar(brief)
             return
         text = f"{self.vm}: {brief['status']}"
+        if is_copying(brief):
+            text += ", its disks are on their way"
         if brief["outcome"] in ("uncertain", "held", "degraded", "lost"):
             text += f" ({brief['outcome']}; next: {brief.get('action', '')})"
         if text != self._last:
@@ -52,6 +61,11 @@ class ProgressLine:
             self._bar.start()
             self._task = self._bar.add_task(self.vm, total=100, detail="")
         detail = ""
+        percent = brief.get("percent") or 0
+        if is_copying(brief):
+            done, total = (sum(int(disk[key]) for disk in brief["disks"]) for key in _DISK_BYTES)
+            detail = f"disks: {format_size(done)} of {format_size(total)}"
+            percent = 100 * done // total if total else 0
         if brief.get("remaining_bytes") is not None and brief.get("mbps") is not None:
             rate = format_size(float(brief["mbps"]) * 1e6 / 8)
             left = time_left(brief.get("left_ms_min"), brief.get("left_ms_max"))
@@ -60,7 +74,7 @@ class ProgressLine:
                 detail = f"± {brief['percent_error']} %, {detail}"
         self._bar.update(
             self._task,
-            completed=brief.get("percent") or 0,
+            completed=percent,
             description=f"{self.vm} {brief['status']}",
             detail=detail,
         )

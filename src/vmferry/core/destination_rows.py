@@ -1,6 +1,7 @@
 """THE table of the destination's agent.
 
 Rule 1: CPUs start only in `D-start`: newer generation durable here, state loaded, never started before.
+        And nobody but the guest writes to its disks from then on (`D-close`).
 Rule 2: the place is given up only while it is proved that the guest never ran here (`D-renounce`).
 Rule 3: `cont` without an answer (`ran` UNKNOWN) is neither started again nor given up: it is looked at.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from vmferry.core.effects import DestinationEffect as D
 from vmferry.core.table import Outcome, Row, pattern
-from vmferry.core.view import Halt, Held, Incoming, Ran, Wish
+from vmferry.core.view import Halt, Held, Incoming, Ran, Served, Wish
 
 HERE = (Incoming.RUNNING, Incoming.UNKNOWN, Incoming.LOADED)
 """The guest ran here; whether it runs at this moment may not be known yet."""
@@ -21,10 +22,14 @@ DESTINATION_ROWS: tuple[Row[D], ...] = (
     Row("D-load", pattern(wish=Wish.KEEP, held=Held.NO, incoming=(Incoming.LOADING, Incoming.UNKNOWN),
                           ran=Ran.NO),
         None, "The stream is on its way; QMP may lag while QEMU loads."),
-    Row("D-wait-grant", pattern(wish=Wish.KEEP, held=Held.NO, incoming=Incoming.LOADED, ran=Ran.NO),
+    Row("D-close", pattern(wish=Wish.KEEP, incoming=Incoming.LOADED, ran=Ran.NO, served=Served.YES),
+        D.CLOSE_EXPORTS, "Loaded: the source wrote its last to the disks before it sent this, and they are the guest's "
+        "own from here on."),
+    Row("D-wait-grant", pattern(wish=Wish.KEEP, held=Held.NO, incoming=Incoming.LOADED, ran=Ran.NO,
+                                served=Served.NO),
         None, "Loaded and paused: only the source's agent can give the right to run.", Outcome.HELD,
         action="none needed: the source decides, and this side waits for it"),
-    Row("D-start", pattern(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),
+    Row("D-start", pattern(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO, served=Served.NO),
         D.START_CPUS, "The newer generation is durable here and the state is loaded."),
     Row("D-granted-early", pattern(wish=Wish.KEEP, held=Held.YES,
                                    incoming=(Incoming.NONE, Incoming.LOADING, Incoming.UNKNOWN), ran=Ran.NO),

@@ -19,12 +19,14 @@ from vmferry.core.view import (
     Change,
     Cpus,
     DestinationView,
+    Disks,
     Grant,
     Halt,
     Held,
     Incoming,
     Leave,
     Ran,
+    Served,
     Source,
     SourceView,
     Step,
@@ -43,6 +45,12 @@ class Effect(Enum):
     """Have the destination start a paused QEMU and wait for the stream."""
     CONFIGURE = "configure"
     """Set every option on the source's QEMU, read back, compare."""
+    START_MIRRORS = "start-mirrors"
+    """Tell the source's QEMU to copy the local disks to the destination's, and to keep them equal."""
+    DRAIN_MIRRORS = "drain-mirrors"
+    """The guest is paused: let the mirrors write what is left and end, all of them or none."""
+    DROP_MIRRORS = "drop-mirrors"
+    """Give the mirrors up: nothing of them is left in the source's QEMU, and the guest does not notice."""
     START = "start"
     """Connect the channel, hand it to QEMU and tell it to migrate."""
     START_POSTCOPY = "start-postcopy"
@@ -84,6 +92,8 @@ class Effect(Enum):
     """Record that the destination is gone as the error that ends the attempt."""
     NOTE_TIMEOUT = "note-timeout"
     """Record that a wait lasted longer than its limit as the error that ends the attempt."""
+    NOTE_DISK_ERROR = "note-disk-error"
+    """Record what became of a disk's mirror as the error that ends the attempt."""
     NOTE_QEMU_ERROR = "note-qemu-error"
     """Record the source QEMU's own error as the error that ends the attempt."""
     CLEAN_UP = "clean-up"
@@ -95,6 +105,8 @@ class DestinationEffect(Enum):
 
     SPAWN = "spawn"
     """Start the QEMU, paused, set the options, read back, listen."""
+    CLOSE_EXPORTS = "close-exports"
+    """End what the network could write to the guest's disks: from here on they are its own."""
     START_CPUS = "start-cpus"
     """`cont`: take the disks and run."""
     REPORT_RAN = "report-ran"
@@ -145,24 +157,47 @@ _CANCELLED = (
     Source.ENDING,
 )
 """Not in postcopy: there QEMU refuses it, and a cut would do harm."""
+_LIVE_MIRRORS = (Disks.COPYING, Disks.READY, Disks.FAILED)
+_UNSETTLED = tuple(d for d in Disks if d is not Disks.SETTLED)
 _NEVER_TOLD = tuple(t for t in Target if t not in (Target.RAN, Target.DIED))
 
 SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.CHECK_PLAN: (_guard(want=Want.GO, step=Step.NEW, grant=Grant.NONE),),
     Effect.PREPARE: (_guard(want=Want.GO, step=Step.PLANNED, grant=Grant.NONE),),
     Effect.CONFIGURE: (_guard(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE),),
-    Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE),),
+    Effect.START_MIRRORS: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, disks=Disks.TODO),),
+    Effect.DRAIN_MIRRORS: (
+        # Before the pause the guest would write on behind the mirrors' backs, and one that waits for a person's leave
+        # keeps its mirrors: whoever says no has lost nothing.
+        _guard(
+            want=Want.GO,
+            source=Source.WAITING,
+            target=Target.READY,
+            grant=_UNSENT,
+            leave=Leave.GIVEN,
+            disks=Disks.READY,
+        ),
+    ),
+    Effect.DROP_MIRRORS: (_guard(want=Want.BACK, grant=_UNSENT, disks=_LIVE_MIRRORS),),
+    Effect.START: (_guard(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, disks=(Disks.SETTLED, Disks.READY)),),
     Effect.START_POSTCOPY: (_guard(want=Want.GO, step=Step.STARTED, source=Source.BUSY, change=Change.POSTCOPY),),
     Effect.LET_PAGES_GO: (_guard(step=Step.STARTED, target=Target.RAN, change=Change.PACE),),
     Effect.PAUSE_PAGES: (
         _guard(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.POSTCOPY, change=Change.PAUSE),
     ),
     Effect.MAKE_SURE: (_guard(want=Want.GO, source=Source.WAITING),),
-    Effect.CONTINUE: (_guard(want=Want.GO, source=Source.WAITING, target=Target.READY, leave=Leave.GIVEN),),
+    Effect.CONTINUE: (
+        _guard(want=Want.GO, source=Source.WAITING, target=Target.READY, leave=Leave.GIVEN, disks=Disks.SETTLED),
+    ),
     Effect.COMMIT: (
-        _guard(want=Want.GO, source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), grant=Grant.NONE),
+        _guard(
+            want=Want.GO,
+            source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE),
+            grant=Grant.NONE,
+            disks=Disks.SETTLED,
+        ),
         # The only copy is there, and its process here is gone: forward is the only way, whatever was wanted.
-        _guard(source=Source.RETIRED, target=Target.LOADED, grant=Grant.NONE),
+        _guard(source=Source.RETIRED, target=Target.LOADED, grant=Grant.NONE, disks=Disks.SETTLED),
     ),
     Effect.SEND_GRANT: (
         _guard(
@@ -200,6 +235,7 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
     Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT, cpus=_NOT_RUNNING),),
     Effect.NOTE_TARGET_LOST: (_guard(),),
     Effect.NOTE_TIMEOUT: (_guard(want=Want.GO, grant=(Grant.NONE, Grant.HELD)),),
+    Effect.NOTE_DISK_ERROR: (_guard(want=Want.GO, grant=_UNSENT, disks=_UNSETTLED),),
     Effect.NOTE_QEMU_ERROR: (_guard(),),
     Effect.CLEAN_UP: (
         # Nothing was sent; the guest is here, or its process died as it may at any time.
@@ -218,7 +254,10 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
 
 DESTINATION_GUARDS: dict[DestinationEffect, tuple[Guard, ...]] = {
     DestinationEffect.SPAWN: (_guard(wish=Wish.KEEP, incoming=Incoming.NONE, held=Held.NO),),
-    DestinationEffect.START_CPUS: (_guard(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO),),
+    DestinationEffect.CLOSE_EXPORTS: (_guard(wish=Wish.KEEP, incoming=Incoming.LOADED, ran=Ran.NO, served=Served.YES),),
+    DestinationEffect.START_CPUS: (
+        _guard(wish=Wish.KEEP, held=Held.YES, incoming=Incoming.LOADED, ran=Ran.NO, served=Served.NO),
+    ),
     DestinationEffect.REPORT_RAN: (
         _guard(ran=Ran.YES),
         _guard(ran=Ran.UNKNOWN, incoming=Incoming.RUNNING),

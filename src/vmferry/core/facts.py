@@ -62,6 +62,26 @@ class Fact(StrEnum):
     STARTED = "started"
     """The source's QEMU was told to migrate into a channel of ours."""
 
+    # Local disks that go with the guest.
+    DISKS_WANTED = "disks-wanted"
+    """Source: local disks are to be copied before the memory (text: which)."""
+    DISKS_STARTED = "disks-started"
+    """Source: its QEMU may have been told to mirror them."""
+    DISK_READY = "disk-ready"
+    """Source: one disk was copied once and is kept equal from here on (rounds are the disks' numbers)."""
+    DISKS_READY = "disks-ready"
+    """Source: all of them were."""
+    DISK_FAILED = "disk-failed"
+    """Source: a disk cannot be copied any more (text: which, and why)."""
+    DISKS_DRAINED = "disks-drained"
+    """Source: the guest is paused, both sides' disks are equal, and nothing is mirrored any more."""
+    DISKS_DROPPED = "disks-dropped"
+    """Source: the mirrors were given up, and nothing of them is left in its QEMU."""
+    DISKS_SERVED = "disks-served"
+    """Destination: its QEMU takes the disks' content over the network."""
+    DISKS_CLOSED = "disks-closed"
+    """Destination: it does not any more; nobody but its guest writes to them."""
+
     # What the QEMUs did.
     PAUSE_CAP = "pause-before-switchover"
     """The source stops before the switchover and waits for us."""
@@ -167,6 +187,7 @@ ROUNDED: frozenset[Fact] = frozenset(
         Fact.FENCED,
         Fact.FENCE_BROKEN,
         Fact.UNKNOWN_STATUS,
+        Fact.DISK_READY,
     }
 )
 """Facts that carry a round number above 0; all others happen once in an attempt."""

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from vmferry.core import hazards
+from vmferry.core.disk_reports import DiskReport, DiskUse, RoomReport
 from vmferry.core.options import Mode, Refused, TlsChoice, Value, build
 from vmferry.errors import Side, UsageError
 from vmferry.units import GIB, MIB, format_size
@@ -51,18 +52,6 @@ class Objection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiskReport:
-    """One image as one host sees it. `identity`: equal on two hosts if and only if it is the same image."""
-
-    exists: bool
-    writable: bool | None = None
-    size_bytes: int | None = None
-    format: str | None = None
-    identity: str | None = None
-    write_locked: bool | None = None  # seen there while the guest runs here: the hosts see each other's locks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HostReport:
     """What an agent says about its host and the QEMU to be used there. None = it could not find out."""
 
@@ -83,6 +72,7 @@ class HostReport:
     userfaultfd: bool | None = None
     ports_free: Mapping[int, bool] = field(default_factory=lambda: MappingProxyType({}))
     disks: Mapping[str, DiskReport] = field(default_factory=lambda: MappingProxyType({}))
+    rooms: Mapping[str, RoomReport] = field(default_factory=lambda: MappingProxyType({}))  # for disks to be copied
     vms: frozenset[str] | None = None
     clock_offset_ms: float | None = None
     tls_only: bool = False  # its agent was told to have no part in a stream in clear text
@@ -92,14 +82,6 @@ class HostReport:
         if self.capabilities is None or self.parameters is None:
             return None
         return self.capabilities | self.parameters
-
-
-@dataclass(frozen=True, slots=True)
-class DiskUse:
-    """One image of the guest."""
-
-    path: str
-    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -442,7 +424,7 @@ RULES: Final[tuple[Rule, ...]] = (
          "make both hosts see one image"),
     Rule("disk-not-shared", _B, "both", lambda c: _disk_identity(c, unknown=False),
          "{path} is one image on {source} and another on {destination}: the VM would lose its writes",
-         "put the image on storage that both hosts share"),
+         "copy it with the guest (--disks copy), or put it on storage that both hosts share"),
     Rule("port-taken", _B, "destination", lambda c: _ports(c, False),
          "port {port} on {destination} is in use", "free it or give the agent another range"),
     Rule("port-unknown", _B, "destination", lambda c: _ports(c, None),

@@ -78,6 +78,29 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """Memory and the local disks that go with it, as one. Without disks: exactly the memory's numbers."""
+
+    current_bytes: int = 0
+    total_bytes: int = 0
+    percent: int = 0
+    percent_error: int = 0
+
+    def advance(self, memory: Progress, *, disks_current: int, disks_total: int, guest_bytes: int) -> Whole:
+        """The numbers after one more reading of either. `guest_bytes`: the guest's memory, which counts as what is to
+        be sent until QEMU has said more: disks go first."""
+        if not disks_total:
+            return Whole(memory.current_bytes, memory.total_bytes, memory.percent, memory.percent_error)
+        total = disks_total + (memory.total_bytes or guest_bytes)
+        current = max(self.current_bytes, memory.current_bytes + disks_current)
+        total = max(total, current)
+        if memory.percent == 100:  # the memory goes last
+            return Whole(total, total, 100, 0)
+        percent = max(self.percent, min(99, 100 * current // total))
+        return Whole(current, total, percent, math.ceil(memory.percent_error * memory.total_bytes / total))
+
+
+@dataclass(frozen=True, slots=True)
 class Eta:
     """Time left in ms between two bounds; `high_ms` None = at this pace it may never end."""
 

@@ -6,7 +6,7 @@ where the guest runs (`core.table.Outcome`). An error is the wire form of `vmfer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,28 @@ class Measured:
     qemu_downtime_ms: float | None = None
     marks: list[tuple[float, str]] = field(default_factory=list)
     """(wall seconds, what) for the timeline, beside the facts."""
+
+    def count(self, info: Mapping[str, Any]) -> None:
+        """Takes QEMU's counters over: what query-migrate said."""
+        ram = info.get("ram") or {}
+        if ram:
+            self.transferred_bytes = int(ram.get("transferred", 0))
+            self.total_bytes = int(ram.get("total", 0))
+            self.remaining_bytes = int(ram.get("remaining", 0))
+            self.normal_pages = int(ram.get("normal", 0))
+            self.zero_pages = int(ram.get("duplicate", 0))
+            self.mbps = float(ram.get("mbps", 0.0))
+            self.passes = int(ram.get("dirty-sync-count", self.passes or 0))
+        self.throttle_percent = int(info.get("cpu-throttle-percentage", 0))
+        self.remaining_by_source = {
+            name: int(info[name]["remaining"])
+            for name in ("ram", "disk", "vfio")
+            if "remaining" in (info.get(name) or {})
+        }
+        if "setup-time" in info:
+            self.setup_ms = float(info["setup-time"])
+        if "downtime" in info:
+            self.qemu_downtime_ms = float(info["downtime"])
 
     @property
     def downtime_ms(self) -> float | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from vmferry.core.effects import Effect as E  # noqa: N817 - one letter keeps the table readable
 from vmferry.core.table import Outcome, Remedy, Row, pattern
-from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, Step, Target, Want
+from vmferry.core.view import Change, Cpus, Disks, Grant, Leave, Retry, Source, Step, Target, Want
 
 EARLY = (Step.NEW, Step.PLANNED, Step.PREPARED, Step.CONFIGURED)
 UNSENT = (Grant.NONE, Grant.HELD)
@@ -28,6 +28,14 @@ BEGINNING = (Source.CONNECTING, Source.UNPLUGGING)
 UNDER_WAY = (*BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING, Source.SILENT, Source.UNKNOWN)
 OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
 """The attempt is not going on inside QEMU: never begun, given up, or over with nobody told to run."""
+
+NO_MIRRORS = (Disks.SETTLED, Disks.TODO)
+MIRRORS = (Disks.COPYING, Disks.READY, Disks.FAILED)
+IN_SYNC = (Disks.SETTLED, Disks.READY)
+UNDRAINED = (Disks.TODO, *MIRRORS)
+LOST_DISK = (Disks.TODO, Disks.FAILED)
+"""Behind the start of the memory none can be left to do."""
+UNBROKEN = (Disks.SETTLED, Disks.COPYING, Disks.READY)
 
 NOT_RUNNING = (Cpus.RESTING, Cpus.STOPPED, Cpus.STUCK, Cpus.UNKNOWN)
 SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
@@ -43,6 +51,10 @@ REACH = (
 SETUP_MS = 10_000
 UNPLUG_MS = 60_000
 SWITCHOVER_MS = 3_000
+DRAIN_MS = 10_000
+"""What a mirror may have left to write when the guest stops is bounded; the network's slowness is not."""
+DROP_MS = 5_000
+"""Mirrors are given up within milliseconds; a QEMU that hangs in one is cut from it meanwhile."""
 DEVICE_MS = 30_000
 SILENT_MS = 10_000
 ENDING_MS = 1_000
@@ -70,8 +82,17 @@ SET_UP: tuple[Row[E], ...] = (
     Row("P-configure", pattern(want=Want.GO, step=Step.PREPARED, grant=Grant.NONE, source=ALIVE,
                                target=(Target.ABSENT, *USABLE)),
         E.CONFIGURE, "Options are applied whole and read back before anything starts."),
+    Row("P-mirror", pattern(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, source=ALIVE,
+                            target=(Target.ABSENT, *USABLE), disks=Disks.TODO),
+        E.START_MIRRORS, "Disks first: they take longest, and their mirrors keep what memory's last round would miss."),
+    Row("P-copying", pattern(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, source=ALIVE,
+                             target=(Target.ABSENT, *USABLE), disks=Disks.COPYING),
+        None, "The disks are on their way, and the guest runs. The QEMUs need nobody for this."),
+    Row("P-disk-failed", pattern(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, source=ALIVE,
+                                 target=(Target.ABSENT, *USABLE), disks=Disks.FAILED),
+        E.NOTE_DISK_ERROR, "One disk cannot be copied, so none is: all go together or not at all."),
     Row("P-start", pattern(want=Want.GO, step=Step.CONFIGURED, grant=Grant.NONE, source=ALIVE,
-                           target=(Target.ABSENT, *USABLE)),
+                           target=(Target.ABSENT, *USABLE), disks=IN_SYNC),
         E.START, "The channel is ours and connected before QEMU hears of it, so it can always be cut."),
     Row("P-target-lost", pattern(want=Want.GO, step=EARLY, grant=Grant.NONE, source=ALIVE,
                                  target=(Target.REFUSED, Target.GONE)),
@@ -79,10 +100,16 @@ SET_UP: tuple[Row[E], ...] = (
     Row("P-source-gone", pattern(want=Want.GO, step=EARLY, grant=Grant.NONE, source=DEAD,
                                  target=(Target.ABSENT, *USABLE, Target.REFUSED, Target.GONE)),
         E.NOTE_QEMU_ERROR, "The guest's process died before anything was moved: an ordinary crash."),
-    Row("P-back-release", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=TO_RELEASE, source=ALIVE),
+    Row("P-back-drop", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, source=ALIVE, disks=MIRRORS,
+                               target=(*TO_RELEASE, *NOTHING_THERE)),
+        E.DROP_MIRRORS, "The mirrors end before what they write to does; the guest runs on and does not notice.",
+        Outcome.SOURCE, DROP_MS, E.CLEAN_UP),
+    Row("P-back-release", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=TO_RELEASE, source=ALIVE,
+                                  disks=NO_MIRRORS),
         E.RELEASE_TARGET, "Nothing was sent; the destination gives its place up.",
         Outcome.SOURCE, RELEASE_MS, E.CLEAN_UP),
-    Row("P-back-clean", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=NOTHING_THERE, source=ALIVE),
+    Row("P-back-clean", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=NOTHING_THERE, source=ALIVE,
+                                disks=NO_MIRRORS),
         E.CLEAN_UP, "Nothing was sent and nothing is left on the destination.", Outcome.SOURCE),
     Row("F-early-release", pattern(want=Want.BACK, step=EARLY, grant=Grant.NONE, target=TO_RELEASE, source=DEAD),
         E.RELEASE_TARGET, "The guest's process died before anything of it was sent, as in any crash of it.",
@@ -98,29 +125,40 @@ SET_UP: tuple[Row[E], ...] = (
 )  # fmt: skip
 
 MOVING: tuple[Row[E], ...] = (
+    Row("M-disk-failed", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, target=USABLE, disks=LOST_DISK,
+                                 source=(Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING)),
+        E.NOTE_DISK_ERROR, "One disk is not kept equal any more, so the guest stays where all of them are."),
     Row("M-connect", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, target=USABLE,
-                             source=(Source.IDLE, Source.CONNECTING)),
+                             source=(Source.IDLE, Source.CONNECTING), disks=UNBROKEN),
         None, "The QEMUs shake hands, which takes a round trip or two.", limit_ms=SETUP_MS, then=E.NOTE_TIMEOUT),
     Row("M-unplug", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.UNPLUGGING,
-                            target=USABLE),
+                            target=USABLE, disks=UNBROKEN),
         None, "The guest gives its failover devices back in its own time.", limit_ms=UNPLUG_MS, then=E.NOTE_TIMEOUT),
     Row("M-postcopy", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
-                              target=USABLE, change=Change.POSTCOPY),
+                              target=USABLE, change=Change.POSTCOPY, disks=UNBROKEN),
         E.START_POSTCOPY, "The switch to postcopy was asked for, by a person or by the policy."),
     Row("M-memory", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.BUSY,
-                            target=USABLE, change=(Change.NONE, Change.PACE, Change.PAUSE)),
+                            target=USABLE, change=(Change.NONE, Change.PACE, Change.PAUSE), disks=UNBROKEN),
         None, "Memory is on its way. A silent agent there is no failure: the QEMUs need nobody for this."),
     Row("M-hold", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING, target=USABLE,
-                          leave=Leave.AWAITED),
+                          leave=Leave.AWAITED, disks=UNBROKEN),
         None, "The guest is paused, and a person wanted to give the leave to hand it over.", Outcome.HELD,
         HOLD_MS, E.NOTE_TIMEOUT, "vmferry job finalize NAME; or back to the source: vmferry cancel NAME"),
     Row("M-sure", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), leave=Leave.GIVEN),
+                          target=(Target.PREPARED, Target.LOADED, Target.UNKNOWN), leave=Leave.GIVEN, disks=UNBROKEN),
         E.MAKE_SURE, "Paused and still whole: the last place where both sides can say no at no cost.",
         limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
+    Row("M-drain", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
+                           target=Target.READY, leave=Leave.GIVEN, disks=Disks.READY),
+        E.DRAIN_MIRRORS, "The guest is paused: what the mirrors have left to write is all there will be.",
+        limit_ms=DRAIN_MS, then=E.NOTE_TIMEOUT),
+    Row("M-drain-wait", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
+                                target=Target.READY, leave=Leave.GIVEN, disks=Disks.COPYING),
+        None, "Whether the mirrors are ready is not known yet: QEMU is asked.",
+        limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-continue", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT, source=Source.WAITING,
-                              target=Target.READY, leave=Leave.GIVEN),
-        E.CONTINUE, "Both sides are there.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
+                              target=Target.READY, leave=Leave.GIVEN, disks=Disks.SETTLED),
+        E.CONTINUE, "Both sides are there, and their disks are equal.", limit_ms=SWITCHOVER_MS, then=E.NOTE_TIMEOUT),
     Row("M-target-lost", pattern(want=Want.GO, step=Step.STARTED, grant=UNSENT,
                                  source=(Source.IDLE, *BEGINNING, Source.BUSY, Source.WAITING, Source.SWITCHING,
                                          Source.POSTCOPY, Source.DONE, Source.BROKEN), target=LOST),
@@ -147,8 +185,12 @@ MOVING: tuple[Row[E], ...] = (
 
 COMMIT: tuple[Row[E], ...] = (
     Row("C-commit", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.NONE,
-                            source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), target=USABLE),
+                            source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE), target=USABLE,
+                            disks=Disks.SETTLED),
         E.COMMIT, "Durable before the destination may be told; beside QEMU's own work it costs no pause."),
+    Row("C-undrained", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.NONE, target=USABLE, disks=UNDRAINED,
+                               source=(Source.SWITCHING, Source.POSTCOPY, Source.DONE)),
+        E.NOTE_DISK_ERROR, "Somebody led the source past its pause before the disks were equal: it goes back."),
     Row("C-wait-load", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.HELD, source=Source.SWITCHING,
                                target=USABLE),
         None, "Device state is on its way; QEMU has no time limit here, we have.",
@@ -174,12 +216,16 @@ GOING_BACK: tuple[Row[E], ...] = (
                             cpus=Cpus.STOPPED, target=(*USABLE, *LOST)),
         E.RESUME_SOURCE, "The destination never got the right to run, so the source may.", Outcome.HELD,
         action="none needed: the start is tried again; if a disk is locked elsewhere, free it"),
+    Row("B-drop", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN, cpus=SETTLED,
+                          target=(*USABLE, *LOST), disks=MIRRORS),
+        E.DROP_MIRRORS, "The guest runs here; its mirrors end before what they write to does.",
+        Outcome.SOURCE, DROP_MS, E.CLEAN_UP),
     Row("B-release", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
-                             cpus=SETTLED, target=TO_RELEASE),
+                             cpus=SETTLED, target=TO_RELEASE, disks=NO_MIRRORS),
         E.RELEASE_TARGET, "The guest runs here; the destination gives its place up.",
         Outcome.SOURCE, RELEASE_MS, E.CLEAN_UP),
     Row("B-clean", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
-                           cpus=SETTLED, target=NOTHING_THERE),
+                           cpus=SETTLED, target=NOTHING_THERE, disks=NO_MIRRORS),
         E.CLEAN_UP, "The guest runs here and nothing is left there.", Outcome.SOURCE),
     Row("B-stuck", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=OURS_AGAIN,
                            cpus=Cpus.STUCK, target=(*USABLE, *LOST)),
@@ -209,8 +255,13 @@ GOING_BACK: tuple[Row[E], ...] = (
                                  target=Target.LOADED),
         None, "The source's process died; the destination loaded the device state, lacks pages and never ran.",
         Outcome.HELD, action=FEED, remedy=Remedy.FEED),
+    Row("F-whole-undrained", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.NONE, source=Source.RETIRED,
+                                     target=Target.LOADED, disks=UNDRAINED),
+        None, "The source's process died, the destination holds all memory, and nobody knows whether its disks are "
+        "equal to the source's.", Outcome.UNCERTAIN,
+        action="compare the disks on both hosts before anything is started"),
     Row("F-whole-commit", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.NONE, source=Source.RETIRED,
-                                  target=Target.LOADED),
+                                  target=Target.LOADED, disks=Disks.SETTLED),
         E.COMMIT, "The source's process died, and the destination holds all of the guest: forward is the only way."),
     Row("F-whole-grant", pattern(want=Want.BACK, step=Step.STARTED, grant=Grant.HELD, source=Source.RETIRED,
                                  target=Target.LOADED),

@@ -130,6 +130,19 @@ class Leave(Enum):
     AWAITED = "awaited"
 
 
+class Disks(Enum):
+    """How it stands with the local disks that are to be copied."""
+
+    SETTLED = "settled"
+    """Nothing of them is mirrored: none is wanted, or both sides are equal, or it was given up."""
+    TODO = "todo"
+    COPYING = "copying"
+    READY = "ready"
+    """All were copied once and are kept equal."""
+    FAILED = "failed"
+    """One cannot be copied any more."""
+
+
 class Retry(Enum):
     """What the user's policy says of the trouble at hand: a start that was refused, or a channel that is broken."""
 
@@ -154,6 +167,7 @@ class SourceView:
     change: Change
     retry: Retry
     leave: Leave = Leave.GIVEN
+    disks: Disks = Disks.SETTLED
 
 
 class Wish(Enum):
@@ -209,6 +223,13 @@ class Halt(Enum):
     """So, and not wanted any more."""
 
 
+class Served(Enum):
+    """Whether the guest's disks are written to over the network."""
+
+    NO = "no"
+    YES = "yes"
+
+
 @dataclass(frozen=True, slots=True)
 class DestinationView:
     """The questions that the destination's table asks."""
@@ -218,6 +239,7 @@ class DestinationView:
     incoming: Incoming
     ran: Ran
     halt: Halt
+    served: Served = Served.NO
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +356,19 @@ def _change(log: FactLog) -> Change:
     return Change.PAUSE if wants_pause(log) else Change.NONE
 
 
+def disks_of(log: FactLog) -> Disks:
+    """How it stands with the disks. A commit is made only when they are equal, so it proves that they were."""
+    if Fact.DISKS_WANTED not in log:
+        return Disks.SETTLED
+    if any(fact in log for fact in (Fact.DISKS_DRAINED, Fact.DISKS_DROPPED, Fact.COMMITTED)):
+        return Disks.SETTLED
+    if Fact.DISK_FAILED in log:
+        return Disks.FAILED
+    if Fact.DISKS_READY in log:
+        return Disks.READY
+    return Disks.COPYING if Fact.DISKS_STARTED in log else Disks.TODO
+
+
 def _source(log: FactLog, said: Source) -> Source:
     """QEMU's own word, and what is known beside it of pages that the destination needs no more."""
     whole = Fact.ALL_SENT in log or Fact.TARGET_WHOLE in log
@@ -377,6 +412,7 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
         change=_change(log),
         retry=_retry(log, readings, source, target),
         leave=Leave.AWAITED if Fact.HOLD in log and Fact.FINALIZE not in log else Leave.GIVEN,
+        disks=disks_of(log),
     )
 
 
@@ -409,6 +445,7 @@ def destination_view(
         incoming=incoming,
         ran=ran,
         halt=_halt(log, pauses=pauses, is_frozen=is_frozen),
+        served=Served.YES if Fact.DISKS_SERVED in log and Fact.DISKS_CLOSED not in log else Served.NO,
     )
 
 

@@ -67,6 +67,11 @@ class AgentHost:
         return self.folder / "run" / "vms"
 
     @property
+    def disks(self) -> Path:
+        """Where copies of disks may be put."""
+        return self.folder / "disks"
+
+    @property
     def log_path(self) -> Path:
         """What the agent says."""
         return self.folder / "agent.log"
@@ -144,8 +149,9 @@ def find_guest() -> linux_guest.LinuxGuest:
 class TwoAgents:
     """`with TwoAgents(qemu) as pair:` gives two hosts whose agents are ready and know each other."""
 
-    def __init__(self, qemu: str, *, clear_text: bool = False) -> None:
-        self.qemu, self.clear_text = qemu, clear_text
+    def __init__(self, qemu: str, *, clear_text: bool = False, disk_dirs: bool = False) -> None:
+        """`disk_dirs`: each host puts copies of disks into a folder of its own, as both see one file system."""
+        self.qemu, self.clear_text, self.disk_dirs = qemu, clear_text, disk_dirs
         self.folder = Path(tempfile.mkdtemp(prefix="vmferry-demo-", dir=_scratch()))
         self._nets: TwoHosts | None = None
         _adopt_orphans(True)
@@ -174,7 +180,8 @@ class TwoAgents:
             pairs = [f"{host.name}={host.net.address}" for host in hosts]
             _run([*vmferry_command(), "pki", str(self.folder / "pki"), *pairs, "--json"])
         for host, other in ((self.a, self.b), (self.b, self.a)):
-            host.folder.mkdir()
+            host.disks.mkdir(parents=True)
+            disk_dir = ["--disk-dir", str(host.disks)] if self.disk_dirs else []
             trust = ["--clear-text"] if self.clear_text else ["--pki", str(self.folder / "pki" / host.name)]
             with host.log_path.open("wb") as log:
                 host.agent = host.net.popen(
@@ -183,7 +190,7 @@ class TwoAgents:
                         "--listen", f"{host.net.address}:{ports[host.name]}",
                         "--peer", f"{other.name}={other.net.address}:{ports[other.name]}",
                         "--state-dir", str(host.folder / "state"), "--runtime-dir", str(host.folder / "run"),
-                        "--qemu", self.qemu, *trust,
+                        "--qemu", self.qemu, *trust, *disk_dir,
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,

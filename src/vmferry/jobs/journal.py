@@ -54,6 +54,10 @@ class Entry(StrEnum):
     """Source: whether a person wants the pages of the postcopy paused; the newest holds."""
     OPTIONS_BEFORE = "options-before"
     """Source: what its QEMU had under names of options that are changed for the job; the first value counts."""
+    MIRRORS = "mirrors"
+    """Source: its QEMU is about to be told to mirror these disks."""
+    IMAGE_MADE = "image-made"
+    """Destination: a file (device and inode) that is this job's, before it gets its name."""
     RECOVERY_WAY = "recovery-way"
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
@@ -98,6 +102,10 @@ class JobState:
     finalize_wanted: bool = False
     paused: bool = False
     options_before: dict[str, Any] = field(default_factory=dict)
+    mirrors: dict[str, Any] = field(default_factory=dict)
+    """What goes on without an agent: the mirrors, and what the plan was."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """Files that the job made: path to [device, inode]."""
     recovery_way: dict[str, Any] | None = None
     committed_generation: int | None = None
     renounced: bool = False
@@ -156,6 +164,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.paused = bool(entry.body.get("paused"))
             case Entry.OPTIONS_BEFORE if job:
                 job.options_before = {**entry.body, **job.options_before}
+            case Entry.MIRRORS if job:
+                job.mirrors = entry.body
+            case Entry.IMAGE_MADE if job:
+                job.images.update(entry.body)
             case Entry.RECOVERY_WAY if job:
                 job.recovery_way = entry.body
             case Entry.COMMITTED if job:

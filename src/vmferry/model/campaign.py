@@ -20,6 +20,7 @@ SETTINGS: Final = (
     Setting("precopy", locks=False, faults=1, cancels=1),
     Setting("precopy", locks=True, faults=1, cancels=1),
     Setting("precopy", locks=True, owner_paused=True, faults=1, cancels=1),
+    Setting("precopy", locks=False, disks=True, faults=1, cancels=1),
     Setting("precopy", locks=False, faults=1, cancels=0, holds=True),
     Setting("postcopy", locks=False, faults=1, cancels=0, pauses=1, kinds=frozenset({"crash", "stream"})),
 )

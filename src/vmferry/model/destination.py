@@ -134,11 +134,19 @@ def act(kit: Kit, w: World, effect: DestinationEffect) -> Iterator[Step]:
     """The first part of an effect whose guard has just said yes."""
     match effect:
         case DestinationEffect.SPAWN:
-            there = w._replace(d_word="setup", d_machine="ok", d_listens=True)
-            yield "destination agent starts a paused QEMU", done(kit.note_destination(there, Fact.LISTENING))
+            disks = kit.setting.disks
+            there = w._replace(d_word="setup", d_machine="ok", d_listens=not disks, d_served=disks)
+            noted = kit.note_destination(there, *((Fact.DISKS_SERVED,) if disks else ()), Fact.LISTENING)
+            yield "destination agent starts a paused QEMU", done(noted)
             if kit.may_fail(w, "start"):
                 failed = kit.note_destination(w._replace(faults=w.faults - 1), Fact.ERROR)
                 yield "fault: the destination's QEMU cannot be started", done(failed)
+        case DestinationEffect.CLOSE_EXPORTS:
+            if destination_alive(w) and not w.d_hung:
+                closed = kit.note_destination(w._replace(d_served=False), Fact.DISKS_CLOSED)
+                yield "destination agent closes the exports", done(closed)
+            else:
+                yield "the destination's QEMU does not close its exports", done(w)
         case DestinationEffect.START_CPUS:
             if kit.setting.owner_paused:
                 # Taken over as it is: its owner starts it. From here on it counts as having run here.
@@ -174,7 +182,7 @@ def killed(w: World) -> World:
     word = w.d_word if w.d_word == "absent" else "dead"
     return w._replace(
         d_word=word, d_run="inmigrate", d_hung=False, channel="cut" if w.channel == "up" else w.channel,
-        lock="none" if w.lock == "dst" else w.lock, d_cont=C_NONE,
+        lock="none" if w.lock == "dst" else w.lock, d_cont=C_NONE, d_served=False,
     )  # fmt: skip
 
 
@@ -215,7 +223,10 @@ def _asks_source(kit: Kit, w: World) -> Iterator[Step]:
     """A place that waits in vain asks whether it is wanted; only a clear no ends it, and none once it may have run."""
     if not w.link or w.s_log == DOWN or logs.has(w.d_log, Fact.RELEASE) or kit.destination(w).view.ran is not Ran.NO:
         return
-    if w.s_result == Outcome.SOURCE.value and not w.request:
+    # What knows that nothing ever came to it gives way to a job that is over in any way (`_nothing_came`).
+    nothing_came = w.d_word == "setup" and w.channel == "none" and w.d_machine == "ok" and not w.d_hung
+    is_over = w.s_result == Outcome.SOURCE.value or (w.s_result == Outcome.LOST.value and nothing_came)
+    if is_over and not w.request:
         yield "the destination's place is not wanted any more", kit.note_destination(w, Fact.RELEASE)
 
 

@@ -6,12 +6,11 @@ It walks the views that the source's table can be asked about, so it says what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import product
 
 from vmferry.core.effects import Effect
 from vmferry.core.source_rows import SOURCE_ROWS
-from vmferry.core.table import Row, find
-from vmferry.core.view import Change, Cpus, Grant, Leave, Retry, Source, SourceView, Step, Target, Want
+from vmferry.core.table import Row
+from vmferry.core.view import Source, Step, Target
 from vmferry.model.pairs import PAIRS
 
 _HEAD = """\
@@ -42,11 +41,14 @@ def _lines(first: str, rows: Iterable[Row[Effect]]) -> Iterator[str]:
 
 def _rows(source: Source, target: Target) -> tuple[str, ...]:
     """Labels of the rows that hold in this pair once the migration has started, without those never reached."""
-    found = {
-        find(SOURCE_ROWS, SourceView(want, Step.STARTED, source, cpus, target, grant, change, retry, leave)).label
-        for want, cpus, grant, change, retry, leave in product(Want, Cpus, Grant, Change, Retry, Leave)
-    }
-    return tuple(row.label for row in SOURCE_ROWS if row.label in found and not row.label.startswith("X-"))
+    pair = {"step": Step.STARTED, "source": source, "target": target}
+    # Every view has exactly one row: a row that these three answers do not exclude holds in some view with them.
+    return tuple(
+        row.label
+        for row in SOURCE_ROWS
+        if not row.label.startswith("X-")
+        and all(name not in row.when or answer in row.when[name] for name, answer in pair.items())
+    )
 
 
 def _all_pairs() -> list[str]:

@@ -104,6 +104,12 @@ def on_step(kit: Kit, name: str, w: World, after: World) -> Iterator[str]:
         # Behind a fence it may be told to, and is refused the disks that the source has.
         if may_start and w.s_word != "failing" and not (w.s_journal & S_FENCED and w.lock != "off"):
             yield "I5: the source starts while the destination may still start"
+    if after.d_ran and not w.d_ran and kit.setting.disks:
+        # What a source that went on after the load leaves behind is old in memory, too (`d_stale`).
+        if after.s_mirrors != "drained" and not w.d_stale:
+            yield "disks: the destination runs, and its disks are not equal to the source's"
+        if after.d_served:
+            yield "disks: the destination runs, and the network can still write to its disks"
     if after.d_ran and not w.d_ran:
         if w.d_stale:
             yield "I5: the destination runs an old copy of a guest that ran on the source again"

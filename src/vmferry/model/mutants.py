@@ -20,12 +20,14 @@ from vmferry.core.source_rows import SOURCE_ROWS
 from vmferry.core.table import Row, find
 from vmferry.core.view import (
     DestinationView,
+    Disks,
     Grant,
     Held,
     Incoming,
     Leave,
     Ran,
     Readings,
+    Served,
     SourceView,
     Target,
     Wish,
@@ -43,6 +45,8 @@ NETWORK: Final = Setting("precopy", locks=False, faults=1, cancels=0, kinds=froz
 STREAM: Final = Setting("precopy", locks=False, faults=1, cancels=0, kinds=frozenset({"stream"}))
 PAUSED: Final = Setting("precopy", locks=False, owner_paused=True, faults=0, cancels=0)
 HANG: Final = Setting("precopy", locks=False, faults=1, cancels=0, kinds=frozenset({"hang"}))
+DISKS: Final = Setting("precopy", locks=False, disks=True, faults=0, cancels=0)
+DISKS_FAULT: Final = replace(DISKS, faults=1, kinds=frozenset({"stream"}))
 CRASH_CANCEL: Final = replace(CRASH, cancels=1)
 POSTCOPY_CANCEL: Final = Setting("postcopy", locks=False, faults=0, cancels=1)
 HOLD: Final = Setting("precopy", locks=False, faults=0, cancels=0, holds=True)
@@ -187,6 +191,8 @@ IDLE_ROWS: Final[tuple[tuple[str, Setting], ...]] = (
     ("B-resume", STRAIGHT), ("B-clean", STRAIGHT), ("G-ran-retire", STRAIGHT), ("G-ran-clean", STRAIGHT),
     ("G-ran-broken", CUT), ("G-again", NETWORK), ("G-start-refused", LOCKED),
     ("G-back-release", LOCKED), ("G-gone-resume", LOCKED), ("G-gone-clean", LOCKED), ("D-spawn", STRAIGHT),
+    ("P-mirror", DISKS), ("M-drain", DISKS), ("D-close", DISKS),
+    ("P-disk-failed", DISKS_FAULT), ("M-disk-failed", DISKS_FAULT),
     ("D-start", STRAIGHT), ("D-failed", STREAM), ("D-renounce", STRAIGHT), ("D-running", STRAIGHT),
 )  # fmt: skip
 """Rows that must act, each with the smallest setting that needs it."""
@@ -201,6 +207,7 @@ SWAPPED: Final[tuple[tuple[str, Effect | DestinationEffect, Setting], ...]] = (
     ("C-commit", E.SEND_GRANT, STRAIGHT),
     ("C-wait-load", E.SEND_GRANT, STRAIGHT),
     ("M-memory", E.RETIRE_SOURCE, STRAIGHT),
+    ("M-drain", E.CONTINUE, DISKS),
     ("D-load", D.START_CPUS, STRAIGHT),
     ("D-wait-grant", D.START_CPUS, STRAIGHT),
     ("D-in-doubt", D.RENOUNCE, HANG),
@@ -236,6 +243,8 @@ BY_HAND: Final[tuple[Mutant, ...]] = (
     Mutant("a sent grant counts as held", OtherView("grant", Grant.SENT, Grant.HELD)),
     Mutant("an unknown run counts as none", OtherView("ran", Ran.UNKNOWN, Ran.NO), (CRASH,)),
     Mutant("a release is not heard", OtherView("wish", Wish.DROP, Wish.KEEP)),
+    Mutant("disks that are ready count as equal", OtherView("disks", Disks.READY, Disks.SETTLED), (DISKS,)),
+    Mutant("exports count as closed", OtherView("served", Served.YES, Served.NO), (DISKS,)),
     Mutant("an order is not needed", OtherView("held", Held.NO, Held.YES)),
     Mutant("the grant has no guard", NoGuard(E.SEND_GRANT), (CRASH_CANCEL,)),
     Mutant("a cancel is accepted at any time", AlwaysCancel(), (CRASH_CANCEL,)),
@@ -267,6 +276,7 @@ LEFT_OUT: Final[tuple[tuple[str, str], ...]] = (
     ),
     ("C-ask does nothing", "the row's limit turns the guest back: it ends on the source, later than it need"),
     ("B-release does clean-up", "the place asks by itself and hears that it is not wanted: the same end"),
+    ("disks on their way count as ready", "QEMU ends no mirror well that is not ready, so the guest only goes back"),
     ("loading counts as loaded", "an order comes only after this side said that it had loaded, so nothing differs"),
 )
 """Candidates that are equivalent, and why."""

@@ -142,6 +142,8 @@ def _crashes(w: World) -> Iterator[Step]:
 
 
 def _stream(w: World) -> Iterator[Step]:
+    if w.s_mirrors in ("copying", "ready"):
+        yield "a mirror fails", w._replace(s_mirrors="failed")
     if w.channel == "up":
         yield "the stream is cut", w._replace(channel="cut")
         if w.d_word == "active" and w.s_word in ("active", "device", "postcopy-device"):

@@ -30,6 +30,7 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
             yield "the source's QEMU answers again", w._replace(s_hung=False)
         if w.d_hung:
             yield "the destination's QEMU answers again", w._replace(d_hung=False)
+    yield from _mirrors(kit, w)
     together = w.channel == "up" and not w.s_hung and not w.d_hung and destination_alive(w) and source_alive(w)
     if together:
         yield from _forward(kit, w)
@@ -39,6 +40,16 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
         yield from _endings(kit, w)
     if w.d_cont == C_SENT and destination_alive(w) and not w.d_hung:
         yield from _cont(kit, w)
+
+
+def _mirrors(kit: Kit, w: World) -> Iterator[Step]:
+    """The disks are copied, and kept equal, as long as both QEMUs are there."""
+    if w.s_mirrors not in ("copying", "ready") or w.s_hung or not source_alive(w):
+        return
+    if not destination_alive(w) or not w.d_served:
+        yield "a mirror loses its destination", w._replace(s_mirrors="failed")
+    elif w.s_mirrors == "copying" and not w.d_hung:
+        yield "the mirrors are ready", w._replace(s_mirrors="ready")
 
 
 def _forward(kit: Kit, w: World) -> Iterator[Step]:
@@ -111,7 +122,8 @@ def _endings(kit: Kit, w: World) -> Iterator[Step]:
 def back(w: World) -> World:
     """The source's guest is put back into the run state that it had."""
     stale = w.d_stale or w.s_before == "running"
-    return w._replace(s_run=w.s_before, lock="off" if w.lock == "off" else "src", d_stale=stale)
+    mirrors = "stale" if w.s_mirrors == "drained" and w.s_before == "running" else w.s_mirrors
+    return w._replace(s_run=w.s_before, lock="off" if w.lock == "off" else "src", d_stale=stale, s_mirrors=mirrors)
 
 
 def _cont(kit: Kit, w: World) -> Iterator[Step]:

@@ -23,6 +23,7 @@ from vmferry.model.world import (
     S_FENCED,
     S_FORGOTTEN,
     S_LEAVE,
+    S_MIRRORS,
     S_PAUSED,
     S_TURNED,
     Setting,
@@ -90,15 +91,21 @@ def _source(kit: Kit, w: World) -> World:
     word = "" if w.s_hung or not alive or w.s_word == "none" else w.s_word
     if word == "completed" and w.s_run not in GIVEN_AWAY:
         word = ""
-    known = (Fact.PREPARE, Fact.PAUSE_CAP, Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED, Fact.STARTED)
+    known = (Fact.PREPARE, Fact.PAUSE_CAP, Fact.PLANNED, Fact.PREPARED, Fact.CONFIGURED)
     w = kit.note_source(w, *known)
+    still_copies = False
+    if w.s_journal & S_MIRRORS:
+        w = kit.note_source(w, Fact.DISKS_WANTED, Fact.DISKS_STARTED)
+        still_copies = alive and word in ("", *NOT_BEGUN) and not w.s_journal & S_COMMITTED
+    if not still_copies:
+        w = kit.note_source(w, Fact.STARTED)
     if w.s_journal & S_COMMITTED:
         w = kit.note_source(w, Fact.COMMITTED)
         if not kit.breaks("a commit counts as sent after a restart"):
             w = kit.note_source(w, Fact.GRANT_SENT)
         if w.s_journal & S_FENCED:
             w = kit.note_source(w, (Fact.FENCED, 1), Fact.STAND_IN)
-    elif alive and word in ("", *NOT_BEGUN) and not w.s_journal & S_TURNED:
+    elif alive and word in ("", *NOT_BEGUN) and not w.s_journal & S_TURNED and not still_copies:
         w = kit.note_source(w, Fact.ERROR)
     if w.s_journal & S_TURNED:
         w = kit.note_source(w, Fact.ERROR, Fact.SOURCE_RESUMED)
@@ -114,6 +121,8 @@ def _destination(kit: Kit, w: World) -> World:
         left = journal & D_RENOUNCED and not journal & D_ENDED and destination_alive(w)
         return (killed(w) if left else w)._replace(d_log=0)
     w = kit.note_destination(w._replace(d_log=0), Fact.PREPARE)
+    if kit.setting.disks:
+        w = kit.note_destination(w, Fact.DISKS_SERVED)
     alive, kept = destination_alive(w), bool(journal & D_KEPT)
     if kept:
         w = kit.note_destination(w, Fact.COMMITTED, Fact.LOADED, Fact.TARGET_RAN, Fact.RUN_ACKED)

@@ -14,15 +14,17 @@ from typing import Final, assert_never
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
-from vmferry.core.view import Cpus, Source, Target, Want, cpus_from, is_fenced, source_word
+from vmferry.core.view import Cpus, Disks, Source, Target, Want, cpus_from, is_fenced, source_word
 from vmferry.model import logs
 from vmferry.model.destination import at_door, told
 from vmferry.model.qemu import IN_POSTCOPY
 from vmferry.model.rules import Kit, source_at_work
 from vmferry.model.world import (
+    DOWN,
     S_COMMITTED,
     S_FENCED,
     S_FORGOTTEN,
+    S_MIRRORS,
     S_TURNED,
     Told,
     World,
@@ -40,6 +42,7 @@ RUN_STATE_MATTERS: Final = frozenset({"BACK", "DONE", "IDLE", "ENDING"})
 CANCELLABLE: Final = frozenset({"setup", "active", "pre-switchover", "device", "failing"})
 AT_REST: Final = frozenset({"none", "failed", "cancelled", "completed"})
 """In these words QEMU changes its run state no more by itself."""
+BEFORE_PAUSE: Final = ("none", "setup", "active")
 CONT_WORKS: Final = frozenset({"none", "setup", "active", "failed", "cancelled", "completed"})
 
 
@@ -50,6 +53,7 @@ def steps(kit: Kit, w: World) -> Iterator[Step]:
             yield from _end(kit, w)
         return
     yield from _looks(kit, w)
+    yield from _looks_at_mirrors(kit, w)
     if not w.s_doing:
         yield from _decides(kit, w)
     elif w.s_stage == "due":
@@ -112,6 +116,20 @@ def _looks(kit: Kit, w: World) -> Iterator[Step]:
         yield f"source agent hears {w.s_word}", hear(kit, w)
     if cpus_matter(kit, w) and not w.s_cpus_fresh:
         yield f"source agent sees run state {w.s_run}", see_cpus(kit, w)
+
+
+def _looks_at_mirrors(kit: Kit, w: World) -> Iterator[Step]:
+    """`source_disks.look`: what `observe.mirror_findings` makes of QEMU's jobs."""
+    stands = kit.source(w).view.disks
+    if stands not in (Disks.COPYING, Disks.READY) or w.s_hung or not source_alive(w):
+        return
+    paused = w.s_word not in BEFORE_PAUSE and w.s_word not in ("failed", "cancelled")
+    if w.s_mirrors == "ready" and stands is Disks.COPYING:
+        yield "source agent sees that the mirrors are ready", kit.note_source(w, Fact.DISKS_READY)
+    elif w.s_mirrors == "drained" and paused:
+        yield "source agent sees that the mirrors are drained", kit.note_source(w, Fact.DISKS_READY, Fact.DISKS_DRAINED)
+    elif w.s_mirrors in ("", "failed", "stale") or (w.s_mirrors == "drained" and not paused):
+        yield "source agent sees that a mirror failed", kit.note_source(w, Fact.DISK_FAILED)
 
 
 def hear(kit: Kit, w: World) -> World:
@@ -181,11 +199,13 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
     name = effect.value
     match effect:
         case Effect.CHECK_PLAN:
-            yield "source agent plans", done(kit.note_source(w, Fact.PLANNED, Fact.PAUSE_CAP))
+            yield "source agent plans", done(kit.note_source(w, *_planned(kit)))
         case Effect.PREPARE:
             yield "source agent asks for a place", call(kit.note_source(w, Fact.PREPARE), "prepare")
         case Effect.CONFIGURE:
             yield "source agent configures its QEMU", done(kit.note_source(w, Fact.CONFIGURED))
+        case Effect.START_MIRRORS | Effect.DRAIN_MIRRORS | Effect.DROP_MIRRORS:
+            yield from _mirror(kit, w, effect)
         case Effect.START:
             yield from _start(kit, w)
         case Effect.START_POSTCOPY:
@@ -232,7 +252,7 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
         case Effect.RETIRE_SOURCE:
             forgotten = w._replace(s_journal=w.s_journal | S_FORGOTTEN, s_stage="forgotten")
             yield "source agent journals that the guest is given away", forgotten
-        case Effect.NOTE_TARGET_LOST | Effect.NOTE_TIMEOUT | Effect.NOTE_QEMU_ERROR:
+        case Effect.NOTE_TARGET_LOST | Effect.NOTE_TIMEOUT | Effect.NOTE_QEMU_ERROR | Effect.NOTE_DISK_ERROR:
             yield f"source agent carries out {name}", done(kit.note_source(w, Fact.ERROR))
         case Effect.CLEAN_UP:
             if not source_alive(w) and not logs.has(w.s_log, Fact.SOURCE_GONE):
@@ -241,6 +261,16 @@ def act(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
                 yield "source agent cleans up", _clean_up(kit, w)
         case _:
             assert_never(effect)
+
+
+def _mirror(kit: Kit, w: World, effect: Effect) -> Iterator[Step]:
+    """What is done to the mirrors, all of them together."""
+    if effect is Effect.START_MIRRORS:
+        yield from _start_mirrors(kit, w)
+    elif effect is Effect.DRAIN_MIRRORS:
+        yield from _drain(kit, w)
+    else:
+        yield "source agent drops the mirrors", _drop(kit, w)
 
 
 def call(w: World, kind: str) -> World:
@@ -255,11 +285,45 @@ def unreachable(w: World) -> World:
     return w._replace(s_stage="answered", s_answer="unreachable", request="")
 
 
+def _planned(kit: Kit) -> tuple[Fact, ...]:
+    return (*((Fact.DISKS_WANTED,) if kit.setting.disks else ()), Fact.PLANNED, Fact.PAUSE_CAP)
+
+
+def _start_mirrors(kit: Kit, w: World) -> Iterator[Step]:
+    w = w._replace(s_journal=w.s_journal | S_MIRRORS)
+    begun = kit.note_source(w, Fact.DISKS_STARTED)
+    if destination_alive(w) and w.d_served and source_alive(w) and not w.s_hung:
+        yield "source agent starts the mirrors", done(begun._replace(s_mirrors="copying"))
+    else:
+        yield "source agent cannot start the mirrors", done(kit.note_source(begun, Fact.ERROR))
+
+
+def _drain(kit: Kit, w: World) -> Iterator[Step]:
+    """All of them, in one step: what may come between two of them is a fault before it or behind it."""
+    if not source_alive(w) or w.s_hung:
+        yield "the source's QEMU does not drain the mirrors", done(w)
+    elif w.s_mirrors == "ready" and destination_alive(w) and w.d_served:
+        drained = w._replace(s_mirrors="stale" if w.s_run == "running" else "drained")
+        yield "source agent drains the mirrors", done(kit.note_source(drained, Fact.DISKS_DRAINED))
+    else:
+        failed = w._replace(s_mirrors="failed")
+        yield "source agent cannot drain the mirrors", done(kit.note_source(failed, Fact.DISK_FAILED))
+
+
+def _drop(kit: Kit, w: World) -> World:
+    if not source_alive(w) or w.s_hung:
+        return done(w)
+    return done(kit.note_source(w, Fact.DISKS_DROPPED)._replace(s_mirrors=""))
+
+
 def _start(kit: Kit, w: World) -> Iterator[Step]:
-    if w.link and w.d_listens and destination_alive(w) and w.s_word == "none" and not w.s_hung:
+    opens = w.d_listens or (kit.setting.disks and w.d_log > 0 and w.d_word == "setup")
+    if w.link and opens and destination_alive(w) and w.s_word == "none" and not w.s_hung:
         w = kit.note_source(w, Fact.STARTED)
         started = w._replace(s_word="setup", d_word="setup", channel="up", d_listens=False)
         yield "source agent tells its QEMU to migrate", hear(kit, done(started))
+    elif kit.setting.disks and (not w.link or w.d_log == DOWN):
+        yield "source agent cannot ask for the door", done(w._replace(s_answers=False))
     else:
         yield "source agent cannot connect the channel", done(kit.note_source(w, Fact.ERROR))
 
@@ -369,7 +433,9 @@ def _cont(kit: Kit, w: World) -> Iterator[Step]:
     if not possible or w.lock == "dst":
         yield "the source's QEMU refuses cont", refused
         return
-    runs = w._replace(s_run="running", lock="off" if w.lock == "off" else "src", s_cpus="AS_BEFORE", d_stale=True)
+    runs = _writes(w)._replace(
+        s_run="running", lock="off" if w.lock == "off" else "src", s_cpus="AS_BEFORE", d_stale=True
+    )
     yield "source agent starts the guest again", hear(kit, done(runs))
     if w.s_run != "running" and w.lock != "src" and kit.may_fail(w, "storage"):
         yield "fault: storage refuses the source's cont", refused._replace(faults=w.faults - 1)
@@ -406,9 +472,15 @@ def _goes_on(kit: Kit, w: World) -> Iterator[Step]:
         yield "source agent ends its QEMU", done(kit.note_source(quit_qemu(w), Fact.SOURCE_RETIRED, Fact.SOURCE_GONE))
 
 
+def _writes(w: World) -> World:
+    """The source's guest runs: what was equal is not any more."""
+    return w._replace(s_mirrors="stale") if w.s_mirrors == "drained" else w
+
+
 def quit_qemu(w: World) -> World:
     """The source's process is gone; what it held is free."""
     return w._replace(
+        s_mirrors=w.s_mirrors if w.s_mirrors in ("drained", "stale") else "",
         s_word="dead", s_run="", s_hung=False, channel="cut" if w.channel == "up" else w.channel,
         lock="none" if w.lock == "src" else w.lock,
     )  # fmt: skip

@@ -19,6 +19,7 @@ DOWN: Final = -1
 
 # What the source's journal says (WANTED is always there).
 S_COMMITTED, S_CANCEL, S_FORGOTTEN, S_TURNED, S_NO_CANCEL, S_FENCED, S_LEAVE, S_PAUSED = 1, 2, 4, 8, 16, 32, 64, 128
+S_MIRRORS = 256
 # What the destination's journal says.
 D_PLACE, D_COMMITTED, D_KEPT, D_RENOUNCED, D_ENDED, D_RAN, D_DIED = 1, 2, 4, 8, 16, 32, 64
 # `cont` on the destination: written, carried out, refused; the last two are answers nobody has read yet.
@@ -50,6 +51,9 @@ class World(NamedTuple):
     s_told_postcopy: bool = False
     s_hung: bool = False
     """It does not answer QMP."""
+    s_mirrors: str = ""
+    """How its mirrors of local disks stand, all of them together: "" for none; copying, ready, failed; drained, as long
+    as its guest has not run since; stale, when it has."""
     # The destination's QEMU.
     d_word: str = "absent"
     """Its status word, or "absent", or "dead"."""
@@ -60,6 +64,8 @@ class World(NamedTuple):
     """The source's guest went on after this side had loaded: this copy is old."""
     d_cont: int = C_NONE
     d_hung: bool = False
+    d_served: bool = False
+    """The network can write to its disks."""
     # What lies between them.
     channel: str = "none"
     """none, up, cut."""
@@ -144,6 +150,8 @@ class Setting:
     """The disks are shared and locked. Without, only the agents' agreement keeps the guest from running twice."""
     owner_paused: bool = False
     """The guest was paused by its owner before the migration."""
+    disks: bool = False
+    """Local disks go with the guest; each side has images of its own, so no lock says anything of the other."""
     faults: int = 2
     cancels: int = 1
     holds: bool = False
@@ -158,6 +166,7 @@ class Setting:
         parts = [self.mode, "locks" if self.locks else "no locks"]
         if self.owner_paused:
             parts.append("paused by its owner")
+        parts += ["with disks"] if self.disks else []
         parts += ["waits for leave"] if self.holds else []
         parts += [f"{self.pauses} pauses"] if self.pauses else []
         only = f" of {' and '.join(sorted(self.kinds))}" if self.kinds else ""

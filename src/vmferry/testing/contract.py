@@ -227,6 +227,7 @@ async def cont_when(pair: Pair) -> None:
     await pair.go_on()
     await pair.source.until("completed")
     await pair.destination.until_run_state("paused")
+    await pair.source.until_run_state("postmigrate")  # a moment after the word: until then it is in finish-migrate
     await pair.destination.kill()
     await pair.source.execute("cont")
     await pair.source.until("RESUME")
@@ -259,6 +260,74 @@ async def descriptors_are_named(pair: Pair) -> None:
     assert await pair.source.refused("closefd", {"fdname": "channel"})
 
 
+async def mirror_ends_equal(pair: Pair) -> None:
+    """At the pause before the switchover a mirror that is ready is asked to end, waits in `pending`, and concludes
+    without an error; it is readable until dismissed, and its target can go before that. What the destination served is
+    its guest's alone afterwards."""
+    await pair.mirror()
+    await pair.source.until_job("mirror-0", "ready")
+    if pair.source.client.version >= (8, 2, 0):
+        change = {"id": "mirror-0", "type": "mirror", "copy-mode": "write-blocking"}
+        await pair.source.execute("block-job-change", change)
+    else:
+        assert "not been found" in await pair.source.refused("block-job-change", {"id": "mirror-0"})
+    await pair.begin()
+    await pair.source.until("pre-switchover")
+    await pair.source.execute("block-job-cancel", {"device": "mirror-0"})
+    await pair.source.until_job("mirror-0", "pending")
+    await pair.source.execute("job-finalize", {"id": "mirror-0"})
+    ended = await pair.source.until_job("mirror-0", "concluded")
+    assert "error" not in ended, ended
+    await pair.source.execute("blockdev-del", {"node-name": "target"})
+    await pair.go_on()
+    await pair.source.until("completed")
+    await pair.destination.until_run_state("paused")
+    await pair.destination.execute("nbd-server-stop")
+    assert "not running" in await pair.destination.refused("nbd-server-stop")
+    assert await pair.destination.execute("query-block-exports") == []
+    await pair.destination.execute("cont")
+    await pair.destination.until("RESUME")
+    await pair.source.execute("job-dismiss", {"id": "mirror-0"})
+    assert await pair.source.execute("query-jobs") == []
+
+
+async def mirror_is_given_up(pair: Pair) -> None:
+    """A cancelled mirror concludes with an error, and the guest does not notice."""
+    await pair.mirror()
+    await pair.source.until_job("mirror-0", "ready")
+    await pair.source.execute("job-cancel", {"id": "mirror-0"})
+    await pair.source.until_job("mirror-0", "concluded")
+    await pair.source.execute("job-dismiss", {"id": "mirror-0"})
+    await pair.source.execute("blockdev-del", {"node-name": "target"})
+    assert await pair.source.refused("job-dismiss", {"id": "mirror-0"})
+    assert await pair.source.refused("blockdev-del", {"node-name": "target"})
+    assert await pair.source.run_state() == "running"
+    assert pair.source.seen == []
+
+
+async def mirror_without_its_peer(pair: Pair) -> None:
+    """One whose destination is gone cannot end well, and the guest does not notice."""
+    await pair.mirror()
+    await pair.source.until_job("mirror-0", "ready")
+    await pair.destination.kill()
+    await pair.source.execute("block-job-cancel", {"device": "mirror-0"})
+    ended = await pair.source.until_job("mirror-0", "concluded")
+    assert ended["error"]
+    assert await pair.source.run_state() == "running"
+
+
+async def mirror_is_yanked(pair: Pair) -> None:
+    """Out of band the target's connection can be cut, and nothing but the mirror suffers."""
+    await pair.mirror()
+    await pair.source.until_job("mirror-0", "ready")
+    instance = {"type": "block-node", "node-name": "target"}
+    await pair.source.execute("yank", {"instances": [instance]}, oob=True)
+    await pair.source.execute("block-job-cancel", {"device": "mirror-0"})
+    ended = await pair.source.until_job("mirror-0", "concluded")
+    assert ended["error"]
+    assert await pair.source.run_state() == "running"
+
+
 async def quit_is_told(pair: Pair) -> None:
     """SHUTDOWN, then the process ends with 0."""
     await pair.source.execute("quit")
@@ -285,6 +354,10 @@ CHECKS: dict[str, Check] = {
         migrate_continue_wants_its_state,
         postcopy_needs_its_capability,
         descriptors_are_named,
+        mirror_ends_equal,
+        mirror_is_given_up,
+        mirror_without_its_peer,
+        mirror_is_yanked,
         quit_is_told,
     )
 }

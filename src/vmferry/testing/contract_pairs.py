@@ -98,6 +98,21 @@ class Side:
         """The migration's status."""
         return (await self.execute("query-migrate")).get("status")  # type: ignore[no-any-return]
 
+    async def job(self, name: str) -> dict[str, Any]:
+        """What query-jobs has of it. Raises StopIteration when there is no such job."""
+        return dict(next(job for job in await self.execute("query-jobs") if job["id"] == name))
+
+    async def until_job(self, name: str, *statuses: str) -> dict[str, Any]:
+        """Waits until the job is in one of these; how it stands then."""
+        found: dict[str, Any] = {}
+
+        async def holds() -> bool:
+            found.update(await self.job(name))
+            return found["status"] in statuses
+
+        await until(holds)
+        return found
+
     async def can_yank(self) -> bool:
         """Is there a migration channel that `yank` could cut?"""
         return {"type": "migration"} in await self.execute("query-yank")
@@ -163,6 +178,25 @@ class Pair:
     def connected(self) -> tuple[End, End]:
         """A connection: the source's end and the destination's."""
         raise NotImplementedError
+
+    def nbd_address(self) -> tuple[str, int]:
+        """Where the destination may listen for the source's mirror."""
+        raise NotImplementedError
+
+    async def mirror(self, *, job: str = "mirror-0") -> None:
+        """The destination serves its disk, and the source mirrors its own to it, as vmferry asks for it."""
+        host, port = self.nbd_address()
+        address = {"host": host, "port": str(port)}
+        await self.destination.execute("nbd-server-start", {"addr": {"type": "inet", "data": address}})
+        export = {"type": "nbd", "id": "disk", "name": "disk", "node-name": "disk0", "writable": True}
+        await self.destination.execute("block-export-add", export)
+        target = {"driver": "nbd", "node-name": "target", "server": {"type": "inet", **address}, "export": "disk"}
+        await self.source.execute("blockdev-add", {**target, "discard": "unmap", "detect-zeroes": "unmap"})
+        wanted = {
+            "job-id": job, "device": "disk0", "target": "target", "sync": "full", "filter-node-name": "filter",
+            "copy-mode": "write-blocking", "auto-finalize": False, "auto-dismiss": False,
+        }  # fmt: skip
+        await self.source.execute("blockdev-mirror", wanted)
 
     def held_back(self, far: End) -> End:
         """The destination's end of a channel whose answers wait for `may_answer`."""
@@ -253,6 +287,10 @@ class RealPair(Pair):
     def connected(self) -> tuple[socket.socket, socket.socket]:
         return _connected()
 
+    def nbd_address(self) -> tuple[str, int]:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return "127.0.0.1", int(server.getsockname()[1])
+
     def held_back(self, far: End) -> socket.socket:
         """Through this process, which keeps the answers for a while."""
         assert isinstance(far, socket.socket)
@@ -300,6 +338,8 @@ def argv(program: Path, directory: Path, *, incoming: bool) -> list[str]:
     path = f"{directory}/{'in' if incoming else 'out'}.sock"
     arguments = [str(program), "-name", "guest=contract", "-nodefaults", "-no-user-config", "-display", "none"]
     arguments += ["-machine", MACHINE, "-accel", "tcg", "-m", "size=65536K", "-S"]
+    arguments += ["-blockdev", '{"driver": "null-co", "node-name": "disk0", "size": 1048576, "read-zeroes": true}']
+    arguments += ["-device", "virtio-blk-pci,drive=disk0,id=disk0-dev"]
     arguments += ["-chardev", f"socket,id=vmferry-qmp,path={path},server=on,wait=off"]
     arguments += ["-mon", "chardev=vmferry-qmp,mode=control"]
     return [*arguments, "-incoming", "defer"] if incoming else arguments

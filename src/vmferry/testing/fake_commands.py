@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vmferry.testing.fake_block import Block
 from vmferry.testing.fake_incoming import Incoming
 from vmferry.testing.fake_link import Link
 from vmferry.testing.fake_outgoing import IN_POSTCOPY, OVER, WIRE_BYTES, Outgoing
@@ -21,10 +23,20 @@ YANK_TEXT = "Instance not found"
 class Commands:
     """One fake QEMU's monitor commands over its state."""
 
-    def __init__(self, state: State, *, memory_bytes: int, cpus: int, devices: dict[str, str], incoming: bool) -> None:
+    def __init__(
+        self,
+        state: State,
+        *,
+        memory_bytes: int,
+        cpus: int,
+        devices: dict[str, str],
+        incoming: bool,
+        block: Block | None = None,
+    ) -> None:
         self.state = state
         self.outgoing: Outgoing | None = None
         self.incoming: Incoming | None = None
+        self.block = block or Block(state, {}, ())
         self.received: list[int] = []
         """Descriptors that came with the newest message."""
         self.over = asyncio.Event()
@@ -47,6 +59,8 @@ class Commands:
             return fixed
         method = getattr(self, "_do_" + name.replace("-", "_"), None)
         if method is None:
+            with contextlib.suppress(NotImplementedError):
+                return await self.block.run(name, arguments)
             raise Refused(f"The command {name} has not been found", "CommandNotFound")
         return await method(arguments)
 
@@ -59,7 +73,7 @@ class Commands:
                 return profile.version_info()
             case "query-kvm":
                 return {"enabled": False, "present": True}
-            case "query-jobs" | "query-block" | "query-pci" | "query-memory-devices" | "query-named-block-nodes":
+            case "query-pci" | "query-memory-devices" | "query-named-block-nodes":
                 return []
             case "query-memory-size-summary":
                 return {"base-memory": self._memory_bytes, "plugged-memory": 0}
@@ -261,6 +275,11 @@ class Commands:
         return [monitor, {"type": "migration"}] if self.state.word in _SET_UP else [monitor]
 
     async def _do_yank(self, arguments: dict[str, Any]) -> None:
+        nodes = [str(i["node-name"]) for i in arguments["instances"] if i["type"] == "block-node"]
+        if nodes:
+            for node in nodes:
+                self.block.yank(node)
+            return
         if self.state.word not in _SET_UP | {"cancelling", "failing"}:
             raise Refused(YANK_TEXT, "DeviceNotFound")
         for side in (self.outgoing, self.incoming):

@@ -52,6 +52,9 @@ class Outside(Protocol):
     async def listen(self, host: str, port: int) -> tuple[tuple[str, int], Accept]:
         """(the address, how to get the first connection). Raises OSError."""
 
+    async def serve(self, host: str, port: int, met: Callable[[Link], None]) -> Callable[[], None]:
+        """Takes every connection until the function that it returns is called. Raises OSError."""
+
     async def listen_at(self, path: str) -> Accept:
         """The same at a path, which is gone when the first connection is there or nobody waits for it any more."""
 
@@ -95,6 +98,12 @@ class OwnProcess:
             return link
 
         return (bound[0], bound[1]), first
+
+    async def serve(self, host: str, port: int, met: Callable[[Link], None]) -> Callable[[], None]:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            met(SocketLink(reader, writer))
+
+        return (await asyncio.start_server(connected, host, port, family=socket.AF_INET)).close
 
     async def listen_at(self, path: str) -> Accept:
         links: asyncio.Queue[Link] = asyncio.Queue()

@@ -29,6 +29,7 @@ from typing import Any
 from vmferry.clock import SystemClock
 from vmferry.qmp.codec import Command, encode_error, encode_greeting, encode_reply
 from vmferry.qmp.session import Peer, Session
+from vmferry.testing.fake_block import Block, nodes_of
 from vmferry.testing.fake_commands import Commands
 from vmferry.testing.fake_profile import PROFILES, Profile
 from vmferry.testing.fake_state import Director, Refused, State
@@ -56,6 +57,8 @@ class CommandLine:
         self.is_paused = "-S" in argv
         self.memory_bytes, self.cpus = 128 << 20, 1
         self.devices: dict[str, str] = {}
+        self._blockdevs: list[str] = []
+        self._drives: list[tuple[str, str]] = []
         for option, value in zip(argv, [*argv[1:], ""], strict=True):
             fields = dict(part.partition("=")[::2] for part in value.split(","))
             match option:
@@ -71,6 +74,14 @@ class CommandLine:
                     self.cpus = int(fields.get("cpus", value))
                 case "-device" if "id" in fields:
                     self.devices[fields["id"]] = value.split(",")[0].removeprefix("driver=")
+                    if "drive" in fields:
+                        self._drives.append((fields["id"], fields["drive"]))
+                case "-blockdev":
+                    self._blockdevs.append(value)
+
+    def block(self, state: State) -> Block:
+        """The disks."""
+        return Block(state, nodes_of(self._blockdevs), tuple(self._drives))
 
 
 def _size(text: str) -> int:
@@ -90,6 +101,7 @@ class FakeQemu:
             cpus=line.cpus,
             devices=line.devices,
             incoming=line.is_incoming,
+            block=line.block(self.state),
         )
         self._line = line
         self._session: Session | None = None

@@ -123,6 +123,7 @@ class Site:
         ports = {"a": 7601, "b": 7602}
         seen_at = {"a": 7601, "b": 7603}
         machine_room = LocalHost()
+        self.disks(host).mkdir(exist_ok=True)
         machine_room.rescue = SocketRescue()
         agent = Agent(
             AgentConfig(
@@ -134,6 +135,7 @@ class Site:
                 pki_dir=self.directory / "pki" / host if self._tls else None,
                 peers={other: PeerConfig(other, (Address(self._address, seen_at[other]),))},
                 qemu=str(self.director.wrapper(host, self._profiles[host])),
+                disk_dir=self.disks(host),
                 **{"migration_ports": (0, 0), **self._settings.get(host, {})},
             ),
             clock=self._clock,
@@ -142,6 +144,10 @@ class Site:
         self._hook(host, agent)
         self.agents[host] = agent
         await agent.start()
+
+    def disks(self, host: str) -> Path:
+        """Where the host puts the copies of disks: both see one file system, so they cannot have the same paths."""
+        return self.directory / f"disks-{host}"
 
     def _hook(self, host: str, agent: Agent) -> None:
         """Effects pass by here, so that a crashed agent does nothing and the order is seen."""

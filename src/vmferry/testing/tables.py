@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import product
-from typing import Any, Generic, TypeVar
+from math import prod
+from typing import Any, Generic, TypeVar, overload
 
 from vmferry.core.effects import DestinationEffect, Effect, Guard
 from vmferry.core.table import Pattern, Row
@@ -24,6 +25,35 @@ V = TypeVar("V", SourceView, DestinationView)
 Bits = int
 
 
+class _Lazy(Sequence[V]):
+    """Every combination, each made when it is asked for: there are close to a million."""
+
+    def __init__(self, view_type: type[V], answers_of: tuple[tuple[Enum, ...], ...]) -> None:
+        self._make: Any = view_type
+        self._answers = answers_of
+        self._length = prod(len(possible) for possible in answers_of)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[V]:
+        make = self._make
+        return (make(*combination) for combination in product(*self._answers))
+
+    @overload
+    def __getitem__(self, at: int) -> V: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[V]: ...
+    def __getitem__(self, at: int | slice) -> V | Sequence[V]:
+        if isinstance(at, slice):
+            return [self[n] for n in range(*at.indices(self._length))]
+        chosen: list[Enum] = []
+        for possible in reversed(self._answers):
+            at, rest = divmod(at, len(possible))
+            chosen.append(possible[rest])
+        return self._make(*reversed(chosen))  # type: ignore[no-any-return]
+
+
 class Views(Generic[V]):
     """All views of one type, in a fixed order."""
 
@@ -31,14 +61,17 @@ class Views(Generic[V]):
         self.questions: dict[str, tuple[Enum, ...]] = {
             field.name: answers(view_type, field.name) for field in fields(view_type)
         }
-        make: Any = view_type
-        self.views: tuple[V, ...] = tuple(make(*combination) for combination in product(*self.questions.values()))
+        self.views: Sequence[V] = _Lazy(view_type, tuple(self.questions.values()))
         self.all: Bits = (1 << len(self.views)) - 1
         self._with_answer: dict[tuple[str, Enum], Bits] = {}
+        run = len(self.views)
         for name, possible in self.questions.items():
-            for answer in possible:
-                bits = "".join("1" if getattr(view, name) is answer else "0" for view in reversed(self.views))
-                self._with_answer[name, answer] = int(bits, 2)
+            # In `product`'s order an answer holds for `run` views in a row, and again after all other answers.
+            period, run = run, run // len(possible)
+            times = len(self.views) // period
+            for n, answer in enumerate(possible):
+                one = "0" * (run * (len(possible) - 1 - n)) + "1" * run + "0" * (run * n)
+                self._with_answer[name, answer] = int(one * times, 2)
 
     def where(self, pattern: Mapping[str, frozenset[Enum]]) -> Bits:
         """The views that a pattern matches; an empty pattern matches all."""

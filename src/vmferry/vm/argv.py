@@ -241,7 +241,9 @@ def _disks(spec: VmSpec) -> list[str]:
 def _blockdevs(disk: Disk, node: str) -> list[str]:
     direct, no_flush, _ = _CACHE[disk.effective_cache]
     cache = {"direct": direct, "no-flush": no_flush}
-    common = {"read-only": disk.is_readonly, "auto-read-only": False, "cache": cache}
+    common: dict[str, Any] = {"read-only": disk.is_readonly, "auto-read-only": False, "cache": cache}
+    if not disk.shared and not disk.is_readonly:
+        common["discard"] = "unmap"  # what is written as a hole, by the guest or by a copy of the disk, is one
     is_device = disk.path.startswith("/dev/") and not posixpath.normpath(disk.path).startswith("/dev/shm/")
     protocol = {
         "driver": "host_device" if is_device else "file",

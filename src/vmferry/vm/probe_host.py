@@ -201,7 +201,8 @@ def parse_meminfo(text: str) -> Memory:
 
 
 def free_port(first: int, last: int, *, address: str = "::") -> int | None:
-    """A TCP port in `first`..`last` that can be bound now, or None. It may be taken a moment later."""
+    """A TCP port in `first`..`last` that can be bound now, or None; for 0 one that the kernel chooses. It may be taken
+    a moment later."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for port in range(first, last + 1):
         try:
@@ -209,7 +210,7 @@ def free_port(first: int, last: int, *, address: str = "::") -> int | None:
                 attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 attempt.bind((address, port))
                 attempt.listen(1)  # SO_REUSEADDR lets bind pass beside a listener; listen does not
-                return port
+                return port or int(attempt.getsockname()[1])
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from vmferry.agent.observe import Finding, arrival, destination_findings, holds_back, source_findings
+from vmferry.agent.observe import (
+    Finding,
+    arrival,
+    destination_findings,
+    holds_back,
+    mirror_findings,
+    source_findings,
+)
 from vmferry.core.facts import Fact, FactLog, open_round, waits_for_channel
 from vmferry.core.migration_status import MigrationStatus as S
 from vmferry.core.status import derive_destination, destination_status, source_status
@@ -278,3 +285,35 @@ def test_completed_proves_nothing_of_the_destination_where_a_stand_in_took_the_s
     assert {F.ALL_SENT, F.PEER_ACK} <= {entry.fact for entry in told}
     assert source_status(told.with_fact(F.RUN_ACKED)) is S.COMPLETED
     assert hear("completed", log=paused) == tell(paused, arrival(paused))
+
+
+# --- mirrors of disks ------------------------------------------------------------------------------------
+
+
+def mirrors(*words: tuple[str | None, str], paused: bool = False) -> list[tuple[Fact, int]]:
+    log = hear("active", "pre-switchover") if paused else started()
+    told = [(n, f"disk{n - 1}", status, error) for n, (status, error) in enumerate(words, start=1)]
+    return [(fact, round_no) for fact, round_no, _ in mirror_findings(told, log)]
+
+
+def test_all_mirrors_must_be_ready() -> None:
+    assert mirrors(("created", ""), ("running", "")) == []
+    assert mirrors(("ready", ""), ("running", "")) == [(F.DISK_READY, 1)]
+    assert mirrors(("standby", ""), ("ready", "")) == [(F.DISK_READY, 1), (F.DISK_READY, 2), (F.DISKS_READY, 0)]
+    assert (F.DISKS_READY, 0) in mirrors(("waiting", ""), ("pending", ""))
+
+
+def test_an_end_without_an_error_is_a_proof_only_while_the_guest_is_paused() -> None:
+    assert mirrors(("concluded", ""), ("concluded", ""), paused=True) == [(F.DISKS_READY, 0), (F.DISKS_DRAINED, 0)]
+    assert mirrors(("concluded", ""), ("pending", ""), paused=True) == [(F.DISK_READY, 2), (F.DISKS_READY, 0)]
+    assert mirrors(("concluded", ""), ("ready", "")) == [(F.DISK_FAILED, 0), (F.DISK_READY, 2)]
+
+
+@pytest.mark.parametrize("status", [None, "null", "aborting"])
+def test_a_mirror_that_is_gone_or_given_up_is_a_failure(status: str | None) -> None:
+    assert mirrors((status, ""), ("ready", ""), paused=True) == [(F.DISK_FAILED, 0), (F.DISK_READY, 2)]
+
+
+def test_the_failure_names_the_disk_and_the_reason() -> None:
+    ((fact, _, text),) = mirror_findings([(1, "disk0 (/d)", "concluded", "No space left on device")], hear("active"))
+    assert (fact, text) == (F.DISK_FAILED, "disk0 (/d): No space left on device")

@@ -73,10 +73,10 @@ def test_a_file_that_grows(tmp_path: Path) -> None:
 
 def test_what_the_table_was_asked_about() -> None:
     lines = [
-        line(1, "job=j vm=g1 view=go started switching unknown loaded none none again given"),
-        line(1, "job=j vm=g2 view=go new idle unknown prepared none none again given"),
+        line(1, "job=j vm=g1 view=go started switching unknown loaded none none again given settled"),
+        line(1, "job=j vm=g2 view=go new idle unknown prepared none none again given settled"),
         fact(2, "cancel"),
-        line(3, "job=j vm=g1 view=back started back as-before gone none none again given"),
+        line(3, "job=j vm=g1 view=back started back as-before gone none none again given settled"),
     ]
     said = [entry for text in lines if (entry := read_line(text))]
     (first, cancelled_first), (second, cancelled_second) = views_of(said, "g1")

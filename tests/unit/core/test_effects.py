@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmferry.core.effects import DESTINATION_GUARDS, SOURCE_GUARDS, DestinationEffect, Effect, Guard
-from vmferry.core.view import DestinationView, Halt, Held, Incoming, Ran, Wish
+from vmferry.core.view import DestinationView, Halt, Held, Incoming, Ran, Served, Wish
 from vmferry.testing.tables import Views
 
 VIEW = DestinationView(Wish.KEEP, Held.YES, Incoming.LOADED, Ran.NO, Halt.NONE)
@@ -38,4 +38,5 @@ def test_cpus_start_under_one_guard_only() -> None:
         "held": frozenset({Held.YES}),
         "incoming": frozenset({Incoming.LOADED}),
         "ran": frozenset({Ran.NO}),
+        "served": frozenset({Served.NO}),
     }

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmferry.core import options, preflight
+from vmferry.core.disk_reports import DiskReport, DiskUse
 from vmferry.core.options import Mode, TlsChoice
 from vmferry.core.preflight import (
     QEMU_OVERHEAD_BYTES,
     RULES,
     RUN_STATES,
-    DiskReport,
-    DiskUse,
     GuestReport,
     HostReport,
     Objection,

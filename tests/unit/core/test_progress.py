@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmferry.core.progress import ETA_SAMPLES, Eta, Forecast, Progress, Sample, eta
+from vmferry.core.progress import ETA_SAMPLES, Eta, Forecast, Progress, Sample, Whole, eta
 
 samples_strategy = st.lists(
     st.builds(
@@ -151,3 +151,24 @@ def test_a_forecast_needs_a_speed_and_may_have_no_end() -> None:
     calm = busy.advance([sample(500, 500, speed=1000)])
     assert (calm.earliest_ms, calm.latest_ms) == (10_000, 10_000), "what was told as the earliest end stays"
     assert calm.left_ms(12_000) == (0.0, 0.0)
+
+
+def test_disks_count_with_the_memory_that_goes_after_them() -> None:
+    def at(whole: Whole, memory: Progress, disks: tuple[int, int]) -> Whole:
+        return whole.advance(memory, disks_current=disks[0], disks_total=disks[1], guest_bytes=1000)
+
+    copying = at(Whole(), Progress(), (1500, 3000))
+    assert copying == Whole(1500, 4000, 37, 0), "the memory is still to come"
+    grown = at(copying, Progress(), (3000, 5000))
+    assert grown == Whole(3000, 6000, 50, 0), "what the guest writes is to be copied again"
+    memory = Progress().advance(sample(400, 400))
+    moving = at(grown, memory, (5000, 5000))
+    assert moving == Whole(5400, 5800, 93, 0)
+    assert at(moving, memory, (5000, 9000)).percent == 93, "it never runs backwards"
+    assert at(moving, memory.finished(), (5000, 5000)) == Whole(5800, 5800, 100, 0)
+
+
+def test_without_disks_the_whole_is_the_memory() -> None:
+    memory = Progress().advance(sample(100, 900)).advance(sample(200, 1800))
+    whole = Whole().advance(memory, disks_current=0, disks_total=0, guest_bytes=1000)
+    assert whole == Whole(200, 2000, memory.percent, memory.percent_error)

@@ -13,6 +13,7 @@ from vmferry.core.view import (
     Change,
     Cpus,
     DestinationView,
+    Disks,
     Grant,
     Halt,
     Held,
@@ -21,6 +22,7 @@ from vmferry.core.view import (
     Ran,
     Readings,
     Retry,
+    Served,
     Source,
     SourceView,
     Step,
@@ -299,6 +301,36 @@ def test_pages_that_were_held_back_may_go_once_the_guest_runs_there() -> None:
     ran = slow.with_fact(F.RUN_ACKED)
     assert source_view(ran, Readings()).change is Change.PACE
     assert source_view(ran.with_fact(F.PACED), Readings()).change is Change.NONE
+
+
+@pytest.mark.parametrize(
+    ("facts", "disks"),
+    [
+        ((F.DISKS_STARTED, F.DISKS_READY, F.DISK_FAILED), Disks.SETTLED),  # none are wanted
+        ((F.DISKS_WANTED,), Disks.TODO),
+        ((F.DISKS_WANTED, F.DISKS_STARTED), Disks.COPYING),
+        ((F.DISKS_WANTED, F.DISKS_STARTED, (F.DISK_READY, 1)), Disks.COPYING),
+        ((F.DISKS_WANTED, F.DISKS_STARTED, F.DISKS_READY), Disks.READY),
+        ((F.DISKS_WANTED, F.DISKS_STARTED, F.DISKS_READY, F.DISK_FAILED), Disks.FAILED),
+        ((F.DISKS_WANTED, F.DISK_FAILED, F.DISKS_DROPPED), Disks.SETTLED),
+        ((F.DISKS_WANTED, F.DISKS_STARTED, F.DISKS_DRAINED), Disks.SETTLED),
+        ((F.DISKS_WANTED, F.DISKS_STARTED, F.COMMITTED), Disks.SETTLED),
+    ],
+)
+def test_how_it_stands_with_the_disks(facts: tuple[FactOrRound, ...], disks: Disks) -> None:
+    assert source_view(log_of(*facts), Readings()).disks is disks
+
+
+@pytest.mark.parametrize(
+    ("facts", "served"),
+    [
+        ((), Served.NO),
+        ((F.DISKS_SERVED,), Served.YES),
+        ((F.DISKS_SERVED, F.DISKS_CLOSED), Served.NO),
+    ],
+)
+def test_whether_the_network_can_write_to_the_disks(facts: tuple[Fact, ...], served: Served) -> None:
+    assert destination_view(log_of(*facts), Incoming.LOADED).served is served
 
 
 @pytest.mark.proves("S97")

@@ -108,6 +108,23 @@ def test_a_switch_by_hand_and_the_first_value_of_each_option_are_remembered() ->
     assert (state.jobs["j2"].postcopy_wanted, state.jobs["j2"].options_before) == (False, {})
 
 
+def test_the_newest_policies_of_a_job_count() -> None:
+    rows = entries((Entry.WANTED, "j1", {}), (Entry.POLICY, "j1", {"a": 1, "b": 1}), (Entry.POLICY, "j1", {"a": 2}))
+    assert replay(rows).jobs["j1"].policy == {"a": 2, "b": 1}
+
+
+def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
+    state = replay(
+        entries(
+            (Entry.WANTED, "j1", {}), (Entry.MIRRORS, "j1", {"mode": "precopy"}),
+            (Entry.PLACE_WANTED, "j2", {}), (Entry.IMAGE_MADE, "j2", {"/a": [1, 2]}),
+            (Entry.IMAGE_MADE, "j2", {"/b": [1, 3]}),
+        )
+    )  # fmt: skip
+    assert state.jobs["j1"].mirrors == {"mode": "precopy"}
+    assert state.jobs["j2"].images == {"/a": [1, 2], "/b": [1, 3]}
+
+
 def test_a_dismissed_job_says_so_and_still_proves_what_it_proved() -> None:
     """A place that was not released asks whether it is wanted: what the job ended with answers that."""
     ended = (Entry.ENDED, "j1", {"outcome": "source"})

@@ -35,6 +35,8 @@ class Injector:
         self._armed: list[tuple[int, Fault]] = []
         """(steps of the loop that are left, what then)."""
         self._jobs_made = 0
+        self.disks: str | None = None
+        """What is said of disks whenever somebody asks for a migration."""
 
     # --- triggers ---
 
@@ -267,6 +269,8 @@ class Injector:
         self._jobs_made += 1
         self.job = f"job{self._jobs_made}"
         other = HOSTS[1 - HOSTS.index(source)]
+        if self.disks:
+            more["disks"] = self.disks
         return self.site.command(source, "vm-migrate", vm=VM, destination=other, job=self.job, **more)
 
     def _do_cancel(self, fault: Fault) -> bool:

@@ -91,8 +91,19 @@ class Oracle:
         self._only_one()
         if copy.version != self.version:
             self.trace.violate(f"an old copy was started on {copy.qemu.host}: version {copy.version} of {self.version}")
+        if not copy.ever_ran:
+            self._disks_are_its_own(copy)
         self.version += 1
         copy.version, copy.ever_ran = self.version, True
+
+    def _disks_are_its_own(self, copy: Copy) -> None:
+        """At its first start nobody but the guest writes to its disks, and every mirror to them had ended well."""
+        if copy.qemu.commands.block.exports:
+            self.trace.violate(f"the guest was started on {copy.qemu.host} with its disks open to the network")
+        for other in self.copies.values():
+            jobs = other.qemu.commands.block.jobs.values() if other is not copy and other.is_alive else ()
+            if any(job.status != "concluded" or job.error for job in jobs):
+                self.trace.violate(f"the guest was started on {copy.qemu.host} before its disks were equal")
 
     def _only_one(self) -> None:
         running = [c for c in self.copies.values() if c.is_running]

@@ -107,6 +107,10 @@ class SimOutside:
 
         return (self._process.host, bound), first
 
+    async def serve(self, host: str, port: int, met: Callable[[Link], None]) -> Callable[[], None]:
+        bound = self._kernel.listen(self._process, port, lambda sock: met(SimLink(self._process, sock)), "stream")
+        return lambda: self._kernel.unlisten((self._process.host, bound), self._process)
+
     async def listen_at(self, path: str) -> Accept:
         arrived: asyncio.Queue[Socket] = asyncio.Queue()
         self._kernel.listen_at(self._process, path, arrived.put_nowait, "recovery")
@@ -148,6 +152,7 @@ class SimQemu:
             cpus=self.line.cpus,
             devices=self.line.devices,
             incoming=self.line.is_incoming,
+            block=self.line.block(self.state),
         )
         self.state.emit = self._emit
         self._clock = clock

@@ -43,6 +43,8 @@ HEALS_S = 2.0
 PERSON_S = 20.0
 """How long a row must stay before a person acts on it."""
 SPEC = 'name = "g"\nmemory = "32M"\nmachine = "pc-q35-7.2"\naccel = "tcg"\n'
+DISK = '[[disk]]\npath = "/images/{name}.img"\nshared = false\n'
+IMAGES = ("one", "two")
 RESCUE = re.compile(r"vmferry rescue NAME (\S+)")
 NOT_SIMULATED = frozenset({"feed"})
 """Rescue tools that read memory: fake QEMUs have none. A run that ends at one is told apart."""
@@ -133,6 +135,8 @@ class Course:
         self.site, self.scenario = site, scenario
         self.injector = Injector(site, scenario.faults)
         self.outcome = ""
+        self._has_moved = False
+        """A job ended with the guest at its destination: where it came from its images are left."""
         self._since: dict[str, tuple[str, float]] = {}
         self._acted: set[str] = set()
 
@@ -160,7 +164,8 @@ class Course:
     async def _begin(self) -> None:
         site, scenario = self.site, self.scenario
         path = site.directory / "g.toml"
-        path.write_text(SPEC)
+        path.write_text(SPEC + "".join(DISK.format(name=name) for name in IMAGES if scenario.disks))
+        site.hosts["a"].images.update({f"/images/{name}.img": (0, 0) for name in IMAGES if scenario.disks})
         started = site.command("a", "vm-run", path=str(path))
         await pass_s(READY_S)
         assert started.is_there, "a guest is started before anything goes wrong"
@@ -177,6 +182,7 @@ class Course:
         more: dict[str, Any] = {"mode": scenario.mode, "settings": list(scenario.settings)}
         if scenario.clear_text:
             more["clear_text"] = True
+        self.injector.disks = "copy" if scenario.disks else None
         if scenario.holds:
             more["auto_finalize"] = False
         if scenario.multifd:
@@ -233,6 +239,7 @@ class Course:
         if site.trace.violations or was_at not in HOSTS or self._open():
             return
         site.trace.tell("PHASE", f"once more, from {was_at}")
+        site.hosts[HOSTS[1 - HOSTS.index(was_at)]].images.clear()  # a person takes the old images away
         answer = self.injector.migrate(was_at, mode="precopy")
         await pass_s(READY_S)
         await self._until_settled()
@@ -259,6 +266,7 @@ class Course:
 
     def _judge(self) -> None:
         site, oracle = self.site, self.site.oracle
+        self._has_moved = any(job["outcome"] == "destination" for job in oracle.ended_jobs.values())
         for host in HOSTS:
             if site.agent(host) is None:
                 site.trace.violate(f"the agent of {host} does not come up again")
@@ -330,6 +338,8 @@ class Course:
         for path in sorted(agent.vm_directory.iterdir()):
             if path.name not in kept and any(entry.suffix != ".log" for entry in path.iterdir()):
                 left.append(f"directory of {VM}")
+        images = sorted(site.hosts[name].images) if not keeps and name == "b" and not self._has_moved else []
+        left += [f"image {path}" for path in images]
         if left:
             site.trace.violate(f"left over on {name}: {', '.join(left)}")
 

@@ -13,7 +13,7 @@ Rule 1: a new kind of fault goes at the end of `KINDS`; the drawing of a seed ch
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 VERSIONS: Final = ("7.2", "11.1")
@@ -32,12 +32,21 @@ MOMENTS: Final = (
 )  # fmt: skip
 """Texts of the trace; some come in one mode only, and a fault whose moment never comes is not injected."""
 
+DISK_MOMENTS: Final = (
+    "fact=disks-wanted", "journal image-made", "fact=disks-served", "journal mirrors", "fact=disks-started",
+    "step mirror", "fact=disk-ready", "fact=disks-ready", "step drain", "fact=disks-drained", "fact=disks-closed",
+    "fact=disk-failed", "fact=disks-dropped",
+)  # fmt: skip
+"""The same for guests with local disks."""
+
 KINDS: Final = (
     "crash-agent", "freeze-agent", "kill-qemu", "freeze-qemu", "cut-agents", "reset-agents", "drop", "double", "slow",
     "cut-stream", "reset-stream", "refuse-cont", "refuse-relock", "disk-full", "cancel", "start-postcopy",
     "migrate-again", "clock-jump", "fail-step", "unplugged-stream", "hung-stream", "alone",
 )  # fmt: skip
 WEIGHTS: Final = (6, 2, 2, 2, 4, 2, 1, 1, 1, 3, 3, 4, 1, 2, 5, 1, 2, 1, 1, 1, 2, 2)
+DISKS_SHARE: Final = 0.3
+"""Of all seeds."""
 FAILING_STEPS: Final = ("in-load", "in-header", "device", "setup", "package")
 SETTLED: Final = (0.3, 1.0, 3.0, 8.0, 20.0, FOR_GOOD_S)
 LOCK_TEXT: Final = 'Failed to get "write" lock'
@@ -95,6 +104,8 @@ class Scenario:
     postcopy_after_passes: int | None = None
     clear_text: bool = False
     """Asked for by name; else the job has credentials of its own."""
+    disks: bool = False
+    """The guest has two local disks, which go with it."""
     holds: bool = False
     """The switchover waits for a person's leave."""
 
@@ -115,7 +126,20 @@ CALM = Scenario(
 
 
 def draw(seed: str) -> Scenario:
-    """The scenario of a seed."""
+    """The scenario of a seed. Disks are drawn beside everything else, so that other seeds mean what they meant."""
+    chance = random.Random(f"disks {seed}")
+    scenario = _draw(seed)
+    if chance.random() >= DISKS_SHARE:
+        return scenario
+    around = [replace(_fault(chance), trigger=_disk_trigger(chance)) for _ in range(chance.choice((0, 1, 1, 2)))]
+    return replace(scenario, disks=True, faults=(*scenario.faults, *around))
+
+
+def _disk_trigger(chance: random.Random) -> Trigger:
+    return Trigger(text=chance.choice(DISK_MOMENTS), steps=chance.choice((0, chance.randrange(40))))
+
+
+def _draw(seed: str) -> Scenario:
     chance = random.Random(f"scenario {seed}")
     mode = chance.choice(("precopy", "precopy", "postcopy", "postcopy", "auto"))
     rate = chance.choice((None, 20_000_000, 2_000_000, 1_000_000))

@@ -1,0 +1,71 @@
+"""What a plan needs to know of local disks: which there are, and what the guest's own QEMU says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.core.disk_reports import LocalDisk
+from vmferry.core.disks import Choice, ids
+from vmferry.errors import QemuError
+
+FILES = ("kernel", "initrd", "firmware")
+
+
+def choices(definition: VmDefinition) -> tuple[Choice, ...]:
+    """The guest's disks with their ids. A kernel or a firmware is a file of the guest, and no disk."""
+    disks = [disk for disk in definition.disks if disk.format != "file"]
+    named = ids(disk.path for disk in disks)
+    return tuple(Choice(name, d.path, d.readonly, d.shared) for (name, _), d in zip(named, disks, strict=True))
+
+
+async def local_disks(kept: KeptVm, chosen: Collection[Choice]) -> tuple[LocalDisk, ...]:
+    """What the guest's QEMU says of these. Raises QemuError when it does not have one of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for device in await kept.require_machine().execute("query-block"):
+        inserted = device.get("inserted") or {}
+        found.setdefault(str((inserted.get("image") or {}).get("filename", "")), inserted)
+    disks: list[LocalDisk] = []
+    for choice in chosen:
+        inserted = found.get(choice.path, {})
+        if "node-name" not in inserted:
+            raise QemuError(f"the QEMU of {kept.name} does not have {choice.id} ({choice.path}) as a disk any more")
+        disks.append(_disk(choice, inserted))
+    return tuple(disks)
+
+
+def _disk(choice: Choice, inserted: dict[str, Any]) -> LocalDisk:
+    image = inserted["image"]
+    data = (image.get("format-specific") or {}).get("data") or {}
+    return LocalDisk(
+        id=choice.id,
+        path=choice.path,
+        node=str(inserted["node-name"]),
+        format=str(image.get("format", "")),
+        virtual_bytes=int(image["virtual-size"]),
+        allocated_bytes=int(image.get("actual-size", 0)),
+        cluster_bytes=image.get("cluster-size"),
+        compat=str(data.get("compat", "")),
+        extended_l2=bool(data.get("extended-l2")),
+        backing=str(image.get("full-backing-filename") or image.get("backing-filename") or ""),
+        extras=tuple(_extras(image, data)),
+        is_device=choice.path.startswith("/dev/") and not choice.path.startswith("/dev/shm/"),
+    )
+
+
+def _extras(image: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    extras = ["snapshots inside"] if image.get("snapshots") else []
+    extras += ["encryption"] if image.get("encrypted") or data.get("encrypt") else []
+    extras += ["its data in another file"] if data.get("data-file") else []
+    return extras
+
+
+def image_options(disk: LocalDisk) -> tuple[str, ...]:
+    """What `qemu-img create -o` needs for an image that is built as this one is."""
+    if disk.format != "qcow2":
+        return ()
+    options = [f"compat={disk.compat}"] if disk.compat else []
+    options += [f"cluster_size={disk.cluster_bytes}"] if disk.cluster_bytes else []
+    options += ["extended_l2=on"] if disk.extended_l2 else []
+    return tuple(options)

@@ -1,0 +1,391 @@
+"""The source's side of disks that go with the guest: one mirror each in the source's QEMU.
+
+Theory of operation
+-------------------
+`start` gives QEMU a node for each export of the destination and a `blockdev-mirror` job that copies the guest's disk
+to it and then keeps the two equal. The jobs are QEMU's own: it goes on with them without an agent, and a new one finds
+them by their names (`look`). None ends by itself (`auto-finalize` off): at the pause before the switchover `drain`
+asks all of them for their end, waits until each has written everything (`pending`), and only then lets them end. So
+they end together or not at all.
+
+A concluded job stays in QEMU until the attempt is over (`auto-dismiss` off): that it ended without an error while the
+guest was paused is the proof that its disk is equal, also for an agent that was started since.
+
+How a guest's write gets to the destination: at first in the background, behind the bulk; once all disks are ready the
+guest's own write waits for it (`write-blocking`), so that next to nothing is left when the guest is paused. A QEMU
+before 8.2 cannot change that while the job runs, and does the second from the beginning.
+
+Rule 1: no mirror is ended by us but in `drain`, under its guard, and in `drop`.
+Rule 2: whatever goes wrong with a mirror is the copy's trouble: the guest's own disk reports no error for it. Nothing
+        here waits for a connection to come back, since a guest's write would wait with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from vmferry.agent.observe import Finding, mirror_findings
+from vmferry.agent.wants import Mirror
+from vmferry.core.effects import Effect
+from vmferry.core.facts import Fact
+from vmferry.core.view import Disks, disks_of
+from vmferry.errors import MigrationFailed, QemuError, Unfit
+from vmferry.jobs.journal import Entry
+from vmferry.pki import job_credentials
+from vmferry.pki.job_credentials import tag
+from vmferry.qmp.errors import QmpCommandError, QmpTimeout
+
+if TYPE_CHECKING:
+    from vmferry.agent.source import SourceAttempt
+
+log = logging.getLogger("vmferry.agent")
+
+POLL_S = 0.5
+"""How often QEMU is asked how far the mirrors are; what changes their status it tells by itself."""
+ASK_S = 2.0
+OPEN_S = 10.0
+"""QEMU connects with its main loop: a host that is not there holds it up, and is cut off after so long."""
+DRAIN_S = 8.0
+"""The guest is paused meanwhile: what a destination does not take within this time it will not take."""
+DRAIN_POLL_S = 0.002
+"""While the guest is paused for it; QEMU tells of each change, and an event may be lost."""
+VERIFY_S = 3600.0
+"""Both sides read their images once; the guest is paused for it, as it was asked for."""
+DROP_S = 1.0
+"""How long mirrors may take to obey before the connection that they hang in is cut."""
+CHANGES_MODE_SINCE: Final = (8, 2)
+"""QEMU's block-job-change."""
+KNOWS_ZERO_SINCE: Final = (10, 1)
+"""QEMU's target-is-zero: a fresh image is not read to find out that it is empty."""
+LIVE = (Disks.COPYING, Disks.READY, Disks.FAILED)
+
+
+def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
+    """The mirrors that the plan wants, with the names that they have in QEMU."""
+    assert attempt.plan is not None, "a plan comes before the mirrors"
+    word = tag(attempt.job)
+    return tuple(
+        Mirror(
+            id=disk.id,
+            path=disk.path,
+            node=disk.node,
+            job=f"vmferry-{word}-{disk.id}",
+            target=f"vmferry-{word[:10]}-t{number}",
+            number=number,
+        )
+        for number, disk in enumerate(attempt.plan.copies, start=1)
+    )
+
+
+def public_id(job: str, mirror: Mirror) -> str:
+    """The mirror's id for people: `<job>-disk-<n>`, n from 0 as in the disk's own id."""
+    return f"{job}-{mirror.id.replace('disk', 'disk-', 1)}"
+
+
+async def start(attempt: SourceAttempt) -> None:
+    """Raises QemuError or Unfit; what was begun until then is DROP_MIRRORS' to end."""
+    plan = attempt.plan
+    assert plan is not None, "a plan comes before the mirrors"
+    attempt.mirrors = mirrors_of(attempt)
+    body = {
+        "mirrors": msgspec.to_builtins(attempt.mirrors),
+        "mode": plan.mode.value,
+        "why": plan.why,
+        "stops_first": plan.stops_first,
+        "multifd": plan.multifd,
+    }
+    await attempt.context.journal.append(Entry.MIRRORS, attempt.job, body)
+    attempt.note(Fact.DISKS_STARTED)  # before the first command: from here on something may be there
+    for mirror in attempt.mirrors:
+        try:
+            await attempt.machine.execute("blockdev-add", _target(attempt, mirror), deadline_s=OPEN_S)
+        except QmpTimeout:
+            await _yank(attempt, [mirror])
+            raise
+    speed = _speed(attempt)
+    for mirror in attempt.mirrors:
+        await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, speed))
+    attempt.mirrors_stale = True
+
+
+def _target(attempt: SourceAttempt, mirror: Mirror) -> dict[str, Any]:
+    served = attempt.offer["disks"]
+    node: dict[str, Any] = {
+        "driver": "nbd",
+        "node-name": mirror.target,
+        "server": {"type": "inet", "host": str(served["host"]), "port": str(served["port"])},
+        "export": str(served["exports"][mirror.id]),
+        # Holes stay holes: what is all zeroes is sent as such, and the other side gives its blocks back.
+        "discard": "unmap",
+        "detect-zeroes": "unmap",
+    }
+    if attempt.credentials is not None:
+        node["tls-creds"] = f"vmferry-tls-{tag(attempt.job)}"
+        node["tls-hostname"] = job_credentials.tls_hostname(attempt.job)
+    return node
+
+
+def _job(attempt: SourceAttempt, mirror: Mirror, speed: int) -> dict[str, Any]:
+    version = attempt.machine.version
+    job: dict[str, Any] = {
+        "job-id": mirror.job,
+        "device": mirror.node,
+        "target": mirror.target,
+        "sync": "full",
+        "filter-node-name": f"vmferry-{tag(attempt.job)[:10]}-f{mirror.number}",
+        "copy-mode": "background" if version >= CHANGES_MODE_SINCE else "write-blocking",
+        "on-source-error": "report",
+        "on-target-error": "report",
+        "auto-finalize": False,
+        "auto-dismiss": False,
+    }
+    if speed:
+        job["speed"] = speed
+    if version >= KNOWS_ZERO_SINCE:
+        job["target-is-zero"] = True
+    return job
+
+
+def _speed(attempt: SourceAttempt) -> int:
+    """Each mirror's share of what the job may send, in bytes per second; 0: no limit. Memory comes after the bulk of
+    the disks, so they have all of it until then."""
+    return int(attempt.wanted.options.get("max-bandwidth", 0)) // max(1, len(attempt.mirrors))
+
+
+def are_copied(attempt: SourceAttempt) -> bool:
+    """The disks are on their way and the memory is not: what the job may send is the mirrors' to share."""
+    return disks_of(attempt.facts) in (Disks.COPYING, Disks.READY) and Fact.STARTED not in attempt.facts
+
+
+async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
+    """The job may send so much from now on. Raises QemuError."""
+    if disks_of(attempt.facts) not in (Disks.COPYING, Disks.READY):
+        return
+    share = bytes_per_s // max(1, len(attempt.mirrors))
+    for mirror in attempt.mirrors:
+        await attempt.machine.execute("block-job-set-speed", {"device": mirror.job, "speed": share})
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+async def look(attempt: SourceAttempt) -> None:
+    """Asks QEMU how the mirrors stand, when that is due: facts follow. Trouble is a line in the log."""
+    stands = disks_of(attempt.facts)
+    if stands not in (Disks.COPYING, Disks.READY):
+        return
+    if not attempt.mirrors_stale and attempt.clock.now_s() - attempt.mirrors_polled_s < POLL_S:
+        return
+    attempt.mirrors_polled_s = attempt.clock.now_s()
+    attempt.mirrors_stale = False
+    try:
+        _hear(attempt, await attempt.machine.execute("query-jobs", deadline_s=ASK_S))
+        if stands is not Disks.READY and disks_of(attempt.facts) is Disks.READY:
+            await _block_writes(attempt)
+    except QemuError as error:
+        attempt.mirrors_stale = True
+        log.info("job=%s vm=%s command=query-jobs result=%s", attempt.job, attempt.vm, error)
+    attempt.context.publish("JOB_PROGRESS", attempt.brief())
+
+
+def _hear(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> None:
+    said = {str(job["id"]): job for job in jobs}
+    attempt.mirror_states = {m.job: said[m.job] for m in attempt.mirrors if m.job in said}
+    states = attempt.mirror_states.values()
+    attempt.tracking.disks_are_at(
+        sum(int(job["current-progress"]) for job in states),
+        sum(int(job["total-progress"]) for job in states),
+        guest_bytes=attempt.kept.definition.memory_bytes,
+    )
+    words: list[tuple[int, str, str | None, str]] = []
+    for mirror in attempt.mirrors:
+        job = said.get(mirror.job, {})
+        name = f"{mirror.id} ({mirror.path})"
+        words.append((mirror.number, name, job.get("status"), str(job.get("error", ""))))
+    _note(attempt, mirror_findings(words, attempt.facts))
+
+
+def _note(attempt: SourceAttempt, findings: Iterable[Finding]) -> None:
+    for fact, round_no, text in findings:
+        attempt.note(fact, round_no=round_no, text=text, by="source QEMU")
+
+
+async def _block_writes(attempt: SourceAttempt) -> None:
+    """From here on the guest's writes wait for the destination's, where QEMU can change that now."""
+    if attempt.machine.version < CHANGES_MODE_SINCE:
+        return
+    for mirror in attempt.mirrors:
+        change = {"id": mirror.job, "type": "mirror", "copy-mode": "write-blocking"}
+        try:
+            await attempt.machine.execute("block-job-change", change)
+        except QmpCommandError as error:
+            # It is only slower at the pause: what is left then is written then.
+            log.warning("job=%s vm=%s command=block-job-change result=%s", attempt.job, attempt.vm, error)
+
+
+# --- ending -------------------------------------------------------------------------------------------------
+
+
+async def drain(attempt: SourceAttempt) -> None:
+    """The guest is paused: every mirror writes what is left and ends, or none does. Raises QemuError; it is tried
+    again then, from where each one stands.
+
+    1. all are asked to end and come to `pending`, in which nothing is left to write  2. one fails instead: the others
+    still wait, and are given up with it  3. all are there: they are let go, which cannot fail any more."""
+    machine, waiting = attempt.machine, {"pending", "concluded"}
+    statuses = await _statuses(attempt)
+    for mirror in attempt.mirrors:
+        if statuses.get(mirror.job) in ("ready", "standby"):
+            await machine.execute("block-job-cancel", {"device": mirror.job})
+    end_s = attempt.clock.now_s() + DRAIN_S
+    while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):
+        if not attempt.allows(Effect.DRAIN_MIRRORS):
+            return  # one of them failed, or the guest goes back
+        if attempt.clock.now_s() >= end_s:
+            raise QemuError(f"{attempt.vm}: its disks were not written to the end within {DRAIN_S:g} s", side="both")
+        await asyncio.sleep(DRAIN_POLL_S)
+        statuses = await _statuses(attempt)
+    if attempt.wanted.verify_disks:
+        await _verify(attempt)
+    for mirror in attempt.mirrors:
+        if not attempt.allows(Effect.DRAIN_MIRRORS):
+            return
+        if statuses[mirror.job] == "pending":
+            await machine.execute("job-finalize", {"id": mirror.job})
+    while attempt.allows(Effect.DRAIN_MIRRORS):  # until the findings say that all have ended well, or one has not
+        await _statuses(attempt)
+        if attempt.allows(Effect.DRAIN_MIRRORS):
+            await asyncio.sleep(DRAIN_POLL_S)
+    if Fact.DISKS_DRAINED in attempt.facts:
+        attempt.measured.marks.append((attempt.clock.wall_s(), "disks are equal"))
+        await _close_targets(attempt)
+
+
+async def _verify(attempt: SourceAttempt) -> None:
+    """Every mirror has written all and still waits: what both sides hold is read and compared. Raises HostUnreachable,
+    Unfit, and it is tried again; a difference is the disk's failure, and leads all back."""
+    began_s, host = attempt.clock.now_s(), attempt.context.host
+    theirs = asyncio.create_task(attempt.ask("peer-digests", deadline_s=VERIFY_S), name=f"digests-{attempt.job}")
+    try:
+        ours = {mirror.id: await host.image_digest(mirror.path) for mirror in attempt.mirrors}
+    except OSError as error:
+        raise Unfit(f"a disk cannot be read: {error}", side="source", cause=error) from error
+    finally:
+        found = (await asyncio.gather(theirs, return_exceptions=True))[0]
+    if isinstance(found, BaseException):
+        raise found
+    for mirror in attempt.mirrors:
+        if found.get(mirror.id) != ours[mirror.id]:
+            text = f"{mirror.id} ({mirror.path}): the copy differs"
+            attempt.note(Fact.DISK_FAILED, text=text, by="agent")
+    took_ms = (attempt.clock.now_s() - began_s) * 1000
+    attempt.measured.marks.append((attempt.clock.wall_s(), f"disks were read and compared in {took_ms:.0f} ms"))
+
+
+async def _statuses(attempt: SourceAttempt) -> dict[str, str]:
+    _hear(attempt, await attempt.machine.execute("query-jobs", deadline_s=ASK_S))
+    return {name: str(job["status"]) for name, job in attempt.mirror_states.items()}
+
+
+async def drop(attempt: SourceAttempt) -> None:
+    """Gives the mirrors up. Raises QemuError when QEMU does not answer; it is tried again then.
+
+    The connections are cut first: to cancel a job QEMU waits for what it has under way, with its main loop, and a
+    destination that stands still would hold up the guest's whole QEMU."""
+    await _yank(attempt, attempt.mirrors)
+    await _cancel(attempt)
+    await forget(attempt)
+    attempt.note(Fact.DISKS_DROPPED)
+
+
+async def _cancel(attempt: SourceAttempt) -> None:
+    """Every mirror is concluded, or not there any more. Raises QemuError when QEMU does not answer."""
+    machine = attempt.machine
+    jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
+    while left := _unfinished(attempt, jobs):
+        for name in left:
+            try:
+                await machine.execute("job-cancel", {"id": name}, deadline_s=DROP_S)
+            except QmpCommandError as error:  # it has just ended
+                log.info("job=%s vm=%s command=job-cancel result=%s", attempt.job, attempt.vm, error)
+        await asyncio.sleep(DRAIN_POLL_S)
+        jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
+
+
+def _unfinished(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> list[str]:
+    ours = {mirror.job for mirror in attempt.mirrors}
+    return [str(job["id"]) for job in jobs if job["id"] in ours and job["status"] not in ("concluded", "null")]
+
+
+async def cut(attempt: SourceAttempt) -> None:
+    """Cuts the mirrors that are there, out of band: QEMU may hang in one."""
+    if disks_of(attempt.facts) in LIVE:
+        await _yank(attempt, attempt.mirrors)
+
+
+async def _yank(attempt: SourceAttempt, mirrors: Iterable[Mirror]) -> None:
+    """Cuts the connections of the targets, out of band: whatever waits for them ends with an error of its own."""
+    instances = [{"type": "block-node", "node-name": mirror.target} for mirror in mirrors]
+    for instance in instances:
+        try:
+            await attempt.machine.execute("yank", {"instances": [instance]}, oob=True, deadline_s=DROP_S)
+        except QemuError as error:
+            log.info("job=%s vm=%s command=yank result=%s", attempt.job, attempt.vm, error)
+
+
+async def forget(attempt: SourceAttempt) -> None:
+    """Nothing of the mirrors is left in QEMU: results are dismissed, targets closed. Raises QemuError other than that
+    something is gone already."""
+    for mirror in attempt.mirrors:
+        await _unless_gone(attempt, "job-dismiss", {"id": mirror.job})
+    await _close_targets(attempt)
+
+
+async def _close_targets(attempt: SourceAttempt) -> None:
+    for mirror in attempt.mirrors:
+        await _unless_gone(attempt, "blockdev-del", {"node-name": mirror.target})
+
+
+async def _unless_gone(attempt: SourceAttempt, command: str, arguments: dict[str, Any]) -> None:
+    try:
+        await attempt.machine.execute(command, arguments)
+    except QmpCommandError as error:
+        log.info("job=%s vm=%s command=%s result=%s", attempt.job, attempt.vm, command, error)
+
+
+def note_error(attempt: SourceAttempt) -> None:
+    """Records why the disks cannot go, with the disk's name."""
+    failed = attempt.facts.entry(Fact.DISK_FAILED)
+    if failed is not None:
+        text = f"a disk could not be copied: {failed.text}"
+    else:
+        text = "the source went on to the switchover before its disks were equal"
+    attempt.fail(MigrationFailed(text, side="both"))
+
+
+# --- what people see ----------------------------------------------------------------------------------------
+
+
+def wire(attempt: SourceAttempt) -> list[dict[str, Any]]:
+    """Each mirror as a job of its own, in QEMU's words; bytes."""
+    rows = []
+    for mirror in attempt.mirrors:
+        job = attempt.mirror_states.get(mirror.job, {})
+        rows.append(
+            {
+                "id": public_id(attempt.job, mirror),
+                "disk": mirror.id,
+                "path": mirror.path,
+                "type": "mirror",
+                "status": str(job.get("status", "null")),
+                "current-progress": int(job.get("current-progress", 0)),
+                "total-progress": int(job.get("total-progress", 0)),
+                "error": str(job.get("error", "")),
+            }
+        )
+    return rows

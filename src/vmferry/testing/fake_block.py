@@ -1,0 +1,331 @@
+"""The disks of a fake QEMU: what its command line has, an NBD server, mirrors of them. No byte of a disk is in it.
+
+Theory of operation
+-------------------
+An export is a name; a node of another QEMU's export is a connection that asked for the name and was let in. A mirror
+walks through QEMU's job states: running, then ready, from there (`block-job-cancel`) waiting, pending, and with
+`job-finalize` concluded. Steps of a script: `mirror` (the bulk) and `drain` (what is left when it shall end); `fail`
+there ends the job with an error.
+
+Rule 1: as with QEMU, a mirror that is ready and has nothing to write does not notice that its peer is gone. It does
+        when it is asked to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vmferry.testing.fake_link import Link, LinkLost
+from vmferry.testing.fake_state import Refused, State, StepFailed
+
+IMAGE_BYTES = 1 << 20
+"""Of an image that is not in the file system."""
+CONCLUDED = ("concluded", "null")
+
+
+@dataclass
+class Node:
+    """A block node of the command line, or one that was added."""
+
+    name: str
+    driver: str
+    filename: str = ""
+    below: str = ""
+    read_only: bool = False
+    link: Link | None = None
+
+
+class Job:
+    """One mirror."""
+
+    def __init__(self, state: State, job_id: str, target: Node, *, size_bytes: int) -> None:
+        self.state, self.id, self.target, self.size_bytes = state, job_id, target, size_bytes
+        self.status, self.error, self.done_bytes = "null", "", 0
+        self.copy_mode = "background"
+        self.is_cancelled = asyncio.Event()
+        self.is_ending = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def be(self, status: str) -> None:
+        """The new status, with its event."""
+        self.status = status
+        self.state.emit("JOB_STATUS_CHANGE", {"id": self.id, "status": status})
+
+    def wire(self) -> dict[str, Any]:
+        """As query-jobs has it."""
+        wire: dict[str, Any] = {
+            "id": self.id, "type": "mirror", "status": self.status,
+            "current-progress": self.done_bytes, "total-progress": self.size_bytes,
+        }  # fmt: skip
+        return {**wire, "error": self.error} if self.error else wire
+
+    async def run(self) -> None:
+        """The bulk, then equal until it shall end; the end comes with `finalize` or an error."""
+        self.be("running")
+        try:
+            await self._step("mirror")
+            self.done_bytes = self.size_bytes
+            self.be("ready")
+            await self._until(asyncio.ensure_future(self.is_ending.wait()))
+            await self._step("drain")
+            self.be("waiting")
+            self.be("pending")
+        except (StepFailed, LinkLost) as error:
+            self.end(str(error) or "Input/output error")
+
+    def end(self, error: str = "") -> None:
+        """Over, with this error or none."""
+        if self.status in CONCLUDED[:1]:
+            return
+        self.error = error
+        self.is_cancelled.set()
+        self.be("concluded")
+
+    async def _step(self, name: str) -> None:
+        await self.state.step(name, lost=self.is_cancelled)
+        if self.is_cancelled.is_set():
+            raise LinkLost("Operation canceled")
+        link = self.target.link
+        if link is None or link.lost.is_set():
+            raise LinkLost("Input/output error")
+        link.send("flush")
+        answer = asyncio.ensure_future(link.receive())
+        await self._until(answer)
+        if not answer.done():
+            answer.cancel()
+            raise LinkLost("Operation canceled")
+        answer.result()
+
+    async def _until(self, what: asyncio.Future[Any]) -> None:
+        """Until that is there, or this is cancelled."""
+        cancelled = asyncio.ensure_future(self.is_cancelled.wait())
+        await asyncio.wait({what, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        cancelled.cancel()
+
+
+class Block:
+    """The block layer of one fake QEMU."""
+
+    def __init__(self, state: State, nodes: dict[str, Node], drives: tuple[tuple[str, str], ...]) -> None:
+        self.state, self.nodes, self.drives = state, nodes, drives
+        self.exports: dict[str, str] = {}
+        self.jobs: dict[str, Job] = {}
+        self._stop_serving: Callable[[], None] | None = None
+        self._clients: list[Link] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, name: str, arguments: dict[str, Any]) -> Any:
+        """One command. Raises Refused; NotImplementedError for a command that is not about disks."""
+        method = getattr(self, "_do_" + name.replace("-", "_"), None)
+        if method is None:
+            raise NotImplementedError(name)
+        return await method(arguments)
+
+    def yank(self, node: str) -> None:
+        """Cuts the connection of the node. Raises Refused."""
+        found = self.nodes.get(node)
+        if found is None or found.link is None:
+            raise Refused("Instance not found", "DeviceNotFound")
+        found.link.cut()
+        for job in self.jobs.values():
+            if job.target is found and job.status == "running":
+                job.is_cancelled.set()
+
+    # --- what is there ---
+
+    async def _do_query_block(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self._device(device, self.nodes[node]) for device, node in self.drives if node in self.nodes]
+
+    def _device(self, device: str, node: Node) -> dict[str, Any]:
+        image = {"filename": self._file(node), "format": node.driver, "virtual-size": self._size(node)}
+        inserted = {"node-name": node.name, "ro": node.read_only, "drv": node.driver, "image": image}
+        return {"device": "", "qdev": f"/machine/peripheral/{device}/virtio-backend", "inserted": inserted}
+
+    def _file(self, node: Node) -> str:
+        return self.nodes[node.below].filename if node.below in self.nodes else node.filename
+
+    def _size(self, node: Node) -> int:
+        try:
+            return os.stat(self._file(node)).st_size
+        except OSError:
+            return IMAGE_BYTES
+
+    async def _do_query_jobs(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        return [job.wire() for job in self.jobs.values()]
+
+    async def _do_query_block_exports(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"id": n, "type": "nbd", "node-name": node, "shutting-down": False} for n, node in self.exports.items()]
+
+    # --- the server ---
+
+    async def _do_nbd_server_start(self, arguments: dict[str, Any]) -> None:
+        if self._stop_serving is not None:
+            raise Refused("NBD server already running")
+        credentials = arguments.get("tls-creds")
+        if credentials is not None and credentials not in self.state.objects:
+            raise Refused(f"No TLS credentials with id '{credentials}'")
+        address = arguments["addr"]["data"]
+        try:
+            self._stop_serving = await self.state.outside.serve(address["host"], int(address["port"]), self._met)
+        except OSError as error:
+            raise Refused(f"Failed to bind socket: {error.strerror}") from error
+
+    async def _do_nbd_server_stop(self, arguments: dict[str, Any]) -> None:
+        if self._stop_serving is None:
+            raise Refused("NBD server not running")
+        self._stop_serving()
+        self._stop_serving = None
+        self.exports.clear()
+        for link in self._clients:
+            link.close()
+        self._clients.clear()
+
+    async def _do_block_export_add(self, arguments: dict[str, Any]) -> None:
+        if self._stop_serving is None:
+            raise Refused("NBD server not running")
+        if arguments["node-name"] not in self.nodes:
+            raise Refused(f"Cannot find device='' nor node-name='{arguments['node-name']}'")
+        self.exports[str(arguments["name"])] = str(arguments["node-name"])
+
+    def _met(self, link: Link) -> None:
+        self._keep(self._let_in(link), "fake-nbd-client")
+
+    async def _let_in(self, link: Link) -> None:
+        try:
+            asked = await link.receive()
+        except LinkLost:
+            return
+        is_there = asked.get("export") in self.exports
+        link.send("export" if is_there else "none")
+        if not is_there:
+            return
+        self._clients.append(link)
+        with contextlib.suppress(LinkLost):
+            while await link.receive():
+                link.send("flushed")
+
+    # --- the client ---
+
+    async def _do_blockdev_add(self, arguments: dict[str, Any]) -> None:
+        name = str(arguments["node-name"])
+        if name in self.nodes:
+            raise Refused(f"Duplicate nodes with node-name='{name}'")
+        server = arguments["server"]
+        link: Link | None = None
+        try:
+            link = await self.state.outside.connect(server["host"], int(server["port"]))
+            link.send("nbd", export=arguments["export"])
+            answer = await link.receive()
+        except (OSError, LinkLost) as error:
+            if link is not None:
+                link.close()
+            raise Refused("Failed to connect to the NBD server: Connection refused") from error
+        if answer["kind"] != "export":
+            link.close()
+            raise Refused(f"Requested export not available: {arguments['export']}")
+        self.nodes[name] = Node(name, "nbd", link=link)
+
+    async def _do_blockdev_del(self, arguments: dict[str, Any]) -> None:
+        name = str(arguments["node-name"])
+        node = self.nodes.get(name)
+        if node is None:
+            raise Refused(f"Failed to find node with node-name='{name}'")
+        if any(job.target is node and job.status not in CONCLUDED for job in self.jobs.values()):
+            raise Refused(f"Node {name} is in use")
+        if node.link is not None:
+            node.link.close()
+        del self.nodes[name]
+
+    # --- jobs ---
+
+    async def _do_blockdev_mirror(self, arguments: dict[str, Any]) -> None:
+        state, job_id = self.state, str(arguments["job-id"])
+        if "target-is-zero" in arguments and state.profile.version < (10, 1):
+            raise Refused("Parameter 'target-is-zero' is unexpected")
+        source, target = (self.nodes.get(str(arguments[key])) for key in ("device", "target"))
+        if source is None or target is None:
+            raise Refused(f"Cannot find device='{arguments['device']}' nor node-name='{arguments['device']}'")
+        if job_id in self.jobs:
+            raise Refused(f"Job ID '{job_id}' already in use")
+        job = self.jobs[job_id] = Job(state, job_id, target, size_bytes=self._size(source))
+        job.copy_mode = str(arguments.get("copy-mode", "background"))
+        job.be("created")
+        job.task = self._keep(job.run(), f"fake-{job_id}")
+
+    def _job(self, job_id: Any) -> Job:
+        found = self.jobs.get(str(job_id))
+        if found is None:
+            raise Refused("Job not found")
+        return found
+
+    async def _do_block_job_change(self, arguments: dict[str, Any]) -> None:
+        if self.state.profile.version < (8, 2):
+            raise Refused("The command block-job-change has not been found", "CommandNotFound")
+        self._job(arguments["id"]).copy_mode = str(arguments["copy-mode"])
+
+    async def _do_block_job_set_speed(self, arguments: dict[str, Any]) -> None:
+        self._job(arguments["device"])
+
+    async def _do_block_job_cancel(self, arguments: dict[str, Any]) -> None:
+        """Without force: the end of a mirror that is ready; before, a cancel like any other."""
+        job = self._job(arguments["device"])
+        if job.status == "ready" and not arguments.get("force"):
+            job.is_ending.set()
+        else:
+            self._cancel(job)
+
+    async def _do_job_cancel(self, arguments: dict[str, Any]) -> None:
+        self._cancel(self._job(arguments["id"]))
+
+    def _cancel(self, job: Job) -> None:
+        if job.status in CONCLUDED:
+            raise Refused(f"Job '{job.id}' in state '{job.status}' cannot accept command verb 'cancel'")
+        job.is_cancelled.set()
+        if job.status == "pending":
+            job.end("Operation canceled")
+
+    async def _do_job_finalize(self, arguments: dict[str, Any]) -> None:
+        job = self._job(arguments["id"])
+        if job.status != "pending":
+            raise Refused(f"Job '{job.id}' in state '{job.status}' cannot accept command verb 'finalize'")
+        job.end()
+
+    async def _do_job_dismiss(self, arguments: dict[str, Any]) -> None:
+        job = self._job(arguments["id"])
+        if job.status != "concluded":
+            raise Refused(f"Job '{job.id}' in state '{job.status}' cannot accept command verb 'dismiss'")
+        del self.jobs[job.id]
+        job.be("null")
+
+    def _keep(self, work: Any, name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()
+
+
+def nodes_of(texts: list[str]) -> dict[str, Node]:
+    """The nodes of `-blockdev` options in JSON."""
+    found: dict[str, Node] = {}
+    for text in texts:
+        option = json.loads(text)
+        name = str(option["node-name"])
+        found[name] = Node(
+            name,
+            str(option["driver"]),
+            filename=str(option.get("filename", f"{option['driver']}://")),
+            below=str(option.get("file", "")),
+            read_only=bool(option.get("read-only")),
+        )
+    return found
