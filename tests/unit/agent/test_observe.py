@@ -61,6 +61,13 @@ def test_words_that_prove_nothing_by_themselves(word: str | None) -> None:
     assert source_findings(word, started(), has_proof=True) == ()
 
 
+@pytest.mark.parametrize("word", ["failing", "failed", "cancelling", "cancelled"])
+@pytest.mark.proves("S36")
+def test_a_qemu_that_gives_up_after_the_switchover_may_run_its_guest_again(word: str) -> None:
+    assert F.SOURCE_RESUMED not in new_facts(word, started())
+    assert F.SOURCE_RESUMED in new_facts(word, started().with_fact(F.CONTINUE))
+
+
 @pytest.mark.parametrize(
     ("word", "facts"),
     [

@@ -15,6 +15,7 @@ from vmferry.agent.source import SourceAttempt
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.table import Outcome
+from vmferry.core.view import Cpus
 from vmferry.errors import Busy
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
@@ -370,6 +371,36 @@ async def test_a_guest_that_went_back_after_the_commit_is_not_sent_away_by_the_n
     await site.settle()
     assert site.attempt().wire()["outcome"] == "source"
     await site.check("a")
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.proves("S36", "S53", "S123")
+async def test_a_copy_of_before_is_never_started(make_site: MakeSite, restarts: bool) -> None:
+    """1. the destination has everything  2. the migration is cancelled, and the guest runs here again  3. its QEMU dies
+    before the place is released (and its agent begins anew): what the place has is a guest of the past."""
+    site = await make_site()
+
+    def cancel() -> None:
+        if {Fact.COMMITTED, Fact.ALL_SENT} <= {entry.fact for entry in site.attempt().facts}:
+            site.attempt().note(Fact.CANCEL, by="test")
+
+    for fact in (Fact.COMMITTED, Fact.ALL_SENT):  # in this order or the other one
+        site.when("a", fact, cancel)
+    site.when("a", Fact.SOURCE_RESUMED, site.part)
+    attempt = await site.migrate()
+    await site.noted_by("b", Fact.LOADED)
+    await site.until_seen(attempt, lambda: attempt.readings.cpus is Cpus.AS_BEFORE)
+    await site.director.kill(site.director.newest("a"))
+    await site.noted_by("a", Fact.SOURCE_GONE)
+    if restarts:
+        await site.restart("a")
+        attempt = site.attempt()
+    site.join()
+    await site.noted_by("a", Fact.TARGET_WHOLE)
+    await site.until_outcome(attempt, Outcome.HELD)
+    assert Fact.GRANT_SENT not in attempt.facts or restarts
+    assert Fact.GRANTED not in site.place().facts
+    assert site.director.running("g") == []
 
 
 @pytest.mark.proves("S36", "S55")

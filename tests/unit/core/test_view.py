@@ -187,6 +187,10 @@ def test_what_a_stand_in_took_is_not_what_the_destination_has() -> None:
 @pytest.mark.proves("S53")
 def test_a_source_whose_process_died_with_a_whole_destination_had_given_everything_away() -> None:
     assert source_view(log_of(F.SOURCE_GONE, F.TARGET_WHOLE), Readings()).source is Source.RETIRED
+    # What the destination has is of before, unless it ran the guest itself.
+    went_on = (F.SOURCE_RESUMED, F.SOURCE_GONE, F.TARGET_WHOLE)
+    assert source_view(log_of(*went_on), Readings()).source is Source.GONE
+    assert source_view(log_of(F.RUN_ACKED, *went_on), Readings()).source is Source.RETIRED
 
 
 @pytest.mark.proves("S36")
