@@ -113,8 +113,7 @@ async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
 async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -> DestinationAttempt:
     """Checks, journals, registers. Raises Busy or NotTrusted; nothing was done then."""
     vm, job = str(arguments["vm"]), str(arguments["job"])
-    if job in agent.known_jobs:
-        raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
+    _refuse_given_up(agent, job)
     if vm in agent.vms:
         raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
     other = agent.place_of(vm)
@@ -144,8 +143,16 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     place = DestinationAttempt(agent, wanted)
     place.peer_ca = None if ca_pem is None else str(ca_pem).encode()
     await agent.journal.append(Entry.PLACE_WANTED, job, msgspec.to_builtins(wanted))
+    # 1. that is being written  2. a release of the job comes, finds no place and renounces it  3. it would be made all
+    # the same, and wait for a source that has heard that it is gone.
+    _refuse_given_up(agent, job)
     agent.run_place(place)
     return place
+
+
+def _refuse_given_up(agent: Agent, job: str) -> None:
+    if job in agent.known_jobs:
+        raise Busy(f"{agent.config.name} gave the place of job {job} up for good", side="destination")
 
 
 def _agree_to_clear_text(agent: Agent, arguments: dict[str, Any]) -> None:
