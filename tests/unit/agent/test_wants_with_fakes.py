@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent import peer_commands
 from vmferry.agent.machine import Machine
 from vmferry.core import hazards
 from vmferry.core.facts import Fact
@@ -131,8 +132,8 @@ async def test_a_source_that_may_go_back_is_paused_before_the_switch_to_postcopy
 
 @pytest.mark.proves("S13", "S35")
 async def test_a_place_that_is_released_while_it_is_written_down_is_not_made(make_site: MakeSite) -> None:
-    """1. the place is being written into the journal  2. the migration is cancelled, and its release finds no place:
-    the job is renounced  3. a place that was made now would wait for a source that has gone on."""
+    """1. the place is being written into the journal  2. a release of the job comes, finds no place, and renounces it
+    3. a place that was made now would wait for a source that has gone on."""
     site = await make_site()
     there = site.agents["b"]
     append, is_first = there.journal.append, True
@@ -142,12 +143,11 @@ async def test_a_place_that_is_released_while_it_is_written_down_is_not_made(mak
         await append(kind, subject, body)
         if kind is Entry.PLACE_WANTED and is_first:
             is_first = False
-            await site.command("a", "vm-cancel", vm="g")
-            await site.until(lambda: bool(there.known_jobs))
+            await peer_commands.COMMANDS["peer-release"](there, "a", {"job": subject, "generation": 2})
 
     there.journal.append = slow  # type: ignore[method-assign]
     attempt = await site.migrate()
     await site.settle()
-    assert attempt.wire()["status"] == "cancelled"
+    assert (attempt.wire()["status"], attempt.wire()["outcome"]) == ("failed", "source")
     assert there.places == {}
     await site.check("a")
