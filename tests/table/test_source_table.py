@@ -124,7 +124,8 @@ def test_a_refused_start_goes_back_again_or_waits_for_a_person_as_the_policy_say
 
 @pytest.mark.proves("S97", "S106")
 def test_a_switchover_that_waits_for_a_persons_leave_goes_on_by_nothing_else_and_goes_back_in_the_end() -> None:
-    assert {view.leave for view in where(Effect.CONTINUE)} == {Leave.GIVEN}
+    for effect in (Effect.CONTINUE, Effect.DRAIN_MIRRORS):
+        assert {view.leave for view in where(effect)} == {Leave.GIVEN}
     held = [row for row in SOURCE_ROWS if Leave.AWAITED in row.when.get("leave", ())]
     assert [row.label for row in held] == ["M-hold"]
     (row,) = held

@@ -170,6 +170,40 @@ async def test_a_cancel_while_the_disks_are_on_their_way(make_site: MakeSite) ->
     assert Fact.SWITCHOVER not in attempt.facts
 
 
+@pytest.mark.proves("S97")
+async def test_mirrors_go_on_until_a_person_has_given_the_leave(make_site: MakeSite) -> None:
+    ready = await moved(make_site)
+    attempt = await ready.migrate(auto_finalize=False)
+    await ready.site.until_row(attempt, "M-hold")
+    jobs = await attempt.machine.execute("query-jobs")
+    assert [job["status"] for job in jobs] == ["ready", "ready"], "whoever says no has lost nothing"
+    await ready.site.command("a", "job-finalize", id=attempt.job)
+    await ready.site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    in_order(ready.site, ("a", Fact.FINALIZE), ("a", Fact.DISKS_DRAINED), ("a", Fact.CONTINUE))
+    await ready.site.check("b", "d")
+
+
+async def test_disks_count_in_the_job_and_its_bandwidth_is_theirs_until_the_memory_goes(make_site: MakeSite) -> None:
+    ready = await moved(make_site)
+    ready.site.director.script("a", {"mirror": "hold"})
+    attempt = await ready.migrate()
+    await ready.site.director.reached("a", "mirror")
+    await ready.site.until_row(attempt, "P-copying")
+    await ready.site.until(lambda: attempt.tracking.disks[1] == 2 * (3 << 20))
+    (job,) = await ready.site.command("a", "query-jobs")
+    memory = attempt.kept.definition.memory_bytes
+    assert (job["current-progress"], job["total-progress"]) == (0, 2 * (3 << 20) + memory)
+    await ready.site.command("a", "job-change", id=attempt.job, max_bandwidth=8 << 20)
+    assert (await attempt.machine.execute("query-migrate-parameters"))["max-bandwidth"] == 8 << 20
+    ready.site.director.go("a", "mirror")
+    await ready.site.settle()
+    wire = attempt.wire()
+    assert wire["outcome"] == "destination"
+    assert (wire["progress"]["percent"], wire["progress"]["current_bytes"]) == (100, wire["progress"]["whole_bytes"])
+    assert wire["progress"]["whole_bytes"] >= 2 * (3 << 20)
+
+
 async def test_a_cancel_in_the_middle_of_the_drain(make_site: MakeSite) -> None:
     ready = await moved(make_site)
     ready.site.director.script("a", {"drain": "hold"})
