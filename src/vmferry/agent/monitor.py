@@ -150,13 +150,16 @@ class Monitor:
             case Fate.NEVER:
                 raise UsageError(f"{command.name}: {why}")
             case Fate.HELD if (attempt := self._attempt()) is not None:
-                raise Busy(
-                    f"{self.kept.name} is on its way to {attempt.wanted.destination}, and whether it runs here is"
-                    f" decided by that migration; {command.name} may be said again when it is over",
-                    hint="migrate_cancel ends the migration",
-                )
+                raise self._busy(command, attempt)
             case _:
                 return await self._pass(command)
+
+    def _busy(self, command: Command, attempt: SourceAttempt) -> Busy:
+        return Busy(
+            f"{self.kept.name} is on its way to {attempt.wanted.destination}, which decides whether it runs here and"
+            f" what becomes of its disks; {command.name} may be said again when that is over",
+            hint="migrate_cancel ends the migration",
+        )
 
     async def _pass(self, command: Command) -> Any:
         if command.oob:
@@ -245,7 +248,10 @@ class Monitor:
         return [*await self._machine.execute("query-jobs"), *self._jobs()]
 
     async def job(self, command: Command) -> Any:
-        """A verb: vmferry's for its own jobs, QEMU's for all others."""
+        """A verb: vmferry's for its own jobs, QEMU's for all others but the mirrors of a migration."""
+        attempt = self._attempt()
+        if attempt is not None and command.arguments.get("id") in {mirror.job for mirror in attempt.mirrors}:
+            raise self._busy(command, attempt)
         if command.arguments.get("id") not in {job["id"] for job in self._jobs()}:
             return await self._pass(command)
         await self._control(command.name, **command.arguments)

@@ -46,8 +46,13 @@ OURS: Final[frozenset[str]] = frozenset(
         "job-cancel", "job-pause", "job-resume", "job-complete", "job-finalize", "job-dismiss", "job-change",
     }
 )  # fmt: skip
-HELD: Final[frozenset[str]] = frozenset({"cont", "stop", "quit", "blockdev-set-active", "snapshot-load"})
-"""They decide whether the guest runs here, which is the migration's to decide until it is over."""
+HELD: Final[frozenset[str]] = frozenset(
+    {
+        "cont", "stop", "quit", "blockdev-set-active", "snapshot-load",
+        "block-job-cancel", "block-job-complete", "blockdev-del", "block-export-del", "nbd-server-stop",
+    }
+)  # fmt: skip
+"""They decide whether the guest runs here, or take the disks' mirrors away: both are the migration's until it is over."""
 NEVER: Final[Mapping[str, str]] = MappingProxyType(
     {
         "getfd": "a file descriptor cannot be passed on to QEMU here",

@@ -100,6 +100,7 @@ async def test_a_postcopy_waits_for_the_clients_word_and_a_cancel_ends_it(make_s
         await site.noted_by("a", Fact.SETUP_DONE)
         assert Fact.START_POSTCOPY not in site.attempt().facts
         assert (await client.execute("query-migrate"))["status"] == "active"
+        assert "on its way to b" in await refused(client, "block-job-cancel", {"device": "d"})
         for command in ("cont", "stop", "quit"):
             assert "on its way to b" in await refused(client, command)
             line = {"command-line": command}
