@@ -52,7 +52,7 @@ HELD: Final[frozenset[str]] = frozenset(
         "block-job-cancel", "block-job-complete", "blockdev-del", "block-export-del", "nbd-server-stop",
     }
 )  # fmt: skip
-"""They decide whether the guest runs here, or take the disks' mirrors away: both are the migration's until it is over."""
+"""They decide whether the guest runs here, or take its mirrors away: that is the migration's until it is over."""
 NEVER: Final[Mapping[str, str]] = MappingProxyType(
     {
         "getfd": "a file descriptor cannot be passed on to QEMU here",
