@@ -254,11 +254,18 @@ class RescueRefused(VmferryError):
     default_guest = "paused"
 
 
+class RepositoryError(VmferryError):
+    """A repository of snapshots cannot be reached, is damaged, or refuses; the message names the object."""
+
+    exit_code = 22
+    code = "repository"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
-    RescueRefused,
+    RescueRefused, RepositoryError,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"
