@@ -238,6 +238,9 @@ STORE_PACK_BYTES_MAX = 256 << 20
 STORE_FRAME_PAGES = 8
 STORE_FRAME_PAGES_MAX = 64
 
+# zstd's level: 3 is 4 % smaller than 1 in frames of 32 KiB, at two thirds of its speed (decision 0031).
+STORE_ZSTD_LEVEL = 3
+
 # A changed page is stored as its difference to the page that it was if at most so many of its bytes differ.
 STORE_DIFFERENT_BYTES_MAX = 1024
 
@@ -272,6 +275,10 @@ STORE_READ_BYTES = 4 << 20
 # commits nothing without having seen that it is still there.
 STORE_LOCK_STALE_S = 1800.0
 STORE_LOCK_RENEW_S = 180.0
+
+# What nobody refers to is left alone while it is younger: locks keep savers and pruners apart, and this is for the day
+# on which somebody deletes locks by hand. Half-written files of a put that goes on in this moment need it, too.
+STORE_PRUNE_GRACE_S = 3600.0
 
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20

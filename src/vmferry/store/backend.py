@@ -19,12 +19,17 @@ Errors: `ObjectMissing`; `StoreTransient`: try again; `StorePermanent`: somebody
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from vmferry.limits import STORE_NAME_CHARACTERS_MAX
+from vmferry.store.errors import StoreTransient
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*(?:/[a-z0-9][a-z0-9_-]*)*")
+
+_TRIES: Final = 3
+T = TypeVar("T")
 
 LEFTOVERS: Final = "tmp/"
 """Rule 4's place. Nothing in it is part of anything."""
@@ -65,6 +70,17 @@ class Backend(Protocol):
     def close(self) -> None:
         """Gives back what the implementation holds. Nothing may be called afterwards."""
         ...
+
+
+def again(call: Callable[[], T]) -> T:
+    """Calls what may be done twice without harm, up to three times. For answers that got lost: an outage lasts longer,
+    and is the caller's to wait for."""
+    for _ in range(_TRIES - 1):
+        try:
+            return call()
+        except StoreTransient:
+            continue
+    return call()
 
 
 def checked_name(name: str) -> str:

@@ -51,5 +51,12 @@ class MemoryStore:
         with self._lock:
             self._objects.pop(checked_name(name), None)
 
+    def copy(self) -> MemoryStore:
+        """Another store with the same objects, with their times."""
+        other = MemoryStore(self._clock)
+        with self._lock:
+            other._objects = dict(self._objects)
+        return other
+
     def close(self) -> None:
         """See `Backend`; the objects stay, so that a test can open the store again."""
