@@ -97,13 +97,11 @@ def new_config(
     assert len(master) == KEY_BYTES
     assert len(salt) == _SALT_BYTES
     assert 1 <= frame_pages <= STORE_FRAME_PAGES_MAX
-    match key:
-        case None:
-            encryption = None
-        case PassPhrase():
-            encryption = Encryption("aes-256-gcm", "scrypt", salt.hex(), _SCRYPT_COST, 8)
-        case KeyFile():
-            encryption = Encryption("aes-256-gcm", "key-file", salt.hex())
+    encryption = None
+    if isinstance(key, PassPhrase):
+        encryption = Encryption("aes-256-gcm", "scrypt", salt.hex(), _SCRYPT_COST, 8)
+    elif isinstance(key, KeyFile):
+        encryption = Encryption("aes-256-gcm", "key-file", salt.hex())
     config = Config(
         FORMAT, VERSION, repository.hex(), created_s, CHUNKER, HASH, COMPRESSION, frame_pages, encryption, ""
     )  # fmt: skip
@@ -147,22 +145,20 @@ def read_config(data: bytes, key: Key | None) -> tuple[Config, Secrets]:
 def _opener(encryption: Encryption, key: Key) -> bytes:
     """The key that opens the master key."""
     salt = bytes.fromhex(encryption.salt)
-    match key:
-        case PassPhrase(text):
-            if encryption.kdf != "scrypt":
-                raise WrongKey("the repository opens with a key file, not with a pass phrase")
-            cost, block = encryption.cost, encryption.block
-            if not (1 < cost <= 1 << 24 and 0 < block <= 64 and cost & (cost - 1) == 0):
-                raise Damaged(NAME, "its numbers for scrypt are out of bounds")
-            if 128 * cost * block > STORE_SCRYPT_BYTES_MAX:
-                raise Damaged(NAME, "it asks for more memory than a pass phrase is worth")
-            return Scrypt(salt=salt, length=KEY_BYTES, n=cost, r=block, p=1).derive(text.encode())
-        case KeyFile(content):
-            if encryption.kdf != "key-file":
-                raise WrongKey("the repository opens with a pass phrase, not with a key file")
-            if len(content) < KEY_BYTES:
-                raise WrongKey(f"a key file has at least {KEY_BYTES} bytes; this one has {len(content)}")
-            return derived(salt, content)
+    if isinstance(key, PassPhrase):
+        if encryption.kdf != "scrypt":
+            raise WrongKey("the repository opens with a key file, not with a pass phrase")
+        cost, block = encryption.cost, encryption.block
+        if not (1 < cost <= 1 << 24 and 0 < block <= 64 and cost & (cost - 1) == 0):
+            raise Damaged(NAME, "its numbers for scrypt are out of bounds")
+        if 128 * cost * block > STORE_SCRYPT_BYTES_MAX:
+            raise Damaged(NAME, "it asks for more memory than a pass phrase is worth")
+        return Scrypt(salt=salt, length=KEY_BYTES, n=cost, r=block, p=1).derive(key.text.encode())
+    if encryption.kdf != "key-file":
+        raise WrongKey("the repository opens with a pass phrase, not with a key file")
+    if len(key.content) < KEY_BYTES:
+        raise WrongKey(f"a key file has at least {KEY_BYTES} bytes; this one has {len(key.content)}")
+    return derived(salt, key.content)
 
 
 def _rest(config: Config) -> bytes:

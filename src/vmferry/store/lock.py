@@ -98,6 +98,8 @@ class Lock:
 
     def renew_if_due(self) -> None:
         """Renews the lock if it is time. Raises LockLost when somebody took it away: give up and commit nothing."""
+        if not self._name:
+            raise self._lost()
         if self._clock.now_s() - self._renewed_s < min(STORE_LOCK_RENEW_S, self._stale_s / 10):
             return
         old = self._name
@@ -111,6 +113,8 @@ class Lock:
 
     def check(self) -> None:
         """Raises LockLost when the lock is not there any more."""
+        if not self._name:
+            raise self._lost()
         try:
             again(lambda: self._backend.size(self._name))
         except ObjectMissing:

@@ -157,7 +157,8 @@ def read_directory(seal: Seal, name: str, sealed: bytes, size_bytes: int) -> Dir
 
 def read_whole(seal: Seal, name: str, data: bytes) -> Directory:
     """The directory of a pack that is here as a whole. Raises Damaged."""
-    read_prefix(name, data, PACK)
+    if read_prefix(name, data, PACK):
+        raise Damaged(name, "it begins with a head, and a pack has none")
     length = read_tail(name, data[-TAIL_BYTES:], len(data))
     return read_directory(seal, name, data[len(data) - TAIL_BYTES - length : len(data) - TAIL_BYTES], len(data))
 
