@@ -25,7 +25,7 @@ import numpy.typing as npt
 from vmferry.limits import STORE_INDEX_PAGES_MAX
 from vmferry.store.envelope import INDEX, PREFIX, Opened, seal_object
 from vmferry.store.errors import Damaged
-from vmferry.store.pack import Frames, Kind, frames_bytes, read_frames
+from vmferry.store.pack import DIFFERENCES, Frames, frames_bytes, read_frames
 from vmferry.store.page_ids import ID_BYTES, Ids
 from vmferry.store.seal import Seal
 
@@ -72,7 +72,7 @@ class Index:
         """The first frame of each pack, and the number of all frames."""
         self.first_rows = _starts(frames.counts)
         """The first row of each frame, and the number of all rows."""
-        self._differences = frames.kinds & Kind.DIFFERENCES != 0
+        self._differences = frames.kinds & DIFFERENCES != 0
         self._first_bases = _starts(np.where(self._differences, frames.counts, 0))
         before = _starts(frames.lengths)
         packs_before = np.repeat(before[self.first_frames[:-1]], packs["frames"])

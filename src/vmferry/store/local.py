@@ -59,8 +59,10 @@ class LocalFolder:
         self.root = root
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _File] = OrderedDict()
-        with _translated(str(root)):
+        try:
             self._make(root / LEFTOVERS)
+        except OSError as error:
+            raise StorePermanent(f"{root} cannot hold a store: {error.strerror}", cause=error) from error
 
     def put(self, name: str, data: bytes) -> None:
         """See `Backend`."""

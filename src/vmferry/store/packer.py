@@ -21,7 +21,17 @@ import numpy.typing as npt
 from vmferry.store.compression import Compressor
 from vmferry.store.index import PackFacts, index_name, of_packs, write_index
 from vmferry.store.known import Numbers
-from vmferry.store.pack import Directory, Frames, Kind, pack_begin, pack_end, pack_name, proof_of
+from vmferry.store.pack import (
+    COMPRESSED,
+    DIFFERENCES,
+    PLAIN,
+    Directory,
+    Frames,
+    pack_begin,
+    pack_end,
+    pack_name,
+    proof_of,
+)
 from vmferry.store.page_ids import ID_BYTES, PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
@@ -59,7 +69,7 @@ class Packer:
         self._pack_bytes, self._index_pages = repository.shape.pack_bytes, repository.shape.index_pages
         self._frame_pages = repository.config.frame_pages
         self._compressor = Compressor(repository.shape.level)
-        self._waiting = {Kind.PLAIN: self._empty(), Kind.DIFFERENCES: self._empty()}
+        self._waiting = {PLAIN: self._empty(), DIFFERENCES: self._empty()}
         self._pack: _Pack | None = None
         self._index_id = repository.random(16)
         self._facts: list[PackFacts] = []
@@ -80,12 +90,12 @@ class Packer:
 
     def add(self, pages: Pages, ids: Ids) -> None:
         """Whole pages, new ones. They are copied, or stored before this returns."""
-        self._add(Kind.PLAIN, pages, ids, np.zeros((0, ID_BYTES), np.uint8))
+        self._add(PLAIN, pages, ids, np.zeros((0, ID_BYTES), np.uint8))
 
     def add_differences(self, differences: Pages, ids: Ids, bases: Ids) -> None:
         """Pages as differences to pages that are stored whole; `ids` are those of the pages themselves."""
         assert len(bases) == len(ids)
-        self._add(Kind.DIFFERENCES, differences, ids, bases)
+        self._add(DIFFERENCES, differences, ids, bases)
 
     def finish(self) -> None:
         """Everything is durable when this returns, and described by indexes."""
@@ -95,7 +105,7 @@ class Packer:
         self._close_pack()
         self._close_index()
 
-    def _add(self, kind: Kind, pages: Pages, ids: Ids, bases: Ids) -> None:
+    def _add(self, kind: int, pages: Pages, ids: Ids, bases: Ids) -> None:
         assert len(pages) == len(ids)
         ordinals = np.arange(self.ordinals, self.ordinals + len(ids))
         self.ordinals += len(ids)
@@ -111,36 +121,36 @@ class Packer:
             take = min(unit - waiting.count, len(ids) - at)
             into, part = slice(waiting.count, waiting.count + take), slice(at, at + take)
             waiting.pages[into], waiting.ids[into], waiting.ordinals[into] = pages[part], ids[part], ordinals[part]
-            if kind is Kind.DIFFERENCES:
+            if kind is DIFFERENCES:
                 waiting.bases[into] = bases[part]
             waiting.count += take
             at += take
             if waiting.count == unit:
                 self._flush_waiting(kind, waiting)
 
-    def _flush_waiting(self, kind: Kind, waiting: _Waiting) -> None:
+    def _flush_waiting(self, kind: int, waiting: _Waiting) -> None:
         part = slice(0, waiting.count)
         waiting.count = 0
         self._store(kind, waiting.pages[part], waiting.ids[part], waiting.bases[part], waiting.ordinals[part])
 
-    def _store(self, kind: Kind, pages: Pages, ids: Ids, bases: Ids, ordinals: npt.NDArray[np.int64]) -> None:
+    def _store(self, kind: int, pages: Pages, ids: Ids, bases: Ids, ordinals: npt.NDArray[np.int64]) -> None:
         """One frame into the pack."""
         if self._pack is None:
             self._pack = _Pack(self._repository.random(16), self._placed - self._index_first)
         pack = self._pack
         plain = np.ascontiguousarray(pages).reshape(-1).data
         frame = self._compressor.frame(plain)
-        kind |= Kind.COMPRESSED
+        kind |= COMPRESSED
         if len(frame) >= len(plain):
-            frame, kind = bytes(plain), kind & ~Kind.COMPRESSED
+            frame, kind = bytes(plain), kind & ~COMPRESSED
         number = len(pack.lengths) + 1
         sealed = self._repository.seal.close_frame(pack_name(pack.pack_id), number, frame)
         pack.data += sealed
         pack.lengths.append(len(sealed))
-        pack.kinds.append(int(kind))
+        pack.kinds.append(kind)
         pack.counts.append(len(ids))
         pack.ids.append(ids.copy())
-        if kind & Kind.DIFFERENCES:
+        if kind & DIFFERENCES:
             pack.bases.append(bases.copy())
         self._rows[ordinals] = np.arange(self._placed, self._placed + len(ids))
         self._placed += len(ids)

@@ -11,6 +11,7 @@ The key fills the hash's first block, so its work is done once; pages have one l
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -33,17 +34,24 @@ class PageIds:
         self._begun = hashlib.sha256(key + bytes(32))
 
     def of(self, pages: Pages) -> Ids:
-        """One id per row; rows must lie whole in memory, in any distance."""
+        """One id per row."""
+        return self.of_some(pages, range(len(pages)))
+
+    def of_some(self, pages: Pages, rows: Iterable[int]) -> Ids:
+        """The ids of these rows of `pages`."""
         begun, found = self._begun, bytearray()
-        for page in pages:
+        flat = np.ascontiguousarray(pages).reshape(-1).data
+        for row in rows:
             one = begun.copy()
-            one.update(page)
+            one.update(flat[row * PAGE_BYTES : (row + 1) * PAGE_BYTES])
             found += one.digest()[:ID_BYTES]
         return np.frombuffer(found, np.uint8).reshape(-1, ID_BYTES)
 
-    def are(self, pages: Pages, ids: Ids) -> bool:
-        """Whether these pages are what the ids say."""
-        return bool(np.array_equal(self.of(pages), ids))
+    def is_page(self, page: Pages, page_id: bytes) -> bool:
+        """Whether this one page, whole in memory, is what its id says."""
+        one = self._begun.copy()
+        one.update(page.data)
+        return one.digest()[:ID_BYTES] == page_id
 
 
 def halves(ids: Ids) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:

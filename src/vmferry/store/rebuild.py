@@ -22,7 +22,7 @@ from vmferry.store.envelope import PREFIX
 from vmferry.store.errors import Damaged
 from vmferry.store.index import Index, PackFacts, index_name, of_packs, write_index
 from vmferry.store.lock import Lock
-from vmferry.store.pack import Directory, Kind, inflate_frame, pack_name, proof_of, read_whole
+from vmferry.store.pack import DIFFERENCES, Directory, inflate_frame, pack_name, proof_of, read_whole
 from vmferry.store.page_ids import ID_BYTES, Ids
 from vmferry.store.repository import Repository
 from vmferry.store.source import PageSource
@@ -110,7 +110,7 @@ def _look(repository: Repository, pack_id: bytes, size_bytes: int) -> tuple[Dire
         stored = data[offset : offset + length]
         offset += length
         pages = inflate_frame(repository.seal, name, number, stored, kind, count)
-        is_whole = not kind & Kind.DIFFERENCES
+        is_whole = not kind & DIFFERENCES
         ids.append(repository.ids.of(pages) if is_whole else np.zeros((count, ID_BYTES), np.uint8))
     return directory, PackFacts(pack_id, len(data), frames, np.concatenate([*ids, np.zeros((0, ID_BYTES), np.uint8)]))
 

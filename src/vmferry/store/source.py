@@ -28,7 +28,7 @@ from vmferry.store.errors import Damaged
 from vmferry.store.index import Index, Place
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
 from vmferry.store.manifest import ZERO
-from vmferry.store.pack import Kind, inflate_frame, pack_name
+from vmferry.store.pack import DIFFERENCES, inflate_frame, pack_name
 from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
@@ -154,10 +154,10 @@ class PageSource:
         if pages is None:
             pages = self._inflate(k, index, index.place(frame), frame)
         page: Pages = pages[row - int(index.first_rows[frame])]
-        if index.frames.kinds[frame] & Kind.DIFFERENCES:
+        if index.frames.kinds[frame] & DIFFERENCES:
             base = int(self.bases_of(k, np.array([row]))[0])
             page = page ^ self.page(base)
-        if not self._repository.ids.are(page[np.newaxis], index.ids[row : row + 1]):
+        if not self._repository.ids.is_page(page, index.ids[row].tobytes()):
             raise self._wrong(k, frame)
         return page
 
@@ -178,10 +178,10 @@ class PageSource:
         slots = rows - index.first_rows[of_rows]
         for pages, frame, begin, end in zip(self._frames_of(k, frames), frames, begins, ends, strict=True):
             part = slice(int(begin), int(end))
-            out[at[part]] = pages[slots[part]]
-            if index.frames.kinds[frame] & Kind.DIFFERENCES:
+            _scatter(out, at[part], pages, slots[part])
+            if index.frames.kinds[frame] & DIFFERENCES:
                 out[at[part]] ^= self.read(self.bases_of(k, rows[part]))
-        found = self._repository.ids.of(out[at])
+        found = self._repository.ids.of_some(out, at.tolist())
         wrong = np.flatnonzero((found != index.ids[rows]).any(axis=1))
         if len(wrong):
             raise self._wrong(k, int(of_rows[wrong[0]]))
@@ -235,3 +235,12 @@ class PageSource:
         return Damaged(
             pack_name(self.indexes[k].pack_ids[place.pack]), f"a page in frame {place.number} is not what was saved"
         )
+
+
+def _scatter(out: Pages, at: npt.NDArray[np.intp], pages: Pages, slots: npt.NDArray[np.int64]) -> None:
+    """out[at] = pages[slots], in one copy where both are runs: most are."""
+    last = len(at) - 1
+    if at[last] - at[0] == last and slots[last] - slots[0] == last and (at[1:] - at[:-1] == 1).all():
+        out[at[0] : at[last] + 1] = pages[slots[0] : slots[last] + 1]
+    else:
+        out[at] = pages[slots]

@@ -98,14 +98,13 @@ class SnapshotWriter:
         self._lock.renew_if_due()
         is_zero = ~pages.view(np.uint64).any(axis=1) if pages.flags.c_contiguous else ~pages.any(axis=1)
         table[numbers[is_zero]] = ZERO
-        if is_zero.any():
-            numbers, pages = numbers[~is_zero], pages[~is_zero]
-        ids = self._repository.ids.of(pages)
+        rows = np.flatnonzero(~is_zero)
+        ids = self._repository.ids.of_some(pages, rows.tolist())
         found = self._known.find(ids)
         is_new = found == UNKNOWN
         if is_new.any():
-            found[is_new] = self._add(block, numbers[is_new], pages[is_new], ids[is_new])
-        table[numbers] = found
+            found[is_new] = self._add(block, numbers, pages, rows[is_new], ids[is_new])
+        table[numbers[rows]] = found
 
     def keep(self, block: str, numbers: npt.NDArray[np.int64]) -> None:
         """These pages are what they are in the base snapshot: the caller knows it, and nothing is read."""
@@ -172,14 +171,15 @@ class SnapshotWriter:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _learn(self) -> None:
-        """What the repository has. Only pages in packs that are there count as known."""
+        """What the repository has. Only pages in packs that are there, whole by their sizes, count as known."""
         packs = self._repository.packs()
         base_rows = {} if self._base is None else self._base.rows_used()
         number = 0
         for index in self._all_indexes():
             if number + index.rows >= UNSET // 2:
                 break  # half of all numbers are for what is new; what is not known is stored again
-            is_here = np.array([each in packs for each in index.pack_ids], np.bool_)
+            sizes = [packs[each].size_bytes if each in packs else -1 for each in index.pack_ids]
+            is_here = np.array(sizes, np.int64) == index.pack_sizes
             rows = np.flatnonzero(np.repeat(is_here, np.diff(index.pack_rows())))
             # A difference may have outlived its base, except one that the base snapshot uses.
             is_sure = ~index.are_differences(rows)
@@ -196,16 +196,20 @@ class SnapshotWriter:
         names = {index.index_id for index in first}
         yield from (index for index in all_indexes(self._repository) if index.index_id not in names)
 
-    def _add(self, block: str, numbers: npt.NDArray[np.int64], pages: Pages, ids: Ids) -> Numbers:
-        """Stores pages that are not known; equal ones once. Their numbers."""
+    def _add(
+        self, block: str, numbers: npt.NDArray[np.int64], pages: Pages, rows: npt.NDArray[np.intp], ids: Ids
+    ) -> Numbers:
+        """Stores those rows of `pages`, which are not known; equal ones once. Their numbers."""
         leaders, positions = first_of_each(ids)
-        numbers, pages, ids = numbers[leaders], pages[leaders], ids[leaders]
+        rows, ids = rows[leaders], ids[leaders]
         given = np.full(len(ids), UNKNOWN, np.uint32)
         if self._base is not None and block in {each.name for each in self._base.head.blocks}:
-            self._add_differences(self._base, block, numbers, pages, ids, given)
+            self._add_differences(self._base, block, numbers[rows], pages[rows], ids, given)
         whole = np.flatnonzero(given == UNKNOWN)
         given[whole] = self._next(len(whole))
-        self._packer.add(pages[whole], ids[whole])
+        rows = rows[whole]
+        is_all = len(rows) == len(pages)  # then the order is the same, too
+        self._packer.add(pages if is_all else pages[rows], ids[whole])
         self._known.add(ids, given)
         return np.asarray(given[positions])
 

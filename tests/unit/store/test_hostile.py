@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from tests.unit.store.conftest import RAM, ManualClock, Numbered, Store, memory, new_store, touched
 from vmferry.store import envelope
 from vmferry.store.config import Key, PassPhrase
 from vmferry.store.envelope import INDEX, MANIFEST, seal_object
@@ -49,6 +49,7 @@ def damaged_copy(store: Store, name: str, change: Callable[[bytes], bytes | None
     other.repository.backend = backend
     other.repository.seal, other.repository.ids = store.repository.seal, store.repository.ids
     other.repository.config = store.repository.config
+    other.repository.random = Numbered(b"later")
     other.saved = dict(store.saved)
     return other
 
@@ -240,6 +241,16 @@ def test_a_head_that_is_deep_or_large_is_refused() -> None:
     store.backend.put(name, envelope.prefix(MANIFEST, 1 << 31) + bytes(100))
     with pytest.raises(Damaged, match="its head would have"):
         store.repository.manifest(snapshot)
+
+
+@pytest.mark.parametrize("change", ["missing", "cut"])
+def test_a_save_does_not_rely_on_a_pack_that_is_gone_or_cut(change: str) -> None:
+    """It stores those pages again, and is whole."""
+    for name in OPEN.names("packs/"):
+        other = damaged_copy(OPEN, name, CHANGES[change])
+        other.saved = {}
+        other.save(memory(150))
+        other.check()
 
 
 # --- indexes made again ----------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from vmferry.store.compression import Compressor
 from vmferry.store.errors import Damaged
 from vmferry.store.pack import (
+    COMPRESSED,
+    DIFFERENCES,
+    PLAIN,
     Directory,
     Frames,
-    Kind,
     inflate_frame,
     pack_begin,
     pack_end,
@@ -119,9 +121,9 @@ def test_frames_come_back_as_pages(seal: OpenSeal | SecretSeal) -> None:
     pages = np.arange(2 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(2, PAGE_BYTES)
     plain = seal.close_frame(NAME, 4, pages.tobytes())
     packed = seal.close_frame(NAME, 4, Compressor(3).frame(pages.tobytes()))
-    assert np.array_equal(inflate_frame(seal, NAME, 3, plain, Kind.PLAIN, 2), pages)
-    assert np.array_equal(inflate_frame(seal, NAME, 3, packed, Kind.COMPRESSED | Kind.DIFFERENCES, 2), pages)
-    for stored, kind, count in ((plain, Kind.PLAIN, 1), (plain, Kind.COMPRESSED, 2), (packed, Kind.COMPRESSED, 3)):
+    assert np.array_equal(inflate_frame(seal, NAME, 3, plain, PLAIN, 2), pages)
+    assert np.array_equal(inflate_frame(seal, NAME, 3, packed, COMPRESSED | DIFFERENCES, 2), pages)
+    for stored, kind, count in ((plain, PLAIN, 1), (plain, COMPRESSED, 2), (packed, COMPRESSED, 3)):
         with pytest.raises(Damaged):
             inflate_frame(seal, NAME, 3, stored, kind, count)
 

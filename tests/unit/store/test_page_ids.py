@@ -17,9 +17,10 @@ def test_an_id_is_the_beginning_of_a_hash_of_key_and_page() -> None:
     ids = PageIds(key).of(pages)
     for page, one in zip(pages, ids, strict=True):
         assert one.tobytes() == hashlib.sha256(key + bytes(32) + page.tobytes()).digest()[:16]
-    assert PageIds(key).are(pages, ids)
-    assert not PageIds(key).are(pages[::-1], ids[:]) or np.array_equal(pages[0], pages[2])
-    assert not PageIds(bytes(32)).are(pages, ids)
+        assert PageIds(key).is_page(page, one.tobytes())
+        assert not PageIds(bytes(32)).is_page(page, one.tobytes())
+    assert not PageIds(key).is_page(pages[0], ids[1].tobytes())
+    assert np.array_equal(PageIds(key).of_some(pages, [2, 1]), ids[[2, 1]])
 
 
 def test_pages_in_any_distance_and_none_at_all() -> None:
