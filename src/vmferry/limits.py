@@ -244,13 +244,18 @@ STORE_ZSTD_LEVEL = 3
 # A changed page is stored as its difference to the page that it was if at most so many of its bytes differ.
 STORE_DIFFERENT_BYTES_MAX = 1024
 
-# Pages that one index object describes: 16 MiB of ids, written every 2 to 4 GiB of new pages.
-STORE_INDEX_PAGES = 1 << 20
+# Pages that one index object describes: 4 MiB of ids, written after every GiB of new pages. Whoever looks through all
+# indexes holds one at a time.
+STORE_INDEX_PAGES = 1 << 18
 STORE_INDEX_PAGES_MAX = 1 << 23
 
-# Known pages that a writer compares new ones with, at 20 bytes each: 120 MB, for 24 GiB of unique pages. What does not
-# fit is stored again if it comes again: that costs room, never a page.
-STORE_KNOWN_PAGES_MAX = 6 << 20
+# Known pages that a writer compares new ones with, at 20 bytes each: 84 MB, for 16 GiB of unique pages; with a pack,
+# its copy and what sorting takes a writer stays below 200 MB. What does not fit is stored again if it comes again: that
+# costs room, never a page.
+STORE_KNOWN_PAGES_MAX = 4 << 20
+
+# Sorted runs of known pages are merged up to this size: merging takes as much memory again as the run has.
+STORE_KNOWN_RUN_PAGES_MAX = 1 << 19
 
 # The head of an object is a description of some kilobytes; that of a manifest carries what its owner wrote into it.
 STORE_HEAD_BYTES_MAX = 16 << 20

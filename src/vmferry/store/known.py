@@ -3,7 +3,8 @@
 Theory of operation
 -------------------
 Runs of sorted ids, as in a log-structured merge tree: what is added becomes a run; a run that is not much larger than
-the next younger one is merged with it, so there are never more than about log2 of all pages.
+the next younger one is merged with it, up to a size. So there are about as many as that size fits into all pages, and
+its log2.
 
 Rule 1: at most `STORE_KNOWN_PAGES_MAX`; beyond that pages are not remembered. What is not known is stored again,
         which costs room and never a page.
@@ -17,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.limits import STORE_KNOWN_PAGES_MAX
+from vmferry.limits import STORE_KNOWN_PAGES_MAX, STORE_KNOWN_RUN_PAGES_MAX
 from vmferry.store.page_ids import Ids, halves
 
 UNKNOWN: Final = np.uint32(0xFFFFFFFF)
@@ -66,7 +67,7 @@ class KnownPages:
             return
         first, second = halves(ids)
         self._runs.append(_sorted(first, second, np.asarray(numbers, np.uint32)))
-        while len(self._runs) > 1 and len(self._runs[-2].numbers) < 2 * len(self._runs[-1].numbers):
+        while len(self._runs) > 1 and _are_worth_merging(len(self._runs[-2].numbers), len(self._runs[-1].numbers)):
             young, old = self._runs.pop(), self._runs.pop()
             self._runs.append(
                 _sorted(
@@ -83,6 +84,10 @@ class KnownPages:
         for run in self._runs:
             run.find(first, second, found)
         return found
+
+
+def _are_worth_merging(old: int, young: int) -> bool:
+    return old < 2 * young and old + young <= STORE_KNOWN_RUN_PAGES_MAX
 
 
 def _sorted(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64], numbers: Numbers) -> _Run:

@@ -13,7 +13,7 @@ Rule 1: the order of `repository`: packs, indexes, manifest, each durable before
 Rule 2: `abort`, or any error, leaves objects that `prune` takes away, and never a manifest. Of an error in `commit`:
         LockLost means that nothing was committed. After StoreTransient of the manifest's put nobody knows; then the
         same `commit` can be called again, which finds out, and does what is left.
-Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `STORE_KNOWN_PAGES_MAX`: 120 MB), 4 per
+Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `STORE_KNOWN_PAGES_MAX`: 84 MB), 4 per
         page of the guest and per new page, one pack.
 """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmferry.store import known as module
 from vmferry.store.known import UNKNOWN, KnownPages, first_of_each
 from vmferry.store.page_ids import Ids
 
@@ -31,6 +33,16 @@ def test_what_was_added_is_found_and_nothing_else(
         number += len(fresh)
     assert len(known) == len(model)
     assert known.find(ids(asked)).tolist() == [model.get(pair, int(UNKNOWN)) for pair in asked]
+
+
+def test_runs_are_merged_only_up_to_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STORE_KNOWN_RUN_PAGES_MAX", 4)
+    known = KnownPages()
+    pairs = [(number % 3, number) for number in range(40)]
+    for number, pair in enumerate(pairs):
+        known.add(ids([pair]), np.array([number], np.uint32))
+    assert {len(run.numbers) for run in known._runs} <= {1, 2, 3, 4}
+    assert known.find(ids(pairs)).tolist() == list(range(40))
 
 
 def test_no_more_than_the_limit_is_remembered() -> None:
