@@ -44,8 +44,11 @@ OTHERS: Final = {
     "agent/config.py": "tests/unit/agent/test_config.py",
     "engine/machine_types.py": "tests/unit/engine/test_machine_types.py",
     "jobs/journal.py": "tests/unit/jobs/test_journal.py",
+    "store/lock.py": "tests/unit/store/test_lock.py",
 }
-"""Pure modules outside core, and the two that everything else relies on after a crash."""
+"""Pure modules outside core, and those that everything else relies on after a crash."""
+STORE_FORMATS: Final = ("compression", "config", "envelope", "index", "known", "manifest", "pack", "page_ids", "seal")
+"""What a repository's bytes mean: pure, and read for years."""
 AT_IMPORT: Final = "import"
 
 
@@ -59,6 +62,7 @@ def pairs() -> dict[Path, str]:
     for path in sorted((SOURCE / "wire").glob("*.py")):
         if path.name != "__init__.py":
             found[path] = WIRE_VALUES.get(path.name, f"tests/unit/wire/test_{path.stem}.py")
+    found |= {SOURCE / "store" / f"{name}.py": f"tests/unit/store/test_{name}.py" for name in STORE_FORMATS}
     found |= {SOURCE / name: test for name, test in OTHERS.items()}
     return found
 

@@ -33,7 +33,7 @@ FILE_LINES_MAX: Final = 600
 FUNCTION_LINES_MAX: Final = 70
 
 _BASE: Final = frozenset({"errors", "units", "clock", "limits"})
-_DOERS: Final = frozenset({"qmp", "vm", "jobs", "pki"})
+_DOERS: Final = frozenset({"qmp", "vm", "jobs", "pki", "store"})
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "errors": frozenset(),
     "units": frozenset(),

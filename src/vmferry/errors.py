@@ -278,11 +278,18 @@ class Blocked(VmferryError):
     code = "blocked"
 
 
+class RepositoryError(VmferryError):
+    """A repository of snapshots cannot be reached, is damaged, or refuses; the message names the object."""
+
+    exit_code = 25
+    code = "repository"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
-    RescueRefused, JobRefused, UnknownJob, Blocked,
+    RescueRefused, JobRefused, UnknownJob, Blocked, RepositoryError,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"

@@ -248,3 +248,80 @@ RECOVERY_WORD_S = 10.0
 # The longest pause between two tries to join a broken postcopy: each costs a connection or two, and a guest that lacks
 # pages stands still.
 RECOVERY_PAUSE_S = 0.3
+
+# --- repositories of snapshots ----------------------------------------------------------------------------
+
+# "packs/", two digits, "/", 32 digits: what an object's name needs, and some room.
+STORE_NAME_CHARACTERS_MAX = 128
+
+# Packs that stay open for reading, each one descriptor: those that a restore works on, and their neighbours.
+STORE_OPEN_FILES_MAX = 64
+
+# One request to an object store: a pack of 16 MiB in this time needs 5 Mbit/s.
+STORE_REQUEST_S = 30.0
+
+# Failed requests are tried again by the library, with growing pauses; then the caller hears of it and decides.
+STORE_RETRIES_MAX = 5
+STORE_RETRY_S = 60.0
+
+# A pack is closed when it has this size: large enough for few objects and few requests, small enough to be kept in
+# memory while it is filled, and to be thrown away and written again when a part of it is not needed any more.
+STORE_PACK_BYTES = 16 << 20
+
+# What a pack of somebody else may have at most.
+STORE_PACK_BYTES_MAX = 256 << 20
+
+# Pages that are compressed together. A lazy restore that wants one page inflates all of them: 8 pages take 18 us, 16
+# take 54; at zstd's level 3 eight pages compress better than sixteen do at level 1 (decision 0031).
+STORE_FRAME_PAGES = 8
+STORE_FRAME_PAGES_MAX = 64
+
+# zstd's level: 3 is 4 % smaller than 1 in frames of 32 KiB, at two thirds of its speed (decision 0031).
+STORE_ZSTD_LEVEL = 3
+
+# A changed page is stored as its difference to the page that it was if at most so many of its bytes differ.
+STORE_DIFFERENT_BYTES_MAX = 1024
+
+# Pages that one index object describes: 4 MiB of ids, written after every GiB of new pages. Whoever looks through all
+# indexes holds one at a time.
+STORE_INDEX_PAGES = 1 << 18
+STORE_INDEX_PAGES_MAX = 1 << 23
+
+# Known pages that a writer compares new ones with, at 20 bytes each: 84 MB, for 16 GiB of unique pages; with a pack,
+# its copy and what sorting takes a writer stays below 200 MB. What does not fit is stored again if it comes again: that
+# costs room, never a page.
+STORE_KNOWN_PAGES_MAX = 4 << 20
+
+# Sorted runs of known pages are merged up to this size: merging takes as much memory again as the run has.
+STORE_KNOWN_RUN_PAGES_MAX = 1 << 19
+
+# The head of an object is a description of some kilobytes; that of a manifest carries what its owner wrote into it.
+STORE_HEAD_BYTES_MAX = 16 << 20
+
+# Device state of QEMU has some 100 KiB, with vGPUs some GiB; it is held in memory.
+STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
+
+# Pages of one snapshot: a guest of 4 TiB. The page table takes 4 bytes for each while a snapshot is read.
+STORE_SNAPSHOT_PAGES_MAX = 1 << 30
+
+# RAM blocks of one snapshot: QEMU's guests have about ten.
+STORE_BLOCKS_MAX = 4096
+
+# Inflated frames that a reader keeps for neighbours: 64 of 32 KiB.
+STORE_FRAMES_KEPT = 64
+
+# What a reader asks a store for at a time when it reads a run of pages: one request of an object store is paid for by
+# its answer from about a MiB on.
+STORE_READ_BYTES = 4 << 20
+
+# A lock that was not renewed for so long belongs to somebody who is dead. A writer renews it ten times as often, and
+# commits nothing without having seen that it is still there.
+STORE_LOCK_STALE_S = 1800.0
+STORE_LOCK_RENEW_S = 180.0
+
+# What nobody refers to is left alone while it is younger: locks keep savers and pruners apart, and this is for the day
+# on which somebody deletes locks by hand. Half-written files of a put that goes on in this moment need it, too.
+STORE_PRUNE_GRACE_S = 3600.0
+
+# scrypt with more than this is an attack on the memory of whoever opens the repository.
+STORE_SCRYPT_BYTES_MAX = 256 << 20

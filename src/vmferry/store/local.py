@@ -1,0 +1,194 @@
+"""Objects as files of a local folder: the store that needs nothing else.
+
+Theory of operation
+-------------------
+    put:  1. write tmp/RANDOM   2. fsync it   3. link it to its name, which fails if the name is taken
+          4. fsync the folder of the name   5. unlink tmp/RANDOM
+A crash before 3 leaves a file under tmp/; between 3 and 5 the object and, under tmp/, a second name of it. Folders are
+made before that, and synced with their parents, so that no object is in a folder that a crash takes away.
+
+Step 3 is a hard link because a rename replaces silently. File systems without hard links get the rename, after a look:
+there two hosts that create one repository in the same moment are not told apart; all other names are random.
+
+Reading keeps files open: opening one costs more than reading a page from it. A file that was deleted meanwhile can
+still be read, as whoever opened it had a right to: objects never change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from vmferry.limits import STORE_OPEN_FILES_MAX
+from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix
+from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StorePermanent, StoreTransient
+
+_AGAIN: Final = frozenset({
+    errno.EAGAIN, errno.EINTR, errno.EIO, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM,
+})  # fmt: skip
+"""EIO too: of a network file system it is how an outage looks."""
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
+
+
+class _File:
+    """An open file, closed when the last thread that uses it lets it go."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # it was never opened
+            os.close(self.fd)
+
+
+class LocalFolder:
+    """A `Backend` on a folder, which is made if it is not there (its parent must be).
+
+    Raises StorePermanent when the folder cannot be used.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _File] = OrderedDict()
+        try:
+            self._make(root / LEFTOVERS)
+        except OSError as error:
+            raise StorePermanent(f"{root} cannot hold a store: {error.strerror}", cause=error) from error
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Backend`."""
+        target = self.root / checked_name(name)
+        temporary = self.root / LEFTOVERS / secrets.token_hex(16)
+        with _translated(name):
+            try:
+                self._make(target.parent)
+                with open(temporary, "xb", buffering=0) as file:
+                    _write_all(file.fileno(), data)
+                    os.fsync(file.fileno())
+                _link(temporary, target)
+                _sync_folder(target.parent)
+            finally:
+                with contextlib.suppress(OSError):  # what is left is under tmp/, where prune finds it
+                    temporary.unlink()
+
+    def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """See `Backend`."""
+        with _translated(name):
+            file = self._file(name)
+            if not length:
+                size = os.fstat(file.fd).st_size
+                if offset > size:
+                    raise Damaged(name, f"it ends at byte {size}, before {offset}")
+                length = size - offset if length is None else 0
+            wanted = length
+            data = os.pread(file.fd, wanted, offset)
+            while len(data) < wanted:  # one read gives 2 GiB at most, and may be cut short by a signal
+                more = os.pread(file.fd, wanted - len(data), offset + len(data))
+                if not more:
+                    raise Damaged(name, f"it ends at byte {os.fstat(file.fd).st_size}, before {offset + wanted}")
+                data += more
+            return data
+
+    def size(self, name: str) -> int:
+        """See `Backend`."""
+        with _translated(name):
+            return os.stat(self.root / checked_name(name)).st_size
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See `Backend`."""
+        checked_prefix(prefix)
+        found: list[Entry] = []
+        with _translated(prefix or "the store"):
+            for folder, _, files in os.walk(self.root / prefix):
+                for file in files:
+                    path = Path(folder, file)
+                    with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                        stat = path.stat()
+                        found.append(Entry(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime))
+        return sorted(found, key=lambda entry: entry.name)
+
+    def delete(self, name: str) -> None:
+        """See `Backend`."""
+        path = self.root / checked_name(name)
+        with self._lock:
+            self._open.pop(name, None)
+        with _translated(name), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _sync_folder(path.parent)
+
+    def close(self) -> None:
+        """See `Backend`."""
+        with self._lock:
+            self._open.clear()
+
+    def _file(self, name: str) -> _File:
+        with self._lock:
+            file = self._open.get(name)
+            if file is not None:
+                self._open.move_to_end(name)
+                return file
+        file = _File(self.root / checked_name(name))
+        with self._lock:
+            self._open[name] = file
+            if len(self._open) > STORE_OPEN_FILES_MAX:
+                self._open.popitem(last=False)
+        return file
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder and what is missing above it, each durable before something is put into it."""
+        if folder.is_dir():
+            return
+        if folder != self.root:
+            self._make(folder.parent)
+        with contextlib.suppress(FileExistsError):  # somebody else made it just now
+            folder.mkdir(mode=0o700)
+        _sync_folder(folder.parent)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _link(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+        temporary.rename(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """The kernel's words -> the contract's."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ObjectMissing(name) from error
+    except FileExistsError as error:
+        raise ObjectExists(name) from error
+    except OSError as error:
+        if error.errno in _AGAIN:
+            raise StoreTransient(f"{name}: {error.strerror}", cause=error) from error
+        raise StorePermanent(f"{name}: {error.strerror}", cause=error) from error

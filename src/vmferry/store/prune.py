@@ -1,0 +1,291 @@
+"""Takes away what no snapshot needs: first a plan, which is a value that can be shown, then the deed.
+
+Theory of operation
+-------------------
+A plan looks at every manifest and every index, and marks the rows that are used: by page tables, and as bases of
+differences. Packs without a used row go; packs with few are emptied: their used pages are put into new packs, under a
+new index, and then they go as well. Manifests are never touched: page tables say index and row, and whoever finds that
+a row's pack is gone looks the page up by its id.
+
+The deed holds the exclusive lock (so nobody saves or reads), looks whether the repository is still the one that was
+planned for, and then, each step durable before the next; a crash leaves:
+
+    1. new packs       packs that no index names: the next prune deletes them
+    2. new index       pages that are there twice: the next prune deletes one of them
+    3. delete indexes  packs that no index names
+    4. delete packs    packs that no index names, and indexes that name packs which are gone, as they may
+    5. delete leftovers of broken puts
+
+Rule 1: what is damaged is no reason to delete. If a manifest, or an index or pack that one needs, is missing or cannot
+        be read, there is no plan, but `Damaged`: heal it, or forget that snapshot, first.
+Rule 2: nothing that is younger than `grace_s` goes. Young packs without an index are somebody's save.
+Rule 3: before each single delete the deed looks whether its lock is still there (see `lock` for the schedule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store.backend import LEFTOVERS, Entry
+from vmferry.store.errors import Damaged, PlanOutdated
+from vmferry.store.index import index_name
+from vmferry.store.known import UNKNOWN
+from vmferry.store.lock import Lock
+from vmferry.store.manifest import ZERO
+from vmferry.store.packer import Packer
+from vmferry.store.repository import Repository
+from vmferry.store.source import PageSource
+
+_PAGES_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PackWork:
+    """One pack that is emptied: which rows of which index are needed."""
+
+    entry: Entry
+    index_id: bytes
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What would be done. `seen` is what the plan was made for; on anything else it is not carried out."""
+
+    seen: frozenset[str]
+    remove_packs: tuple[Entry, ...]
+    """Those that are emptied are not among them."""
+    empty_packs: tuple[PackWork, ...]
+    remove_indexes: tuple[Entry, ...]
+    remove_leftovers: tuple[Entry, ...]
+    kept_packs: int
+    too_young: int
+    """Objects that nobody needs and that are not old enough."""
+    freed_bytes: int
+    """About: what is removed, less what emptied packs still hold."""
+
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to do."""
+        return not (self.remove_packs or self.empty_packs or self.remove_indexes or self.remove_leftovers)
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was done."""
+
+    removed: int
+    removed_bytes: int
+    written_bytes: int
+
+
+def plan_prune(
+    repository: Repository,
+    *,
+    grace_s: float = STORE_PRUNE_GRACE_S,
+    empty_below: float = 0.5,
+    stale_s: float = STORE_LOCK_STALE_S,
+) -> PrunePlan:
+    """Looks, and changes nothing. Packs of which less than `empty_below` (0 to 1) is used are to be emptied.
+
+    Raises Damaged (rule 1), RepositoryBusy.
+    """
+    lock = repository.shared("plan a prune", stale_s=stale_s)
+    try:
+        return _Planner(repository, lock, grace_s, empty_below).plan()
+    finally:
+        lock.release()
+
+
+class _Planner:
+    """The state of one plan in the making."""
+
+    def __init__(self, repository: Repository, lock: Lock, grace_s: float, empty_below: float) -> None:
+        self._repository, self._lock = repository, lock
+        self._grace_s, self._empty_below = grace_s, empty_below
+        self._snapshots = repository.snapshot_ids()
+        self._index_entries = repository.indexes()
+        self._packs = repository.packs()
+        self._source = PageSource(repository)
+        self._position: dict[bytes, int] = {}
+        for index_id in self._index_entries:
+            lock.renew_if_due()
+            try:
+                index = repository.index(index_id)
+            except Damaged:
+                continue  # harmless unless a manifest needs it, which `_mark` finds out
+            self._position[index_id] = len(self._source.indexes)
+            self._source.add(index)
+        self._used = [np.zeros(index.rows, np.bool_) for index in self._source.indexes]
+        self._needed: set[bytes] = set()
+
+    def plan(self) -> PrunePlan:
+        for snapshot in self._snapshots:
+            self._lock.renew_if_due()
+            self._mark(snapshot)
+        self._mark_bases()
+        remove: list[Entry] = []
+        empty: list[PackWork] = []
+        kept: set[bytes] = set()
+        indexed: set[bytes] = set()
+        for index, used in zip(self._source.indexes, self._used, strict=True):
+            starts = index.pack_rows()
+            for number, pack_id in enumerate(index.pack_ids):
+                entry = self._packs.get(pack_id)
+                if entry is None:
+                    continue
+                indexed.add(pack_id)
+                rows = np.flatnonzero(used[starts[number] : starts[number + 1]]) + starts[number]
+                share = len(rows) / max(1, int(starts[number + 1] - starts[number]))
+                if not len(rows):
+                    remove.append(entry)
+                elif share < self._empty_below:
+                    empty.append(PackWork(entry, index.index_id, rows))
+                else:
+                    kept.add(pack_id)
+        remove += [entry for pack_id, entry in self._packs.items() if pack_id not in indexed]
+        leftovers = self._repository.backend.list(LEFTOVERS)
+        old_packs, young = self._old(remove)
+        kept |= {pack_id for pack_id, entry in self._packs.items() if entry in young}
+        indexes, young_indexes = self._old(self._useless_indexes(kept))
+        old_leftovers, young_leftovers = self._old(leftovers)
+        going = [*old_packs, *indexes, *old_leftovers]
+        freed = sum(entry.size_bytes for entry in going) + sum(self._freed_by(work) for work in empty)
+        return PrunePlan(
+            seen=_seen(self._snapshots.values(), self._index_entries.values(), self._packs.values()),
+            remove_packs=tuple(old_packs),
+            empty_packs=tuple(empty),
+            remove_indexes=tuple(indexes),
+            remove_leftovers=tuple(old_leftovers),
+            kept_packs=len(kept),
+            too_young=len(young) + len(young_indexes) + len(young_leftovers),
+            freed_bytes=freed,
+        )
+
+    def _mark(self, snapshot: str) -> None:
+        """What one snapshot uses."""
+        manifest = self._repository.manifest(snapshot)
+        places = []
+        for use in manifest.head.indexes:
+            index_id = bytes.fromhex(use.index)
+            position = self._position.get(index_id)
+            if position is None or self._source.indexes[position].rows != use.rows:
+                raise Damaged(index_name(index_id), f"snapshot {snapshot} needs it, and it is missing or damaged")
+            self._needed.add(index_id)
+            places.append(position)
+        ends = np.cumsum([use.rows for use in manifest.head.indexes])
+        for table in manifest.tables:
+            here = table[table != ZERO].astype(np.int64)
+            which = np.searchsorted(ends, here, side="right")
+            for number, position in enumerate(places):
+                rows = here[which == number] - (int(ends[number]) - manifest.head.indexes[number].rows)
+                self._mark_rows(snapshot, position, np.unique(rows))
+
+    def _mark_rows(self, snapshot: str, k: int, rows: npt.NDArray[np.int64]) -> None:
+        live = self._source.is_live(k, rows)
+        self._used[k][rows[live]] = True
+        if live.all():
+            return
+        gone = rows[~live]
+        found = self._source.find(self._source.indexes[k].ids[gone], is_whole=False)
+        lost = np.flatnonzero(found == UNKNOWN)
+        if len(lost):
+            name = self._source.pack_of(self._source.starts[k] + int(gone[lost[0]]))
+            raise Damaged(name, f"it is missing, and snapshot {snapshot} has pages in it")
+        for where, _, moved in self._source.split(found):
+            self._used[where][moved] = True
+
+    def _mark_bases(self) -> None:
+        for k, index in enumerate(self._source.indexes):
+            rows = np.flatnonzero(self._used[k])
+            rows = rows[index.are_differences(rows)]
+            if len(rows):
+                for where, _, bases in self._source.split(self._source.bases_of(k, rows)):
+                    self._used[where][bases] = True
+
+    def _useless_indexes(self, kept: set[bytes]) -> list[Entry]:
+        """Those that no manifest needs and that describe no pack that stays; also those that cannot be read."""
+        useless = []
+        for index_id, entry in self._index_entries.items():
+            position = self._position.get(index_id)
+            packs = () if position is None else self._source.indexes[position].pack_ids
+            if index_id not in self._needed and not any(pack_id in kept for pack_id in packs):
+                useless.append(entry)
+        return useless
+
+    def _old(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
+        old: list[Entry] = []
+        young: list[Entry] = []
+        for entry in entries:
+            (old if self._lock.taken_s - entry.modified_s >= self._grace_s else young).append(entry)
+        return old, young
+
+    def _freed_by(self, work: PackWork) -> int:
+        index = self._source.indexes[self._position[work.index_id]]
+        starts = index.pack_rows()
+        pack = index.place(index.frame_of(int(work.rows[0]))).pack
+        rows = int(starts[pack + 1] - starts[pack])
+        return work.entry.size_bytes * (rows - len(work.rows)) // rows
+
+
+def execute(repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_LOCK_STALE_S) -> Pruned:
+    """Does what the plan says. Raises PlanOutdated or RepositoryBusy: nothing was done.
+
+    After any other error a part was done (see the module's text), and another plan does the rest.
+    """
+    lock = repository.exclusive("prune", stale_s=stale_s)
+    try:
+        packs = repository.packs()
+        now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
+        if now != plan.seen:
+            raise PlanOutdated("the repository is not any more what the plan was made for")
+        written = _empty_packs(repository, plan.empty_packs, lock) if plan.empty_packs else 0
+        going = [
+            *plan.remove_indexes, *plan.remove_packs, *(work.entry for work in plan.empty_packs),
+            *plan.remove_leftovers,
+        ]  # fmt: skip
+        for entry in going:
+            lock.renew_if_due()
+            lock.check()
+            repository.backend.delete(entry.name)
+        return Pruned(len(going), sum(entry.size_bytes for entry in going), written)
+    finally:
+        lock.release()
+
+
+def _empty_packs(repository: Repository, works: Iterable[PackWork], lock: Lock) -> int:
+    """Writes the used pages of these packs into new ones; they are durable and known when this returns."""
+    source = PageSource(repository)
+    position: dict[bytes, int] = {}
+    for index_id in repository.indexes():
+        try:
+            index = repository.index(index_id)
+        except Damaged:
+            continue  # the plan does not need it
+        position[index_id] = len(source.indexes)
+        source.add(index)
+    packer = Packer(repository, lock.renew_if_due)
+    for work in works:
+        k = position[work.index_id]
+        index = source.indexes[k]
+        for begin in range(0, len(work.rows), _PAGES_AT_A_TIME):
+            rows = work.rows[begin : begin + _PAGES_AT_A_TIME]
+            pages = source.read((rows + source.starts[k]).astype(np.uint32))
+            ids = index.ids[rows]
+            different = index.are_differences(rows)
+            packer.add(pages[~different], ids[~different])
+            if different.any():
+                bases = source.read(source.bases_of(k, rows[different]))
+                packer.add_differences(pages[different] ^ bases, ids[different], index.bases_of(rows[different]))
+            lock.renew_if_due()
+    packer.finish()
+    return packer.stored_bytes
+
+
+def _seen(*entries: Iterable[Entry]) -> frozenset[str]:
+    return frozenset(entry.name for some in entries for entry in some)

@@ -1,0 +1,246 @@
+"""Pages out of packs, by number: rows of several indexes, counted through. What readers, prune and verify read with.
+
+Theory of operation
+-------------------
+A number leads to an index and a row, the row to a frame of a pack, the frame to its pages; a page that is a difference
+leads to its base, which is found by id. Every page is compared with its id before it is handed out, so whatever
+happened on the way, what comes out is what was saved, or `Damaged` with the pack's name.
+
+A row whose pack is gone was put elsewhere by `prune`: it is looked for by id among all indexes (`Rows.moved`).
+
+Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
+        which is never held while something is read or inflated. Indexes are added under another one; numbers that were
+        given out keep their meaning.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.limits import STORE_FRAMES_KEPT, STORE_READ_BYTES
+from vmferry.store.errors import Damaged
+from vmferry.store.index import Index, Place
+from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
+from vmferry.store.manifest import ZERO
+from vmferry.store.pack import DIFFERENCES, inflate_frame, pack_name
+from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
+from vmferry.store.repository import Repository
+
+_SEARCH_ROWS = 1 << 16
+
+
+class PageSource:
+    """Pages of the indexes that were added, in that order. `others` gives more of them, for what is not found."""
+
+    def __init__(self, repository: Repository, others: Callable[[], Iterable[Index]] = tuple) -> None:
+        self._repository = repository
+        self._others = others
+        self._present = repository.packs()
+        self.indexes: list[Index] = []
+        self.starts: list[int] = [0]
+        """The first number of each index, and the first that is free."""
+        self._live: list[npt.NDArray[np.bool_]] = []
+        """For each index, which of its packs are there."""
+        self._bases = KnownPages()
+        self._frames: OrderedDict[tuple[int, int], Pages] = OrderedDict()
+        self._lock = threading.Lock()
+        self._adding = threading.Lock()
+
+    def add(self, index: Index) -> int:
+        """Its first number."""
+        start = self.starts[-1]
+        self._live.append(np.array([each in self._present for each in index.pack_ids], np.bool_))
+        self.indexes.append(index)
+        self.starts.append(start + index.rows)
+        return start
+
+    # --- where --------------------------------------------------------------------------------------------
+
+    def split(self, numbers: Numbers) -> list[tuple[int, npt.NDArray[np.intp], npt.NDArray[np.int64]]]:
+        """For each index that is concerned: its position, where in `numbers` its rows are, and the rows. Zeros: no."""
+        here = np.flatnonzero(numbers != ZERO)
+        which = np.searchsorted(self.starts, numbers[here].astype(np.int64), side="right") - 1
+        found = []
+        for k in np.unique(which).tolist():
+            at = here[which == k]
+            found.append((k, at, numbers[at].astype(np.int64) - self.starts[k]))
+        return found
+
+    def is_live(self, k: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which rows of index `k` are in packs that are there."""
+        index = self.indexes[k]
+        if self._live[k].all():
+            return np.ones(len(rows), np.bool_)
+        return np.asarray(self._live[k][index.packs_of(index.frames_of(rows))])
+
+    def find(self, ids: Ids, *, is_whole: bool) -> Numbers:
+        """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without."""
+        wanted = KnownPages(len(ids))
+        wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
+        found = np.full(len(ids), UNKNOWN, np.uint32)
+        for k, index in enumerate(self.indexes):
+            for begin in range(0, index.rows, _SEARCH_ROWS):
+                position = wanted.find(index.ids[begin : begin + _SEARCH_ROWS])
+                rows = np.flatnonzero(position != UNKNOWN) + begin
+                rows = rows[self.is_live(k, rows)]
+                if is_whole:
+                    rows = rows[~index.are_differences(rows)]
+                found[position[rows - begin]] = rows + self.starts[k]
+        return found
+
+    def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
+        """As `find`, and if one is not found among the indexes that are here, all others are added and asked."""
+        leaders, positions = first_of_each(ids)
+        distinct = ids[leaders]
+        found = self.find(distinct, is_whole=is_whole)
+        if np.any(found == UNKNOWN):
+            with self._adding:
+                known = {index.index_id for index in self.indexes}
+                for index in self._others():
+                    if index.index_id not in known:
+                        self.add(index)
+            found = self.find(distinct, is_whole=is_whole)
+        return np.asarray(found[positions])
+
+    def moved(self, numbers: Numbers) -> Numbers:
+        """The same pages where they are now; UNKNOWN for those that are nowhere."""
+        now = numbers.copy()
+        for k, at, rows in self.split(numbers):
+            gone = ~self.is_live(k, rows)
+            if gone.any():
+                now[at[gone]] = self.find_anywhere(self.indexes[k].ids[rows[gone]], is_whole=False)
+        return now
+
+    def pack_of(self, number: int) -> str:
+        """The name of the pack that a number leads to."""
+        k = bisect_right(self.starts, number) - 1
+        index = self.indexes[k]
+        return pack_name(index.pack_ids[index.place(index.frame_of(number - self.starts[k])).pack])
+
+    def bases_of(self, k: int, rows: npt.NDArray[np.int64]) -> Numbers:
+        """The numbers of the bases of rows that are differences. Raises Damaged when one is nowhere."""
+        numbers = self.find_bases(k, rows)
+        if np.any(numbers == UNKNOWN):
+            row = int(rows[int(np.argmax(numbers == UNKNOWN))])
+            raise Damaged(self.pack_of(self.starts[k] + row), "a page's base is nowhere in the repository")
+        return numbers
+
+    def find_bases(self, k: int, rows: npt.NDArray[np.int64]) -> Numbers:
+        """As `bases_of`; UNKNOWN for those that are nowhere. Of pages that no snapshot needs, bases may be gone."""
+        ids = self.indexes[k].bases_of(rows)
+        numbers = self._bases.find(ids)
+        if np.any(numbers == UNKNOWN):
+            # All that this index may ever ask for, at once: looking for one takes as long.
+            every = self.indexes[k].frames.bases
+            found = self.find_anywhere(every, is_whole=True)
+            self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
+            numbers = self._bases.find(ids)
+        return numbers
+
+    # --- what ---------------------------------------------------------------------------------------------
+
+    def page(self, number: int) -> Pages:
+        """One page, an array of PAGE_BYTES that is not to be written to. Raises Damaged."""
+        k = bisect_right(self.starts, number) - 1
+        index, row = self.indexes[k], number - self.starts[k]
+        frame = index.frame_of(row)
+        pages = self._kept(k, frame)
+        if pages is None:
+            pages = self._inflate(k, index, index.place(frame), frame)
+        page: Pages = pages[row - int(index.first_rows[frame])]
+        if index.frames.kinds[frame] & DIFFERENCES:
+            base = int(self.bases_of(k, np.array([row]))[0])
+            page = page ^ self.page(base)
+        if not self._repository.ids.is_page(page, index.ids[row].tobytes()):
+            raise self._wrong(k, frame)
+        return page
+
+    def read(self, numbers: Numbers) -> Pages:
+        """Pages, one per number; ZERO gives zeros. Raises Damaged."""
+        out = np.zeros((len(numbers), PAGE_BYTES), np.uint8)
+        for k, at, rows in self.split(numbers):
+            self._read_index(k, at, rows, out)
+        return out
+
+    def _read_index(self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages) -> None:
+        index = self.indexes[k]
+        order = np.argsort(rows, kind="stable")
+        at, rows = at[order], rows[order]
+        of_rows = index.frames_of(rows)
+        frames, begins = np.unique(of_rows, return_index=True)
+        ends = np.append(begins[1:], len(rows))
+        slots = rows - index.first_rows[of_rows]
+        for pages, frame, begin, end in zip(self._frames_of(k, frames), frames, begins, ends, strict=True):
+            part = slice(int(begin), int(end))
+            _scatter(out, at[part], pages, slots[part])
+            if index.frames.kinds[frame] & DIFFERENCES:
+                out[at[part]] ^= self.read(self.bases_of(k, rows[part]))
+        found = self._repository.ids.of_some(out, at.tolist())
+        wrong = np.flatnonzero((found != index.ids[rows]).any(axis=1))
+        if len(wrong):
+            raise self._wrong(k, int(of_rows[wrong[0]]))
+
+    def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
+        """These frames' pages, in order; neighbours in a pack are read at once. For runs: nothing is kept."""
+        index = self.indexes[k]
+        run: list[Place] = []
+        for frame in frames.tolist():
+            place = index.place(frame)
+            if run and (
+                place.pack != run[-1].pack
+                or place.number != run[-1].number + 1
+                or place.offset + place.length - run[0].offset > STORE_READ_BYTES
+            ):
+                yield from self._inflate_run(index, run)
+                run = []
+            run.append(place)
+        yield from self._inflate_run(index, run)
+
+    def _inflate_run(self, index: Index, run: Sequence[Place]) -> Iterable[Pages]:
+        if not run:
+            return
+        name = pack_name(index.pack_ids[run[0].pack])
+        first = run[0].offset
+        data = self._repository.part(name, first, run[-1].offset + run[-1].length - first)
+        for place in run:
+            stored = data[place.offset - first : place.offset - first + place.length]
+            yield inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+
+    def _inflate(self, k: int, index: Index, place: Place, frame: int) -> Pages:
+        """One frame, which is kept."""
+        name = pack_name(index.pack_ids[place.pack])
+        stored = self._repository.part(name, place.offset, place.length)
+        pages = inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+        with self._lock:
+            self._frames[k, frame] = pages
+            if len(self._frames) > STORE_FRAMES_KEPT:
+                self._frames.popitem(last=False)
+        return pages
+
+    def _kept(self, k: int, frame: int) -> Pages | None:
+        with self._lock:
+            pages = self._frames.get((k, frame))
+            if pages is not None:
+                self._frames.move_to_end((k, frame))
+            return pages
+
+    def _wrong(self, k: int, frame: int) -> Damaged:
+        place = self.indexes[k].place(frame)
+        return Damaged(
+            pack_name(self.indexes[k].pack_ids[place.pack]), f"a page in frame {place.number} is not what was saved"
+        )
+
+
+def _scatter(out: Pages, at: npt.NDArray[np.intp], pages: Pages, slots: npt.NDArray[np.int64]) -> None:
+    """out[at] = pages[slots], in one copy where both are runs: most are."""
+    last = len(at) - 1
+    if at[last] - at[0] == last and slots[last] - slots[0] == last and (at[1:] - at[:-1] == 1).all():
+        out[at[0] : at[last] + 1] = pages[slots[0] : slots[last] + 1]
+    else:
+        out[at] = pages[slots]

@@ -1,0 +1,239 @@
+"""Every store keeps to the contract: memory, local folder, object store over HTTP, and the failing one around them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+from moto.server import ThreadedMotoServer
+
+from vmferry.store import local as local_module
+from vmferry.store.backend import LEFTOVERS, Backend, checked_name, checked_prefix
+from vmferry.store.errors import Damaged, ObjectExists, StorePermanent, StoreTransient
+from vmferry.store.local import LocalFolder
+from vmferry.store.memory import MemoryStore
+from vmferry.store.objects import ObjectStore
+from vmferry.testing.failing_store import Died, FailingStore, Fault
+from vmferry.testing.store_contract import check_backend
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3."""
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+def options(endpoint: str) -> dict[str, str]:
+    return {
+        "endpoint": endpoint, "region": "us-east-1", "access_key_id": "test", "secret_access_key": "test",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def bucket(s3: str, request: pytest.FixtureRequest) -> ObjectStore:
+    """An empty folder of a new bucket."""
+
+    name = f"b{abs(hash(request.node.nodeid))}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3}/{name}", method="PUT")).close()
+    return ObjectStore(f"s3://{name}/folder", options(s3))
+
+
+def test_memory_keeps_to_the_contract() -> None:
+    check_backend(MemoryStore())
+
+
+def test_a_local_folder_keeps_to_the_contract(tmp_path: Path) -> None:
+    check_backend(LocalFolder(tmp_path / "store"))
+
+
+def test_an_object_store_keeps_to_the_contract(bucket: ObjectStore) -> None:
+    check_backend(bucket)
+
+
+def test_a_failing_store_that_does_not_fail_keeps_to_the_contract(tmp_path: Path) -> None:
+    store = FailingStore(LocalFolder(tmp_path / "store"), lambda call: None)
+    check_backend(store)
+    assert len(store.calls) > 20
+    store.close()
+
+
+# --- what only one of them can show ---------------------------------------------------------------------
+
+
+def test_names_and_prefixes_are_checked() -> None:
+    for name in ("", "/a", "a/", "../a", "a/../b", ".a", "A", "a//b", "a" * 129, "a b"):
+        with pytest.raises(AssertionError):
+            checked_name(name)
+    with pytest.raises(AssertionError):
+        checked_prefix("packs")
+    assert checked_prefix("") == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, StorePermanent), (errno.EACCES, StorePermanent), (errno.EROFS, StorePermanent),
+        (errno.EDQUOT, StorePermanent), (errno.EIO, StoreTransient), (errno.ESTALE, StoreTransient),
+    ],
+)  # fmt: skip
+def test_a_local_folder_tells_what_passes_from_what_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[Exception]
+) -> None:
+    store = LocalFolder(tmp_path / "store")
+
+    def fails(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(expected):
+        store.put("config", b"x")
+    monkeypatch.undo()
+    assert store.list("") == [], "nothing is left of it"
+
+
+def test_a_real_full_disk_leaves_nothing_of_the_object() -> None:
+    """/dev/full takes no byte; a folder on it there is not, so the file is opened in its place."""
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        local_module._write_all(full.fileno(), b"x")
+
+
+def test_a_file_system_without_hard_links_gets_a_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*names: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuses)
+    store = LocalFolder(tmp_path / "store")
+    check_is_created_once(store)
+
+
+def check_is_created_once(store: Backend) -> None:
+    store.put("config", b"x")
+    with pytest.raises(ObjectExists):
+        store.put("config", b"y")
+    assert store.get("config") == b"x"
+    assert store.list(LEFTOVERS) == []
+
+
+def test_a_local_folder_syncs_the_object_before_its_name_and_its_name_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalFolder(tmp_path / "store")
+    steps: list[str] = []
+    real: dict[str, Callable[..., object]] = {"fsync": os.fsync, "link": os.link, "unlink": Path.unlink}
+
+    def fsync(fd: int) -> None:
+        steps.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), store.root).split("/")[0])
+        real["fsync"](fd)
+
+    def link(*names: object) -> None:
+        steps.append("link")
+        real["link"](*names)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    store.put("packs/ab/c", b"x")
+    assert steps == ["sync .", "sync packs", "sync tmp", "link", "sync packs"]
+
+
+def test_a_read_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalFolder(tmp_path / "store")
+    store.put("config", b"abcdef")
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: real(fd, min(length, 2), offset))
+    assert store.get("config") == b"abcdef"
+    with pytest.raises(Damaged):
+        store.get("config", 0, 7)
+
+
+def test_files_stay_open_only_as_far_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_module, "STORE_OPEN_FILES_MAX", 2)
+    store = LocalFolder(tmp_path / "store")
+    for name in "abc":
+        store.put(name, name.encode())
+    for name in "abca":
+        assert store.get(name) == name.encode()
+    assert list(store._open) == ["c", "a"]
+    store.close()
+    assert not store._open
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorePermanent):
+        LocalFolder(tmp_path / "file")
+    with pytest.raises(StorePermanent, match="missing"):
+        LocalFolder(tmp_path / "missing" / "parent")
+
+
+def test_an_object_store_that_is_not_there_may_come_back(s3: str) -> None:
+    store = ObjectStore("s3://bucket/x", options("http://127.0.0.1:1"), retries=0)
+    for call in (lambda: store.put("a", b""), lambda: store.get("a"), lambda: store.list("")):
+        with pytest.raises(StoreTransient) as caught:
+            call()
+        assert "secret" not in str(caught.value)
+
+
+def test_an_object_store_that_will_not_is_permanent(s3: str) -> None:
+    with pytest.raises(StorePermanent):
+        ObjectStore("nonsense://bucket")
+    with pytest.raises(StorePermanent):
+        ObjectStore("s3://no-such-bucket/x", options(s3)).put("a", b"")
+
+
+def test_nothing_is_left_at_an_object_store_by_a_put_that_broke(bucket: ObjectStore) -> None:
+    """One request: there is no upload in parts that somebody would have to end."""
+    bucket.put("packs/00/a", os.urandom(20 << 20))
+    assert [each["path"] for page in obstore.list(bucket._store) for each in page] == ["packs/00/a"]
+
+
+# --- the store that fails on purpose --------------------------------------------------------------------
+
+
+def once(fault: Fault, method: str = "put") -> FailingStore:
+    seen: list[int] = []
+
+    def choose(call: object) -> Fault | None:
+        if getattr(call, "method", "") == method and not seen:
+            seen.append(1)
+            return fault
+        return None
+
+    return FailingStore(MemoryStore(), choose)
+
+
+def test_it_refuses_loses_answers_and_is_full() -> None:
+    store = once(Fault.REFUSED)
+    with pytest.raises(StoreTransient):
+        store.put("a", b"x")
+    assert store.list("") == []
+
+    store = once(Fault.ANSWER_LOST)
+    with pytest.raises(StoreTransient):
+        store.put("a", b"x")
+    with pytest.raises(ObjectExists):
+        store.put("a", b"x")
+
+    store = once(Fault.FULL)
+    with pytest.raises(StorePermanent):
+        store.put("a", b"x")
+    assert store.list("") == []
+
+
+@pytest.mark.parametrize(("fault", "left"), [(Fault.DIES, None), (Fault.DIES_AFTER, b"xyzw"), (Fault.DIES_TORN, b"xy")])
+def test_who_died_stays_dead(fault: Fault, left: bytes | None) -> None:
+    store = once(fault)
+    for _ in range(2):
+        with pytest.raises(Died):
+            store.put("a", b"xyzw")
+    with pytest.raises(Died):
+        store.list("")
+    assert [store.inner.get(entry.name) for entry in store.inner.list("")] == ([] if left is None else [left])

@@ -1,0 +1,239 @@
+"""Prune: what goes, what stays, what is refused, and that the deed is the plan's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store.config import PassPhrase
+from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy
+from vmferry.store.index import index_name
+from vmferry.store.manifest import Block
+from vmferry.store.page_ids import PAGE_BYTES
+from vmferry.store.prune import PrunePlan, execute, plan_prune
+from vmferry.store.reader import SnapshotReader
+from vmferry.store.verify import verify
+from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.failing_store import Call, FailingStore, Fault
+
+
+def prune(store: Store, empty_below: float = 0.5) -> PrunePlan:
+    store.clock.at_s += STORE_PRUNE_GRACE_S + 1
+    plan = plan_prune(store.repository, empty_below=empty_below)
+    execute(store.repository, plan)
+    return plan
+
+
+def forget(store: Store, snapshot: str) -> None:
+    store.repository.forget(snapshot)
+    del store.saved[snapshot]
+
+
+def total(store: Store) -> int:
+    return sum(entry.size_bytes for entry in store.backend.list(""))
+
+
+def test_what_only_forgotten_snapshots_need_goes(store: Store) -> None:
+    keep = store.save(memory(200))
+    before = total(store)
+    gone = store.save(memory(300, seed=5))
+    assert prune(store).is_empty
+    forget(store, gone)
+    plan = prune(store)
+    assert plan.remove_packs
+    assert total(store) == before
+    assert plan.freed_bytes > 0
+    store.check(keep)
+    assert verify(store.repository).problems == ()
+
+
+@pytest.mark.parametrize("key", [None, PassPhrase("x")], ids=["open", "encrypted"])
+def test_packs_that_are_little_used_are_emptied_and_their_pages_found_again(
+    clock: ManualClock, key: PassPhrase | None
+) -> None:
+    store = new_store(clock, key)
+    first = store.save(memory(400))
+    half = memory(400).copy()
+    half[::2] = memory(400, seed=6)[::2]
+    second = store.save(half)
+    forget(store, first)
+    before = total(store)
+    plan = prune(store, empty_below=1.0)
+    assert plan.empty_packs
+    saved = before - total(store)
+    assert 0.7 * plan.freed_bytes < saved < 1.4 * plan.freed_bytes, "the plan's number is about right"
+    store.check(second)
+    assert verify(store.repository).problems == ()
+    store.clock.at_s += STORE_PRUNE_GRACE_S + 1
+    assert plan_prune(store.repository, empty_below=1.0).is_empty
+    # Pages that were put elsewhere are known to later saves, and are bases of later differences.
+    third = store.later(second, touched(half, 30))
+    counts = store.repository.manifest(third).head.counts
+    assert counts.differences > 10
+    assert counts.known > 300
+    store.check()
+
+
+def test_differences_keep_their_bases_and_outlive_them_only_unused(store: Store) -> None:
+    """Pages, their differences, and differences that nobody needs any more while others of the same pack are needed."""
+    pages = memory(300)
+    first = store.save(pages)
+    second = store.later(first, touched(pages, 100))
+    third = store.later(second, touched(store.saved[second], 20, seed=8))
+    forget(store, first)
+    prune(store, empty_below=1.0)
+    store.check(second, third)
+    forget(store, second)
+    prune(store, empty_below=1.0)
+    store.check(third)
+    assert verify(store.repository).problems == ()
+
+
+def test_a_difference_without_its_base_is_not_counted_as_known(store: Store) -> None:
+    """A pack stays for one of its differences, the others' bases are gone; a later save must not rely on those."""
+    pages = memory(64)
+    pages[pages.any(axis=1) == 0] = 7
+    pages[:] = np.arange(64, dtype=np.uint8)[:, None] ^ pages
+    first = store.save(pages)
+    both = touched(pages, 64)
+    second = store.later(first, both)
+    one = pages.copy()
+    one[:] = 0
+    one[0] = both[0]
+    with SnapshotReader(store.repository, second) as base:
+        third = store.save(one, base)
+    forget(store, first)
+    forget(store, second)
+    prune(store, empty_below=1.0)
+    store.check(third)
+    again = store.save(both)
+    store.check(third, again)
+    assert verify(store.repository).problems == ()
+
+
+def test_young_objects_stay(store: Store) -> None:
+    forget(store, store.save(memory(100)))
+    plan = plan_prune(store.repository)
+    assert plan.is_empty
+    assert plan.too_young > 1
+    store.clock.at_s += STORE_PRUNE_GRACE_S
+    assert not plan_prune(store.repository).is_empty
+
+
+def test_a_plan_for_another_repository_is_not_carried_out(store: Store) -> None:
+    forget(store, store.save(memory(100)))
+    store.clock.at_s += STORE_PRUNE_GRACE_S
+    plan = plan_prune(store.repository)
+    snapshot = store.save(memory(100))  # of the very pages that the plan would take away
+    with pytest.raises(PlanOutdated):
+        execute(store.repository, plan)
+    store.check(snapshot)
+    assert store.names("locks/") == []
+
+
+def test_prune_waits_for_whoever_saves_or_reads(store: Store) -> None:
+    snapshot = store.save(memory(50))
+    plan = plan_prune(store.repository)
+    with SnapshotReader(store.repository, snapshot), pytest.raises(RepositoryBusy, match=f"read {snapshot}"):
+        execute(store.repository, plan)
+    with SnapshotWriter(store.repository, [Block(RAM, PAGE_BYTES)]), pytest.raises(RepositoryBusy, match="save"):
+        execute(store.repository, plan)
+    execute(store.repository, plan)
+
+
+def test_a_saver_who_was_taken_for_dead_commits_nothing(store: Store) -> None:
+    """The schedule of `lock`: old pages are looked up, the saver stops, prune takes them away, the saver wakes up."""
+    pages = memory(100)
+    gone = store.save(pages)
+    writer = SnapshotWriter(store.repository, [Block(RAM, 100 * PAGE_BYTES)])
+    writer.put(RAM, 0, pages)
+    store.repository.forget(gone)
+    renewed_s = store.clock.at_s
+    store.clock.at_s += STORE_LOCK_STALE_S + STORE_PRUNE_GRACE_S + 1
+    execute(store.repository, plan_prune(store.repository))
+    assert store.names("packs/") == []
+    with pytest.raises(LockLost):
+        writer.put(RAM, 0, pages)
+    store.clock.at_s = renewed_s  # even if he does not notice how late it is
+    with pytest.raises(LockLost):
+        writer.commit("vm")
+    assert store.repository.snapshots() == []
+    assert store.names("locks/") == []
+
+
+def test_a_saver_who_is_stopped_within_his_commit_takes_it_back(store: Store) -> None:
+    """As above, but he is stopped after his first look for the lock: his manifest comes when the pages are gone."""
+    pages = memory(100)
+    gone = store.save(pages)
+    plain = store.backend
+
+    def stop(call: Call) -> Fault | None:
+        if call.method == "put" and call.name.startswith("snapshots/"):
+            store.clock.at_s += STORE_LOCK_STALE_S + STORE_PRUNE_GRACE_S + 1
+            execute(store.repository, plan_prune(store.repository))
+        return None
+
+    late = new_store(store.clock)
+    late.repository.backend = FailingStore(plain, stop)
+    late.repository.seal, late.repository.ids = store.repository.seal, store.repository.ids
+    late.repository.random = lambda length: b"\x77" * length
+    with SnapshotWriter(late.repository, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, pages)
+        store.repository.forget(gone)
+        with pytest.raises(LockLost):
+            writer.commit("vm")
+    assert store.repository.snapshots() == []
+
+
+def test_a_pruner_who_was_taken_for_dead_deletes_no_more(store: Store) -> None:
+    forget(store, store.save(memory(200)))
+    store.clock.at_s += STORE_PRUNE_GRACE_S
+    plan = plan_prune(store.repository)
+    victims = [*plan.remove_indexes, *plan.remove_packs]
+    deleted: list[str] = []
+
+    def interfere(call: Call) -> Fault | None:
+        if call.method == "delete" and not call.name.startswith("locks/"):
+            deleted.append(call.name)
+            if len(deleted) == 2:
+                for entry in store.backend.list("locks/"):
+                    store.backend.delete(entry.name)
+        return None
+
+    inner, store.repository.backend = store.repository.backend, FailingStore(store.backend, interfere)
+    with pytest.raises(LockLost):
+        execute(store.repository, plan)
+    store.repository.backend = inner
+    assert len(deleted) == 2 < len(victims)
+
+
+def test_there_is_no_plan_over_damage(store: Store) -> None:
+    first = store.save(memory(100))
+    second = store.save(memory(100, seed=2))
+    needed = store.repository.manifest(first).head.indexes[0].index
+    name = index_name(bytes.fromhex(needed))
+    data = store.backend.get(name)
+    store.backend.delete(name)
+    with pytest.raises(Damaged, match=needed):
+        plan_prune(store.repository)
+    store.backend.put(name, data[:-1])
+    with pytest.raises(Damaged, match=needed):
+        plan_prune(store.repository)
+    forget(store, first)
+    plan = prune(store)
+    assert name in {entry.name for entry in plan.remove_indexes}, "unreadable and needed by nobody"
+    store.check(second)
+    pack = store.names("packs/")[0]
+    store.backend.delete(pack)
+    with pytest.raises(Damaged, match=pack):
+        plan_prune(store.repository)
+
+
+def test_leftovers_of_broken_puts_go_when_they_are_old(store: Store) -> None:
+    store.backend.put("tmp/1234", b"half of something")
+    assert plan_prune(store.repository).is_empty
+    plan = prune(store)
+    assert [entry.name for entry in plan.remove_leftovers] == ["tmp/1234"]
+    assert store.names("tmp/") == []

@@ -1,0 +1,263 @@
+"""Snapshots go in and come out: what is stored once, what is refused, what memory and bytes it takes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from vmferry.store.config import KeyFile, PassPhrase
+from vmferry.store.envelope import MANIFEST, PREFIX
+from vmferry.store.errors import (
+    Damaged,
+    ObjectExists,
+    ObjectMissing,
+    RepositoryBusy,
+    UnknownSnapshot,
+    WrongKey,
+)
+from vmferry.store.manifest import Block, manifest_name
+from vmferry.store.page_ids import PAGE_BYTES
+from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository
+from vmferry.store.writer import SnapshotWriter
+
+KEYS = [None, PassPhrase("correct horse"), KeyFile(bytes(range(64)))]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["open", "pass phrase", "key file"])
+def test_what_was_saved_comes_back(clock: ManualClock, key: PassPhrase | KeyFile | None) -> None:
+    store = new_store(clock, key)
+    pages = memory(700)
+    first = store.save(pages)
+    second = store.later(first, touched(pages, 40))
+    third = store.later(second, touched(store.saved[second], 40, seed=9))
+    store.repository = Repository.open(store.backend, key=key, clock=clock)
+    store.check(first, second, third)
+    with SnapshotReader(store.repository, first) as reader:
+        assert reader.device_state == b"devices of vm"
+        assert reader.head.metadata == {"vm": "vm"}
+        some = np.array([5, 3, 699, 3])
+        assert np.array_equal(reader.read_some(RAM, some), pages[some])
+        assert np.array_equal(reader.is_zero(RAM), ~pages.any(axis=1))
+        assert len(reader.read(RAM, 10, 0)) == 0
+    assert len(store.names("index/")) > 1, "several indexes are what is tested here"
+
+
+def test_zeros_are_not_stored_and_equal_pages_once(store: Store) -> None:
+    pages = memory(400)
+    distinct = len({page.tobytes() for page in pages} - {bytes(PAGE_BYTES)})
+    snapshot = store.save(pages)
+    head = store.repository.manifest(snapshot).head
+    zero = int(np.count_nonzero(~pages.any(axis=1)))
+    assert zero > 20
+    assert distinct < 400 - zero
+    assert head.counts.zero == zero
+    assert head.counts.known == 400 - zero - distinct
+    assert sum(store.repository.index(index_id).rows for index_id in store.repository.indexes()) == distinct
+
+    before = store.names("packs/")
+    again = store.save(pages, name="another vm of the same image")
+    assert store.names("packs/") == before, "not even one pack more"
+    assert store.repository.manifest(again).head.counts.stored_bytes == 0
+    store.check()
+
+
+def test_a_changed_page_costs_its_changed_bytes(store: Store) -> None:
+    pages = memory(600)
+    first = store.save(pages)
+    second = store.later(first, touched(pages, 60))
+    counts = store.repository.manifest(second).head.counts
+    assert counts.differences > 40
+    assert counts.stored_bytes < 60 * 250, "30 bytes of each page were changed"
+    assert store.repository.backend.size(manifest_name(second)) < 2000
+    # The next one's differences are to the same whole pages: no chains.
+    third = store.later(second, touched(store.saved[second], 60, seed=5))
+    assert store.repository.manifest(third).head.counts.differences > 40
+    store.check()
+
+
+def test_pages_that_the_caller_knows_to_be_the_same_are_not_read_again(store: Store) -> None:
+    pages = memory(300)
+    first = store.save(pages)
+    now = touched(pages, 10)
+    changed = np.flatnonzero((now != pages).any(axis=1))
+    with (
+        SnapshotReader(store.repository, first) as base,
+        SnapshotWriter(store.repository, [Block(RAM, 300 * PAGE_BYTES)], base=base) as writer,
+    ):
+        writer.keep(RAM, np.setdiff1d(np.arange(300), changed))
+        assert writer.missing(RAM).tolist() == changed.tolist()
+        writer.put_some(RAM, changed, now[changed])
+        writer.commit("later")
+    store.saved[writer.snapshot] = now
+    store.check()
+
+
+def test_a_page_that_comes_again_replaces_what_it_was(store: Store) -> None:
+    pages = memory(50)
+    with SnapshotWriter(store.repository, [Block(RAM, 50 * PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(50, seed=8))
+        writer.put(RAM, 0, pages)
+        writer.put(RAM, 10, pages[10:20])
+        writer.put_some(RAM, np.array([30]), np.zeros((1, PAGE_BYTES), np.uint8))
+        writer.commit("vm")
+    store.saved[writer.snapshot] = pages.copy()
+    store.saved[writer.snapshot][30] = 0
+    store.check()
+
+
+def test_pages_need_not_lie_side_by_side_in_memory(store: Store) -> None:
+    wide = memory(100).repeat(2, axis=0)
+    store.save(wide[::2], run=7)
+    store.check()
+
+
+def test_nothing_is_there_before_the_commit_and_after_an_abort(store: Store) -> None:
+    with SnapshotWriter(store.repository, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(100))
+        assert store.repository.snapshots() == []
+        with pytest.raises(UnknownSnapshot):
+            SnapshotReader(store.repository, writer.snapshot)
+    assert store.repository.snapshots() == []
+    assert store.names("locks/") == []
+
+
+def test_a_snapshot_with_pages_that_never_came_is_a_mistake(store: Store) -> None:
+    with SnapshotWriter(store.repository, [Block(RAM, 10 * PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(9))
+        with pytest.raises(AssertionError, match="every page has come"):
+            writer.commit("vm")
+
+
+def test_the_listing_reads_heads_only_and_tells_what_is_damaged(store: Store) -> None:
+    first = store.save(memory(100), name="old")
+    store.clock.at_s += 60
+    second = store.save(memory(100, seed=3), name="new")
+    listed = store.repository.snapshots()
+    assert [(info.snapshot, info.head and info.head.name) for info in listed] == [(first, "old"), (second, "new")]
+    broken = bytearray(store.backend.get(manifest_name(first)))
+    broken[PREFIX.size + 5] ^= 1
+    store.backend.delete(manifest_name(first))
+    store.backend.put(manifest_name(first), bytes(broken))
+    store.backend.put("snapshots/strange", b"left alone")
+    listed = store.repository.snapshots()
+    assert [info.snapshot for info in listed] == [second, first]
+    assert listed[1].head is None
+    assert first in listed[1].damage
+    store.repository.forget(first)
+    assert [info.snapshot for info in store.repository.snapshots()] == [second]
+    assert store.names("snapshots/")[-1] == "snapshots/strange"
+
+
+def test_a_head_longer_than_the_first_read_is_read_in_a_second(store: Store) -> None:
+    with SnapshotWriter(store.repository, [Block(RAM, PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(1))
+        writer.commit("vm", metadata={"text": "x" * 100_000})
+    (info,) = store.repository.snapshots()
+    assert info.head is not None
+    assert len(info.head.metadata["text"]) == 100_000
+
+
+def test_unknown_snapshots_and_repositories(store: Store, clock: ManualClock) -> None:
+    for snapshot in ("0" * 32, "../config", ""):
+        with pytest.raises(UnknownSnapshot):
+            store.repository.manifest(snapshot)
+        with pytest.raises(UnknownSnapshot):
+            store.repository.forget(snapshot)
+    with pytest.raises(ObjectExists):
+        Repository.create(store.backend)
+    store.backend.delete("config")
+    with pytest.raises(ObjectMissing):
+        Repository.open(store.backend)
+    store.backend.put("config", b" " * 100_000)
+    with pytest.raises(Damaged, match="config"):
+        Repository.open(store.backend)
+
+
+def test_the_wrong_key_opens_nothing(clock: ManualClock) -> None:
+    store = new_store(clock, PassPhrase("right"))
+    for wrong in (None, PassPhrase("wrong"), KeyFile(bytes(32))):
+        with pytest.raises(WrongKey):
+            Repository.open(store.backend, key=wrong)
+    with pytest.raises(WrongKey):
+        Repository.open(new_store(clock).backend, key=PassPhrase("right"))
+
+
+def test_an_encrypted_repository_shows_nothing_of_a_guest(clock: ManualClock) -> None:
+    store = new_store(clock, PassPhrase("secret"))
+    pages = memory(200)
+    pages[7, :32] = np.frombuffer(b"the password is in this page....", np.uint8)
+    first = store.save(pages, name="payroll")
+    for entry in store.backend.list(""):
+        data = store.backend.get(entry.name)
+        for word in (b"password", b"payroll", b"devices of", b"pc.ram", pages[3].tobytes()):
+            assert word not in data, entry.name
+    # Nor do ids: the same guest elsewhere has other ones.
+    other = new_store(clock, PassPhrase("secret"))
+    other.repository.random = lambda length: b"\1" * length
+    assert store.repository.ids.of(pages).tobytes() != new_store(clock).repository.ids.of(pages).tobytes()
+    assert first
+
+
+def test_objects_are_bound_to_their_names(clock: ManualClock) -> None:
+    """A store that hands out one object for another is found out, with a key and without."""
+    for key in (None, PassPhrase("x")):
+        store = new_store(clock, key)
+        first, second = store.save(memory(150)), store.save(memory(150, seed=4))
+        data = store.backend.get(manifest_name(first))
+        store.backend.delete(manifest_name(second))
+        store.backend.put(manifest_name(second), data)
+        with pytest.raises(Damaged, match=second):
+            store.repository.manifest(second)
+        (a, b, *_) = store.names("packs/")
+        swapped = store.backend.get(a)
+        store.backend.delete(b)
+        store.backend.put(b, swapped)
+        with pytest.raises(Damaged):
+            store.check()
+
+
+def test_two_save_at_the_same_time(store: Store) -> None:
+    """Neither knows of the other's new pages; both snapshots are whole."""
+    pages, others = memory(300), touched(memory(300), 50)
+    block = [Block(RAM, 300 * PAGE_BYTES)]
+    with SnapshotWriter(store.repository, block) as one, SnapshotWriter(store.repository, block) as two:
+        for first in range(0, 300, 50):
+            one.put(RAM, first, pages[first : first + 50])
+            two.put(RAM, first, others[first : first + 50])
+        two.commit("two")
+        one.commit("one")
+    store.saved = {one.snapshot: pages, two.snapshot: others}
+    store.check()
+
+
+def test_nobody_saves_or_reads_while_somebody_takes_away(store: Store) -> None:
+    first = store.save(memory(20))
+    lock = store.repository.exclusive("prune by a test")
+    for begin in (
+        lambda: SnapshotReader(store.repository, first),
+        lambda: SnapshotWriter(store.repository, [Block(RAM, PAGE_BYTES)]),
+        lambda: store.repository.forget(first),
+    ):
+        with pytest.raises(RepositoryBusy, match="prune by a test"):
+            begin()
+    assert SnapshotReader(store.repository, first, is_locked=False).head.name == "vm"
+    lock.release()
+    store.check()
+
+
+def test_the_config_can_be_read_by_a_person(store: Store) -> None:
+    shown = json.loads(store.backend.get("config"))
+    assert (shown["format"], shown["version"], shown["chunker"]) == ("vmferry-repository", 1, "pages-4096")
+    assert shown["encryption"] is None
+
+
+def test_kinds_of_objects_are_not_mixed_up(store: Store) -> None:
+    snapshot = store.save(memory(20))
+    data = store.backend.get(manifest_name(snapshot))
+    assert data[5] == MANIFEST
+    with pytest.raises(Damaged):
+        store.repository.index(bytes.fromhex(snapshot))
