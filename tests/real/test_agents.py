@@ -102,7 +102,7 @@ def test_an_expired_certificate_of_the_same_authority(make_pair: MakePair, guest
 # --- deaths ---
 
 
-@pytest.mark.proves("S83", "S121", "S123")
+@pytest.mark.proves("S83", "S121", "S123", "S125")
 @pytest.mark.parametrize(("source", "destination"), PAIRS)
 def test_the_source_agent_is_killed_while_memory_moves(
     source: str, destination: str, make_pair: MakePair, guests: Guests
@@ -167,7 +167,7 @@ def test_the_destination_agent_is_killed_while_memory_moves(again: bool, make_pa
     lives_once(pair, folders[0])
 
 
-@pytest.mark.proves("S122")
+@pytest.mark.proves("S122", "S125")
 def test_the_command_line_is_killed_and_the_migration_goes_on(make_pair: MakePair, guests: Guests) -> None:
     pair = make_pair()
     boot(pair.a, guests.boot())

@@ -293,7 +293,7 @@ async def _in_state(site: Site, state: str) -> str:
             return attempt.job
 
 
-@pytest.mark.proves("S99")
+@pytest.mark.proves("S16", "S99")
 @pytest.mark.parametrize("state", ["running", "pending", "paused", "aborting", "concluded"])
 @pytest.mark.parametrize("verb", list(Verb))
 async def test_every_verb_in_every_state_does_what_the_table_says(make_site: MakeSite, state: str, verb: Verb) -> None:

@@ -172,7 +172,7 @@ def test_every_kind_answers_every_verb_in_every_state(kind: Kind) -> None:
     assert answer(kind, Verb.DISMISS, J.CONCLUDED).answer is Answer.DOES, "what stays until it is dismissed can be"
 
 
-@pytest.mark.proves("S99")
+@pytest.mark.proves("S92", "S99")
 def test_a_mirror_takes_exactly_what_qemu_takes() -> None:
     for verb, state in product(Verb, J):
         assert (answer(MIRROR, verb, state).answer is Answer.DOES) == (state in VERBS[verb])
