@@ -36,7 +36,8 @@ from vmferry.testing.fake_director import Director
 from vmferry.testing.fake_rescue import SocketRescue
 from vmferry.testing.relay import Relay
 
-SETTLE_S = 10.0
+SETTLE_S = 40.0
+"""Until something is called stuck that takes a second: on a host with ten times its load it took eleven."""
 MakeSite = Callable[..., Awaitable["Site"]]
 
 

@@ -17,7 +17,7 @@ from vmferry import limits
 from vmferry.agent.channel import ChannelListener, dial
 from vmferry.agent.relayed import RelayedChannel
 
-OVER_S = 5.0
+OVER_S = 30.0
 MUCH = os.urandom(1 << 20) * 4
 
 
