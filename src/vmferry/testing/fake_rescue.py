@@ -79,9 +79,9 @@ class SocketRescue(FakeRescue):
 
     async def give(self, machine: Machine) -> Link:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             await machine.execute("getfd", {"fdname": FD_NAME}, fds=(theirs.fileno(),))
-        return await from_descriptor(ours.detach())
+            return await from_descriptor(ours.detach())
 
 
 async def _switch(machine: Machine, names: list[str], *, to: bool) -> None:
