@@ -44,10 +44,11 @@ OTHERS: Final = {
     "agent/config.py": "tests/unit/agent/test_config.py",
     "engine/machine_types.py": "tests/unit/engine/test_machine_types.py",
     "jobs/journal.py": "tests/unit/jobs/test_journal.py",
+    "store/config.py": "tests/unit/store/test_store_config.py",
     "store/lock.py": "tests/unit/store/test_lock.py",
 }
 """Pure modules outside core, and those that everything else relies on after a crash."""
-STORE_FORMATS: Final = ("compression", "config", "envelope", "index", "known", "manifest", "pack", "page_ids", "seal")
+STORE_FORMATS: Final = ("compression", "envelope", "index", "known", "manifest", "pack", "page_ids", "seal")
 """What a repository's bytes mean: pure, and read for years."""
 AT_IMPORT: Final = "import"
 
