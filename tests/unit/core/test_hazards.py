@@ -57,3 +57,10 @@ def test_newer_ones_go_back_from_the_end_of_a_postcopy(version: tuple[int, int, 
 )
 def test_older_ones_wait_for_ever_after_their_last_page(version: tuple[int, int, int] | None, waits: bool) -> None:
     assert hazards.waits_for_ever_after_last_page(version) is waits
+
+
+@pytest.mark.parametrize(
+    ("version", "dies"), [(None, True), ((7, 2, 22), True), ((8, 1, 9), True), ((8, 2, 0), False), (NEW, False)]
+)
+def test_older_ones_die_of_a_recovery_that_breaks_off(version: tuple[int, int, int] | None, dies: bool) -> None:
+    assert hazards.dies_of_broken_recovery(version) is dies

@@ -228,3 +228,26 @@ def test_the_destinations_sentence_says_where_the_guest_is_and_what_is_next(labe
     text = told_there(label)["sentence"]
     assert text.startswith(begins)
     assert ends in text
+
+
+def test_counters_are_taken_over_as_far_as_qemu_tells() -> None:
+    measured = Measured()
+    measured.count({"status": "setup"})
+    assert (measured.transferred_bytes, measured.throttle_percent, measured.remaining_by_source) == (None, 0, {})
+    ram = {
+        "transferred": 7,
+        "total": 9,
+        "remaining": 2,
+        "normal": 1,
+        "duplicate": 3,
+        "mbps": 1.5,
+        "dirty-sync-count": 4,
+    }
+    more = {"cpu-throttle-percentage": 20, "vfio": {"remaining": 5}, "disk": {}, "setup-time": 6, "downtime": 8}
+    measured.count({"ram": ram, **more})
+    assert (measured.transferred_bytes, measured.total_bytes, measured.remaining_bytes) == (7, 9, 2)
+    assert (measured.normal_pages, measured.zero_pages, measured.mbps, measured.passes) == (1, 3, 1.5, 4)
+    assert (measured.throttle_percent, measured.remaining_by_source) == (20, {"ram": 2, "vfio": 5})
+    assert (measured.setup_ms, measured.qemu_downtime_ms) == (6.0, 8.0)
+    measured.count({"ram": {"transferred": 8}})
+    assert measured.passes == 4, "what is not told again stays"

@@ -137,6 +137,19 @@ def test_pages_that_do_not_lie_side_by_side_are_not_taken_for_such(numbers: list
     assert (run.offsets // SIZE).tolist() == numbers
 
 
+def test_the_last_pages_of_a_block_end_where_another_block_begins() -> None:
+    target = reader()
+    buffer = Buffer()
+    buffer.feed(join([pages([0]), pages(range(60, 64), named=False), pages(range(6), block=ROM)]))
+    target.next(buffer)
+    run = target.next(buffer)
+    assert isinstance(run, PageRun)
+    assert (run.offsets // SIZE).tolist() == [60, 61, 62, 63]
+    after = target.next(buffer)
+    assert isinstance(after, PageRun)
+    assert after.block == ROM
+
+
 def test_a_run_ends_before_a_page_outside_of_its_block() -> None:
     for kind in (pages, zeros):
         target = reader()
