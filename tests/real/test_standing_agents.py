@@ -44,11 +44,14 @@ def wait_said(host: AgentHost, words: str, *, since: int = 0) -> None:
 
 
 def heals(pair: TwoAgents) -> float:
-    """Breaks the stream for a while. How long it takes from its end to two QEMUs that are joined."""
+    """Breaks the stream for a while. How long it takes from its end to two QEMUs that are joined.
+
+    A source's agent that has begun anew cannot say of an old QEMU what the loss of its channel means before it has
+    heard of the destination: its row says that it knows of the loss."""
     sides = [(host, len(host.log())) for host in (pair.a, pair.b)]
     with pair.b.net.drop(port=MIGRATION_PORTS, reset=True):
-        for host, since in sides:
-            wait_said(host, "fact=link-lost", since=since)
+        for (host, since), words in zip(sides, ("-broken outcome=", "fact=link-lost"), strict=True):
+            wait_said(host, words, since=since)
         end_s = time.monotonic() + BROKEN_S
         wait_true(lambda: time.monotonic() > end_s)
         assert not any("fact=resume-ack" in host.log()[since:] for host, since in sides)
