@@ -38,10 +38,11 @@ model: venv ## every interleaving of what decides, with faults, and of small mis
 demo: setup venv ## two hosts on this machine, and a guest that moves between them
 	@$(BIN)/vmferry demo
 
-bench: setup venv ## how long migrations take and pause; our own ends of the stream against QEMU's
+bench: setup venv ## migrations, our own ends of the stream, mirrors and monitors, each against the raw thing
 	@$(BIN)/vmferry bench migrate
 	@$(BIN)/vmferry bench stream
 	@$(BIN)/vmferry bench disks
+	@$(BIN)/vmferry bench monitor
 
 chaos: setup venv ## every fault in every phase, mode and pair of QEMUs (root; an hour and more)
 	@$(BIN)/vmferry chaos

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 import coverage
+import hypothesis
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -97,8 +98,9 @@ def measure(modules: dict[Path, str], data_file: str) -> tuple[int, coverage.Cov
     for path in modules:
         importlib.import_module(".".join(path.relative_to(SOURCE.parent).with_suffix("").parts))
     tests = sorted({str(ROOT / test) for test in modules.values()})
-    # A fixed seed: what properties draw must not decide whether a branch counts as proved.
-    options = ["-p", "no:cacheprovider", "--hypothesis-seed=0", "--rootdir", str(ROOT)]
+    # What a property happens to draw must not decide whether a branch counts as proved: only its examples run.
+    hypothesis.settings.register_profile("examples", phases=[hypothesis.Phase.explicit])
+    options = ["-p", "no:cacheprovider", "--hypothesis-profile=examples", "--rootdir", str(ROOT)]
     code = pytest.main([*options, *tests], plugins=[ContextPerFile(measured)])
     measured.stop()
     measured.save()

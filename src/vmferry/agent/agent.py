@@ -60,6 +60,8 @@ PROMPT_FOR_AGENTS = frozenset({"TARGET", "JOB_ENDED"})
 """Events that somebody waits for; all others are news, which may leave a moment later and together."""
 RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED", "RESCUE"})
 """Events of other agents that people here may want to see."""
+FOR_AGENTS = RELAYED | {"TARGET"}
+"""All that another agent hears of this one; the rest is for who asks here."""
 
 
 class Agent:
@@ -126,7 +128,6 @@ class Agent:
         await self.host.listen_for_people(self.control_server, self.config.control_socket)
         try:
             await restore(self)
-            await self.monitors.settle()
             if self.config.listen is not None:
                 context = None if self._is_clear else tls.server_context(self._pki)
                 self._listener = await self.host.listen_for_agents(
@@ -178,7 +179,8 @@ class Agent:
     def publish(self, name: str, data: dict[str, Any]) -> None:
         told = {"host": self.config.name, **data}
         self.control_server.broadcast(name, told)
-        self.peer_server.broadcast(name, told)
+        if name in FOR_AGENTS:
+            self.peer_server.broadcast(name, told)
         self.monitors.tell(name, told)
 
     def clock_offset_s(self, host: str) -> float:

@@ -434,18 +434,25 @@ async def dial(addresses: Sequence[Address], ticket: Ticket, *, deadline_s: floa
         try:
             async with asyncio.timeout(share_s):
                 return await _dial_one(address, ticket)
-        except TimeoutError:
-            failures.append(f"{address_text(address)} did not answer")
-        except EOFError:
-            failures.append(f"{address_text(address)} hung up on the greeting")
-        except NotTrusted:
-            impostor = True
-            failures.append(f"{address_text(address)} answered without the token")
-        except OSError as error:
-            failures.append(f"{address_text(address)}: {reason_of(error)}")
+        except (EOFError, NotTrusted, OSError) as error:
+            impostor = impostor or isinstance(error, NotTrusted)
+            failures.append(failure_at(address, error))
     kind: type[VmferryError] = NotTrusted if impostor else HostUnreachable
     sentence = f"the {ticket.channel} channel cannot be opened: {'; '.join(failures)}"
     raise kind(sentence, hint="check that the migration ports are open at the destination")
+
+
+def failure_at(address: Address, error: EOFError | NotTrusted | OSError) -> str:
+    """Why nobody with the token was reached there, as a clause."""
+    match error:
+        case TimeoutError():
+            return f"{address_text(address)} did not answer"
+        case EOFError():
+            return f"{address_text(address)} hung up on the greeting"
+        case NotTrusted():
+            return f"{address_text(address)} answered without the token"
+        case _:
+            return f"{address_text(address)}: {reason_of(error)}"
 
 
 async def _dial_one(address: Address, ticket: Ticket) -> Channel:

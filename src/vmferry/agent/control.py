@@ -135,9 +135,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is
     """Checks what can be checked here and now. Raises Busy, UsageError …; nothing was done."""
     kept = agent.vms[arguments.vm]
     machine = kept.require_machine()
-    if not is_plan:
-        agent.blockers.require(arguments.vm, Operation.MIGRATE)  # a plan lists them with all other objections
-    agent.blockers.require_free(arguments.vm, Operation.MIGRATE, people=False)
+    # A plan lists what people hold with all other objections.
+    agent.blockers.require_free(arguments.vm, Operation.MIGRATE, people=not is_plan)
     if arguments.destination != agent.config.name and arguments.destination not in agent.config.peers:
         agent.peers.link(arguments.destination)  # raises, naming the known hosts
     if arguments.mode not in ("auto", *Mode):

@@ -18,6 +18,7 @@ from typing import Any
 
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.machine import Machine
+from vmferry.agent.plan_disks import inserted_by_path
 from vmferry.core.facts import Fact
 from vmferry.errors import QemuError, Unfit
 from vmferry.jobs.journal import Entry
@@ -103,13 +104,7 @@ async def _listen(attempt: DestinationAttempt, machine: Machine) -> tuple[str, i
 
 async def nodes_by_path(machine: Machine) -> dict[str, str]:
     """Each disk's image file -> the block node that the guest's device uses. Raises QemuError."""
-    found: dict[str, str] = {}
-    for device in await machine.execute("query-block"):
-        inserted = device.get("inserted") or {}
-        filename = str((inserted.get("image") or {}).get("filename", ""))
-        if filename and inserted.get("node-name"):
-            found[filename] = str(inserted["node-name"])
-    return found
+    return {path: str(inserted["node-name"]) for path, inserted in (await inserted_by_path(machine)).items()}
 
 
 async def close_exports(attempt: DestinationAttempt) -> None:

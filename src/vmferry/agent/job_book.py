@@ -21,7 +21,7 @@ from vmferry import limits
 from vmferry.agent import job_events
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.source import SourceAttempt
-from vmferry.core.facts import Fact
+from vmferry.core.facts import Fact, awaits_leave
 from vmferry.core.job import (
     INCOMING,
     KINDS,
@@ -171,7 +171,7 @@ class JobBook:
         facts, wanted, state = attempt.facts, attempt.wanted, source_job(attempt.facts)
         status, stop_s = source_status(facts), attempt.measured.stop_s
         moved = attempt.tracking.wire()
-        waits = state is JobStatus.PENDING and Fact.HOLD in facts and Fact.FINALIZE not in facts
+        waits = state is JobStatus.PENDING and awaits_leave(facts)
         return JobInfo(
             id=attempt.job,
             type=MIGRATE.name,

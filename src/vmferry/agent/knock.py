@@ -211,16 +211,11 @@ async def call(job: str, way: RecoveryWay) -> tuple[ChannelEnd, dict[str, Any]]:
                 break
             try:
                 return await _call_one(job, way.token, address, min(left_s, limits.RECOVERY_CONNECT_S))
-            except TimeoutError:
-                failures.append(f"{channels.address_text(address)} did not answer")
-                break  # the way there is what is wrong, not this port
-            except EOFError:
-                failures.append(f"{channels.address_text(address)} hung up")
-            except NotTrusted:
-                impostor = True
-                failures.append(f"{channels.address_text(address)} answered without the token")
-            except OSError as error:
-                failures.append(f"{channels.address_text(address)}: {channels.reason_of(error)}")
+            except (EOFError, NotTrusted, OSError) as error:
+                impostor = impostor or isinstance(error, NotTrusted)
+                failures.append(channels.failure_at(address, error))
+                if isinstance(error, TimeoutError):
+                    break  # the way there is what is wrong, not this port
     kind = NotTrusted if impostor else HostUnreachable
     raise kind(f"the destination cannot be reached beside its agent's link: {'; '.join(failures) or 'nowhere to call'}")
 

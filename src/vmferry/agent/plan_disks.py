@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from vmferry.agent.machine import Machine
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core.disk_reports import LocalDisk
 from vmferry.core.disks import Choice, ids
@@ -20,16 +21,24 @@ def choices(definition: VmDefinition) -> tuple[Choice, ...]:
     return tuple(Choice(name, d.path, d.readonly, d.shared) for (name, _), d in zip(named, disks, strict=True))
 
 
+async def inserted_by_path(machine: Machine) -> dict[str, dict[str, Any]]:
+    """Each image file that a device of the guest has, and what query-block says of it there. Raises QemuError."""
+    found: dict[str, dict[str, Any]] = {}
+    for device in await machine.execute("query-block"):
+        inserted = device.get("inserted") or {}
+        filename = str((inserted.get("image") or {}).get("filename", ""))
+        if filename and inserted.get("node-name"):
+            found.setdefault(filename, inserted)
+    return found
+
+
 async def local_disks(kept: KeptVm, chosen: Collection[Choice]) -> tuple[LocalDisk, ...]:
     """What the guest's QEMU says of these. Raises QemuError when it does not have one of them."""
-    found: dict[str, dict[str, Any]] = {}
-    for device in await kept.require_machine().execute("query-block"):
-        inserted = device.get("inserted") or {}
-        found.setdefault(str((inserted.get("image") or {}).get("filename", "")), inserted)
+    found = await inserted_by_path(kept.require_machine())
     disks: list[LocalDisk] = []
     for choice in chosen:
-        inserted = found.get(choice.path, {})
-        if "node-name" not in inserted:
+        inserted = found.get(choice.path)
+        if inserted is None:
             raise QemuError(f"the QEMU of {kept.name} does not have {choice.id} ({choice.path}) as a disk any more")
         disks.append(_disk(choice, inserted))
     return tuple(disks)

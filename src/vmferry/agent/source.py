@@ -30,7 +30,7 @@ from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Mirror, RecoveryWay, Wanted
 from vmferry.core.decide import decide_source, source_allows
 from vmferry.core.effects import Effect
-from vmferry.core.facts import Fact, FactLog, wants_pause
+from vmferry.core.facts import Fact, FactLog, awaits_leave, wants_pause
 from vmferry.core.job import MIGRATE
 from vmferry.core.options import Mode
 from vmferry.core.policy import FailurePolicy
@@ -408,7 +408,7 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     async def finalize(self) -> None:
         """A person gives the leave to hand the guest over; durable first. Raises Unfit: then nothing is given."""
-        if Fact.HOLD in self.facts and Fact.FINALIZE not in self.facts:
+        if awaits_leave(self.facts):
             await self.context.journal.append(Entry.FINALIZE_WANTED, self.job)
             self.note(Fact.FINALIZE, by="person")
 

@@ -62,7 +62,8 @@ CHANGES_MODE_SINCE: Final = (8, 2)
 """QEMU's block-job-change."""
 KNOWS_ZERO_SINCE: Final = (10, 1)
 """QEMU's target-is-zero: a fresh image is not read to find out that it is empty."""
-LIVE = (Disks.COPYING, Disks.READY, Disks.FAILED)
+GOING_ON = (Disks.COPYING, Disks.READY)
+LIVE = (*GOING_ON, Disks.FAILED)
 
 
 def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
@@ -154,19 +155,23 @@ def _job(attempt: SourceAttempt, mirror: Mirror, speed: int) -> dict[str, Any]:
 def _speed(attempt: SourceAttempt) -> int:
     """Each mirror's share of what the job may send, in bytes per second; 0: no limit. Memory comes after the bulk of
     the disks, so they have all of it until then."""
-    return int(attempt.wanted.options.get("max-bandwidth", 0)) // max(1, len(attempt.mirrors))
+    return _share(attempt, int(attempt.wanted.options.get("max-bandwidth", 0)))
+
+
+def _share(attempt: SourceAttempt, bytes_per_s: int) -> int:
+    return bytes_per_s // max(1, len(attempt.mirrors))
 
 
 def are_copied(attempt: SourceAttempt) -> bool:
     """The disks are on their way and the memory is not: what the job may send is the mirrors' to share."""
-    return disks_of(attempt.facts) in (Disks.COPYING, Disks.READY) and Fact.STARTED not in attempt.facts
+    return disks_of(attempt.facts) in GOING_ON and Fact.STARTED not in attempt.facts
 
 
 async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
     """The job may send so much from now on. Raises QemuError."""
-    if disks_of(attempt.facts) not in (Disks.COPYING, Disks.READY):
+    if disks_of(attempt.facts) not in GOING_ON:
         return
-    share = bytes_per_s // max(1, len(attempt.mirrors))
+    share = _share(attempt, bytes_per_s)
     for mirror in attempt.mirrors:
         await attempt.machine.execute("block-job-set-speed", {"device": mirror.job, "speed": share})
 
@@ -177,7 +182,7 @@ async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
 async def look(attempt: SourceAttempt) -> None:
     """Asks QEMU how the mirrors stand, when that is due: facts follow. Trouble is a line in the log."""
     stands = disks_of(attempt.facts)
-    if stands not in (Disks.COPYING, Disks.READY):
+    if stands not in GOING_ON:
         return
     if not attempt.mirrors_stale and attempt.clock.now_s() - attempt.mirrors_polled_s < POLL_S:
         return

@@ -263,6 +263,11 @@ def wants_pause(log: FactLog) -> bool:
     return log.last_round(Fact.PAUSE) > log.last_round(Fact.PAUSE_OVER)
 
 
+def awaits_leave(log: FactLog) -> bool:
+    """Whether a person wanted to give the leave for the switchover, and has not given it yet."""
+    return Fact.HOLD in log and Fact.FINALIZE not in log
+
+
 def first_error(log: FactLog) -> Recorded | None:
     """The first fatal error: an ERROR, or a link lost before the destination proved that it had loaded."""
     loaded = log.stamp(Fact.PACKAGE_LOADED)

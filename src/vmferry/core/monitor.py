@@ -59,9 +59,7 @@ NEVER: Final[Mapping[str, str]] = MappingProxyType(
         "add-fd": "a file descriptor cannot be passed on to QEMU here",
     }
 )
-_HMP_HELD: Final[Mapping[str, str]] = MappingProxyType(
-    {"c": "cont", "cont": "cont", "s": "stop", "stop": "stop", "q": "quit", "quit": "quit", "loadvm": "snapshot-load"}
-)
+_HMP_HELD: Final = frozenset({"c", "cont", "s", "stop", "q", "quit", "loadvm"})
 
 
 def fate(name: str, arguments: Mapping[str, Any]) -> tuple[Fate, str]:

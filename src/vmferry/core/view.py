@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import Enum
 
-from vmferry.core.facts import Fact, FactLog, open_round, wants_pause
+from vmferry.core.facts import Fact, FactLog, awaits_leave, open_round, wants_pause
 
 
 class Want(Enum):
@@ -411,7 +411,7 @@ def source_view(log: FactLog, readings: Readings) -> SourceView:
         grant=_grant(log),
         change=_change(log),
         retry=_retry(log, readings, source, target),
-        leave=Leave.AWAITED if Fact.HOLD in log and Fact.FINALIZE not in log else Leave.GIVEN,
+        leave=Leave.AWAITED if awaits_leave(log) else Leave.GIVEN,
         disks=disks_of(log),
     )
 

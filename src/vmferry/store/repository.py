@@ -193,22 +193,24 @@ class Repository:
         if not _ID.fullmatch(snapshot):
             raise UnknownSnapshot(f"{snapshot} is no snapshot's id")
         try:
-            size = again(lambda: self.backend.size(manifest_name(snapshot)))
+            data = self._bounded(manifest_name(snapshot), _MANIFEST_BYTES_MAX)
         except ObjectMissing as error:
             raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
-        if size > _MANIFEST_BYTES_MAX:
-            raise Damaged(manifest_name(snapshot), f"it has {size} bytes")
-        return read_manifest(self.seal, snapshot, self.whole(manifest_name(snapshot), _MANIFEST_BYTES_MAX))
+        return read_manifest(self.seal, snapshot, data)
 
     def whole(self, name: str, bytes_max: int) -> bytes:
         """An object that must be there. Raises Damaged when it is not, or is too large."""
         try:
-            size = again(lambda: self.backend.size(name))
-            if size > bytes_max:
-                raise Damaged(name, f"it has {size} bytes, more than {bytes_max}")
-            return again(lambda: self.backend.get(name, 0, size))
+            return self._bounded(name, bytes_max)
         except ObjectMissing:
             raise Damaged(name, "it is missing") from None
+
+    def _bounded(self, name: str, bytes_max: int) -> bytes:
+        """Raises ObjectMissing; Damaged when it is too large."""
+        size = again(lambda: self.backend.size(name))
+        if size > bytes_max:
+            raise Damaged(name, f"it has {size} bytes, more than {bytes_max}")
+        return again(lambda: self.backend.get(name, 0, size))
 
     def part(self, name: str, offset: int, length: int) -> bytes:
         """A part of an object that must be there. Raises Damaged when it is not."""

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.channel_ends import LOOPBACK, is_hung_up, unused_port
 from vmferry.agent import channel as channel_module
 from vmferry.agent import descriptors
 from vmferry.agent.channel import Channel, ChannelListener, Ticket, dial
 from vmferry.errors import HostUnreachable, NotTrusted, Unfit
-
-LOOPBACK = "127.0.0.1"
 
 
 @contextlib.asynccontextmanager
@@ -34,20 +33,6 @@ async def connected(listener: ChannelListener, name: str = "main") -> tuple[Chan
         dial(listener.addresses, ticket, deadline_s=2), listener.arrived(name, deadline_s=2)
     )
     return source, destination
-
-
-async def is_hung_up(reader: asyncio.StreamReader) -> bool:
-    try:
-        async with asyncio.timeout(2):
-            return await reader.read(1) == b""
-    except ConnectionError:
-        return True
-
-
-def unused_port(host: str = LOOPBACK) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize("host", [LOOPBACK, "::1"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.channel_ends import LOOPBACK, is_hung_up, unused_port
 from vmferry import limits
 from vmferry.agent import channel as channels
 from vmferry.agent import knock
@@ -22,7 +23,6 @@ from vmferry.agent.knock import Caller, KnockListener
 from vmferry.agent.wants import RecoveryWay
 from vmferry.errors import HostUnreachable, NotTrusted, Unfit
 
-LOOPBACK = "127.0.0.1"
 TOKEN = bytes(range(32)).hex()
 JOB = "job-1"
 WORD = {"taken": True, "channel": "vmferry-round-1", "uri": "", "facts": {"job": JOB}}
@@ -65,20 +65,6 @@ def way(*ports: int, token: str = TOKEN) -> RecoveryWay:
 
 def port_of(listener: KnockListener) -> int:
     return listener.addresses[0][1]
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-async def is_hung_up(reader: asyncio.StreamReader) -> bool:
-    try:
-        async with asyncio.timeout(2):
-            return await reader.read(1) == b""
-    except ConnectionError:
-        return True
 
 
 async def test_who_has_the_token_hears_the_word_and_not_one_byte_more_is_read() -> None:

@@ -11,6 +11,7 @@ from vmferry.core.facts import (
     Fact,
     FactLog,
     Recorded,
+    awaits_leave,
     error_stamp,
     first_error,
     open_round,
@@ -144,3 +145,10 @@ def test_a_pause_holds_until_the_same_round_is_over() -> None:
     resumed = paused.with_fact(Fact.PAUSE_OVER, round_no=1)
     assert not wants_pause(resumed)
     assert wants_pause(resumed.with_fact(Fact.PAUSE, round_no=2))
+
+
+@pytest.mark.proves("S97")
+def test_a_leave_is_awaited_from_the_wish_to_give_it_until_it_is_given() -> None:
+    held = FactLog().with_fact(Fact.HOLD)
+    logs = (FactLog(), held, held.with_fact(Fact.FINALIZE), FactLog().with_fact(Fact.FINALIZE))
+    assert [awaits_leave(log) for log in logs] == [False, True, False, False]

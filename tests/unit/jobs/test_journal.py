@@ -146,6 +146,11 @@ def test_leave_and_pauses_are_read_back() -> None:
     assert not replay(entries((Entry.WANTED, "j1", {}), *wants, over)).jobs["j1"].paused
 
 
+def test_why_a_job_was_fenced_is_read_back() -> None:
+    rows = entries((Entry.WANTED, "j1", {}), (Entry.FENCED, "j1", {"text": "the locks say so"}), (Entry.WANTED, "j2", {}))
+    assert [replay(rows).jobs[job].fenced for job in ("j1", "j2")] == ["the locks say so", ""]
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(Entry), st.sampled_from(["a", "b"]), st.just({"generation": 1})),

@@ -149,7 +149,6 @@ class SimHost:
         self._kernel, self._agent, self._installed = kernel, agent, installed
         self._start_qemu, self._by_agent = start_qemu, by_agent
         self.rescue: RescueTools = SimRescue(kernel, agent)
-        self.people: QmpServer | None = None
 
     # --- disk ---
 
@@ -186,7 +185,7 @@ class SimHost:
     # --- connections ---
 
     async def listen_for_people(self, server: QmpServer, path: Path) -> None:
-        self.people = server
+        """A person's orders are given to the agent itself (`site`)."""
 
     async def listen_for_agents(
         self, serve: OnConnection, host: str, port: int, context: ssl.SSLContext | None
