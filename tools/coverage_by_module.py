@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Final
 
 import coverage
-import hypothesis
 import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -69,6 +68,17 @@ def pairs() -> dict[Path, str]:
     return found
 
 
+class ExamplesOnly:
+    """Runs of a property only its explicit examples: what it happens to draw must not decide what counts as proved."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self) -> None:
+        import hypothesis  # not before: pytest wants to see its import
+
+        hypothesis.settings.register_profile("examples", phases=[hypothesis.Phase.explicit])
+        hypothesis.settings.load_profile("examples")
+
+
 class ContextPerFile:
     """Tells coverage which test file is running."""
 
@@ -98,10 +108,8 @@ def measure(modules: dict[Path, str], data_file: str) -> tuple[int, coverage.Cov
     for path in modules:
         importlib.import_module(".".join(path.relative_to(SOURCE.parent).with_suffix("").parts))
     tests = sorted({str(ROOT / test) for test in modules.values()})
-    # What a property happens to draw must not decide whether a branch counts as proved: only its examples run.
-    hypothesis.settings.register_profile("examples", phases=[hypothesis.Phase.explicit])
-    options = ["-p", "no:cacheprovider", "--hypothesis-profile=examples", "--rootdir", str(ROOT)]
-    code = pytest.main([*options, *tests], plugins=[ContextPerFile(measured)])
+    options = ["-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+    code = pytest.main([*options, *tests], plugins=[ContextPerFile(measured), ExamplesOnly()])
     measured.stop()
     measured.save()
     return int(code), measured.get_data()

@@ -146,8 +146,15 @@ def test_leave_and_pauses_are_read_back() -> None:
     assert not replay(entries((Entry.WANTED, "j1", {}), *wants, over)).jobs["j1"].paused
 
 
+def test_the_newest_way_to_the_destination_is_read_back() -> None:
+    ways = [(Entry.RECOVERY_WAY, "j1", {"ports": [port]}) for port in (4000, 4001)]
+    assert replay(entries((Entry.WANTED, "j1", {}), *ways)).jobs["j1"].recovery_way == {"ports": [4001]}
+
+
 def test_why_a_job_was_fenced_is_read_back() -> None:
-    rows = entries((Entry.WANTED, "j1", {}), (Entry.FENCED, "j1", {"text": "the locks say so"}), (Entry.WANTED, "j2", {}))
+    rows = entries(
+        (Entry.WANTED, "j1", {}), (Entry.FENCED, "j1", {"text": "the locks say so"}), (Entry.WANTED, "j2", {})
+    )
     assert [replay(rows).jobs[job].fenced for job in ("j1", "j2")] == ["the locks say so", ""]
 
 

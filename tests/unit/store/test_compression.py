@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store.compression import Compressor, inflate
@@ -18,6 +18,8 @@ else:
 
 
 @given(st.binary(max_size=20_000))
+@example(b"")
+@example(b"page" * 1024)
 def test_there_and_back(data: bytes) -> None:
     compressor = Compressor(3)
     for _ in range(2):  # the same context again
@@ -25,6 +27,8 @@ def test_there_and_back(data: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, 300))
+@example(b"no frame at all", 15)
+@example(b"", 0)
 def test_garbage_and_wrong_lengths_are_damage(data: bytes, length: int) -> None:
     with pytest.raises(Damaged, match="x is damaged"):
         inflate("x", data, length)

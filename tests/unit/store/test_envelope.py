@@ -6,7 +6,7 @@ import struct
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store.envelope import INDEX, MANIFEST, PREFIX, Opened, head_end, prefix, read_prefix, seal_object
@@ -26,6 +26,7 @@ def test_golden_bytes_of_version_1() -> None:
 
 
 @given(st.sampled_from([SEAL, SecretSeal(b"m" * 32)]), st.lists(st.binary(max_size=500), max_size=4))
+@example(SEAL, [b"one", b"", b"three"])
 def test_there_and_back(seal: OpenSeal | SecretSeal, sections: list[bytes]) -> None:
     data = seal_object(seal, "index/x", INDEX, {"a": [1, "b"]}, sections)
     opened = Opened(seal, "index/x", INDEX, data, len(data))
@@ -40,6 +41,8 @@ def test_there_and_back(seal: OpenSeal | SecretSeal, sections: list[bytes]) -> N
 
 
 @given(st.binary(max_size=100))
+@example(b"too short")
+@example(bytes(100))
 def test_garbage_is_damage(data: bytes) -> None:
     with pytest.raises(Damaged):
         Opened(SEAL, "index/x", INDEX, data, len(data))

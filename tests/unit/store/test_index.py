@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store import index as module
@@ -40,6 +40,8 @@ def made(shape: list[list[tuple[int, int, int]]]) -> Index:
 
 
 @given(st.sampled_from([SEAL, SecretSeal(b"m" * 32)]), PACKS)
+@example(SEAL, [])
+@example(SEAL, [[(100, 1, 8), (50, 3, 2)], [(4096, 0, 1)]])
 def test_there_and_back(seal: OpenSeal | SecretSeal, shape: list[list[tuple[int, int, int]]]) -> None:
     index = made(shape)
     found = read_index(seal, INDEX_ID, write_index(seal, index))

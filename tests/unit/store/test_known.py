@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store import known as module
@@ -56,6 +56,8 @@ def test_no_more_than_the_limit_is_remembered() -> None:
 
 
 @given(SMALL_IDS)
+@example([])
+@example([(1, 2), (1, 3), (1, 2), (0, 2)])
 def test_the_first_of_each(pairs: list[tuple[int, int]]) -> None:
     leaders, positions = first_of_each(ids(pairs))
     distinct = list(dict.fromkeys(pairs))

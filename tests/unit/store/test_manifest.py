@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store.compression import Compressor
@@ -41,6 +41,7 @@ TABLE = st.lists(st.one_of(st.integers(0, ROWS - 1), st.just(ZERO)), min_size=1,
 
 
 @given(st.sampled_from([SEAL, SecretSeal(b"m" * 32)]), st.lists(TABLE, max_size=3), st.binary(max_size=100))
+@example(SEAL, [[7], [0, int(ZERO)]], b"state")
 def test_there_and_back(seal: OpenSeal | SecretSeal, lists: list[list[int]], state: bytes) -> None:
     tables = [np.array(each, np.uint32) for each in lists]
     written = head(*(len(each) for each in lists))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.store.errors import Damaged
@@ -14,6 +14,8 @@ seals = st.sampled_from(SEALS)
 
 
 @given(seals, st.binary(max_size=300), st.integers(0, 1 << 40))
+@example(SEALS[0], b"data", 1)
+@example(SEALS[1], b"data", 1)
 def test_there_and_back(seal: Seal, data: bytes, number: int) -> None:
     sealed = seal.close("a/b", number, data)
     assert len(sealed) == len(data) + SEAL_BYTES

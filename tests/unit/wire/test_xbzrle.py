@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.wire import xbzrle
@@ -18,6 +18,9 @@ def test_the_example_of_the_protocol() -> None:
 
 
 @given(st.binary(min_size=300, max_size=300), st.lists(st.tuples(st.integers(0, 299), st.integers(0, 255)), max_size=9))
+@example(bytes(300), [(200, 1), (201, 1)])
+@example(bytes(300), [(299, 1)])
+@example(bytes(300), [(1, 1), (2, 1)])
 def test_there_and_back(old: bytes, changes: list[tuple[int, int]]) -> None:
     new = bytearray(old)
     for at, value in changes:
