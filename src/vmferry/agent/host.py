@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from vmferry.core.disk_reports import RoomReport
 from vmferry.core.rescue import NeverRan
 from vmferry.jobs.journal import Journal, JournalStore
 from vmferry.qmp.server import QmpServer
-from vmferry.vm import probe_host, probe_qemu
+from vmferry.vm import image_locks, probe_host, probe_qemu
 from vmferry.vm import spawn as vm_spawn
 from vmferry.vm.freeze import Freezer
 from vmferry.vm.probe_qemu import QemuFacts
@@ -138,6 +138,9 @@ class Host(Protocol):
     def kill(self, identity: ProcessIdentity) -> bool:
         """SIGKILL to exactly this process; False when it was gone already."""
 
+    async def write_locks(self, pid: int, paths: Collection[str]) -> frozenset[str]:
+        """Those of the images that this process holds QEMU's write lock on; none that cannot be looked at."""
+
     def freezer(self, pid: int) -> Freezes:
         """What stops threads of this process from outside."""
 
@@ -232,6 +235,9 @@ class LocalHost:
 
     def find_qemu(self, directory: str) -> ProcessIdentity | None:
         return find_qemu(directory)
+
+    async def write_locks(self, pid: int, paths: Collection[str]) -> frozenset[str]:
+        return await asyncio.to_thread(image_locks.written_by, pid, paths)
 
     def freezer(self, pid: int) -> Freezes:
         return Freezer(pid)

@@ -125,6 +125,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         """The fence that is held, while it is."""
         self.stamps: dict[str, fences.ImageStamp] = {}
         """The guest's writable images as they were when the order to start was sent; see `fences`."""
+        self.locked_images: frozenset[str] = frozenset()
+        """Those whose write locks QEMU held when the attempt began, until it has taken them back for sure."""
         self.healed_round = 0
         """The newest loss of the channel, as the destination counts them, that was healed from here."""
         self.recovery_way: RecoveryWay | None = None
@@ -268,7 +270,10 @@ class SourceAttempt(AttemptLoop[Effect]):
             case "RESUME":
                 self._run_state = "running"
                 self._note_running()
-                self._set_cpus()
+                if self._locks_matter():
+                    self.refresh()
+                else:
+                    self._set_cpus()
             case "JOB_STATUS_CHANGE" if any(event.data.get("id") == mirror.job for mirror in self.mirrors):
                 self.mirrors_stale = True
             case "MIGRATION_PASS":
@@ -445,9 +450,14 @@ class SourceAttempt(AttemptLoop[Effect]):
             self.has_run_since = True
             self.forget_memory()
 
-    def _set_cpus(self) -> None:
+    def _locks_matter(self) -> bool:
+        """QEMU has given its disks away, and may have failed to take them back before it began to run the guest."""
+        return bool(self.locked_images) and Fact.CONTINUE in self.facts
+
+    def _set_cpus(self, *, has_locks: bool = True) -> None:
+        before, source = self.wanted.running_before, self.readings.source
         self.set_readings(
-            cpus=cpus_from(self._run_state, running_before=self.wanted.running_before, source=self.readings.source)
+            cpus=cpus_from(self._run_state, running_before=before, source=source, has_locks=has_locks),
         )
 
     def refresh(self) -> None:
@@ -481,10 +491,11 @@ class SourceAttempt(AttemptLoop[Effect]):
             if self._cpus_matter() and self._run_state is None:
                 heard = self._events_heard
                 state = await self.machine.run_state(deadline_s=SILENT_S)
+                has_locks = state != "running" or await self._has_locks()
                 if heard == self._events_heard:  # else it is asked again: the event woke the loop
                     self._run_state = state
                     self._note_running()
-                    self._set_cpus()
+                    self._set_cpus(has_locks=has_locks)
         except QmpTimeout:
             self._stale = True
             self.set_readings(source=Source.SILENT)
@@ -492,6 +503,15 @@ class SourceAttempt(AttemptLoop[Effect]):
             # The session broke; the process lives or its end is on its way (on_qemu_gone).
             self._stale = True
             log.warning("job=%s vm=%s look result=%s", self.job, self.vm, error)
+
+    async def _has_locks(self) -> bool:
+        """Whether QEMU has every lock again that it had when the attempt began; True where that is not known."""
+        if not self._locks_matter():
+            return True
+        missing = self.locked_images - await self.context.host.write_locks(self.machine.pid, self.locked_images)
+        if missing:
+            self.trouble = f"QEMU runs the guest without a lock on {', '.join(sorted(missing))}"
+        return not missing
 
     def _may_ask(self, source: Source) -> bool:
         """In the switchover nothing but events: a query there would only lengthen the pause."""

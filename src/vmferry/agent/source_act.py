@@ -175,6 +175,7 @@ async def _resume(attempt: SourceAttempt) -> None:
             await way_back.fence_again(attempt, fence)
         raise
     attempt.trouble = ""
+    attempt.locked_images = frozenset()  # `cont` takes them all back, or is refused
     attempt.refresh()
 
 
@@ -348,6 +349,9 @@ async def _start(attempt: SourceAttempt) -> None:
         channel.entrust(machine.pid)
         uri = f"fd:{CHANNEL_NAME}"
     clear = "in clear text, as it was asked for by name" if attempt.wanted.clear_text else ""
+    attempt.locked_images = await attempt.context.host.write_locks(
+        machine.pid, attempt.kept.definition.writable_paths()
+    )
     attempt.note(Fact.STARTED, text=clear)  # from here on a guest that stands still is started again, whatever happens
     plan = attempt.plan
     assert plan is not None, "a plan comes before the start"

@@ -139,7 +139,8 @@ def _guard(**allowed: Enum | tuple[Enum, ...]) -> Guard:
     return Guard({k: frozenset(v if isinstance(v, tuple) else (v,)) for k, v in allowed.items()})
 
 
-_NOT_RUNNING = tuple(c for c in Cpus if c is not Cpus.AS_BEFORE)
+_RUNNING = (Cpus.AS_BEFORE, Cpus.UNLOCKED)
+_NOT_RUNNING = tuple(c for c in Cpus if c not in _RUNNING)
 _SETTLED = (Cpus.AS_BEFORE, Cpus.RESTING)
 _DEAD = (Source.GONE, Source.RETIRED)
 _OURS_AGAIN = (Source.IDLE, Source.BACK, Source.DONE)
@@ -231,7 +232,7 @@ SOURCE_GUARDS: dict[Effect, tuple[Guard, ...]] = {
         _guard(want=Want.BACK, grant=Grant.SENT, target=Target.GONE, cpus=Cpus.STUCK),
     ),
     Effect.FENCE_TARGET: (_guard(grant=Grant.SENT, target=Target.UNKNOWN),),
-    Effect.STOP_SOURCE: (_guard(target=Target.RAN, cpus=Cpus.AS_BEFORE),),
+    Effect.STOP_SOURCE: (_guard(target=Target.RAN, cpus=_RUNNING), _guard(want=Want.BACK, cpus=Cpus.UNLOCKED)),
     Effect.RETIRE_SOURCE: (_guard(target=Target.RAN, source=Source.DONE, grant=Grant.SENT, cpus=_NOT_RUNNING),),
     Effect.NOTE_TARGET_LOST: (_guard(),),
     Effect.NOTE_TIMEOUT: (_guard(want=Want.GO, grant=(Grant.NONE, Grant.HELD)),),

@@ -78,6 +78,8 @@ class Cpus(Enum):
     STOPPED = "stopped"
     STUCK = "stuck"
     """Stopped in QEMU's finish-migrate, where `cont` is refused."""
+    UNLOCKED = "unlocked"
+    """Running without its disks' locks: they were refused when QEMU went back, and it began all the same (7.2 does)."""
     UNKNOWN = "unknown"
 
 
@@ -288,12 +290,13 @@ def source_word(word: str | None) -> Source:
     return Source.IDLE if word is None else SOURCE_WORDS.get(word, Source.UNKNOWN)
 
 
-def cpus_from(run_state: str | None, *, running_before: bool, source: Source) -> Cpus:
-    """QEMU's run state -> `Cpus`. `finish-migrate` is STUCK only once QEMU has ended the attempt."""
+def cpus_from(run_state: str | None, *, running_before: bool, source: Source, has_locks: bool = True) -> Cpus:
+    """QEMU's run state -> `Cpus`. `finish-migrate` is STUCK only once QEMU has ended the attempt. `has_locks`: of the
+    disks that it could write to before."""
     if run_state is None:
         return Cpus.UNKNOWN
     if run_state == "running":
-        return Cpus.AS_BEFORE
+        return Cpus.AS_BEFORE if has_locks else Cpus.UNLOCKED
     if run_state in STUCK_RUN_STATES:
         return Cpus.STUCK if source is Source.BACK else Cpus.STOPPED
     if not running_before and run_state in {"paused", "prelaunch"}:

@@ -18,6 +18,7 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 USES_BASE, FORBIDS_BASE = 100, 200
@@ -162,6 +163,19 @@ def lock_holders(device: int, inode: int) -> tuple[LockHolder, ...]:
             if uses or forbids:
                 found.append(LockHolder(int(name), _command(int(name)), uses, forbids))
     return tuple(sorted(found, key=lambda holder: holder.pid))
+
+
+def written_by(pid: int, paths: Collection[str]) -> frozenset[str]:
+    """Those of the images that this process holds the write lock on. What cannot be looked at is not among them."""
+    found: set[str] = set()
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if "write" in permissions(_locks_of(pid, status.st_dev, status.st_ino), USES_BASE):
+            found.add(path)
+    return frozenset(found)
 
 
 def parse(text: str) -> tuple[LockLine, ...]:

@@ -79,6 +79,8 @@ def test_the_cpus_against_what_their_owner_wanted(
     run_state: str | None, running_before: bool, source: Source, expected: Cpus
 ) -> None:
     assert cpus_from(run_state, running_before=running_before, source=source) is expected
+    without = Cpus.UNLOCKED if run_state == "running" else expected
+    assert cpus_from(run_state, running_before=running_before, source=source, has_locks=False) is without
 
 
 def test_a_new_attempt_wants_to_go_and_knows_nothing() -> None:

@@ -63,6 +63,10 @@ def test_a_lock_of_ours_is_seen_with_its_holder(tmp_path: Path) -> None:
         assert locks.uses == frozenset({"consistent-read", "write"})
         assert locks.forbids == frozenset({"write"})
         assert locks.foreign == frozenset()
+        paths = [str(image), str(tmp_path / "none")]
+        assert image_locks.written_by(os.getpid(), paths) == {str(image)}
+        assert image_locks.written_by(os.getppid(), paths) == frozenset()
+    assert image_locks.written_by(os.getpid(), [str(image)]) == frozenset()
     assert image_locks.image_locks(str(image)) == image_locks.ImageLocks(frozenset(), frozenset(), ())
 
 

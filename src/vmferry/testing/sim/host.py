@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,6 +285,9 @@ class SimHost:
     def relay(self, channel: ChannelEnd, path: str) -> ChannelEnd:
         assert isinstance(channel, SimChannel)
         return SimRelay(self._kernel, self._agent, channel, path)
+
+    async def write_locks(self, pid: int, paths: Collection[str]) -> frozenset[str]:
+        return frozenset()  # its disks are names: whether they can be taken is said by the QEMU itself
 
     def freezer(self, pid: int) -> SimFreezer:
         return SimFreezer()
