@@ -18,7 +18,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import fences, job_events, source_disks
+from vmferry.agent import fences, job_events, source_disks, source_report
 from vmferry.agent.channel import ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.guest_memory import Memory
@@ -34,7 +34,7 @@ from vmferry.core.facts import Fact, FactLog, awaits_leave, wants_pause
 from vmferry.core.job import MIGRATE
 from vmferry.core.options import Mode
 from vmferry.core.policy import FailurePolicy
-from vmferry.core.report import Measured, job_wire
+from vmferry.core.report import Measured
 from vmferry.core.status import cancel_refusal, derive_source
 from vmferry.core.table import Outcome, Row
 from vmferry.core.view import (
@@ -559,47 +559,11 @@ class SourceAttempt(AttemptLoop[Effect]):
 
     def brief(self) -> dict[str, Any]:
         """The short form for events: what a progress line needs."""
-        return {
-            "vm": self.vm,
-            "job": self.job,
-            "destination": self.wanted.destination,
-            "status": derive_source(self.facts).status.value,
-            "outcome": self.outcome().value,
-            "row": self.row().label,
-            "over": self.ended.is_set(),
-            "transferred_bytes": self.measured.transferred_bytes,
-            "remaining_bytes": self.measured.remaining_bytes,
-            "total_bytes": self.measured.total_bytes,
-            "mbps": self.measured.mbps,
-            "passes": self.measured.passes,
-            **self.tracking.wire(),
-            "disks": source_disks.wire(self),
-            "action": self.fix or self.row().action,
-        }
+        return source_report.brief(self)
 
     def wire(self) -> dict[str, Any]:
         """Everything about the attempt, for status and for the journal's ENDED entry."""
-        wire = job_wire(
-            job=self.job,
-            vm=self.vm,
-            source=self.context.config.name,
-            destination=self.wanted.destination,
-            mode=self.mode(),
-            log=self.facts,
-            row=self.row(),
-            outcome=self.outcome(),
-            measured=self.measured,
-            cause=self.cause,
-            over=self.ended.is_set(),
-            progress=self.tracking.wire(),
-            notes=self.plan.notes if self.plan else (),
-            trouble=self.trouble,
-            fix=self.fix,
-        )
-        wire["disks"] = source_disks.wire(self)
-        # Nothing deletes them: whoever sees that the guest is well where it is may.
-        wire["images_left"] = [m.path for m in self.mirrors] if self.outcome() is Outcome.DESTINATION else []
-        return wire
+        return source_report.wire(self)
 
 
 async def run_attempt(attempt: SourceAttempt) -> None:
