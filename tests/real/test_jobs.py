@@ -163,7 +163,8 @@ def test_progress_of_a_real_run(version: str, mode: str, make_pair: MakePair, gu
     boot(pair.a, guests.boot())
     words: tuple[str, ...] = ("--mode", "precopy", "--set", "max-bandwidth=20M")
     if mode == "postcopy":
-        words = ("--mode", "postcopy", "--set", "max-bandwidth=20M", "--set", "max-postcopy-bandwidth=3M")
+        words = ("--mode", "postcopy", "--postcopy-after-passes", "0")  # so there is memory left for it
+        words += ("--set", "max-bandwidth=20M", "--set", "max-postcopy-bandwidth=3M")
     with pair.a.follow() as follow:
         begin(pair, *words)
         end = follow.end(timeout_s=120)
