@@ -270,8 +270,9 @@ GOING_BACK: tuple[Row[E], ...] = (
     Row("F-back-partial", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=DEAD,
                                   target=(Target.PREPARED, Target.READY, Target.REFUSED)),
         E.RELEASE_TARGET, "The source's process died; a destination that loaded everything has the only copy, and says "
-        "so instead of giving it up.", Outcome.UNCERTAIN,
-        action="none needed: the destination is asked again"),
+        "so instead of giving it up, and so does one whose QEMU hangs in its load.", Outcome.HELD,
+        action="none needed: the destination is asked again; if its QEMU hangs for good, it lacks what the source's "
+        "took with it: end that one, and the job ends as lost"),
     Row("F-back-unknown", pattern(want=Want.BACK, step=Step.STARTED, grant=UNSENT, source=DEAD,
                                   target=Target.UNKNOWN),
         E.ASK_TARGET, "The source's process died; whether the destination had loaded everything is not known.",
@@ -346,8 +347,8 @@ GRANTED: tuple[Row[E], ...] = (
     Row("G-ran-clean", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.RETIRED),
         E.CLEAN_UP, "The guest runs there and the source's QEMU is gone.", Outcome.DESTINATION),
     Row("F-ran-gone", pattern(step=Step.STARTED, grant=Grant.SENT, target=Target.RAN, source=Source.GONE),
-        None, "The source's process died with pages that the running guest still needs.", Outcome.DEGRADED,
-        action=FEED, remedy=Remedy.FEED),
+        E.ASK_TARGET, "The source's process died with pages that the running guest still needs, unless the last ones "
+        "arrived before that.", Outcome.DEGRADED, action=FEED, remedy=Remedy.FEED),
     Row("G-again", pattern(want=Want.GO, step=Step.STARTED, grant=Grant.SENT,
                            source=(Source.POSTCOPY, Source.DONE), target=Target.LOADED, cpus=NOT_RUNNING),
         E.SEND_GRANT, "The grant was lost on its way; the same generation again is harmless.",
