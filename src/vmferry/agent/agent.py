@@ -103,6 +103,7 @@ class Agent:
         self.blockers = Blockers(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
+        self._is_restored = asyncio.Event()
         self._listener: Listening | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._places_by_vm: dict[str, str] = {}
@@ -128,6 +129,7 @@ class Agent:
         await self.host.listen_for_people(self.control_server, self.config.control_socket)
         try:
             await restore(self)
+            self._is_restored.set()
             if self.config.listen is not None:
                 context = None if self._is_clear else tls.server_context(self._pki)
                 self._listener = await self.host.listen_for_agents(
@@ -311,9 +313,22 @@ class Agent:
 
     async def to_the_end(self, body: Coroutine[Any, Any, Any], name: str) -> Any:
         """A command that was begun is carried out although its client goes away in the middle."""
-        task = asyncio.create_task(body, name=f"command-{name}")
+        task = asyncio.create_task(self._once_restored(body), name=f"command-{name}")
         self.keep_task(task)
         return await asyncio.shield(task)
+
+    async def _once_restored(self, body: Coroutine[Any, Any, Any]) -> Any:
+        """Nobody acts on half of what the journal says.
+
+        1. an agent begins anew, knows one VM again and waits for another's QEMU  2. a command migrates the first
+        3. the journal's unfinished job of that VM is taken up behind its back
+        """
+        try:
+            await self._is_restored.wait()
+        except asyncio.CancelledError:
+            body.close()
+            raise
+        return await body
 
     def on_peer_event(self, host: str, event: Event) -> None:
         """Another agent pushed something: facts for an attempt, or news for people here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from vmferry.agent import peer_commands
+from vmferry.agent import agent as agent_module
+from vmferry.agent import control, peer_commands
+from vmferry.agent.agent import Agent
 from vmferry.agent.claims import Claims
+from vmferry.agent.restore import restore
 from vmferry.core.facts import Fact
 from vmferry.errors import Busy, UsageError, VmferryError
 from vmferry.jobs.journal import Entry
@@ -230,3 +234,43 @@ async def test_a_start_of_postcopy_that_cannot_be_meant(
     with pytest.raises(UsageError, match="postcopy"):
         await site.command("a", command, vm="g", destination="b", **wish)
     assert "g" not in site.agents["a"].attempts
+
+
+async def test_no_command_acts_before_all_of_the_journal_is_known_again(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. one VM is known again, another's QEMU is waited for  2. a command acts on it  3. its old job is taken up."""
+    site = await make_site()
+    here, go_on = asyncio.Event(), asyncio.Event()
+    read = restore
+
+    async def waits(agent: Agent) -> None:
+        await read(agent)
+        here.set()
+        await go_on.wait()
+
+    monkeypatch.setattr(agent_module, "restore", waits)
+    starting = asyncio.create_task(site.restart("a"))
+    await here.wait()
+    agent = site.agents["a"]
+    asked = asyncio.create_task(
+        agent.to_the_end(control.handle(agent, "vm-status", {"vm": "g"}, forward=False), "test")
+    )
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not asked.done()
+    go_on.set()
+    await starting
+    assert (await asked)["vm"] == "g"
+
+
+async def test_a_command_that_waits_for_the_journal_ends_with_its_agent(make_site: MakeSite) -> None:
+    site = await make_site()
+    config = dataclasses.replace(site.agents["a"].config, state_dir=site.directory / "another")
+    agent = Agent(config, host=site.agents["a"].host)
+    asked = asyncio.create_task(agent.to_the_end(control.handle(agent, "vm-status", {"vm": "g"}), "test"))
+    for _ in range(3):  # until it waits
+        await asyncio.sleep(0)
+    await agent.close()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
