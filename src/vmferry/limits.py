@@ -325,3 +325,31 @@ STORE_PRUNE_GRACE_S = 3600.0
 
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20
+
+# --- restores of snapshots --------------------------------------------------------------------------------
+
+# Pages that were read from a repository and have not left for the guest: 16 MiB, whatever the guest's size. The sender
+# takes them in milliseconds; more would only be memory.
+RESTORE_PAGES_HELD_MAX = 4096
+
+# Pages that a lazy restore reads at a time behind the guest: a millisecond of work, so that what the guest asks for
+# next is read soon after. A full restore reads more at a time, nobody waits for single pages then.
+RESTORE_LAZY_RUN_PAGES = 64
+RESTORE_FULL_RUN_PAGES = 512
+
+# How many pages behind one that was asked for are read next.
+RESTORE_NEAR_PAGES = 16
+
+# Neighbourhoods that wait to be read; an old one is dropped, the background gets there.
+RESTORE_NEAR_MAX = 64
+
+# A repository that does not answer, or a damaged object, is tried again after the first pause, then after longer ones.
+# A guest that waits for a page goes on by itself that soon after the repository is back.
+RESTORE_RETRY_MIN_S = 0.1
+RESTORE_RETRY_MAX_S = 2.0
+
+# First touches of one snapshot that are remembered: 4 GiB of memory, in a file of 8 MiB; later ones are not worth it.
+RESTORE_ORDER_PAGES_MAX = 1 << 20
+
+# Snapshots whose first touches an agent remembers; the oldest are forgotten.
+RESTORE_ORDERS_MAX = 256

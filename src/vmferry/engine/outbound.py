@@ -49,6 +49,8 @@ class Outbound:
     dial: Callable[[], Wire]
     """Makes one more connection. Raises Gone."""
     on_absent: Callable[[ImageBlock, int, int], None]
+    on_request: Callable[[ImageBlock, int, int], None] | None = None
+    """Hears of every request for pages, in order, on the thread of the main channel."""
     postcopy_ordered: bool = False
     stopping: bool = False
     pages_came: bool = False

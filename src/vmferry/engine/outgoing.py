@@ -75,6 +75,7 @@ class Outgoing:
         tls: ssl.SSLContext | None = None,
         server_name: str | None = None,
         on_absent: OnAbsent = _nobody,
+        on_request: OnAbsent | None = None,
         name: str = "outgoing",
         clock: Clock | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class Outgoing:
         self.ledger = Ledger(is_source=True, clock=clock)
         self._tls, self._server_name = tls, server_name
         self._clock = clock or SystemClock()
-        self._out = Outbound(image, self.ledger, self.options, Waker(), self._no_dial, on_absent)
+        self._out = Outbound(image, self.ledger, self.options, Waker(), self._no_dial, on_absent, on_request)
         self._sender: MainSender | None = None
         self._thread: threading.Thread | None = None
         self._rounds = 0
@@ -100,13 +101,18 @@ class Outgoing:
         options: OutgoingOptions | None = None,
         tls: ssl.SSLContext | None = None,
         server_name: str | None = None,
+        on_absent: OnAbsent = _nobody,
+        on_request: OnAbsent | None = None,
         name: str = "stand-in",
     ) -> Outgoing:
         """One that stands in for a source which is gone: its destination is in postcopy-paused, `recover` goes on.
 
-        The image must have every page that the destination lacks.
+        The image must have every page that the destination lacks, or get it, as with any endpoint.
         """
-        outgoing = cls(image, options=options, tls=tls, server_name=server_name, name=name)
+        outgoing = cls(
+            image, options=options, tls=tls, server_name=server_name, on_absent=on_absent, on_request=on_request,
+            name=name,
+        )  # fmt: skip
         for fact in (Fact.MIGRATE, Fact.SETUP_DONE, Fact.SWITCHOVER, Fact.PACKAGE_SENT, Fact.PACKAGE_LOADED):
             outgoing.ledger.post(fact, text="before this endpoint was made")
         outgoing.ledger.post(Fact.POSTCOPY_ANNOUNCED)

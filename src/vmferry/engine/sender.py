@@ -34,7 +34,7 @@ from vmferry import limits
 from vmferry.core.facts import Fact
 from vmferry.engine import machine_types
 from vmferry.engine.answers import PROOF_PING, Answers
-from vmferry.engine.image import PAGE_BYTES, ImageBlock, MemoryFile
+from vmferry.engine.image import PAGE_BYTES, ImageBlock
 from vmferry.engine.multifd_out import MultifdOut
 from vmferry.engine.outbound import Outbound, OutgoingOptions
 from vmferry.engine.outlet import RUN_PAGES, Outlet, pages_of
@@ -342,7 +342,7 @@ class MainSender:
                 self._send_window(block, numbers)
 
     def _send_window(self, block: ImageBlock, numbers: Numbers) -> None:
-        if not isinstance(block.store, MemoryFile):  # nobody knows which of its pages are zero before they are read
+        if not block.store.knows_zeros:  # nobody knows which of its pages are zero before they are read
             self._send_foreign(block, numbers)
             return
         filled = block.touched[numbers]
@@ -437,7 +437,10 @@ class MainSender:
     def _make_service(self) -> None:
         options = self.out.options
         self._service = self._answer.service = PageService(
-            list(self.out.image), near_pages=options.near_pages, chunk_pages=options.chunk_pages
+            list(self.out.image),
+            near_pages=options.near_pages,
+            chunk_pages=options.chunk_pages,
+            arrivals=self.out.image.arrivals,
         )
         for outlet in (self._main, self._urgent):
             if outlet is not None:

@@ -1,0 +1,385 @@
+"""Fills an image out of a snapshot while it is sent: what the guest asks for at once, the rest behind it.
+
+Theory of operation
+-------------------
+The image begins with its zeros only. One thread (`asked`) reads the single pages that the guest waits for, others
+(`ahead`) read in runs, in this order, looked at anew for each run:
+
+    1. what lies behind pages that were asked for
+    2. pages in the order in which an earlier restore touched them first
+    3. all the rest, small blocks first, in the order of addresses
+
+What was read is put into the image and announced; the sender takes it from there, and then it is not held any more, so
+memory is bounded whatever the guest's size (`passing.Room`). A page that the guest asks for waits for no run: it has a
+reader of its own.
+
+Trouble. A read that fails is tried again, with growing pauses, for as long as this lives: nothing else is a reason to
+give a guest's memory up. `retry="no"` means that the object is damaged: then a run is taken apart until the damaged
+pages are alone, everything else goes on, and those are tried again. The owner hears of trouble and of its end.
+
+Rule 1: a page is put once: whoever puts it has looked under the lock that it is not here.
+Rule 2: nothing is put that the reader did not vouch for: `pages` raises, or gives what was saved.
+Rule 3: what raises something else than VmferryError is a defect: it is trouble that never ends, and is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry import limits
+from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
+from vmferry.engine.passing import PassingPages, Room
+from vmferry.errors import VmferryError
+from vmferry.wire.events import RamBlock
+
+log = logging.getLogger("vmferry.engine")
+
+Numbers = npt.NDArray[np.intp]
+_ROOM_S: Final = 1.0
+"""How long a reader waits for room before it looks whether it is still wanted."""
+
+
+class SnapshotPages(Protocol):
+    """A snapshot's pages; `store.reader.SnapshotReader` is one. All raise VmferryError; several threads may call."""
+
+    def page(self, block: str, number: int) -> Pages:
+        """One page."""
+        ...
+
+    def read_some(self, block: str, pages: npt.NDArray[np.int64]) -> Pages:
+        """These pages, one per row."""
+        ...
+
+    def is_zero(self, block: str) -> Map:
+        """Which pages are zero."""
+        ...
+
+
+class Touch(NamedTuple):
+    """A page that a guest asked for."""
+
+    block: str
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why pages do not come. `guest_waits`: the guest has asked for one of them."""
+
+    error: VmferryError
+    guest_waits: bool
+
+
+class _Run(NamedTuple):
+    """Pages to be read together, and the row of pages that may leave when they are here."""
+
+    block: ImageBlock
+    pages: Numbers
+    first: int
+    stop: int
+    is_near: bool = False
+
+
+def image_of(blocks: Sequence[RamBlock], pages: SnapshotPages, *, is_lazy: bool) -> Image:
+    """An image of these blocks with nothing but its zeros. `is_lazy`: it is sent in the order in which pages come."""
+    image, room = Image(), Room(limits.RESTORE_PAGES_HELD_MAX)
+    for wire in blocks:
+        block = image.blocks[wire.name] = ImageBlock(wire, PassingPages(room))
+        block.have[:] = pages.is_zero(wire.name)
+        np.logical_not(block.have, out=block.touched)
+    image.arrivals = deque() if is_lazy else None
+    return image
+
+
+class LazySource:
+    """See the module's text. `start` begins to serve what is asked for, `go` to read ahead; `stop` ends both."""
+
+    def __init__(
+        self,
+        image: Image,
+        pages: SnapshotPages,
+        *,
+        order: Sequence[Touch] = (),
+        readers: int = 1,
+        run_pages: int = limits.RESTORE_LAZY_RUN_PAGES,
+        on_trouble: Callable[[Trouble | None], None] = lambda trouble: None,
+        name: str = "restore",
+    ) -> None:
+        self.image = image
+        self.touches: list[Touch] = []
+        """What was asked for, in order; the same page may be in it again."""
+        self._pages, self._on_trouble, self._run_pages = pages, on_trouble, run_pages
+        stores = [block.store for block in image if isinstance(block.store, PassingPages)]
+        assert len(stores) == len(image.blocks), "an image of `image_of`"
+        self._room = stores[0]._room
+        self._placing = threading.Lock()
+        """Guards what is put where."""
+        self._planning = threading.Lock()
+        """Guards which run is next."""
+        self._runs = self._all_runs(order)
+        self._near: deque[tuple[ImageBlock, int, int]] = deque(maxlen=limits.RESTORE_NEAR_MAX)
+        self._bad: deque[_Run] = deque()
+        self._asked: deque[tuple[ImageBlock, int, int]] = deque()
+        self._failed: deque[tuple[ImageBlock, int, int]] = deque()
+        self._wanted = threading.Condition()
+        self._troubles: dict[str, VmferryError] = {}
+        self._told: Trouble | None = None
+        self._telling = threading.Lock()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._serve_asked, name=f"{name}-asked", daemon=True)]
+        self._ahead = [
+            threading.Thread(target=self._read_ahead, args=(f"ahead-{number}",), name=f"{name}-ahead-{number}",
+                             daemon=True)
+            for number in range(readers)
+        ]  # fmt: skip
+
+    # --- the owner's side ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Serves what is asked for from now on."""
+        for thread in self._threads:
+            thread.start()
+
+    def go(self) -> None:
+        """Reads ahead from now on. Of a recovery only when it is known what has arrived (RESUME_ACK)."""
+        started, self._ahead = self._ahead, []
+        self._threads += started
+        for thread in started:
+            thread.start()
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why pages do not come, if that is so."""
+        troubles = dict(self._troubles)
+        if not troubles:
+            return None
+        return Trouble(troubles.get("asked") or next(iter(troubles.values())), "asked" in troubles)
+
+    def stop(self, *, timeout_s: float = limits.ENGINE_STOP_S) -> tuple[str, ...]:
+        """Ends it, and joins its threads; the names of those that hang in a read, which end with that."""
+        self._stopping.set()
+        self._room.wake()
+        with self._wanted:
+            self._wanted.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+        return tuple(thread.name for thread in self._threads if thread.is_alive())
+
+    # --- for the sender, on its thread --------------------------------------------------------------------
+
+    def on_request(self, block: ImageBlock, first: int, count: int) -> None:
+        """The guest asked for pages, here or not."""
+        if len(self.touches) < limits.RESTORE_ORDER_PAGES_MAX:
+            self.touches += [Touch(block.name, page) for page in range(first, first + count)]
+
+    def on_absent(self, block: ImageBlock, first: int, count: int) -> None:
+        """The guest waits for pages that are not here."""
+        with self._wanted:
+            self._asked.append((block, first, count))
+            self._wanted.notify()
+
+    # --- what is asked for --------------------------------------------------------------------------------
+
+    def _serve_asked(self) -> None:
+        pause_s = limits.RESTORE_RETRY_MIN_S
+        while not self._stopping.is_set():
+            with self._wanted:
+                if not self._asked:
+                    self._wanted.wait(pause_s if self._failed else None)
+                is_new = bool(self._asked)
+                wanted = self._asked.popleft() if is_new else None
+            if wanted is not None:
+                self._try(wanted)
+                continue
+            failed, self._failed = self._failed, deque()
+            for each in failed:
+                self._try(each)
+            pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S) if self._failed else limits.RESTORE_RETRY_MIN_S
+            if not self._failed:
+                self._note_trouble("asked", None)
+
+    def _try(self, wanted: tuple[ImageBlock, int, int]) -> None:
+        block, first, count = wanted
+        if self._stopping.is_set():
+            return
+        try:
+            if count == 1:
+                if not block.have[first]:
+                    self._place(block, np.array([first]), [self._pages.page(block.name, first)])
+            else:
+                numbers = _absent(block, first, first + count)
+                if len(numbers):
+                    self._place(block, numbers, self._pages.read_some(block.name, numbers))
+        except Exception as error:
+            self._failed.append(wanted)
+            self._note_trouble("asked", _as_ours(error))
+            return
+        self.image.announce_pages()
+        stop = min(block.count, first + count + limits.RESTORE_NEAR_PAGES)
+        if self.image.arrivals is not None and first + count < stop:
+            self._near.append((block, first + count, stop))
+            if self._room.is_full:
+                self._room.wake()
+
+    # --- what is read ahead -------------------------------------------------------------------------------
+
+    def _read_ahead(self, who: str) -> None:
+        pause_s = limits.RESTORE_RETRY_MIN_S
+        while not self._stopping.is_set():
+            if self._room.is_full and not self._near:
+                self._room.wait(_ROOM_S)
+                continue
+            with self._planning:
+                run = self._next_run()
+            if run is None:
+                if not self._bad:
+                    self._note_trouble(who, None)
+                    return
+                self._stopping.wait(pause_s)
+                pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
+                with self._planning:
+                    again, self._bad = self._bad, deque()
+                    self._runs = iter(again)
+                continue
+            while not self._read(run, who) and not self._stopping.wait(pause_s):
+                pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
+            pause_s = pause_s if self._bad else limits.RESTORE_RETRY_MIN_S
+
+    def _next_run(self) -> _Run | None:
+        while self._near:
+            block, first, stop = self._near.popleft()
+            unit = block.host_page_pages
+            pages = _absent(block, first // unit * unit, min(block.count, -(-stop // unit) * unit))
+            if len(pages):
+                return _Run(block, pages, first, stop, is_near=True)
+        return next(self._runs, None)
+
+    def _read(self, run: _Run, who: str) -> bool:
+        """Whether the run is done with: it is here, or what is damaged of it was set aside."""
+        block = run.block
+        pages = run.pages[~block.have[run.pages]]
+        try:
+            if len(pages):
+                self._place(block, pages, self._pages.read_some(block.name, pages))
+        except Exception as error:
+            found = _as_ours(error)
+            self._note_trouble(who, found)
+            if found.retry != "no":
+                return False
+            self._set_aside(run, pages, who)
+            return True
+        if not self._bad:
+            self._note_trouble(who, None)
+        self._arrive(run)
+        return True
+
+    def _set_aside(self, run: _Run, pages: Numbers, who: str) -> None:
+        """Something of the run is damaged: what is not is read, in halves; what is waits for another try."""
+        unit = run.block.host_page_pages
+        half = len(pages) // 2 // unit * unit
+        if not half:
+            self._bad.append(_Run(run.block, pages, int(pages[0]), int(pages[-1]) + 1))
+            return
+        for part in (pages[:half], pages[half:]):
+            some = _Run(run.block, part, int(part[0]), int(part[-1]) + 1, run.is_near)
+            if not self._read(some, who):
+                self._bad.append(some)
+
+    def _arrive(self, run: _Run) -> None:
+        arrivals = self.image.arrivals
+        if arrivals is not None and run.stop > run.first:
+            row = (run.block, run.first, run.stop)
+            if run.is_near:
+                arrivals.appendleft(row)
+            else:
+                arrivals.append(row)
+        self.image.announce_pages()
+
+    def _all_runs(self, order: Sequence[Touch]) -> Iterator[_Run]:
+        """Everything once, in the order of the module's text."""
+        yield from self._ordered(order)
+        for block in sorted(self.image, key=lambda each: each.count):
+            unit = block.host_page_pages
+            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
+            for begin in range(0, block.count, window):
+                end = min(begin + window, block.count)
+                absent = _absent(block, begin, end)
+                first = begin
+                for at in range(0, len(absent), max(self._run_pages // unit, 1) * unit):
+                    pages = absent[at : at + max(self._run_pages // unit, 1) * unit]
+                    stop = int(pages[-1]) + 1
+                    yield _Run(block, pages, first, stop)
+                    first = stop
+                if first < end:
+                    yield _Run(block, absent[:0], first, end)
+
+    def _ordered(self, order: Sequence[Touch]) -> Iterator[_Run]:
+        """Pages that were touched before, as long as they are of one block together in a run."""
+        at = 0
+        while at < len(order):
+            name, stop = order[at].block, at
+            while stop < len(order) and order[stop].block == name and stop - at < self._run_pages:
+                stop += 1
+            block = self.image.blocks.get(name)
+            if block is not None and block.host_page_pages == 1:
+                numbers = np.unique(np.array([each.page for each in order[at:stop]], np.intp))
+                numbers = numbers[numbers < block.count]
+                pages = numbers[~block.have[numbers] & ~block.sent[numbers]]
+                if len(pages):
+                    yield from self._scattered(block, pages)
+            at = stop
+
+    def _scattered(self, block: ImageBlock, pages: Numbers) -> Iterator[_Run]:
+        """One read, but a row of pages that may leave for each group of neighbours."""
+        yield _Run(block, pages, 0, 0)
+        edges = np.flatnonzero(np.diff(pages) > 1) + 1
+        for group in np.split(pages, edges):
+            yield _Run(block, group[:0], int(group[0]), int(group[-1]) + 1)
+
+    # --- into the image -----------------------------------------------------------------------------------
+
+    def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages | Sequence[Pages]) -> None:
+        store = block.store
+        assert isinstance(store, PassingPages)
+        with self._placing:
+            absent = ~block.have[numbers] & ~block.sent[numbers]
+            if not absent.all():
+                which = np.flatnonzero(absent).tolist()
+                numbers, pages = numbers[which], [pages[each] for each in which]
+            if len(numbers):
+                store.put(numbers.tolist(), pages, len(numbers))
+                block.have[numbers] = True
+
+    def _note_trouble(self, who: str, error: VmferryError | None) -> None:
+        with self._telling:
+            if error is None:
+                if self._troubles.pop(who, None) is None:
+                    return
+            else:
+                self._troubles[who] = error
+            now, before = self.trouble, self._told
+            self._told = now
+        is_same = now is not None and before is not None and str(now.error) == str(before.error)
+        if not (is_same and now is not None and before is not None and now.guest_waits == before.guest_waits):
+            self._on_trouble(now)
+
+
+def _absent(block: ImageBlock, first: int, stop: int) -> Numbers:
+    """Pages of a range that are neither here nor there."""
+    return np.flatnonzero(~block.have[first:stop] & ~block.sent[first:stop]) + first
+
+
+def _as_ours(error: Exception) -> VmferryError:
+    if isinstance(error, VmferryError):
+        return error
+    log.error("result=defect reading a snapshot", exc_info=error)
+    return VmferryError(f"a snapshot cannot be read: {type(error).__name__}: {error}", retry="after-fix", cause=error)
