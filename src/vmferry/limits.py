@@ -325,3 +325,9 @@ STORE_PRUNE_GRACE_S = 3600.0
 
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20
+
+# --- snapshots of guests ----------------------------------------------------------------------------------
+
+# Threads of an agent that wait for its repository: saves, restores, and a listing beside them. Each has at most one
+# piece of work, and more than a few at a time only make each other slow.
+SNAPSHOT_THREADS_MAX = 8
