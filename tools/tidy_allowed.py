@@ -11,6 +11,7 @@ _CHOOSES_COMMAND = (
 _HAND = "the hand of an effect of the source's table: records what it proved"
 _LAZY = "start-up time: most commands never need it"
 _RESTS = "an agent at rest has no numpy (60 MB); only a rescue speaks the stream itself"
+_STORES = "an agent at rest has no numpy (60 MB); only snapshots need the room, and an object store its library"
 _NO_EVENT = "nothing tells that the other end's kernel has received; the test holds without the pause, less sharply"
 
 AGENT = "src/vmferry/agent"
@@ -45,6 +46,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/guest_memory.py", "vmferry.wire"): _RESTS,
     ("late-import", f"{AGENT}/rescue.py", "vmferry.engine"): _RESTS,
     ("late-import", f"{AGENT}/rescue_feed.py", "vmferry.engine"): _RESTS,
+    ("late-import", f"{AGENT}/snapshot_store.py", "vmferry.store"): _STORES,
     ("late-import", f"{CLI}/chaos_cmd.py", "vmferry.chaos"): _LAZY,
     ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo"): _LAZY,
     ("late-import", f"{CLI}/inspect_cmd.py", "vmferry.wire"): f"{_LAZY}; numpy takes longer than all the rest",

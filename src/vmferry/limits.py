@@ -353,3 +353,9 @@ RESTORE_ORDER_PAGES_MAX = 1 << 20
 
 # Snapshots whose first touches an agent remembers; the oldest are forgotten.
 RESTORE_ORDERS_MAX = 256
+
+# --- snapshots of guests ----------------------------------------------------------------------------------
+
+# Threads of an agent that wait for its repository: saves, restores, and a listing beside them. Each has at most one
+# piece of work, and more than a few at a time only make each other slow.
+SNAPSHOT_THREADS_MAX = 8

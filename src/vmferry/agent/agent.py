@@ -36,6 +36,7 @@ from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
+from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.clock import Clock, SystemClock
@@ -101,6 +102,7 @@ class Agent:
         self.monitors = Monitors(self)
         self.jobs = JobBook(self)
         self.blockers = Blockers(self)
+        self.snapshot_store = SnapshotStore(config)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None
@@ -169,6 +171,7 @@ class Agent:
                 channel.close()  # QEMU has its own descriptor of what was handed to it
         for attempt in self.attempts.values():
             attempt.forget_memory()
+        self.snapshot_store.close()
         self.journal.close()
 
     # --- what attempts use (Context) ---

@@ -188,6 +188,9 @@ def _add_agent(commands: Any) -> None:
     )
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
     agent.add_argument("--disk-dir", metavar="DIR", help="where copies of guests' disks are put (default: same path)")
+    agent.add_argument("--repository", metavar="FOLDER|URL",
+                       help="where snapshots are kept (default: 'repository' in the state directory)")  # fmt: skip
+    agent.add_argument("--repository-key", metavar="FILE", help="the key file of an encrypted repository")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
