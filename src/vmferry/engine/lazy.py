@@ -10,7 +10,7 @@ The image begins with its zeros only. One thread (`asked`) reads the single page
     3. all the rest, small blocks first, in the order of addresses
 
 What was read is put into the image and announced; the sender takes it from there, and then it is not held any more, so
-memory is bounded whatever the guest's size (`passing.Room`). A page that the guest asks for waits for no run: it has a
+memory is bounded whatever the guest's size (`held_pages.Room`). A page that the guest asks for waits for no run: it has a
 reader of its own.
 
 Trouble. A read that fails is tried again, with growing pauses, for as long as this lives: nothing else is a reason to
@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from vmferry import limits
 from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
-from vmferry.engine.passing import PassingPages, Room
+from vmferry.engine.held_pages import HeldPages, Room
 from vmferry.errors import VmferryError
 from vmferry.wire.events import RamBlock
 
@@ -92,7 +92,7 @@ def image_of(blocks: Sequence[RamBlock], pages: SnapshotPages, *, is_lazy: bool)
     """An image of these blocks with nothing but its zeros. `is_lazy`: it is sent in the order in which pages come."""
     image, room = Image(), Room(limits.RESTORE_PAGES_HELD_MAX)
     for wire in blocks:
-        block = image.blocks[wire.name] = ImageBlock(wire, PassingPages(room))
+        block = image.blocks[wire.name] = ImageBlock(wire, HeldPages(room))
         block.have[:] = pages.is_zero(wire.name)
         np.logical_not(block.have, out=block.touched)
     image.arrivals = deque() if is_lazy else None
@@ -117,7 +117,7 @@ class LazySource:
         self.touches: list[Touch] = []
         """What was asked for, in order; the same page may be in it again."""
         self._pages, self._on_trouble, self._run_pages = pages, on_trouble, run_pages
-        stores = [block.store for block in image if isinstance(block.store, PassingPages)]
+        stores = [block.store for block in image if isinstance(block.store, HeldPages)]
         assert len(stores) == len(image.blocks), "an image of `image_of`"
         self._room = stores[0]._room
         self._placing = threading.Lock()
@@ -349,7 +349,7 @@ class LazySource:
 
     def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages | Sequence[Pages]) -> None:
         store = block.store
-        assert isinstance(store, PassingPages)
+        assert isinstance(store, HeldPages)
         with self._placing:
             absent = ~block.have[numbers] & ~block.sent[numbers]
             if not absent.all():

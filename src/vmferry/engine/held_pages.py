@@ -64,7 +64,7 @@ class Room:
             self._is_awaited = False
 
 
-class PassingPages:
+class HeldPages:
     """The content of one block, as far as it is here and has not left. A `PageStore` whose zeros are known."""
 
     knows_zeros = True
