@@ -328,9 +328,9 @@ STORE_SCRYPT_BYTES_MAX = 256 << 20
 
 # --- restores of snapshots --------------------------------------------------------------------------------
 
-# Pages that were read from a repository and have not left for the guest: 16 MiB, whatever the guest's size. The sender
+# Pages that were read from a repository and have not left for the guest: 8 MiB, whatever the guest's size. The sender
 # takes them in milliseconds; more would only be memory.
-RESTORE_PAGES_HELD_MAX = 4096
+RESTORE_PAGES_HELD_MAX = 2048
 
 # Pages that a lazy restore reads at a time behind the guest: a millisecond of work, so that what the guest asks for
 # next is read soon after. A full restore reads more at a time, nobody waits for single pages then.
@@ -348,11 +348,30 @@ RESTORE_NEAR_MAX = 64
 RESTORE_RETRY_MIN_S = 0.1
 RESTORE_RETRY_MAX_S = 2.0
 
-# First touches of one snapshot that are remembered: 4 GiB of memory, in a file of 8 MiB; later ones are not worth it.
-RESTORE_ORDER_PAGES_MAX = 1 << 20
+# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB and some 15 MB in memory while
+# it is used. Later ones are not worth it: the background has come by.
+RESTORE_ORDER_PAGES_MAX = 1 << 17
 
 # Snapshots whose first touches an agent remembers; the oldest are forgotten.
 RESTORE_ORDERS_MAX = 256
+
+# From the last page of a restore to QEMU's word that it has everything: it may have a queue of pages to place, and its
+# main loop may wait for the guest's disks.
+RESTORE_RESULT_S = 120.0
+
+# From the device state in a QEMU to its word that it stands ready, and from there to its first instruction: its main
+# loop may wait for pages of the guest, which come from the repository.
+RESTORE_CONT_S = 30.0
+
+# A QEMU whose channel broke is asked to listen again after the first pause, then after longer ones.
+RESTORE_REJOIN_MIN_S = 0.05
+RESTORE_REJOIN_MAX_S = 2.0
+
+# How often a restore that is on its way tells how far it is, and sees that its lock on the repository is renewed.
+RESTORE_TICK_S = 0.5
+
+# Restores of one agent that are on their way: each has four threads and some bytes per page of its guest.
+RESTORES_MAX = 64
 
 # --- snapshots of guests ----------------------------------------------------------------------------------
 

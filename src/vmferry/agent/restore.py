@@ -65,6 +65,8 @@ async def restore(agent: Agent) -> None:
     for job in state.jobs.values():
         if job.role == "source":
             await _source(agent, job)
+        elif job.role == "restore":
+            await agent.restores.take_up(job)
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)

@@ -76,6 +76,23 @@ examples
   vmferry job change web1 downtime-limit=200ms mode=postcopy
   vmferry job dismiss 3f2a
 """
+RESTORE_EPILOG = """\
+ways
+  (none)    all memory first, then the guest runs
+  --lazy    the guest runs at once; its memory comes as it needs it, the rest behind it. If the repository is lost
+            meanwhile, the guest waits, and goes on by itself when it is back ('vmferry jobs' says so)
+
+  The stored disks stay as they are: each restore writes to overlays of its own. What the guest has in common with a
+  VM that runs (UUID, addresses of its cards) is named; what would do harm is refused before anything is started.
+
+exit codes
+  0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
+  All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry restore monday --lazy
+  vmferry restore monday --as web2 --on host-b --lazy
+"""
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
 lists it together with what migrations and QEMU itself hold. The same name again replaces it.
@@ -139,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_agent(commands)
     _add_vm_commands(commands)
     _add_migration_commands(commands)
+    _add_restore(commands)
     _add_jobs(commands)
     _add_rescue(commands)
     _add_host_commands(commands)
@@ -284,6 +302,25 @@ def _add_migration_commands(commands: Any) -> None:
     change.epilog = SET_EPILOG
     postcopy = _command(commands, "postcopy", "migrate_cmd:postcopy", "switch a migration to postcopy now")
     postcopy.add_argument("vm", metavar="NAME")
+
+
+def _add_restore(commands: Any) -> None:
+    restore = _command(commands, "restore", "restore_cmd:restore", "bring a guest back from a snapshot",
+                       epilog=RESTORE_EPILOG)  # fmt: skip
+    restore.add_argument("snapshot", metavar="NAME", help="the snapshot's name, or its id")
+    restore.add_argument(
+        "--lazy", action="store_true", help="run the guest at once; its memory follows as it is needed"
+    )
+    restore.add_argument("--as", dest="rename", default="", metavar="VM", help="the name that the guest gets")
+    restore.add_argument("--on", dest="host", default="", metavar="HOST",
+                         help="restore it there; that agent's repository must have the snapshot")  # fmt: skip
+    restore.add_argument("--paused", action="store_true", help="do not start the guest")
+    restore.add_argument("--accept", action="append", default=[], metavar="CODE",
+                         help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+    restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
+    restore.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+    restore.add_argument("--no-auto-dismiss", action="store_true",
+                         help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
 
 
 def _add_jobs(commands: Any) -> None:

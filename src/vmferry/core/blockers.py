@@ -84,6 +84,16 @@ def of_arrival(source: str, job: str, since_s: float) -> tuple[Blocker, ...]:
     return _of_job(reason, f"options on this side are fixed since job {job} was prepared", job, since_s)
 
 
+def of_restore(name: str, job: str, since_s: float) -> tuple[Blocker, ...]:
+    """What a restore holds: until the guest has all of its memory its QEMU can neither send nor save it."""
+    reason = f"it is being restored from {name} (job {job}) and lacks some of its memory"
+    return tuple(
+        each
+        for each in _of_job(reason, f"its options are those of the restore {job}", job, since_s)
+        if each.operation is not Operation.STOP
+    )
+
+
 def _of_job(reason: str, why_locked: str, job: str, since_s: float) -> tuple[Blocker, ...]:
     until = f"the job {job} is concluded"
     reasons = {

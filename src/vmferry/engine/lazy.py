@@ -130,6 +130,9 @@ class LazySource:
         self._asked: deque[tuple[ImageBlock, int, int]] = deque()
         self._failed: deque[tuple[ImageBlock, int, int]] = deque()
         self._wanted = threading.Condition()
+        """Something is asked for, or what failed is to be tried again."""
+        self._resting = threading.Condition()
+        """The same for those who read ahead."""
         self._troubles: dict[str, VmferryError] = {}
         self._told: Trouble | None = None
         self._telling = threading.Lock()
@@ -163,12 +166,17 @@ class LazySource:
             return None
         return Trouble(troubles.get("asked") or next(iter(troubles.values())), "asked" in troubles)
 
+    def retry(self) -> None:
+        """What failed is tried again at once."""
+        for condition in (self._wanted, self._resting):
+            with condition:
+                condition.notify_all()
+
     def stop(self, *, timeout_s: float = limits.ENGINE_STOP_S) -> tuple[str, ...]:
         """Ends it, and joins its threads; the names of those that hang in a read, which end with that."""
         self._stopping.set()
         self._room.wake()
-        with self._wanted:
-            self._wanted.notify_all()
+        self.retry()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
@@ -244,15 +252,22 @@ class LazySource:
                 if not self._bad:
                     self._note_trouble(who, None)
                     return
-                self._stopping.wait(pause_s)
+                self._rest(pause_s)
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
                 with self._planning:
                     again, self._bad = self._bad, deque()
                     self._runs = iter(again)
                 continue
-            while not self._read(run, who) and not self._stopping.wait(pause_s):
+            while not self._read(run, who) and not self._rest(pause_s):
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
             pause_s = pause_s if self._bad else limits.RESTORE_RETRY_MIN_S
+
+    def _rest(self, pause_s: float) -> bool:
+        """Until somebody says `retry`, or the time is over. Whether it is to end."""
+        with self._resting:
+            if not self._stopping.is_set():
+                self._resting.wait(pause_s)
+        return self._stopping.is_set()
 
     def _next_run(self) -> _Run | None:
         while self._near:
