@@ -348,8 +348,8 @@ RESTORE_NEAR_MAX = 64
 RESTORE_RETRY_MIN_S = 0.1
 RESTORE_RETRY_MAX_S = 2.0
 
-# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB and some 15 MB in memory while
-# it is used. Later ones are not worth it: the background has come by.
+# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB, and some 15 MB in memory
+# while it is used. Later ones are not worth it: the background has come by.
 RESTORE_ORDER_PAGES_MAX = 1 << 17
 
 # Snapshots whose first touches an agent remembers; the oldest are forgotten.

@@ -141,6 +141,7 @@ class Agent:
             await self.control_server.close()
             raise
         self.planner.warm_up()
+        self.restores.warm_up()
         log.info("agent=%s result=ready socket=%s", self.config.name, self.config.control_socket)
 
     async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

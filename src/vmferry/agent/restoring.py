@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenState
     from vmferry.engine.lazy import Touch
+    from vmferry.engine.outgoing import OutgoingOutcome
     from vmferry.store.reader import SnapshotReader
 
 log = logging.getLogger("vmferry.agent")
@@ -107,6 +108,8 @@ class RestoreAttempt:
         self.cpu_resumed_s: float | None = None
         """When QEMU says that the guest began to run (wall clock)."""
         self._progress = Progress(0, 0)
+        self._outcome: OutgoingOutcome | None = None
+        """The numbers of the feed that ended last."""
         self._news = asyncio.Event()
         self._opened: Opened | None = None
         self._page_bytes: dict[str, int] = {}
@@ -234,7 +237,7 @@ class RestoreAttempt:
         found, wanted = self.log, self.wanted
         begun_s, ran_s = found.at_s(F.WANTED), found.at_s(F.RAN)
         resumed_s = self.cpu_resumed_s or ran_s
-        outcome = self.feed.outcome() if self.feed is not None else None
+        outcome = self.feed.outcome() if self.feed is not None else self._outcome
         return {
             **self.brief(),
             "host": self.agent.config.name,
@@ -465,7 +468,7 @@ class RestoreAttempt:
     async def _drop_feed(self) -> None:
         feed, self.feed = self.feed, None
         if feed is not None:
-            self._progress = feed.progress()
+            self._progress, self._outcome = feed.progress(), feed.outcome()
             await feed.stop()
 
     async def _undo(self) -> None:

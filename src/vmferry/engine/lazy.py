@@ -10,8 +10,8 @@ The image begins with its zeros only. One thread (`asked`) reads the single page
     3. all the rest, small blocks first, in the order of addresses
 
 What was read is put into the image and announced; the sender takes it from there, and then it is not held any more, so
-memory is bounded whatever the guest's size (`held_pages.Room`). A page that the guest asks for waits for no run: it has a
-reader of its own.
+memory is bounded whatever the guest's size (`held_pages.Room`). A page that the guest asks for waits for no run: it has
+a reader of its own.
 
 Trouble. A read that fails is tried again, with growing pauses, for as long as this lives: nothing else is a reason to
 give a guest's memory up. `retry="no"` means that the object is damaged: then a run is taken apart until the damaged
@@ -35,8 +35,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
-from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
 from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
 from vmferry.errors import VmferryError
 from vmferry.wire.events import RamBlock
 
@@ -227,7 +227,7 @@ class LazySource:
                 numbers = _absent(block, first, first + count)
                 if len(numbers):
                     self._place(block, numbers, self._pages.read_some(block.name, numbers))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the guest waits for what this thread does: it must not end
             self._failed.append(wanted)
             self._note_trouble("asked", _as_ours(error))
             return
@@ -285,7 +285,7 @@ class LazySource:
         try:
             if len(pages):
                 self._place(block, pages, self._pages.read_some(block.name, pages))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  as above
             found = _as_ours(error)
             self._note_trouble(who, found)
             if found.retry != "no":
