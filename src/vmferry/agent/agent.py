@@ -36,6 +36,7 @@ from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
+from vmferry.agent.saves import Saves
 from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -103,6 +104,7 @@ class Agent:
         self.jobs = JobBook(self)
         self.blockers = Blockers(self)
         self.snapshot_store = SnapshotStore(config)
+        self.saves = Saves(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None

@@ -56,6 +56,14 @@ class PageStore(Protocol):
         ...
 
 
+class OwnStore(PageStore, Protocol):
+    """One that a block owns."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        ...
+
+
 class MemoryFile:
     """Pages in an anonymous memory file, mapped. Unwritten pages are zero and take no memory."""
 
@@ -116,10 +124,10 @@ class ForeignMemory:
 class ImageBlock:
     """One RAM block: its description as on the wire, its pages, and the maps of the module's text."""
 
-    def __init__(self, wire: RamBlock, store: MemoryFile | ForeignMemory | None = None) -> None:
+    def __init__(self, wire: RamBlock, store: OwnStore | None = None) -> None:
         self.wire = wire
         self.count = wire.used_length // PAGE_BYTES
-        self.store = store if store is not None else MemoryFile(wire.name, wire.used_length)
+        self.store: OwnStore = store if store is not None else MemoryFile(wire.name, wire.used_length)
         self.have: Map = np.zeros(self.count, np.bool_)
         self.touched: Map = np.zeros(self.count, np.bool_)
         self.sent: Map = np.zeros(self.count, np.bool_)

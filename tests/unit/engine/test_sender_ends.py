@@ -302,7 +302,7 @@ def test_an_image_that_cannot_be_read(peer: ScriptedDestination, start: Start) -
             pass
 
     image = make_image(BLOCKS)
-    image.blocks["pc.ram"].store = Unreadable()  # type: ignore[assignment]
+    image.blocks["pc.ram"].store = Unreadable()
     assert "its process is gone" in str(failed(start(image)).error)
 
 
