@@ -378,3 +378,19 @@ RESTORES_MAX = 64
 # Threads of an agent that wait for its repository: saves, restores, and a listing beside them. Each has at most one
 # piece of work, and more than a few at a time only make each other slow.
 SNAPSHOT_THREADS_MAX = 8
+
+# Passes over a guest's memory before a save stops it for the rest: each pass that a guest keeps up with costs as much
+# room as it writes, and after a dozen the next dozen would not end otherwise.
+SAVE_PASSES_MAX = 12
+
+# How long a save's guest may stand while a person's leave is awaited (auto-finalize is off): as in a migration.
+SAVE_HOLD_S = 60.0
+
+# From QEMU's last byte to the end of the endpoint's work on it: a pack and a table of pages.
+SAVE_WHOLE_S = 600.0
+
+# How long a guest that was saved is tried to be started again before a person hears that it stands.
+SAVE_RETURN_S = 60.0
+
+# Writing and reading stream files: at 50 MB/s, a guest of a TiB.
+SNAPSHOT_FILE_S = 6 * 3600.0

@@ -37,6 +37,7 @@ from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
 from vmferry.agent.restores import Restores
+from vmferry.agent.saves import Saves
 from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -105,6 +106,7 @@ class Agent:
         self.blockers = Blockers(self)
         self.snapshot_store = SnapshotStore(config)
         self.restores = Restores(self)
+        self.saves = Saves(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._listener: Listening | None = None

@@ -61,6 +61,9 @@ class Blockers:
         back = self.agent.restores.active(vm)
         if back is not None:
             found += core.of_restore(back.wanted.name, back.job, back.wanted.wanted_s)
+        save = self.agent.saves.active(vm)
+        if save is not None:
+            found += core.of_save(save.wanted.name, save.job, save.started_s)
         return tuple(found)
 
     def require(self, vm: str, operation: Operation) -> None:

@@ -100,7 +100,7 @@ class JobBook:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.dismissed: set[str] = set()
-        """Ids of jobs of this host as a source whose results are not shown any more."""
+        """Ids of jobs of this host, as a source or of one that is saved, whose results are not shown any more."""
         self._ended: dict[tuple[str, str], Ended] = {}
 
     # --- what is listed ---
@@ -110,6 +110,7 @@ class JobBook:
         listed = [self._ended_info(ended) for ended in self._ended.values()]
         listed += [self._source_info(attempt) for attempt in self._sources()]
         listed += self.agent.restores.infos()
+        listed += self.agent.saves.infos()
         return listed + [self._incoming_info(place) for place in self._places()]
 
     def info(self, job: str) -> JobInfo:

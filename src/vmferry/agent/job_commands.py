@@ -87,10 +87,14 @@ def _brief(agent: Agent, job: str) -> dict[str, Any]:
 async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """The guest stays. Raises CancelRefused after the grant, JobRefused for a job that is its source's."""
     _, attempt = _asked(agent, arguments.id, Verb.CANCEL)
+    save = agent.saves.by_id(arguments.id)
     if attempt is not None:
         await cancel(agent, attempt)
     elif agent.restores.by_id(arguments.id) is not None:
         await agent.restores.cancel(arguments.id)
+    elif save is not None:
+        await agent.journal.append(Entry.CANCEL_WANTED, arguments.id)
+        save.cancel()
     return _brief(agent, arguments.id)
 
 
@@ -148,8 +152,11 @@ async def job_complete(agent: Agent, arguments: JobId) -> dict[str, Any]:
 async def job_finalize(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """Gives the leave to hand the guest over. Raises JobRefused for a job that does not wait for it."""
     _, attempt = _asked(agent, arguments.id, Verb.FINALIZE)
+    save = agent.saves.by_id(arguments.id)
     if attempt is not None:
         await attempt.finalize()
+    elif save is not None:
+        save.finalize()
     return _brief(agent, arguments.id)
 
 

@@ -64,7 +64,7 @@ class RestoreArguments:
     """`vm-restore`."""
 
     name: str
-    """The snapshot's name, its id, or the beginning of that."""
+    """The snapshot's name, or its id."""
     rename: str = ""
     """The name that the guest gets; '': the one that it had."""
     host: str = ""
@@ -379,22 +379,12 @@ def _check(agent: Agent, arguments: RestoreArguments) -> None:
 
 
 def find(repository: Repository, name: str) -> _Found:
-    """A snapshot by its name, its id or the beginning of its id. In a thread of the store. Raises RepositoryError."""
+    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError."""
+    from vmferry.agent import snapshot_sink
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
-    from vmferry.store.errors import Damaged, UnknownSnapshot
+    from vmferry.store.errors import Damaged
 
-    listed = repository.snapshots()
-    fits = [info for info in listed if info.head is not None and info.head.name == name]
-    fits = fits or [info for info in listed if info.snapshot == name]
-    fits = fits or [info for info in listed if len(name) >= 4 and info.snapshot.startswith(name)]
-    if not fits:
-        damaged = [info.damage for info in listed if info.head is None]
-        hint = f"these cannot be read, and nobody knows their names: {'; '.join(damaged)}" if damaged else None
-        raise UnknownSnapshot(f"the repository has no snapshot named {name}", hint=hint)
-    if len(fits) > 1:
-        ids = ", ".join(info.snapshot for info in fits)
-        raise UnknownSnapshot(f"several snapshots are named {name}: {ids}", hint="say the id of one")
-    info = fits[0]
+    info = snapshot_sink.find(repository, name)
     if info.head is None:
         raise Damaged(f"snapshots/{info.snapshot}", info.damage)
     words = SnapshotWords.from_wire(info.head.metadata)

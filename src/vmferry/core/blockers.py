@@ -26,7 +26,7 @@ class Operation(StrEnum):
     STOP = "stop"
     """To power it down or to end it."""
     SNAPSHOT = "snapshot"
-    """To save its state; for tools that do: vmferry does not."""
+    """To save its state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,11 @@ def of_restore(name: str, job: str, since_s: float) -> tuple[Blocker, ...]:
         for each in _of_job(reason, f"its options are those of the restore {job}", job, since_s)
         if each.operation is not Operation.STOP
     )
+
+
+def of_save(name: str, job: str, since_s: float) -> tuple[Blocker, ...]:
+    """What a save holds."""
+    return _of_job(f"it is being saved as {name} (job {job})", f"its options are those of the save {job}", job, since_s)
 
 
 def _of_job(reason: str, why_locked: str, job: str, since_s: float) -> tuple[Blocker, ...]:

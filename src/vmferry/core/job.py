@@ -216,7 +216,29 @@ RESTORE: Final = Kind(
     },
 )  # fmt: skip
 
-KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR, RESTORE)}
+SAVE: Final = Kind(
+    "save",
+    "keeps a guest's memory and devices in a repository of snapshots, while it runs",
+    _to(J.CREATED, J.RUNNING, J.WAITING, J.PENDING, J.ABORTING, J.CONCLUDED, J.NULL),
+    verbs={
+        Verb.COMPLETE: _refused("a save completes by itself"),
+        Verb.CHANGE: _refused("a save has no options that change on its way"),
+        Verb.DISMISS: _BEFORE_THE_END,
+        Verb.PAUSE: _NO_PAUSE,
+        Verb.RESUME: _refused("it is not paused"),
+        Verb.FINALIZE: _refused("it does not wait for leave to stop the guest"),
+    },
+    cells={
+        **{(Verb.CANCEL, j): _does("the guest goes on, and nothing is kept")
+           for j in (J.CREATED, J.RUNNING, J.WAITING, J.PENDING)},
+        (Verb.CANCEL, J.ABORTING): _nothing("it is on its way back already"),
+        (Verb.CANCEL, J.CONCLUDED): _OVER,
+        (Verb.FINALIZE, J.PENDING): _does("the guest's last state is taken, and it goes on"),
+        (Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"),
+    },
+)  # fmt: skip
+
+KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR, SAVE, RESTORE)}
 """By QEMU's word, where QEMU has one. A new kind is one more row."""
 
 _QEMU_DOES: Final = _does("as in QEMU")
