@@ -197,7 +197,7 @@ def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
     """What is wrong with the stored images, a sentence each: missing, or not what they were. Reads the file system."""
     found = []
     for disk in disks:
-        if disk.way == "none":
+        if disk.way not in ("read-only", "external-snapshot"):
             continue
         try:
             seen = os.stat(disk.path)
