@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, job_events
+from vmferry.agent import guest_memory, job_events, rescue
 from vmferry.agent.directories import remove_directory
 from vmferry.agent.machine import Machine
 from vmferry.agent.restore_definition import Overlay
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmferry.agent")
 
 CHANNEL_NAME = "vmferry-restore"
+CAPABILITIES = ("events", "return-path", "postcopy-ram")
 NO_EXIT_SINCE = (9, 1)
 _POLL_S = 0.002
 
@@ -376,7 +377,7 @@ class RestoreAttempt:
         machine, opened = self.machine, self._opened
         assert machine is not None
         assert opened is not None
-        wanted = {"events": True, "return-path": True, "postcopy-ram": self.wanted.lazy}
+        wanted = dict.fromkeys(CAPABILITIES, True) | {"postcopy-ram": self.wanted.lazy}
         states = [{"capability": name, "state": state} for name, state in wanted.items()]
         arguments: dict[str, Any] = {"uri": f"fd:{CHANNEL_NAME}"}
         if machine.version >= NO_EXIT_SINCE:
@@ -495,6 +496,7 @@ class RestoreAttempt:
         if feed is not None and core.has_won(self.log):
             self._progress = feed.progress()
             feed.outgoing.saw_running()
+            await self._options_back()
             await self.agent.restores.remember_touches(self.wanted, feed)
         elif F.KEPT in self.log and F.GONE in self.log:
             self.agent.restores.adopt(self)  # as any VM of this host whose QEMU has ended
@@ -503,6 +505,18 @@ class RestoreAttempt:
         await self._drop_feed()
         self.note(F.ENDED)
         await self.agent.restores.over(self, result)
+
+    async def _options_back(self) -> None:
+        """The next migration of this QEMU begins with nothing of this one. Trouble is a line in the log: it sets its
+        own options in any case."""
+        assert self.machine is not None
+        off = [{"capability": name, "state": False} for name in CAPABILITIES]
+        try:
+            # QEMU says that it has everything a moment before it has cleaned up; until then it refuses.
+            await rescue.settled(self.machine)
+            await self.machine.execute("migrate-set-capabilities", {"capabilities": off})
+        except QemuError as error:
+            log.warning("job=%s vm=%s effect=options-back result=%s", self.job, self.vm, error)
 
 
 def trouble_text(error: VmferryError, *, guest_waits: bool, runs: bool) -> str:

@@ -231,12 +231,12 @@ class LazySource:
             self._failed.append(wanted)
             self._note_trouble("asked", _as_ours(error))
             return
-        self.image.announce_pages()
         stop = min(block.count, first + count + limits.RESTORE_NEAR_PAGES)
         if self.image.arrivals is not None and first + count < stop:
             self._near.append((block, first + count, stop))
             if self._room.is_full:
                 self._room.wake()
+        self.image.announce_pages()
 
     # --- what is read ahead -------------------------------------------------------------------------------
 
@@ -302,10 +302,12 @@ class LazySource:
         unit = run.block.host_page_pages
         half = len(pages) // 2 // unit * unit
         if not half:
-            self._bad.append(_Run(run.block, pages, int(pages[0]), int(pages[-1]) + 1))
+            self._bad.append(_Run(run.block, pages, run.first, run.stop))
+            self._arrive(run)  # the zeros around it are here
             return
-        for part in (pages[:half], pages[half:]):
-            some = _Run(run.block, part, int(part[0]), int(part[-1]) + 1, run.is_near)
+        middle = min(max(int(pages[half]), run.first), run.stop)
+        for part, first, stop in ((pages[:half], run.first, middle), (pages[half:], middle, run.stop)):
+            some = _Run(run.block, part, first, stop, run.is_near)
             if not self._read(some, who):
                 self._bad.append(some)
 
