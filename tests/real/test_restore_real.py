@@ -186,7 +186,7 @@ def test_a_linux_guest_finds_its_memory_and_its_disk_right(make_pair: MakePair, 
     assert wire["detail"] == "completed"
     assert pair.a.status("web1")["run_state"] == "running"
     serial = pair.a.vm_directory("web1") / "serial.log"
-    words = (b"\nW mem ", b"\nW disk ")
+    words = (b"\nW memory ", b"\nW disk ")
     wait_true(
         lambda: serial.exists() and all(serial.read_bytes().count(word) >= 2 for word in words),
         timeout_s=90,

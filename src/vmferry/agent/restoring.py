@@ -500,7 +500,7 @@ class RestoreAttempt:
             await self.agent.restores.remember_touches(self.wanted, feed)
         elif F.KEPT in self.log and F.GONE in self.log:
             self.agent.restores.adopt(self)  # as any VM of this host whose QEMU has ended
-        result = self.wire() | {"over": True}
+        result = self.wire() | {"over": True, "state": JobStatus.CONCLUDED.value}
         await self.agent.journal.append(Entry.ENDED, self.job, result)
         await self._drop_feed()
         self.note(F.ENDED)

@@ -490,7 +490,7 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--dirty", type=int, default=20, metavar="MIB", help="MiB/s that the guest rewrites")
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
-    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks"))
+    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks", "lazy"))
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
     chaos = _command(commands, "chaos", "chaos_cmd:chaos",
                      "do faults to migrations on purpose, and let outsiders judge what became of the guests",
