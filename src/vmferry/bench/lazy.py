@@ -119,7 +119,7 @@ class Bed:
         path = self.folder / f"boot{memory_mib}.toml"
         path.write_text(
             f'name = "boot{memory_mib}"\nmemory = "{memory_mib}M"\naccel = "tcg"\n'
-            f'[[disk]]\npath = "{image}"\nboot = 0\nreadonly = true\ninterface = "ide"\n'
+            f'[[disk]]\npath = "{image}"\nboot = 0\nreadonly = true\n'
         )
         return path
 
