@@ -301,6 +301,7 @@ def _open(repository: Repository, snapshot: str, orders: TouchOrders) -> Opened:
 
     reader = SnapshotReader(repository, snapshot)
     try:
+        reader.require_sizes()
         return Opened(reader, thaw(reader.device_state), orders.get(snapshot))
     except BaseException:
         reader.close()

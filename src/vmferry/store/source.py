@@ -79,6 +79,16 @@ class PageSource:
             return np.ones(len(rows), np.bool_)
         return np.asarray(self._live[k][index.packs_of(index.frames_of(rows))])
 
+    def misfits(self, k: int) -> list[int]:
+        """The packs of index `k`, by their numbers in it, that are there and have another size than it says."""
+        index = self.indexes[k]
+        sizes = zip(index.pack_ids, index.pack_sizes.tolist(), strict=True)
+        return [
+            number
+            for number, (pack_id, size) in enumerate(sizes)
+            if pack_id in self._present and self._present[pack_id].size_bytes != size
+        ]
+
     def find(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without."""
         wanted = KnownPages(len(ids))

@@ -38,7 +38,9 @@ from vmferry.vm import argv as vm_argv
 from vmferry.vm import spec as vm_spec
 from vmferry.vm.runtime import RuntimePaths
 
-START_S, WAIT_S, POLL_S = 60.0, 60.0, 0.005
+START_S, WAIT_S, POLL_S = 60.0, 240.0, 0.005
+DOWNTIME_MS_MAX = 2_000_000
+"""As much as QEMU takes."""
 _RUN_PAGES = 1024
 
 
@@ -116,7 +118,8 @@ class SpecGuest:
         incoming.listen(listener)
         states = [{"capability": name, "state": True} for name in ("events", "return-path")]
         self.qmp.execute("migrate-set-capabilities", {"capabilities": states})
-        self.qmp.execute("migrate-set-parameters", dict(FAST))
+        # A guest that fills memory all the time is stopped at once: nobody counts how long it stands here.
+        self.qmp.execute("migrate-set-parameters", {**FAST, "downtime-limit": DOWNTIME_MS_MAX})
         self.qmp.execute("migrate", {"uri": uri})
         try:
             if incoming.ledger.wait(Fact.ALL_SENT, Fact.ERROR, timeout_s=WAIT_S) is not Fact.ALL_SENT:
