@@ -11,7 +11,8 @@ The way there is a straight line (`_save`); whatever ends it, the way back is a 
                                                             that nobody needs are left, for `prune`
     4. only for writable disks, or for a person's leave:    the guest stands until the next agent cancels the
        QEMU's pause before the switchover, new images       migration; images: see `save_disks`
-    5. device state; QEMU has completed                     the guest stands until the next agent says `cont`
+    5. the last pages, set aside in a file, and the device  QEMU goes back by itself; once it has completed, the guest
+       state; QEMU has completed                            stands until the next agent says `cont`
     6. `cont`                                               the guest runs; what was saved is lost with the agent
     7. packs, index, manifest: the commit                   the snapshot is there
     8. the end is journalled                                the next agent ends the job as failed, and says that it may
@@ -144,6 +145,7 @@ class SaveJob:
         self._wake = asyncio.Event()
         self._heard = asyncio.Event()
         self._is_back = False
+        self._sink: SnapshotSink | None = None
         self._options = SaveOptions(self.wanted, self.options_before)
 
     # --- what others see ----------------------------------------------------------------------------------
@@ -157,6 +159,11 @@ class SaveJob:
     def vm(self) -> str:
         """The VM's name."""
         return self.wanted.vm
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its end is known; `ended` is set a moment later, when that is durable."""
+        return SaveFact.CLEANUP in self.facts
 
     @property
     def state(self) -> JobStatus:
@@ -182,7 +189,7 @@ class SaveJob:
 
     def cancel(self) -> None:
         """The guest goes on and nothing is kept. A second one changes nothing. Raises CancelRefused when it is late."""
-        if self.ended.is_set() or SaveFact.CANCEL in self.facts:
+        if self.is_over or SaveFact.CANCEL in self.facts:
             return
         late = may_cancel(self.facts, is_committing=self.is_committing)
         if late is not None:
@@ -208,8 +215,8 @@ class SaveJob:
             "way": self._options.way or self.wanted.way,
             "status": status,
             "coarse": status,
-            "outcome": "saved" if SaveFact.KEPT in self.facts else "none" if self.ended.is_set() else "pending",
-            "over": self.ended.is_set(),
+            "outcome": "saved" if SaveFact.KEPT in self.facts else "none" if self.is_over else "pending",
+            "over": self.is_over,
             "sentence": self.sentence(),
             "downtime_ms": self.counted.downtime_ms,
             "total_ms": None if self.ended_s is None else round((self.ended_s - self.started_s) * 1000, 3),
@@ -233,7 +240,7 @@ class SaveJob:
             stood = self.counted.downtime_ms
             text = "" if stood is None else f"; the guest stood still for {stood:.0f} ms"
             return f"{vm} is saved as {name}{text}."
-        if self.ended.is_set():
+        if self.is_over:
             why = "it was cancelled" if SaveFact.CANCEL in self.facts else str(self.error)
             return f"{vm} was not saved: {why}."
         if awaits_leave(self.facts):
@@ -284,7 +291,8 @@ class SaveJob:
         sink: SnapshotSink | None = None
         try:
             repository = await self.agent.snapshot_store.run(self.agent.snapshot_store.open_repository)
-            sink = SnapshotSink(repository, vm=self.vm)
+            folder = None if self.wanted.pause else self.agent.config.state_dir
+            sink = self._sink = SnapshotSink(repository, vm=self.vm, spill_folder=folder)
             await self._save(sink)
             if not self.wanted.pause:
                 await self.give_back()
@@ -493,7 +501,6 @@ class SaveJob:
         if SaveFact.KEPT not in self.facts and SaveFact.CANCEL in self.facts and not isinstance(self.error, GuestHeld):
             self.error = MigrationCancelled(f"the save of {self.vm} was cancelled; the guest goes on")
         self.ended_s = self.agent.clock.wall_s()
-        self.ended.set()
         self.note(SaveFact.CLEANUP)
         wire = self.wire()
         try:
@@ -501,6 +508,7 @@ class SaveJob:
         except VmferryError as error:  # after a restart the job is looked at again, and ends as failed
             log.error("job=%s vm=%s save effect=end result=%s", self.job, self.vm, error)
         self.agent.saves.is_over(self, wire)
+        self.ended.set()
 
     # --- helpers ------------------------------------------------------------------------------------------
 
@@ -520,8 +528,10 @@ class SaveJob:
     def _hear(self, event: Event) -> None:
         """An event of the guest's QEMU."""
         at_s = self.agent.clock.wall_s() if event.timestamp_us is None else event.timestamp_us / 1e6
-        if event.name == "STOP" and self.counted.stop_s is None:
-            self.counted.stop_s = at_s
+        if event.name == "STOP":
+            self.counted.stop_s = self.counted.stop_s or at_s
+            if self._sink is not None and self._options.way == "precopy":
+                self._sink.spill()
         elif event.name == "RESUME":
             self.counted.resume_s = at_s
         self._heard.set()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from vmferry.agent.machine import Machine
@@ -63,18 +64,19 @@ async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
             hint="save it without writable disks, or start it from a spec",
         )
     formats = {disk["path"]: disk.get("format", "raw") for disk in definition.spec["disk"]}
+    numbers = {disk["path"]: number for number, disk in enumerate(definition.spec["disk"])}
     nodes = await _open_images(kept.require_machine())
     found = []
-    for number, path in enumerate(writable):
+    for path in writable:
         if path.startswith("/dev/"):
             raise PlanRefused(f"{path} is a device, and no new file can be put on top of it here", side="source")
         if path not in nodes:
             raise PlanRefused(f"{kept.name}: its QEMU has no disk {path} open", side="source", retry="no")
-        base, _ = os.path.splitext(path)
-        overlay = f"{base}.{name}.qcow2"
+        # Not after the image's own name: that would grow with each snapshot.
+        overlay = os.path.join(os.path.dirname(path), f"{kept.name}-disk{numbers[path]}.{name}.qcow2")
         if await asyncio.to_thread(os.path.lexists, overlay):
             raise PlanRefused(f"{overlay}, where the guest would go on, exists already", side="source")
-        node = f"vmferry-{name}-{number}"[:31]
+        node = f"disk{numbers[path]}-{uuid.uuid4().hex[:12]}"  # QEMU takes 31 characters, and each name once
         found.append(Overlay(nodes[path], path, str(formats[path]), overlay, node))
     return tuple(found)
 

@@ -6,27 +6,34 @@ Theory of operation
 because only then the guest's blocks are known; pages go to it in the endpoint's own thread. `commit` follows in one of
 the store's threads, after the endpoint has ended, so the writer has one user at a time.
 
+While the guest stands for its last pages it shall not wait for a store, which may be far away: `spill` has what comes
+from then on written into a nameless file of this host, and `commit` puts it into packs when the guest has gone on.
+
 If the repository has an earlier snapshot of the same VM, changed pages are kept as differences to it.
 
 Rule 1: nothing of the snapshot is there until `commit` returns; after `abort`, or an error, `prune` takes away what was
         put.
 Rule 2: memory does not grow with the guest, but for the 5 bytes per page of tables and maps.
+Rule 3: what was spilled is put in the order in which it came, after everything that came before it.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import threading
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
 from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
-from vmferry.engine.image import Pages
+from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
 from vmferry.errors import RepositoryError, UsageError, VmferryError
 from vmferry.store.errors import StoreTransient, UnknownSnapshot
@@ -79,7 +86,7 @@ def find(repository: Repository, word: str) -> SnapshotInfo:
 class SnapshotSink:
     """A snapshot that is being saved. `image` is the endpoint's."""
 
-    def __init__(self, repository: Repository, *, vm: str = "") -> None:
+    def __init__(self, repository: Repository, *, vm: str = "", spill_folder: Path | None = None) -> None:
         self.image = PassingImage(self)
         self.stored_pages = 0
         """Pages that came, zeros not counted, repeated ones each time."""
@@ -87,26 +94,52 @@ class SnapshotSink:
         self._writer: SnapshotWriter | None = None
         self._base: SnapshotReader | None = None
         self._is_over = threading.Event()
+        self._spill_folder = spill_folder
+        self._is_spilling = False
+        self._spilled: BinaryIO | None = None
+        self._order: deque[tuple[str, Numbers, bool]] = deque()
+        """What was spilled: block, pages, and whether they are zero (then nothing of them is in the file)."""
 
     @property
     def snapshot(self) -> str:
         """The snapshot's id; '' before a page has come."""
         return "" if self._writer is None else self._writer.snapshot
 
+    def spill(self) -> None:
+        """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
+        self._is_spilling = self._spill_folder is not None
+
     # --- the endpoint's thread ----------------------------------------------------------------------------
 
     def put(self, block: str, numbers: Numbers, pages: Pages) -> None:
         """See `PageSink`."""
-        self._the_writer().put_some(block, numbers, pages)
         self.stored_pages += len(numbers)
+        if not self._is_spilling:
+            self._the_writer().put_some(block, numbers, pages)
+            return
+        self._require_wanted()
+        try:
+            if self._spilled is None:
+                self._spilled = tempfile.TemporaryFile(dir=self._spill_folder, prefix="vmferry-save-")  # noqa: SIM115
+            self._spilled.write(np.ascontiguousarray(pages).data)
+        except OSError as error:
+            raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
+        self._order.append((block, numbers.copy(), False))
 
     def put_zeros(self, block: str, numbers: Numbers) -> None:
         """See `PageSink`."""
-        self._the_writer().put_zeros(block, numbers)
+        if self._is_spilling:
+            self._require_wanted()
+            self._order.append((block, numbers.copy(), True))
+        else:
+            self._the_writer().put_zeros(block, numbers)
 
-    def _the_writer(self) -> SnapshotWriter:
+    def _require_wanted(self) -> None:
         if self._is_over.is_set():
             raise RepositoryError("the save was given up", retry="yes")
+
+    def _the_writer(self) -> SnapshotWriter:
+        self._require_wanted()
         if self._writer is None:
             blocks = [Block(block.name, block.wire.used_length) for block in self.image]
             if sum(block.pages for block in blocks) > limits.STORE_SNAPSHOT_PAGES_MAX:
@@ -144,6 +177,7 @@ class SnapshotSink:
         state = freeze(state_of(self.image))
         writer = self._the_writer()
         require_free(self._repository, name)
+        self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
         for last in (*(False,) * (_COMMIT_TRIES - 1), True):
             try:
@@ -155,9 +189,23 @@ class SnapshotSink:
         self.abort()
         return head
 
+    def _put_spilled(self, writer: SnapshotWriter) -> None:
+        if self._spilled is not None:
+            self._spilled.seek(0)
+        while self._order:
+            block, numbers, is_zero = self._order.popleft()
+            if is_zero:
+                writer.put_zeros(block, numbers)
+                continue
+            assert self._spilled is not None, "their content is there"
+            data = self._spilled.read(len(numbers) * PAGE_BYTES)
+            writer.put_some(block, numbers, np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES))
+
     def abort(self) -> None:
         """Gives back what the repository was asked to hold. Again, or after `commit`, is fine."""
         self._is_over.set()
+        if self._spilled is not None:
+            self._spilled.close()
         for each in (self._writer, self._base):
             if each is not None:
                 try:

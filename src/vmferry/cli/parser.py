@@ -104,7 +104,7 @@ ways
 disks
   Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
   become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
-  IMAGE.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
+  VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
 
 Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
 not end leaves no snapshot, only objects that 'vmferry prune' takes away.

@@ -116,10 +116,11 @@ _STATES: Final[tuple[tuple[SaveFact, J], ...]] = (
 
 
 def save_job(log: SaveLog) -> J:
-    """The state of a save's job: pending once everything is here and only the snapshot is to be committed, or while a
-    person's leave is awaited."""
+    """The state of a save's job: pending once everything is here and only the snapshot is to be committed, or from the
+    moment in which a person's leave is awaited."""
     state = next((state for fact, state in _STATES if fact in log), J.UNDEFINED)
-    return J.PENDING if state is J.RUNNING and awaits_leave(log) else state
+    waited = SaveFact.HOLD in log and SaveFact.STANDS in log
+    return J.PENDING if state is J.RUNNING and waited else state
 
 
 _ENDS: Final = ((SaveFact.KEPT, "completed"), (SaveFact.CANCEL, "cancelled"), (SaveFact.ERROR, "failed"))
