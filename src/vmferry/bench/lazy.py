@@ -287,7 +287,8 @@ def _sizes(bed: Bed) -> dict[str, float]:
         first, filled = _stored(bed, "linux"), _filled_bytes(image)
         image.close()
         guest.go_on()
-        time.sleep(SECOND_S)  # the time that the second snapshot is about
+        due_s = time.monotonic() + SECOND_S
+        guest.until(lambda: time.monotonic() >= due_s, "time that passes", 2 * SECOND_S)
         with SnapshotReader(bed.repository, snapshot) as base:
             _, image = guest.save(bed.repository, "linux-later", base=base)
         image.close()
