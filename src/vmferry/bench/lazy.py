@@ -209,6 +209,8 @@ def _until(is_so: Callable[[], bool], what: str) -> None:
 
 def save_to_file(guest: SpecGuest, path: Path) -> None:
     """The guest, which stands, into a file in the form of mapped-ram."""
+    guest.go_on()  # QEMU sends no guest twice that has not run in between
+    guest.qmp.execute("stop")
     states = [{"capability": "mapped-ram", "state": True}, {"capability": "return-path", "state": False}]
     guest.qmp.execute("migrate-set-capabilities", {"capabilities": states})
     guest.qmp.execute("migrate", {"uri": f"file:{path}"})

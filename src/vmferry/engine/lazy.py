@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class LazySource:
         self._near: deque[tuple[ImageBlock, int, int]] = deque(maxlen=limits.RESTORE_NEAR_MAX)
         self._bad: deque[_Run] = deque()
         self._asked: deque[tuple[ImageBlock, int, int]] = deque()
+        self._asked_s = 0.0
+        """When the guest asked for a page last."""
         self._failed: deque[tuple[ImageBlock, int, int]] = deque()
         self._wanted = threading.Condition()
         """Something is asked for, or what failed is to be tried again."""
@@ -186,6 +189,7 @@ class LazySource:
 
     def on_request(self, block: ImageBlock, first: int, count: int) -> None:
         """The guest asked for pages, here or not."""
+        self._asked_s = time.monotonic()
         if len(self.touches) < limits.RESTORE_ORDER_PAGES_MAX:
             self.touches += [Touch(block.name, page) for page in range(first, first + count)]
 
@@ -246,6 +250,7 @@ class LazySource:
             if self._room.is_full and not self._near:
                 self._room.wait(_ROOM_S)
                 continue
+            self._step_back()
             with self._planning:
                 run = self._next_run()
             if run is None:
@@ -261,6 +266,15 @@ class LazySource:
             while not self._read(run, who) and not self._rest(pause_s):
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
             pause_s = pause_s if self._bad else limits.RESTORE_RETRY_MIN_S
+
+    def _step_back(self) -> None:
+        """Leaves the processor to whoever serves the guest, for as long as that asks page after page; not for ever."""
+        until_s = time.monotonic() + limits.RESTORE_STEP_BACK_S
+        while not (self._near or self._stopping.is_set()):
+            now_s = time.monotonic()
+            if now_s >= until_s or now_s - self._asked_s >= limits.RESTORE_QUIET_S:
+                return
+            self._rest(limits.RESTORE_QUIET_S)
 
     def _rest(self, pause_s: float) -> bool:
         """Until somebody says `retry`, or the time is over. Whether it is to end."""
