@@ -337,7 +337,11 @@ RESTORE_PAGES_HELD_MAX = 2048
 RESTORE_LAZY_RUN_PAGES = 64
 RESTORE_FULL_RUN_PAGES = 512
 
-# Whoever reads ahead waits until the guest has not asked for so long, but at most that long before each run: what it
+# A read of the repository that takes longer is told as trouble while it still goes on: an object store's library tries
+# by itself for a minute before it says anything.
+RESTORE_STALL_S = 3.0
+
+# Whoever reads ahead waits until the guest has not asked for so long, but at most that long before a run: what it
 # asks for needs the interpreter and a processor, and comes in bursts. With a burst that never ends a run of 256 KiB goes
 # every 10 ms.
 RESTORE_QUIET_S = 0.001

@@ -76,7 +76,7 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._on_news = on_news
         self.is_lazy, self._is_broken = lazy, broken
-        self.trouble: Trouble | None = None
+        self._trouble: Trouble | None = None
         self.order = order
         blocks = [
             RamBlock(each.name, each.size_bytes, size if (size := page_bytes.get(each.name, PAGE_BYTES)) != PAGE_BYTES
@@ -118,6 +118,11 @@ class Feed:
         self.outgoing.ledger.listen(self._hear_rejoined)
         self.source.start()
         self.outgoing.recover(lambda: sock)
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why pages do not come, if that is so."""
+        return self._trouble or self.source.stalled()
 
     def has(self, fact: Fact) -> bool:
         """Whether the endpoint has recorded it."""
@@ -178,5 +183,5 @@ class Feed:
         self._tell()
 
     def _hear_trouble(self, trouble: Trouble | None) -> None:
-        self.trouble = trouble
+        self._trouble = trouble
         self._tell()

@@ -317,6 +317,7 @@ class RestoreAttempt:
         now_s = self.agent.clock.now_s()
         if now_s - self._told_s >= limits.RESTORE_TICK_S:
             self._told_s = now_s
+            self._hear_feed()  # a read that hangs tells nothing
             self.agent.publish("RESTORE", self.brief())
             if self._opened is not None:
                 try:

@@ -136,6 +136,8 @@ class LazySource:
         """Something is asked for, or what failed is to be tried again."""
         self._resting = threading.Condition()
         """The same for those who read ahead."""
+        self._reading: dict[str, float] = {}
+        """Who reads at this moment, and since when."""
         self._troubles: dict[str, VmferryError] = {}
         self._told: Trouble | None = None
         self._telling = threading.Lock()
@@ -174,6 +176,15 @@ class LazySource:
         for condition in (self._wanted, self._resting):
             with condition:
                 condition.notify_all()
+
+    def stalled(self) -> Trouble | None:
+        """A read that hangs: it is no error yet, and the guest may wait for it."""
+        begun = dict(self._reading)
+        oldest_s = time.monotonic() - min(begun.values(), default=float("inf"))
+        if oldest_s < limits.RESTORE_STALL_S:
+            return None
+        error = VmferryError("the repository has not answered for seconds", retry="yes")
+        return Trouble(error, "asked" in begun)
 
     def stop(self, *, timeout_s: float = limits.ENGINE_STOP_S) -> tuple[str, ...]:
         """Ends it, and joins its threads; the names of those that hang in a read, which end with that."""
@@ -223,6 +234,7 @@ class LazySource:
         block, first, count = wanted
         if self._stopping.is_set():
             return
+        self._reading["asked"] = time.monotonic()
         try:
             if count == 1:
                 if not block.have[first]:
@@ -235,6 +247,8 @@ class LazySource:
             self._failed.append(wanted)
             self._note_trouble("asked", _as_ours(error))
             return
+        finally:
+            self._reading.pop("asked", None)
         stop = min(block.count, first + count + limits.RESTORE_NEAR_PAGES)
         if self.image.arrivals is not None and first + count < stop:
             self._near.append((block, first + count, stop))
@@ -296,6 +310,7 @@ class LazySource:
         """Whether the run is done with: it is here, or what is damaged of it was set aside."""
         block = run.block
         pages = run.pages[~block.have[run.pages]]
+        self._reading[who] = time.monotonic()
         try:
             if len(pages):
                 self._place(block, pages, self._pages.read_some(block.name, pages))
@@ -306,6 +321,8 @@ class LazySource:
                 return False
             self._set_aside(run, pages, who)
             return True
+        finally:
+            self._reading.pop(who, None)
         if not self._bad:
             self._note_trouble(who, None)
         self._arrive(run)

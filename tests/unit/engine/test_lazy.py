@@ -213,6 +213,20 @@ def test_a_store_that_is_lost_is_asked_until_it_is_back(bed: Bed) -> None:
     assert bed.source.trouble is None
 
 
+def test_a_read_that_hangs_is_told_while_it_does(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RESTORE_STALL_S", 0.01)
+    bed.snapshot.may_read.clear()
+    bed.start()
+    while bed.source.stalled() is None:
+        threading.Event().wait(0.001)
+    trouble = bed.source.stalled()
+    assert trouble is not None
+    assert not trouble.guest_waits
+    bed.snapshot.may_read.set()
+    bed.finish()
+    assert bed.source.stalled() is None
+
+
 def test_a_damaged_page_is_named_and_only_that_one_is_missing(bed: Bed) -> None:
     bed.snapshot.damaged = {("pc.ram", 1500)}
     bed.start()
