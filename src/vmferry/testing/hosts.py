@@ -422,7 +422,9 @@ class TwoAgents:
     def _keep_facts(self, host: AgentHost) -> None:
         if self._cache is None or (self._cache / _tag(host.qemu)).exists() or not host.state.is_dir():
             return
-        shutil.copytree(host.state, self._cache / _tag(host.qemu), ignore=shutil.ignore_patterns("journal*"))
+        shutil.copytree(
+            host.state, self._cache / _tag(host.qemu), ignore=shutil.ignore_patterns("journal*", "repository")
+        )
 
     # --- judging ---
 
