@@ -341,9 +341,8 @@ RESTORE_FULL_RUN_PAGES = 512
 # by itself for a minute before it says anything.
 RESTORE_STALL_S = 3.0
 
-# Whoever reads ahead waits until the guest has not asked for so long, but at most that long before a run: what it
-# asks for needs the interpreter and a processor, and comes in bursts. With a burst that never ends a run of 256 KiB goes
-# every 10 ms.
+# Whoever reads ahead waits until the guest has not asked for the first time, but at most the second before a run: what
+# it asks for needs the interpreter and a processor, and comes in bursts. In a burst without end a run goes every 10 ms.
 RESTORE_QUIET_S = 0.001
 RESTORE_STEP_BACK_S = 0.01
 

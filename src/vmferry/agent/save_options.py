@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from vmferry.agent.machine import Machine
 from vmferry.agent.wants import SaveWanted
+from vmferry.core import hazards
 from vmferry.errors import PlanRefused, QemuError
 from vmferry.qmp.errors import QmpCommandError
 
@@ -69,8 +70,12 @@ class SaveOptions:
         wanted = self._wanted
         if wanted.way == "precopy" or wanted.pause or wanted.overlays or not wanted.auto_finalize:
             return False
+        if not wanted.running_before:
+            return False  # QEMU 7.2 starts its guest after the first moment, also one that was paused
         reason = f"QEMU {machine.version_text} has no {BACKGROUND}"
-        if BACKGROUND in capabilities:
+        if hazards.hangs_after_broken_background(machine.version):
+            reason = f"under QEMU {machine.version_text} a guest may hang for ever when that breaks off"
+        elif BACKGROUND in capabilities:
             try:
                 await _switch(machine, {BACKGROUND: True})
             except QmpCommandError as error:

@@ -19,6 +19,7 @@ from vmferry.agent import save_disks
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.save import SaveJob
 from vmferry.agent.wants import SaveWanted
+from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
 from vmferry.core.saving import SaveFact, awaits_leave, save_status
@@ -81,7 +82,8 @@ class Saves:
     def status(self, *, job: str) -> dict[str, Any] | None:
         """A save by its id, as it stands or as it ended."""
         found = self.by_id(job)
-        return self.results.get(job) if found is None else found.wire()
+        # Not over before that is durable: whoever hears so may save again.
+        return self.results.get(job) if found is None else {**found.wire(), "over": False}
 
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
@@ -182,12 +184,22 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
         reasons.append("a device of the host is passed through to it, and its state cannot be told apart")
     if reasons:
         raise PlanRefused(f"{arguments.vm} cannot be saved: {'; '.join(reasons)}", side="source")
+    definition = kept.definition
+    loses = hazards.precopy_loses_writes(definition.accel, machine.version, definition.memory_bytes)
+    if loses and state == "running" and not arguments.pause:
+        raise PlanRefused(
+            f"under TCG QEMU {machine.version_text} loses writes of {arguments.vm} while its memory is read, so what "
+            "would be kept is not what it was",
+            side="source",
+            hint="say --pause: a guest that stands writes nothing",
+        )
     overlays = await save_disks.plan(kept, arguments.name, arguments.disks)
     if arguments.way == "background":
         for is_so, why in (
             (arguments.pause, "with pause the guest stands anyway"),
             (not arguments.auto_finalize, "it cannot wait for leave"),
             (bool(overlays), "nobody can say at which instant its disks would have to be kept"),
+            (state != "running", "it is paused, and QEMU before 8.0 would start it"),
         ):
             if is_so:
                 raise PlanRefused(f"{arguments.vm} cannot be saved in the background: {why}", side="source")

@@ -96,8 +96,8 @@ examples
 SAVE_EPILOG = """\
 ways
   background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
-              change are taken first. Needs QEMU's background-snapshot and a kernel that can protect pages
-              (userfaultfd), no writable disk, and no --pause
+              change are taken first. Needs QEMU 11.1 or newer (older ones may hang their guest when it breaks off), a
+              kernel that can protect pages (userfaultfd), a guest that runs, no writable disk, and no --pause
   precopy     its memory is taken while it runs, as in a migration; then it stops for what is left and its devices
   auto        background where it can be had, else precopy (the default)
 
