@@ -107,9 +107,10 @@ class Feed:
     def start(self, sock: socket.socket) -> None:
         """Sends everything into this connection, which is the feed's from now on."""
         assert not self._is_broken
-        self.outgoing.ledger.listen(lambda fact: self._tell())
+        self.outgoing.ledger.listen(self._hear_fact)
         self.source.start()
-        self.source.go()
+        if not self.is_lazy:
+            self.source.go()
         self.outgoing.start(lambda: sock)
 
     def rejoin(self, sock: socket.socket) -> None:
@@ -176,6 +177,12 @@ class Feed:
     def _tell(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
             self._loop.call_soon_threadsafe(self._on_news)
+
+    def _hear_fact(self, fact: Fact) -> None:
+        # Not before: the guest waits for its device state, and what is read ahead takes turns with that.
+        if fact is Fact.PACKAGE_LOADED and self.is_lazy:
+            self.source.go()
+        self._tell()
 
     def _hear_rejoined(self, fact: Fact) -> None:
         if fact is Fact.RESUME_ACK:
