@@ -44,6 +44,8 @@ from vmferry.wire.events import RamBlock
 log = logging.getLogger("vmferry.engine")
 
 Numbers = npt.NDArray[np.intp]
+_TOGETHER: Final = 8
+"""Neighbours that are read with a page that was touched before."""
 _ROOM_S: Final = 1.0
 """How long a reader waits for room before it looks whether it is still wanted."""
 
@@ -371,20 +373,32 @@ class LazySource:
                     yield _Run(block, absent[:0], first, end)
 
     def _ordered(self, order: Sequence[Touch]) -> Iterator[_Run]:
-        """Pages that were touched before, as long as they are of one block together in a run."""
-        at = 0
-        while at < len(order):
-            name, stop = order[at].block, at
-            while stop < len(order) and order[stop].block == name and stop - at < self._run_pages:
-                stop += 1
+        """Pages that were touched before, with their neighbours: a snapshot has neighbours in one piece mostly, which is
+        inflated for one of them as for all."""
+        seen: set[tuple[str, int]] = set()
+        waiting: list[int] = []
+        at_block: ImageBlock | None = None
+        for name, page in order:
             block = self.image.blocks.get(name)
-            if block is not None and block.host_page_pages == 1:
-                numbers = np.unique(np.array([each.page for each in order[at:stop]], np.intp))
-                numbers = numbers[numbers < block.count]
-                pages = numbers[~block.have[numbers] & ~block.sent[numbers]]
-                if len(pages):
-                    yield from self._scattered(block, pages)
-            at = stop
+            if block is None or block.host_page_pages != 1 or page >= block.count:
+                continue
+            group = page // _TOGETHER
+            if (name, group) in seen:
+                continue
+            seen.add((name, group))
+            if at_block is not None and (block is not at_block or len(waiting) * _TOGETHER >= self._run_pages):
+                yield from self._groups(at_block, waiting)
+                waiting = []
+            at_block = block
+            waiting.append(group)
+        if at_block is not None:
+            yield from self._groups(at_block, waiting)
+
+    def _groups(self, block: ImageBlock, groups: Sequence[int]) -> Iterator[_Run]:
+        parts = [_absent(block, group * _TOGETHER, min((group + 1) * _TOGETHER, block.count)) for group in groups]
+        pages = np.unique(np.concatenate(parts))
+        if len(pages):
+            yield from self._scattered(block, pages)
 
     def _scattered(self, block: ImageBlock, pages: Numbers) -> Iterator[_Run]:
         """One read, but a row of pages that may leave for each group of neighbours."""

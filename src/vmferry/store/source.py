@@ -119,7 +119,9 @@ class PageSource:
         return np.asarray(found[positions])
 
     def moved(self, numbers: Numbers) -> Numbers:
-        """The same pages where they are now; UNKNOWN for those that are nowhere."""
+        """The same pages where they are now; UNKNOWN for those that are nowhere. What has not moved is not copied."""
+        if all(live.all() for live in self._live):
+            return numbers
         now = numbers.copy()
         for k, at, rows in self.split(numbers):
             gone = ~self.is_live(k, rows)
@@ -197,10 +199,17 @@ class PageSource:
             raise self._wrong(k, int(of_rows[wrong[0]]))
 
     def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
-        """These frames' pages, in order; neighbours in a pack are read at once. For runs: nothing is kept."""
+        """These frames' pages, in order; neighbours in a pack are read at once. For runs: what was kept is used, and
+        nothing more is kept."""
         index = self.indexes[k]
         run: list[Place] = []
         for frame in frames.tolist():
+            kept = self._kept(k, frame)
+            if kept is not None:
+                yield from self._inflate_run(index, run)
+                run = []
+                yield kept
+                continue
             place = index.place(frame)
             if run and (
                 place.pack != run[-1].pack
