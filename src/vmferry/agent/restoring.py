@@ -255,6 +255,8 @@ class RestoreAttempt:
             "requests": outcome.requests if outcome else 0,
             "fault_p50_us": outcome.request_p50_us if outcome else None,
             "fault_p99_us": outcome.request_p99_us if outcome else None,
+            "held_p50_us": outcome.here_p50_us if outcome else None,
+            "held_p99_us": outcome.here_p99_us if outcome else None,
             "progress": {"current_bytes": self._progress.pages * 4096, "whole_bytes": self._progress.pages_whole * 4096,
                          "percent": self._percent()},
             "overlays": [overlay.path for overlay in wanted.overlays],

@@ -57,6 +57,8 @@ class Outbound:
     """Somebody brought pages since this was last looked at."""
     service_s: deque[float] = field(default_factory=lambda: deque(maxlen=limits.ENGINE_SERVICE_TIMES_MAX))
     """Seconds from a request that was read to its page written, of the latest requests."""
+    service_here_s: deque[float] = field(default_factory=lambda: deque(maxlen=limits.ENGINE_SERVICE_TIMES_MAX))
+    """The same of those whose page was here when it was asked for."""
     requests: int = 0
 
     def on_pages(self) -> None:

@@ -113,12 +113,14 @@ def discards(blocks: Sequence[ImageBlock]) -> list[Discard]:
 
 
 class Chunk(NamedTuple):
-    """Pages of one block, side by side, to be sent now. `asked_s`: when the first of them was asked for, else None."""
+    """Pages of one block, side by side, to be sent now. `asked_s`: when the first of them was asked for, else None.
+    `was_absent`: they were not here then."""
 
     block: ImageBlock
     first: int
     pages: int
     asked_s: float | None = None
+    was_absent: bool = False
 
 
 _NONE: Final[tuple[tuple[int, int], ...]] = ()
@@ -142,6 +144,8 @@ class PageService:
         """(block, first, stop, when): asked for and here."""
         self._absent: list[tuple[ImageBlock, int, int, float]] = []
         """The same of host pages that are not here."""
+        self._came_late: set[tuple[ImageBlock, int]] = set()
+        """Those of `_urgent` that were not here when they were asked for, by their first page."""
         self._is_over = self._is_search_due = False
         """More was asked for than the two above hold: the rest is found by the marks."""
         self._near: deque[tuple[ImageBlock, int, int]] = deque()
@@ -210,6 +214,7 @@ class PageService:
                 continue
             if block.have[first:stop].all():
                 self._urgent.append(waiting)
+                self._came_late.add((block, first))
             else:
                 still.append(waiting)
         self._absent = still
@@ -250,6 +255,9 @@ class PageService:
                 if chunk.first + chunk.pages < stop:
                     self._urgent.appendleft((block, chunk.first + chunk.pages, stop, at_s))
             self._note_near(block, chunk.first + chunk.pages)
+            if self._came_late and (block, first) in self._came_late:
+                self._came_late.discard((block, first))
+                return chunk._replace(was_absent=True)
             return chunk
         return None
 

@@ -101,7 +101,7 @@ class MainSender:
             uuid=self._uuid(), name="outgoing", wake=out.waker.wake, while_full=self._wait_and_hear
         )
         self._service: PageService | None = None
-        self._unnoted: list[float] = []
+        self._unnoted: list[tuple[float, bool]] = []
         """When the requests were read whose pages are on their way into the socket."""
         self._bitmap_chunks = 0
         """How many chunks of dirty bitmaps have left."""
@@ -488,13 +488,16 @@ class MainSender:
         while not outlet.is_full or outlet.offer():
             if self._unnoted:
                 now_s = time.perf_counter()
-                self.out.service_s.extend([now_s - asked_s for asked_s in self._unnoted])
+                self.out.service_s.extend([now_s - asked_s for asked_s, _ in self._unnoted])
+                self.out.service_here_s.extend(
+                    [now_s - asked_s for asked_s, was_absent in self._unnoted if not was_absent]
+                )
                 self._unnoted.clear()
             chunk = service.next_urgent()
             if chunk is None:
                 return
             if chunk.asked_s is not None:
-                self._unnoted.append(chunk.asked_s)
+                self._unnoted.append((chunk.asked_s, chunk.was_absent))
             self._put_chunk(outlet, chunk)
 
     def _put_chunk(self, outlet: Outlet, chunk: Chunk) -> None:
