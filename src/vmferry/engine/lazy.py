@@ -373,8 +373,8 @@ class LazySource:
                     yield _Run(block, absent[:0], first, end)
 
     def _ordered(self, order: Sequence[Touch]) -> Iterator[_Run]:
-        """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is inflated
-        for one of them as for all."""
+        """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is
+        inflated for one of them as for all."""
         seen: set[tuple[str, int]] = set()
         waiting: list[int] = []
         at_block: ImageBlock | None = None
