@@ -132,8 +132,17 @@ def test_a_dismissed_job_says_so_and_still_proves_what_it_proved() -> None:
     assert (state.dismissed, state.ended) == (True, {"outcome": "source"})
 
 
+BEGINNINGS = (Entry.WANTED, Entry.PLACE_WANTED, Entry.SAVE_WANTED)
+
+
+def test_a_save_is_read_back_and_kept_until_it_is_dismissed() -> None:
+    body = {"vm": "web1", "auto_dismiss": False}
+    state = replay(entries((Entry.SAVE_WANTED, "j1", body), (Entry.OPTIONS_BEFORE, "j1", {"events": True}))).jobs["j1"]
+    assert (state.role, state.body, state.options_before) == ("save", body, {"events": True})
+
+
 def test_entries_without_their_jobs_beginning_say_nothing() -> None:
-    late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in (Entry.WANTED, Entry.PLACE_WANTED)]
+    late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in BEGINNINGS]
     assert replay(entries(*late)).jobs == {}
 
 
@@ -168,7 +177,7 @@ def test_any_prefix_of_any_journal_can_be_replayed(rows: list[tuple[Entry, str, 
     """An agent may die between any two entries."""
     for length in range(len(rows) + 1):
         state = replay(entries(*rows[:length]))
-        assert all(job.role in ("source", "destination") for job in state.jobs.values())
+        assert all(job.role in ("source", "destination", "save") for job in state.jobs.values())
 
 
 # --- on the disk ----------------------------------------------------------------------------------------
