@@ -140,6 +140,12 @@ def test_each_kind_of_job_has_a_beginning_of_its_own() -> None:
     assert roles == ["source", "destination", "save", "restore"]
 
 
+def test_a_save_is_read_back_and_kept_until_it_is_dismissed() -> None:
+    body = {"vm": "web1", "auto_dismiss": False}
+    state = replay(entries((Entry.SAVE_WANTED, "j1", body), (Entry.OPTIONS_BEFORE, "j1", {"events": True}))).jobs["j1"]
+    assert (state.role, state.body, state.options_before) == ("save", body, {"events": True})
+
+
 def test_entries_without_their_jobs_beginning_say_nothing() -> None:
     late = [(kind, "j1", {"generation": 1}) for kind in Entry if kind not in BEGINNINGS]
     assert replay(entries(*late)).jobs == {}
