@@ -342,9 +342,9 @@ RESTORE_FULL_RUN_PAGES = 512
 RESTORE_STALL_S = 3.0
 
 # Whoever reads ahead waits until the guest has not asked for the first time, but at most the second before a run: what
-# it asks for needs the interpreter and a processor, and comes in bursts. In a burst without end a run goes every 10 ms.
+# it asks for needs the interpreter and a processor, and comes in bursts. In a burst without end a run goes every 3 ms.
 RESTORE_QUIET_S = 0.001
-RESTORE_STEP_BACK_S = 0.01
+RESTORE_STEP_BACK_S = 0.003
 
 # How many pages behind one that was asked for are read next.
 RESTORE_NEAR_PAGES = 16
@@ -357,8 +357,8 @@ RESTORE_NEAR_MAX = 64
 RESTORE_RETRY_MIN_S = 0.1
 RESTORE_RETRY_MAX_S = 2.0
 
-# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB, and some 15 MB in memory
-# while it is used. Later ones are not worth it: the background has come by.
+# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB.
+# Later ones are not worth it: the background has come by.
 RESTORE_ORDER_PAGES_MAX = 1 << 17
 
 # Snapshots whose first touches an agent remembers; the oldest are forgotten.

@@ -20,7 +20,7 @@ from vmferry.vm.ram_blocks import RamBlockLine
 
 if TYPE_CHECKING:
     from vmferry.engine.frozen import FrozenState
-    from vmferry.engine.lazy import Touch, Trouble
+    from vmferry.engine.lazy import Touches, Trouble
     from vmferry.engine.outgoing import OutgoingOutcome
     from vmferry.store.manifest import Block
     from vmferry.store.reader import SnapshotReader
@@ -63,7 +63,7 @@ class Feed:
         *,
         lazy: bool,
         page_bytes: dict[str, int],
-        order: Sequence[Touch] = (),
+        order: Touches | None = None,
         broken: bool = False,
         name: str,
         on_news: Callable[[], None],

@@ -200,7 +200,7 @@ class Restores:
     async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
         """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
         touches = feed.source.touches
-        if wanted.lazy and touches and not feed.order:
+        if wanted.lazy and len(touches) and not feed.order:
             await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
 
     # --- open snapshots -------------------------------------------------------------------------------------

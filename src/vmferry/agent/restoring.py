@@ -53,7 +53,7 @@ from vmferry.vm.runtime import RuntimePaths
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenState
-    from vmferry.engine.lazy import Touch
+    from vmferry.engine.lazy import Touches
     from vmferry.engine.outgoing import OutgoingOutcome
     from vmferry.store.reader import SnapshotReader
 
@@ -91,7 +91,7 @@ class Opened:
 
     reader: SnapshotReader
     state: FrozenState
-    order: list[Touch]
+    order: Touches | None
 
 
 class RestoreAttempt:

@@ -16,14 +16,13 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vmferry import limits
 
 if TYPE_CHECKING:
-    from vmferry.engine.lazy import Touch
+    from vmferry.engine.lazy import Touches
 
 log = logging.getLogger("vmferry.agent")
 
@@ -31,37 +30,31 @@ MAGIC: Final = b"vmferry first touches 1\n"
 _BLOCKS: Final = struct.Struct("<I")
 _NAME: Final = struct.Struct("<H")
 _COUNT: Final = struct.Struct("<Q")
-_PAGE_BITS: Final = 40
 _DIGEST_BYTES: Final = 32
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
-def write(touches: Sequence[Touch]) -> bytes:
+def write(touches: Touches) -> bytes:
     """The file's bytes: each page once, where it was first touched."""
-    import numpy as np
-
-    first = list(dict.fromkeys(touches))[: limits.RESTORE_ORDER_PAGES_MAX]
-    names = list(dict.fromkeys(touch.block for touch in first))
-    numbers = {name: number for number, name in enumerate(names)}
-    parts = [MAGIC, _BLOCKS.pack(len(names))]
-    for name in names:
+    parts = [MAGIC, _BLOCKS.pack(len(touches.names))]
+    for name in touches.names:
         raw = name.encode("utf-8", "surrogateescape")
         parts += [_NAME.pack(len(raw)), raw]
-    codes = np.fromiter((numbers[touch.block] << _PAGE_BITS | touch.page for touch in first), "<u8", len(first))
-    parts += [_COUNT.pack(len(first)), codes.tobytes()]
+    codes = touches.distinct()[: limits.RESTORE_ORDER_PAGES_MAX]
+    parts += [_COUNT.pack(len(codes)), codes.astype("<u8").tobytes()]
     data = b"".join(parts)
     return data + hashlib.sha256(data).digest()
 
 
-def read(data: bytes) -> list[Touch]:
-    """The touches of a file; none of one that is not exactly as it was written."""
+def read(data: bytes) -> Touches | None:
+    """The touches of a file; None if it is not exactly as it was written."""
     import numpy as np
 
-    from vmferry.engine.lazy import Touch
+    from vmferry.engine.lazy import Touches
 
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if not body.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
-        return []
+        return None
     try:
         at = len(MAGIC)
         (blocks,) = _BLOCKS.unpack_from(body, at)
@@ -73,10 +66,11 @@ def read(data: bytes) -> list[Touch]:
             names.append(body[at : at + length].decode("utf-8", "surrogateescape"))
             at += length
         (count,) = _COUNT.unpack_from(body, at)
-        codes = np.frombuffer(body, "<u8", count, at + _COUNT.size).tolist()
-        return [Touch(names[code >> _PAGE_BITS], code & (1 << _PAGE_BITS) - 1) for code in codes]
-    except (struct.error, ValueError, IndexError):
-        return []
+        codes = np.frombuffer(body, "<u8", count, at + _COUNT.size)
+    except (struct.error, ValueError):
+        return None
+    found = Touches(names, codes.astype(np.uint64))
+    return found if found.is_sound else None
 
 
 class TouchOrders:
@@ -85,21 +79,21 @@ class TouchOrders:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, snapshot: str) -> list[Touch]:
-        """In which order its pages were touched first; empty if nobody knows."""
+    def get(self, snapshot: str) -> Touches | None:
+        """In which order its pages were touched first; None if nobody knows."""
         with contextlib.suppress(OSError):
             data = (self.folder / snapshot).read_bytes()
             found = read(data)
-            if not found:
+            if found is None:
                 log.warning("snapshot=%s result=its order of first touches is damaged, and ignored", snapshot)
             return found
-        return []
+        return None
 
     def has(self, snapshot: str) -> bool:
         """Whether there is a file."""
         return (self.folder / snapshot).exists()
 
-    def put(self, snapshot: str, touches: Sequence[Touch]) -> None:
+    def put(self, snapshot: str, touches: Touches) -> None:
         """Remembers the order, and forgets the oldest ones beyond the limit."""
         assert _ID.fullmatch(snapshot), "a snapshot's id"
         try:

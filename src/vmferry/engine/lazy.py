@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,11 +67,54 @@ class SnapshotPages(Protocol):
         ...
 
 
-class Touch(NamedTuple):
-    """A page that a guest asked for."""
+_PAGE_BITS: Final = 40
+_PAGE_MASK: Final = (1 << _PAGE_BITS) - 1
 
-    block: str
-    page: int
+
+class Touches:
+    """Pages that a guest asked for, in order: a number each, block << 40 | page, as `names` counts the blocks."""
+
+    def __init__(self, names: Sequence[str], codes: npt.NDArray[np.uint64] | None = None) -> None:
+        self.names = list(names)
+        self._codes = array("Q", [] if codes is None else codes.tobytes())
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def add(self, block: str, first: int, count: int) -> None:
+        """Pages of a block that has a name here; beyond the limit nothing is added."""
+        if len(self._codes) < limits.RESTORE_ORDER_PAGES_MAX:
+            code = self._numbers[block] << _PAGE_BITS
+            self._codes.extend(range(code | first, (code | first) + count))
+
+    @property
+    def codes(self) -> npt.NDArray[np.uint64]:
+        """A copy."""
+        return np.array(self._codes, np.uint64)
+
+    @property
+    def is_sound(self) -> bool:
+        """Every number is of a block that has a name."""
+        return not len(self._codes) or int(self.codes.max() >> np.uint64(_PAGE_BITS)) < len(self.names)
+
+    def distinct(self) -> npt.NDArray[np.uint64]:
+        """Each page once, where it was touched first."""
+        codes = self.codes
+        _, where = np.unique(codes, return_index=True)
+        return np.asarray(codes[np.sort(where)])
+
+    def first_of_each(self, pages_together: int = 1) -> list[tuple[str, Numbers]]:
+        """Each group of so many neighbours once, where it was touched first: rows of a block and groups of it."""
+        codes = self.codes
+        keys = (codes & ~np.uint64(_PAGE_MASK)) | (codes & np.uint64(_PAGE_MASK)) // np.uint64(pages_together)
+        _, where = np.unique(keys, return_index=True)
+        keys = keys[np.sort(where)]
+        blocks = (keys >> np.uint64(_PAGE_BITS)).astype(np.intp)
+        groups = (keys & np.uint64(_PAGE_MASK)).astype(np.intp)
+        edges = np.flatnonzero(np.diff(blocks)) + 1
+        parts = zip(np.split(blocks, edges), np.split(groups, edges), strict=True)
+        return [(self.names[int(block[0])], group) for block, group in parts if len(group)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +154,14 @@ class LazySource:
         image: Image,
         pages: SnapshotPages,
         *,
-        order: Sequence[Touch] = (),
+        order: Touches | None = None,
         readers: int = 1,
         run_pages: int = limits.RESTORE_LAZY_RUN_PAGES,
         on_trouble: Callable[[Trouble | None], None] = lambda trouble: None,
         name: str = "restore",
     ) -> None:
         self.image = image
-        self.touches: list[Touch] = []
+        self.touches = Touches([block.name for block in image])
         """What was asked for, in order; the same page may be in it again."""
         self._pages, self._on_trouble, self._run_pages = pages, on_trouble, run_pages
         stores = [block.store for block in image if isinstance(block.store, HeldPages)]
@@ -203,8 +247,7 @@ class LazySource:
     def on_request(self, block: ImageBlock, first: int, count: int) -> None:
         """The guest asked for pages, here or not."""
         self._asked_s = time.monotonic()
-        if len(self.touches) < limits.RESTORE_ORDER_PAGES_MAX:
-            self.touches += [Touch(block.name, page) for page in range(first, first + count)]
+        self.touches.add(block.name, first, count)
 
     def on_absent(self, block: ImageBlock, first: int, count: int) -> None:
         """The guest waits for pages that are not here."""
@@ -354,9 +397,10 @@ class LazySource:
                 arrivals.append(row)
         self.image.announce_pages()
 
-    def _all_runs(self, order: Sequence[Touch]) -> Iterator[_Run]:
+    def _all_runs(self, order: Touches | None) -> Iterator[_Run]:
         """Everything once, in the order of the module's text."""
-        yield from self._ordered(order)
+        if order is not None:
+            yield from self._ordered(order)
         for block in sorted(self.image, key=lambda each: each.count):
             unit = block.host_page_pages
             window = -(-ARRIVAL_PAGES_MAX // unit) * unit
@@ -372,27 +416,17 @@ class LazySource:
                 if first < end:
                     yield _Run(block, absent[:0], first, end)
 
-    def _ordered(self, order: Sequence[Touch]) -> Iterator[_Run]:
+    def _ordered(self, order: Touches) -> Iterator[_Run]:
         """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is
         inflated for one of them as for all."""
-        seen: set[tuple[str, int]] = set()
-        waiting: list[int] = []
-        at_block: ImageBlock | None = None
-        for name, page in order:
+        at_once = max(self._run_pages // _TOGETHER, 1)
+        for name, groups in order.first_of_each(_TOGETHER):
             block = self.image.blocks.get(name)
-            if block is None or block.host_page_pages != 1 or page >= block.count:
+            if block is None or block.host_page_pages != 1:
                 continue
-            group = page // _TOGETHER
-            if (name, group) in seen:
-                continue
-            seen.add((name, group))
-            if at_block is not None and (block is not at_block or len(waiting) * _TOGETHER >= self._run_pages):
-                yield from self._groups(at_block, waiting)
-                waiting = []
-            at_block = block
-            waiting.append(group)
-        if at_block is not None:
-            yield from self._groups(at_block, waiting)
+            groups = groups[groups < -(-block.count // _TOGETHER)]
+            for at in range(0, len(groups), at_once):
+                yield from self._groups(block, groups[at : at + at_once].tolist())
 
     def _groups(self, block: ImageBlock, groups: Sequence[int]) -> Iterator[_Run]:
         parts = [_absent(block, group * _TOGETHER, min((group + 1) * _TOGETHER, block.count)) for group in groups]

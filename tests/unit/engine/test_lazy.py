@@ -14,7 +14,7 @@ from vmferry import limits
 from vmferry.core.facts import Fact
 from vmferry.engine.held_pages import HeldPages, Room
 from vmferry.engine.image import PAGE_BYTES, Image, Pages
-from vmferry.engine.lazy import LazySource, Touch, Trouble, image_of
+from vmferry.engine.lazy import LazySource, Touches, Trouble, image_of
 from vmferry.engine.outgoing import Outgoing
 from vmferry.engine.sender import OutgoingOptions
 from vmferry.errors import RepositoryError
@@ -172,7 +172,7 @@ def test_what_the_guest_asks_for_does_not_wait_behind_what_is_read_ahead(bed: Be
         if 2000 * PAGE_BYTES in event.offsets:
             break
     assert isinstance(event, PageRun)
-    assert bed.source.touches == [Touch("pc.ram", 2000)]
+    assert [(name, pages.tolist()) for name, pages in bed.source.touches.first_of_each()] == [("pc.ram", [2000])]
     bed.snapshot.may_read.set()
     bed.finish()
 
@@ -192,7 +192,9 @@ def test_its_neighbourhood_is_read_next_and_then_the_rest(bed: Bed) -> None:
 
 
 def test_a_known_order_of_first_touches_is_read_first(bed: Bed) -> None:
-    order = [Touch("pc.ram", 900), Touch("pc.ram", 2400), Touch("pc.ram", 902), Touch("gone", 1), Touch("pc.ram", 9999)]
+    order = Touches(["gone", "pc.ram"])
+    for block, page in (("pc.ram", 900), ("pc.ram", 2400), ("pc.ram", 902), ("gone", 1), ("pc.ram", 9999)):
+        order.add(block, page, 1)
     bed.start(order=order)
     bed.finish()
     block, pages = bed.snapshot.reads[0]
