@@ -34,18 +34,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from vmferry.bench import snapshots
 from vmferry.cli.render import table
-from vmferry.engine.image import PAGE_BYTES, Image
 from vmferry.errors import QemuError, UsageError
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.qmp.errors import QmpDisconnected
 from vmferry.store.local import LocalFolder
-from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
 from vmferry.testing import bootsector, linux_guest
 from vmferry.testing.host_tools import default_cache
 from vmferry.testing.qemus import available
 from vmferry.testing.snapshots import SpecGuest
+from vmferry.units import MIB
 from vmferry.vm import argv as vm_argv
 from vmferry.vm.runtime import RuntimePaths
 
@@ -53,7 +53,6 @@ ROUNDS_MIN: Final = 3
 SIZES_MIB: Final = (256, 1024, 4096)
 LINUX_MIB: Final = 512
 WAIT_S: Final = 120.0
-SECOND_S: Final = 10.0
 RESUME_MS_MAX, FLAT_MAX = 200.0, 1.2
 FAULT_P50_US_MAX, FAULT_P99_US_MAX = 100.0, 1000.0
 SNAPSHOT_RATIO_MAX, SECOND_RATIO_MAX, OTHER_RATIO_MAX = 0.30, 0.05, 0.65
@@ -125,13 +124,14 @@ class Bed:
         return path
 
     def spec_of_linux(self, name: str) -> Path:
-        """A Linux guest that works: it fills memory, changes some of it, and ticks."""
+        """A Linux guest whose page cache is full of real files, that changes some of its memory, and ticks."""
         guest = linux_guest.build(default_cache())
+        initrd = snapshots.initrd_with_files(self.folder, LINUX_MIB * MIB // snapshots.MATERIAL_SHARE)
         cmdline = linux_guest.cmdline(ram_mib=16, const_mib=8, dirty_mib_per_s=2, check_mib_per_s=8)
         path = self.folder / f"{name}.toml"
         path.write_text(
             f'name = "{name}"\nmemory = "{LINUX_MIB}M"\naccel = "tcg"\n'
-            f'[kernel]\nimage = "{guest.kernel}"\ninitrd = "{guest.initrd}"\ncmdline = "{cmdline}"\n'
+            f'[kernel]\nimage = "{guest.kernel}"\ninitrd = "{initrd}"\ncmdline = "{cmdline}"\n'
         )
         return path
 
@@ -279,49 +279,30 @@ def run_bench(*, rounds: int) -> dict[str, Any]:
         return _result(bed, samples, ticks, command_line, full, sizes, rounds=rounds)
 
 
-def _sizes(bed: Bed) -> dict[str, float]:
-    """Saves every guest; what the snapshots of the Linux guests take of their memory that is not zero."""
+def _sizes(bed: Bed) -> dict[str, Any]:
+    """Saves every guest. What snapshots take of a guest's memory is measured beside them (`bench.snapshots`)."""
     for size_mib in SIZES_MIB:
         _tell(f"a guest of {size_mib} MiB is saved …")
         with bed.guest(bed.spec_of_boot(size_mib), lambda serial: len(serial) >= 2) as guest:
             _, image = guest.save(bed.repository, f"boot{size_mib}")
             image.close()
     _tell("Linux guests are saved …")
-    with bed.guest(bed.spec_of_linux("one"), lambda serial: serial.count(b"\nW memory ") >= 1) as guest:
-        snapshot, image = guest.save(bed.repository, "linux")
-        first, filled = _stored(bed, "linux"), _filled_bytes(image)
+    with bed.guest(bed.spec_of_linux("one"), _has_worked) as guest:
+        _, image = guest.save(bed.repository, "linux")
         image.close()
-        guest.go_on()
-        due_s = time.monotonic() + SECOND_S
-        guest.until(lambda: time.monotonic() >= due_s, "time that passes", 2 * SECOND_S)
-        with SnapshotReader(bed.repository, snapshot) as base:
-            _, image = guest.save(bed.repository, "linux-later", base=base)
-        image.close()
-    with bed.guest(bed.spec_of_linux("two"), lambda serial: serial.count(b"\nW memory ") >= 1) as guest:
-        _, image = guest.save(bed.repository, "linux-other")
-        image.close()
-    return {
-        "snapshot_ratio": first / filled,
-        "second_snapshot_ratio": _stored(bed, "linux-later") / first,
-        "other_vm_ratio": _stored(bed, "linux-other") / first,
-    }
+    return snapshots.run_bench(memory_mib=LINUX_MIB, large_mib=0)
 
 
-def _stored(bed: Bed, name: str) -> int:
-    """Bytes that saving it put into packs."""
-    heads = [info.head for info in bed.repository.snapshots() if info.head is not None and info.head.name == name]
-    return heads[-1].counts.stored_bytes
-
-
-def _filled_bytes(image: Image) -> int:
-    return sum(int(block.touched.sum()) for block in image) * PAGE_BYTES
+def _has_worked(serial: bytes) -> bool:
+    """A Linux guest that has looked at all that it has once."""
+    return serial.count(b"\nW memory ") >= 1
 
 
 def _full(bed: Bed, rounds: int) -> dict[str, list[float]]:
     """The Linux guest, by turns out of the repository and out of a file of QEMU's own."""
     path = bed.folder / "mapped-ram"
     found: dict[str, list[float]] = {"ours": [], "qemu": []}
-    with bed.guest(bed.spec_of_linux("three"), lambda serial: serial.count(b"\nW memory ") >= 1) as guest:
+    with bed.guest(bed.spec_of_linux("three"), _has_worked) as guest:
         _, image = guest.save(bed.repository, "linux-full")
         image.close()
         save_to_file(guest, path)
@@ -344,7 +325,7 @@ def _result(
     ticks: list[dict[str, float]],
     command_line: list[float],
     full: dict[str, list[float]],
-    sizes: dict[str, float],
+    sizes: dict[str, Any],
     *,
     rounds: int,
 ) -> dict[str, Any]:
@@ -361,7 +342,7 @@ def _result(
         "read_fault_p50_us": round(_median(served, "p50_us"), 1),
         "read_fault_p99_us": round(_median(served, "p99_us"), 1),
         "restore_ratio": round(statistics.median(full["qemu"]) / statistics.median(full["ours"]), 3),
-        **{name: round(value, 4) for name, value in sizes.items()},
+        **{name: sizes[name] for name in ("snapshot_ratio", "second_snapshot_ratio", "second_vm_ratio")},
         "agent_mb": round(bed.agent_mb, 1),
         "rounds": rounds,
         "qemu": bed.version,
@@ -379,7 +360,7 @@ def _result(
         "restore_ratio": result["restore_ratio"] >= RESTORE_RATIO_MIN,
         "snapshot_ratio": sizes["snapshot_ratio"] <= SNAPSHOT_RATIO_MAX,
         "second_snapshot_ratio": sizes["second_snapshot_ratio"] <= SECOND_RATIO_MAX,
-        "other_vm_ratio": sizes["other_vm_ratio"] <= OTHER_RATIO_MAX,
+        "second_vm_ratio": sizes["second_vm_ratio"] <= OTHER_RATIO_MAX,
         "agent_mb": bed.agent_mb <= AGENT_MB_MAX,
     }
     return result
@@ -404,7 +385,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         ("full restore, mapped-ram's time to ours", f"{result['restore_ratio']:.2f}", f"{RESTORE_RATIO_MIN:.2f}"),
         ("snapshot of a Linux guest", f"{result['snapshot_ratio']:.2f}", f"{SNAPSHOT_RATIO_MAX:.2f}"),
         ("a second one, 10 s later", f"{result['second_snapshot_ratio']:.3f}", f"{SECOND_RATIO_MAX:.2f}"),
-        ("one of another guest", f"{result['other_vm_ratio']:.2f}", f"{OTHER_RATIO_MAX:.2f}"),
+        ("one of another guest", f"{result['second_vm_ratio']:.2f}", f"{OTHER_RATIO_MAX:.2f}"),
         ("the agent's memory", f"{result['agent_mb']:.0f} MB", f"{AGENT_MB_MAX:.0f} MB"),
     ]
     lines = table(("WHAT", "MEASURED", "GOAL"), rows)
