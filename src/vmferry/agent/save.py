@@ -15,8 +15,7 @@ The way there is a straight line (`_save`); whatever ends it, the way back is a 
        state; QEMU has completed                            stands until the next agent says `cont`
     6. `cont`                                               the guest runs; what was saved is lost with the agent
     7. packs, index, manifest: the commit                   the snapshot is there
-    8. the end is journalled                                the next agent ends the job as failed, and says that it may
-                                                            be there
+    8. the end is journalled                                the next agent finds the snapshot by the job's id
 
 With `pause` step 7 comes before step 6: the guest stands from step 2 on until its snapshot is there. A background save
 has no steps 4 to 6: QEMU lets its guest go on by itself after some milliseconds.
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
     from vmferry.agent.snapshot_sink import SnapshotSink
     from vmferry.engine.incoming import Incoming
     from vmferry.store.manifest import Head
+    from vmferry.store.repository import Repository, SnapshotInfo
 
 log = logging.getLogger("vmferry.agent")
 
@@ -274,6 +274,8 @@ class SaveJob:
             else:
                 await self._whole_way()
             await self.give_back()
+            if self.was_restored:
+                await self._look_for_it()
         except asyncio.CancelledError:  # the agent ends: a moment for the guest, if it stands
             with contextlib.suppress(VmferryError, TimeoutError):
                 async with asyncio.timeout(CLOSING_S):
@@ -415,6 +417,23 @@ class SaveJob:
         self.head = await self.agent.snapshot_store.run(sink.commit, self.wanted.name, words, self.disks)
         self.snapshot = sink.snapshot
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
+
+    async def _look_for_it(self) -> None:
+        """The agent that had begun it may have died after the commit: then the snapshot is there, and it is told so."""
+        try:
+            found = await self.agent.snapshot_store.with_repository(self._find)
+        except (VmferryError, OSError) as error:  # nobody can say now; 'vmferry snapshots' will
+            log.warning("job=%s vm=%s save effect=look-for-snapshot result=%s", self.job, self.vm, error)
+            return
+        if found is not None:
+            self.head, self.snapshot, self.error = found.head, found.snapshot, None
+            self.notes.append("the agent restarted on the way; times are not known")
+            self.note(SaveFact.KEPT, text=found.snapshot, by="repository")
+
+    def _find(self, repository: Repository) -> SnapshotInfo | None:
+        return next(
+            (each for each in repository.snapshots() if each.head and each.head.metadata.get("job") == self.job), None
+        )
 
     def _words(self) -> Any:
         from vmferry.engine.frozen import SnapshotWords

@@ -15,6 +15,8 @@ Rule 3: whoever is cancelled while it waits in `run` leaves its work to end by i
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Callable
@@ -35,6 +37,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_M_ARENA_MAX = -8
+"""glibc's number for it, in malloc.h."""
+
+
+def _share_one_heap() -> None:
+    """Threads that begin from now on share one heap. By default glibc gives each its own, which keeps what its thread
+    has freed: three saves of one guest of 4 GiB took the agent to 226 MiB so, and take it to 167 MiB with one."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc has neither the trouble nor the call
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def is_address(repository: str) -> bool:
     """Whether it is the address of an object store, and no folder."""
     return "://" in repository and not repository.startswith("file://")
@@ -45,6 +58,7 @@ class SnapshotStore:
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
+        _share_one_heap()
         self._lock = threading.Lock()
         self._backend: Backend | None = None
         self._repository: Repository | None = None

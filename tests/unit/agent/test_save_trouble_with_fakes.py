@@ -149,9 +149,11 @@ async def test_an_agent_that_dies_at_a_fact_leaves_a_guest_that_runs(
     again = site.agents["a"].saves.active("g")
     assert again is not None
     wire = await ended(again)
-    assert "restarted" in wire["error"]["message"]
     await check_guest_runs(site)
     committed = fact in (F.KEPT, F.CLEANUP) or (fact is F.RESUMED and way == "pause")
+    assert wire["outcome"] == ("saved" if committed else "none")
+    assert committed or "restarted" in wire["error"]["message"]
+    assert (wire["error"] is None) is committed
     assert names(site) == ["before", *(["two"] if committed else [])]
     (listed,) = await site.command("a", "query-jobs")
     assert (listed["id"], listed["status"]) == (job.job, "concluded")
