@@ -442,3 +442,34 @@ def test_a_guest_that_ends_half_way_ends_its_restore(make_pair: MakePair, old_bo
     pair.a.ok("stop", "web1", "--force")
     until_whole(pair.a, "web1")
     assert pair.a.execute("restore-status", job=job)["detail"] == "lost"
+
+
+# --- from one command to the other ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(OLDEST == NEWEST, reason="one QEMU")
+@pytest.mark.parametrize("way", WAYS, ids=WAY_NAMES)
+def test_what_was_saved_on_the_older_qemu_is_restored_on_the_newer(
+    make_pair: MakePair, guests: Guests, tmp_path: Path, way: list[str]
+) -> None:
+    """`vmferry save` there, `vmferry restore` here: the Linux guest's own checks of memory and disk go on."""
+    flags = ["--repository", str(tmp_path / "repository")]
+    pair = make_pair(OLDEST, NEWEST, clear_text=True, flags_a=flags, flags_b=flags)
+    pair.a.ok("run", guests.linux("web1", memory_mib=128), timeout_s=120)
+    serial = pair.a.vm_directory("web1") / "serial.log"
+    wait_true(partial(_ticks, serial, 20), timeout_s=90, why="it ticks")
+    pair.a.ok("save", "web1", "monday", "--disks", "external-snapshot", timeout_s=120)
+    assert "host-a has a VM named web1" in pair.b.refused("restore", "monday", code=9)["message"]
+    wire = pair.b.ok("restore", "monday", "--as", "web2", *way, timeout_s=120)
+    assert wire["detail"] == "completed"
+    assert any("web1 on host-a has the same UUID" in note for note in wire["notes"])
+    there = pair.b.vm_directory("web2") / "serial.log"
+    words = (b"\nW memory ", b"\nW disk ")
+    wait_true(
+        lambda: there.exists() and all(there.read_bytes().count(word) >= 2 for word in words),
+        timeout_s=90,
+        why="two checks of memory and disk",
+    )
+    assert b"\nE " not in there.read_bytes()
+    before = serial.read_bytes()
+    wait_true(lambda: len(serial.read_bytes()) > len(before), why="the guest that was saved goes on, too")
