@@ -82,11 +82,11 @@ async def test_disks_of_the_same_instant(make_site: MakeSite) -> None:
 
 async def test_a_transaction_that_fails_changes_no_disk(make_site: MakeSite) -> None:
     site, image = await with_disk(make_site)
-    site.director.script("a", {"pre-switchover": "hold"})
+    site.director.script("a", {"active": "hold"})
     job = await begin_h(site)
-    await site.director.reached("a", "pre-switchover")
+    await site.director.reached("a", "active")
     (site.directory / "h-disk0.one.qcow2").write_bytes(b"somebody's")
-    site.director.go("a", "pre-switchover")
+    site.director.go("a", "active")
     wire = await ended(job)
     assert "exists" in wire["error"]["message"]
     assert site.agents["a"].vms["h"].definition.writable_paths() == (str(image),)
