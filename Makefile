@@ -43,6 +43,7 @@ bench: setup venv ## migrations, our own ends of the stream, mirrors and monitor
 	@$(BIN)/vmferry bench stream
 	@$(BIN)/vmferry bench disks
 	@$(BIN)/vmferry bench monitor
+	@$(BIN)/vmferry bench lazy
 
 chaos: setup venv ## every fault in every phase, mode and pair of QEMUs (root; an hour and more)
 	@$(BIN)/vmferry chaos

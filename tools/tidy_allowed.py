@@ -11,6 +11,7 @@ _CHOOSES_COMMAND = (
 _HAND = "the hand of an effect of the source's table: records what it proved"
 _LAZY = "start-up time: most commands never need it"
 _RESTS = "an agent at rest has no numpy (60 MB); only a rescue speaks the stream itself"
+_STORES = "an agent at rest has no numpy (60 MB); only snapshots need the room, and an object store its library"
 _NO_EVENT = "nothing tells that the other end's kernel has received; the test holds without the pause, less sharply"
 
 AGENT = "src/vmferry/agent"
@@ -45,6 +46,24 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/guest_memory.py", "vmferry.wire"): _RESTS,
     ("late-import", f"{AGENT}/rescue.py", "vmferry.engine"): _RESTS,
     ("late-import", f"{AGENT}/rescue_feed.py", "vmferry.engine"): _RESTS,
+    ("late-import", f"{AGENT}/snapshot_store.py", "vmferry.store"): _STORES,
+    ("late-import", f"{AGENT}/save.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/save.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/save_disks.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/saves.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.store"): _STORES,
+    ("records-fact", f"{AGENT}/save.py", "note"): "the one way into a save's own log",
+    ("late-import", f"{AGENT}/restore_feed.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/restore_feed.py", "vmferry.wire"): _STORES,
+    ("late-import", f"{AGENT}/restore_feed.py", "numpy"): _STORES,
+    ("late-import", f"{AGENT}/restores.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/restores.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/restores.py", "vmferry.store"): _STORES,
+    ("late-import", f"{AGENT}/touch_orders.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/touch_orders.py", "numpy"): _STORES,
+    ("records-fact", f"{AGENT}/restoring.py", "note"): "the one way into a restore's own log",
+    ("compares-qemu-word", f"{AGENT}/restores.py", "_look"): "translates QEMU's word into facts of a restore",
     ("late-import", f"{CLI}/chaos_cmd.py", "vmferry.chaos"): _LAZY,
     ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo"): _LAZY,
     ("late-import", f"{CLI}/inspect_cmd.py", "vmferry.wire"): f"{_LAZY}; numpy takes longer than all the rest",
@@ -60,6 +79,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("sleep", "tests/real/test_tls_real.py", "test_only_a_held_channel_hides_the_death_of_the_peer"): (
         "the claim is that nothing happens meanwhile; only time can show that"
     ),
+    ("sleep", "src/vmferry/bench/snapshots.py", "sizes"): "what a guest changes within ten seconds is what is measured",
     ("sleep", "tests/unit/agent/test_channel.py", "test_close_ends_all_that_nobody_has_taken"): _NO_EVENT,
     ("sleep", "tests/unit/testing/test_relay.py", "test_a_reset_by_one_peer_ends_the_other"): _NO_EVENT,
 }

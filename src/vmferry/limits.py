@@ -325,3 +325,81 @@ STORE_PRUNE_GRACE_S = 3600.0
 
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20
+
+# --- restores of snapshots --------------------------------------------------------------------------------
+
+# Pages that were read from a repository and have not left for the guest: 8 MiB, whatever the guest's size. The sender
+# takes them in milliseconds; more would only be memory.
+RESTORE_PAGES_HELD_MAX = 2048
+
+# Pages that a lazy restore reads at a time behind the guest: a millisecond of work, so that what the guest asks for
+# next is read soon after. A full restore reads more at a time, nobody waits for single pages then.
+RESTORE_LAZY_RUN_PAGES = 64
+RESTORE_FULL_RUN_PAGES = 512
+
+# A read of the repository that takes longer is told as trouble while it still goes on: an object store's library tries
+# by itself for a minute before it says anything.
+RESTORE_STALL_S = 3.0
+
+# Whoever reads ahead waits until the guest has not asked for the first time, but at most the second before a run: what
+# it asks for needs the interpreter and a processor, and comes in bursts. In a burst without end a run goes every 3 ms.
+RESTORE_QUIET_S = 0.001
+RESTORE_STEP_BACK_S = 0.003
+
+# How many pages behind one that was asked for are read next.
+RESTORE_NEAR_PAGES = 16
+
+# Neighbourhoods that wait to be read; an old one is dropped, the background gets there.
+RESTORE_NEAR_MAX = 64
+
+# A repository that does not answer, or a damaged object, is tried again after the first pause, then after longer ones.
+# A guest that waits for a page goes on by itself that soon after the repository is back.
+RESTORE_RETRY_MIN_S = 0.1
+RESTORE_RETRY_MAX_S = 2.0
+
+# First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB.
+# Later ones are not worth it: the background has come by.
+RESTORE_ORDER_PAGES_MAX = 1 << 17
+
+# Snapshots whose first touches an agent remembers; the oldest are forgotten.
+RESTORE_ORDERS_MAX = 256
+
+# From the last page of a restore to QEMU's word that it has everything: it may have a queue of pages to place, and its
+# main loop may wait for the guest's disks.
+RESTORE_RESULT_S = 120.0
+
+# From the device state in a QEMU to its word that it stands ready, and from there to its first instruction: its main
+# loop may wait for pages of the guest, which come from the repository.
+RESTORE_CONT_S = 30.0
+
+# A QEMU whose channel broke is asked to listen again after the first pause, then after longer ones.
+RESTORE_REJOIN_MIN_S = 0.05
+RESTORE_REJOIN_MAX_S = 2.0
+
+# How often a restore that is on its way tells how far it is, and sees that its lock on the repository is renewed.
+RESTORE_TICK_S = 0.5
+
+# Restores of one agent that are on their way: each has four threads and some bytes per page of its guest.
+RESTORES_MAX = 64
+
+# --- snapshots of guests ----------------------------------------------------------------------------------
+
+# Threads of an agent that wait for its repository: saves, restores, and a listing beside them. Each has at most one
+# piece of work, and more than a few at a time only make each other slow.
+SNAPSHOT_THREADS_MAX = 8
+
+# Passes over a guest's memory before a save stops it for the rest: each pass that a guest keeps up with costs as much
+# room as it writes, and after a dozen the next dozen would not end otherwise.
+SAVE_PASSES_MAX = 12
+
+# How long a save's guest may stand while a person's leave is awaited (auto-finalize is off): as in a migration.
+SAVE_HOLD_S = 60.0
+
+# From QEMU's last byte to the end of the endpoint's work on it: a pack and a table of pages.
+SAVE_WHOLE_S = 600.0
+
+# How long a guest that was saved is tried to be started again before a person hears that it stands.
+SAVE_RETURN_S = 60.0
+
+# Writing and reading stream files: at 50 MB/s, a guest of a TiB.
+SNAPSHOT_FILE_S = 6 * 3600.0

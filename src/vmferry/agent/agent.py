@@ -36,6 +36,9 @@ from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
 from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
+from vmferry.agent.restores import Restores
+from vmferry.agent.saves import Saves
+from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.clock import Clock, SystemClock
@@ -55,10 +58,10 @@ log = logging.getLogger("vmferry.agent")
 VERSION = {"vmferry": __version__, "qemu": {"major": 0, "minor": 0, "micro": 0}, "package": f"vmferry {__version__}"}
 """The greeting's version member. QMP clients read `qemu`; an agent is no QEMU, so its numbers are 0."""
 
-PROMPT_FOR_PEOPLE = frozenset({"MIGRATION", "JOB_ENDED"})
+PROMPT_FOR_PEOPLE = frozenset({"MIGRATION", "JOB_ENDED", "RESTORE"})
 PROMPT_FOR_AGENTS = frozenset({"TARGET", "JOB_ENDED"})
 """Events that somebody waits for; all others are news, which may leave a moment later and together."""
-RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED", "RESCUE"})
+RELAYED = frozenset({"MIGRATION", "JOB_CHANGE", "JOB_PROGRESS", "JOB_ENDED", "RESCUE", "RESTORE"})
 """Events of other agents that people here may want to see."""
 FOR_AGENTS = RELAYED | {"TARGET"}
 """All that another agent hears of this one; the rest is for who asks here."""
@@ -101,6 +104,9 @@ class Agent:
         self.monitors = Monitors(self)
         self.jobs = JobBook(self)
         self.blockers = Blockers(self)
+        self.snapshot_store = SnapshotStore(config)
+        self.restores = Restores(self)
+        self.saves = Saves(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._is_restored = asyncio.Event()
@@ -139,6 +145,7 @@ class Agent:
             await self.control_server.close()
             raise
         self.planner.warm_up()
+        self.restores.warm_up()
         log.info("agent=%s result=ready socket=%s", self.config.name, self.config.control_socket)
 
     async def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -155,6 +162,7 @@ class Agent:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.restores.close()
         await self.peers.close()
         for kept in self.vms.values():
             if kept.machine is not None:
@@ -171,6 +179,7 @@ class Agent:
                 channel.close()  # QEMU has its own descriptor of what was handed to it
         for attempt in self.attempts.values():
             attempt.forget_memory()
+        self.snapshot_store.close()
         self.journal.close()
 
     # --- what attempts use (Context) ---
@@ -270,9 +279,10 @@ class Agent:
         if kept.machine is None:
             return
         kept.machine.on_event = None
-        kept.machine.on_gone = lambda: self._on_vm_gone(kept)
+        kept.machine.on_gone = lambda: self.vm_gone(kept)
 
-    def _on_vm_gone(self, kept: KeptVm) -> None:
+    def vm_gone(self, kept: KeptVm) -> None:
+        """The QEMU of a VM that is kept here has ended."""
         log.warning("vm=%s pid=%d result=gone", kept.name, kept.identity.pid)
         self.monitors.changed()
         self.publish("VM_GONE", {"vm": kept.name, "text": vm_spawn.tail_log(f"{kept.directory}/qemu.log")})

@@ -58,6 +58,12 @@ class Blockers:
             found += core.of_migration(attempt.wanted.destination, attempt.job, attempt.measured.started_s)
         if place is not None and not place.ended.is_set():
             found += core.of_arrival(place.place.source, place.job, place.facts.entries[0].at_s)
+        back = self.agent.restores.active(vm)
+        if back is not None:
+            found += core.of_restore(back.wanted.name, back.job, back.wanted.wanted_s)
+        save = self.agent.saves.active(vm)
+        if save is not None:
+            found += core.of_save(save.wanted.name, save.job, save.started_s)
         return tuple(found)
 
     def require(self, vm: str, operation: Operation) -> None:

@@ -83,6 +83,13 @@ class AgentConfig:
     qemu: str = DEFAULT_QEMU
     disk_dir: Path | None = None
     """Where copies of guests' disks are put; None: under the path that they have on the host they come from."""
+    repository: str = ""
+    """Where snapshots are kept: a folder, or the address of an object store (`s3://bucket/folder`); '': a folder of the
+    agent's own."""
+    repository_key: Path | None = None
+    """The file with the key of an encrypted repository; None: it is not encrypted."""
+    repository_options: dict[str, str] = field(default_factory=dict)
+    """What an object store's address does not say: endpoint, region, … (obstore's words)."""
 
     @property
     def control_socket(self) -> Path:
@@ -92,6 +99,11 @@ class AgentConfig:
     @property
     def journal_path(self) -> Path:
         return self.state_dir / "journal.sqlite"
+
+    @property
+    def repository_folder(self) -> Path:
+        """Where snapshots are kept if nothing else is named."""
+        return self.state_dir / "repository"
 
     @property
     def data_addresses(self) -> tuple[str, ...]:
@@ -104,9 +116,9 @@ class AgentConfig:
         return self.data_addresses[0]
 
 
-_PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir", "disk_dir")
+_PATHS = ("state_dir", "runtime_dir", "socket", "pki_dir", "disk_dir", "repository_key")
 _SWITCHES = ("clear_text", "tls_only")
-_TEXTS = ("name", "qemu")
+_TEXTS = ("name", "qemu", "repository")
 
 
 def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: str) -> AgentConfig:
@@ -129,6 +141,8 @@ def from_mapping(base: AgentConfig | None, values: dict[str, Any], *, origin: st
             elif name == "migration_ports":
                 first, _, last = str(value).partition("-")
                 fields[name] = (int(first), int(last or first))
+            elif name == "repository_options":
+                fields[name] = {str(option): str(given) for option, given in value.items()}
             elif name == "peers":
                 pairs = [f"{n}={a}" for n, a in value.items()] if isinstance(value, dict) else list(value)
                 peers = [parse_peer(str(pair)) for pair in pairs]

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import blockers, inspection, job_commands, rescue_commands, vm_commands
+from vmferry.agent import (
+    blockers,
+    inspection,
+    job_commands,
+    rescue_commands,
+    restores,
+    saves,
+    snapshot_commands,
+    vm_commands,
+)
 from vmferry.agent.events import EVENTS
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.plan_disks import choices
@@ -238,6 +247,12 @@ async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
     """The newest migration of a VM, or one by its id: as it stands, or as it ended."""
     if arguments.job in agent.jobs.dismissed:
         raise UnknownJob(f"the job {arguments.job} was dismissed")
+    restored = agent.restores.status(job=arguments.job) if arguments.job else None
+    if restored is not None:
+        return restored
+    saved = agent.saves.status(job=arguments.job) if arguments.job else None
+    if saved is not None:
+        return saved
     for attempt in agent.attempts.values():
         if attempt.job in agent.jobs.dismissed:
             continue
@@ -342,6 +357,15 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
     "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
     "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
+    "vm-restore": CommandRow(restores.RestoreArguments, restores.restore),
+    "restore-status": CommandRow(restores.RestoreStatusArguments, restores.restore_status),
+    "vm-save": CommandRow(saves.SaveArguments, saves.save, at_vm=True),
+    "snapshots": CommandRow(NoArguments, snapshot_commands.snapshots),
+    "snapshot-verify": CommandRow(snapshot_commands.VerifyArguments, snapshot_commands.verify),
+    "snapshot-forget": CommandRow(snapshot_commands.SnapshotName, snapshot_commands.forget),
+    "snapshot-prune": CommandRow(snapshot_commands.PruneArguments, snapshot_commands.prune),
+    "snapshot-export": CommandRow(snapshot_commands.FileArguments, snapshot_commands.export),
+    "snapshot-import": CommandRow(snapshot_commands.FileArguments, snapshot_commands.load),
     "vm-cancel": CommandRow(VmArgument, cancel, at_vm=True, of_job=True),
     "vm-set": CommandRow(SetArguments, change, at_vm=True, of_job=True),
     "vm-start-postcopy": CommandRow(VmArgument, start_postcopy, at_vm=True, of_job=True),

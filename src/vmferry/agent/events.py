@@ -177,6 +177,21 @@ class Rescue:
     pages: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """RESTORE: something of a restore is new, or it goes on; the short form."""
+
+    host: str
+    job: str
+    vm: str
+    detail: str
+    state: JobStatus
+    reason: str
+    current_bytes: int
+    whole_bytes: int
+    over: bool
+
+
 EVENTS: dict[str, type] = {
     "MIGRATION": Migration,
     "JOB_STATUS_CHANGE": JobStatusChange,
@@ -187,4 +202,5 @@ EVENTS: dict[str, type] = {
     "TARGET": Target,
     "VM_GONE": VmGone,
     "RESCUE": Rescue,
+    "RESTORE": Restore,
 }

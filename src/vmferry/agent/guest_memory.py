@@ -31,7 +31,7 @@ from vmferry.errors import QemuError, Unfit
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.vm import ram_blocks
 from vmferry.vm import spawn as vm_spawn
-from vmferry.vm.ram_blocks import BlockPlace, FilePlace
+from vmferry.vm.ram_blocks import BlockPlace, FilePlace, RamBlockLine
 from vmferry.vm.spawn import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Memory:
 
 async def find(machine: Machine) -> GuestMemory:
     """Asks QEMU and /proc. Changes nothing. Raises QemuError when QEMU does not answer, or not as it is known to."""
-    lines = ram_blocks.parse_ramblock(await _table(machine))
+    lines = await block_lines(machine)
     text = await asyncio.to_thread(_maps, machine)
     places = ram_blocks.locate(lines, ram_blocks.parse_maps(text))
     if any(line.address is None for line in lines):
@@ -126,7 +126,12 @@ async def find(machine: Machine) -> GuestMemory:
 
 async def sizes(machine: Machine) -> dict[str, int]:
     """Used length in bytes of every block of the guest, by name. Raises like `find`."""
-    return {line.name: line.used_bytes for line in ram_blocks.parse_ramblock(await _table(machine))}
+    return {line.name: line.used_bytes for line in await block_lines(machine)}
+
+
+async def block_lines(machine: Machine) -> tuple[RamBlockLine, ...]:
+    """The blocks as QEMU tells them. Raises QemuError."""
+    return ram_blocks.parse_ramblock(await _table(machine))
 
 
 async def _table(machine: Machine) -> str:

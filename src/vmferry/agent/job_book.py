@@ -100,7 +100,7 @@ class JobBook:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.dismissed: set[str] = set()
-        """Ids of jobs of this host as a source whose results are not shown any more."""
+        """Ids of jobs of this host, as a source or of one that is saved, whose results are not shown any more."""
         self._ended: dict[tuple[str, str], Ended] = {}
 
     # --- what is listed ---
@@ -109,6 +109,8 @@ class JobBook:
         """Every job that is listed, the oldest first as far as that is known."""
         listed = [self._ended_info(ended) for ended in self._ended.values()]
         listed += [self._source_info(attempt) for attempt in self._sources()]
+        listed += self.agent.restores.infos()
+        listed += self.agent.saves.infos()
         return listed + [self._incoming_info(place) for place in self._places()]
 
     def info(self, job: str) -> JobInfo:
@@ -162,7 +164,7 @@ class JobBook:
             job_events.tell_state(self.agent, info.type, job=info.id, vm=info.vm, state=JobStatus.NULL)
 
     def _hide(self, kind: str, job: str) -> None:
-        if kind == MIGRATE.name:  # of an incoming job the source tells how it ended
+        if kind != INCOMING.name:  # of an incoming job the source tells how it ended
             self.dismissed.add(job)
 
     # --- one of each ---
@@ -219,7 +221,7 @@ class JobBook:
     def _ended_info(self, ended: Ended) -> JobInfo:
         result = ended.result
         error, progress = result.get("error") or {}, result.get("progress") or {}
-        peer = result.get("destination") if ended.kind == MIGRATE.name else result.get("source")
+        peer = result.get("destination" if ended.kind == MIGRATE.name else "source")
         return JobInfo(
             id=ended.job,
             type=ended.kind,

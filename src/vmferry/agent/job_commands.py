@@ -65,13 +65,19 @@ async def query_jobs(agent: Agent, arguments: Any) -> list[dict[str, Any]]:
 
 
 def _asked(agent: Agent, job: str, verb: Verb) -> tuple[JobInfo, SourceAttempt | None]:
-    """The job, and its attempt if the verb is to be carried out. Raises UnknownJob, JobRefused."""
+    """The job, and its attempt if the verb is to be carried out by one. Raises UnknownJob, JobRefused."""
+    info, does = _answered(agent, job, verb)
+    return info, agent.jobs.attempt(job) if does else None
+
+
+def _answered(agent: Agent, job: str, verb: Verb) -> tuple[JobInfo, bool]:
+    """The job, and whether something is to be done. Raises UnknownJob, JobRefused."""
     info = agent.jobs.info(job)
     cell = answer(KINDS[info.type], verb, info.status)
     if cell.answer is Answer.REFUSED:
         where = f" ({info.peer})" if cell is ELSEWHERE else ""
         raise JobRefused(f"job {job} of {info.vm} is {info.status.value}: {cell.why}{where}")
-    return info, agent.jobs.attempt(job) if cell.answer is Answer.DOES else None
+    return info, cell.answer is Answer.DOES
 
 
 def _brief(agent: Agent, job: str) -> dict[str, Any]:
@@ -81,8 +87,14 @@ def _brief(agent: Agent, job: str) -> dict[str, Any]:
 async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """The guest stays. Raises CancelRefused after the grant, JobRefused for a job that is its source's."""
     _, attempt = _asked(agent, arguments.id, Verb.CANCEL)
+    save = agent.saves.by_id(arguments.id)
     if attempt is not None:
         await cancel(agent, attempt)
+    elif agent.restores.by_id(arguments.id) is not None:
+        await agent.restores.cancel(arguments.id)
+    elif save is not None:
+        await agent.journal.append(Entry.CANCEL_WANTED, arguments.id)
+        save.cancel()
     return _brief(agent, arguments.id)
 
 
@@ -126,6 +138,8 @@ async def job_resume(agent: Agent, arguments: JobId) -> dict[str, Any]:
     _, attempt = _asked(agent, arguments.id, Verb.RESUME)
     if attempt is not None:
         await attempt.try_again()
+    elif agent.restores.by_id(arguments.id) is not None:
+        agent.restores.resume(arguments.id)
     return _brief(agent, arguments.id)
 
 
@@ -138,8 +152,11 @@ async def job_complete(agent: Agent, arguments: JobId) -> dict[str, Any]:
 async def job_finalize(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """Gives the leave to hand the guest over. Raises JobRefused for a job that does not wait for it."""
     _, attempt = _asked(agent, arguments.id, Verb.FINALIZE)
+    save = agent.saves.by_id(arguments.id)
     if attempt is not None:
         await attempt.finalize()
+    elif save is not None:
+        save.finalize()
     return _brief(agent, arguments.id)
 
 

@@ -128,8 +128,13 @@ class Monitor:
         attempt = self._agent.attempts.get(self.kept.name)
         return None if attempt is None or attempt.ended.is_set() else attempt
 
+    @property
+    def _is_saved(self) -> bool:
+        """Whether a save of it is at work: QEMU's migration is that one's."""
+        return self._agent.saves.active(self.kept.name) is not None
+
     def _on_event(self, event: Event) -> None:
-        if event.name != "MIGRATION" or self._attempt() is None:
+        if event.name != "MIGRATION" or (self._attempt() is None and not self._is_saved):
             self._server.broadcast(event.name, event.data, timestamp_us=event.timestamp_us)
 
     def tell(self, name: str, data: Mapping[str, Any]) -> None:
@@ -151,6 +156,11 @@ class Monitor:
                 raise UsageError(f"{command.name}: {why}")
             case Fate.HELD if (attempt := self._attempt()) is not None:
                 raise self._busy(command, attempt)
+            case Fate.HELD if self._is_saved:
+                raise Busy(
+                    f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
+                    hint="'vmferry jobs' shows how far it is",
+                )
             case _:
                 return await self._pass(command)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import control, destination_act, destination_disks, inspection, knock, recovery
+from vmferry.agent import control, destination_act, destination_disks, inspection, knock, recovery, restores
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.peers import PROTOCOL, PROTOCOLS_SPOKEN
 from vmferry.agent.wants import Place, PlacedDisk
@@ -80,8 +80,13 @@ async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict
         "generation": kept.generation if kept else 0,
         "awaits": place is not None and not place.ended.is_set(),
         "sends": current is not None and not current.ended.is_set(),
-        "doing": agent.claims.doing(vm),
+        "doing": agent.claims.doing(vm) or ("restored" if agent.restores.active(vm) is not None else ""),
     }
+
+
+async def _identities(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the VMs of this host could clash with."""
+    return {"identities": [each.to_wire() for each in restores.local_identities(agent)]}
 
 
 async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
@@ -318,6 +323,7 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-hello": _hello,
     "peer-has": _has,
     "peer-list": _list,
+    "peer-identities": _identities,
     "peer-forward": _forward,
     "peer-report": _report,
     "peer-prepare": _prepare,

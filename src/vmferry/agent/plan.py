@@ -179,7 +179,7 @@ class Planner:
             agent_version=__version__,
             qemu_binary=config.qemu,
             memory_available_bytes=agent.host.memory_available_bytes(),
-            userfaultfd=self._uffd(),
+            userfaultfd=self.userfaultfd(),
             disks={disk.path: _disk_report(disk, config.name) for disk in disks},
             vms=frozenset(agent.vms) | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),
             clock_offset_ms=0.0,
@@ -207,7 +207,8 @@ class Planner:
             parameters=frozenset(facts.parameters),
         )
 
-    def _uffd(self) -> bool | None:
+    def userfaultfd(self) -> bool | None:
+        """Whether the kernel lets a guest run before its memory is here; None: not known."""
         if self._userfaultfd is None:
             self._userfaultfd = self.agent.host.has_userfaultfd()
         return self._userfaultfd

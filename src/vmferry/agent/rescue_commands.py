@@ -35,7 +35,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.rescue import Evidence, NeverRan, Tool
 from vmferry.core.table import Remedy
 from vmferry.core.view import Grant, Source, Target, source_view
-from vmferry.errors import RescueRefused, UnknownVm, UsageError, VmferryError
+from vmferry.errors import Busy, RescueRefused, UnknownVm, UsageError, VmferryError
 from vmferry.pki import job_credentials
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ def proof_for(agent: Agent, vm: str, tool: Tool, *, never_ran: bool) -> NeverRan
 
 @contextlib.asynccontextmanager
 async def at_work(agent: Agent, vm: str) -> AsyncIterator[Callable[[dict[str, Any]], None]]:
-    """The VM is being rescued; gives what tells the progress. Raises Busy when it is already."""
+    """The VM is being rescued; gives what tells the progress. Raises Busy when it is already, or is being saved."""
+    save = agent.saves.active(vm)
+    if save is not None:
+        raise Busy(f"{vm} is being saved (job {save.job}), which gives its guest back by itself")
     with agent.claims.hold(vm, "rescued", side="source"):
         attempt = attempt_of(agent, vm)
         if attempt is not None:

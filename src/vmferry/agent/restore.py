@@ -65,6 +65,10 @@ async def restore(agent: Agent) -> None:
     for job in state.jobs.values():
         if job.role == "source":
             await _source(agent, job)
+        elif job.role == "restore":
+            await agent.restores.take_up(job)
+        elif job.role == "save":
+            await agent.saves.restore(job)
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)

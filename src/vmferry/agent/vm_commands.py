@@ -59,7 +59,7 @@ class StopArguments:
     force: bool = False
 
 
-async def _free_name(agent: Agent, name: str) -> None:
+async def free_name(agent: Agent, name: str) -> None:
     """Raises Busy unless nobody has or awaits a VM of this name. Whoever asks holds the name's claim."""
     current = agent.attempts.get(name)
     if current is not None and not current.ended.is_set():
@@ -68,6 +68,8 @@ async def _free_name(agent: Agent, name: str) -> None:
     if kept is not None and (kept.machine is None or kept.machine.is_gone):
         await forget(agent, kept)  # it powered off or died; its name is free again
     place = agent.place_of(name)
+    if agent.restores.active(name) is not None:
+        raise Busy(f"{name} is being restored on {agent.config.name}", side="client", hint=HINT)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise _taken(agent.config.name, name)
     for host, answer in await _elsewhere(agent, name):
@@ -91,7 +93,7 @@ async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
 
 
 async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
-    await _free_name(agent, spec.name)
+    await free_name(agent, spec.name)
     facts = await agent.planner.qemu_facts()
     machine_type = facts.concrete_machine(spec.machine)
     if machine_type is None:
@@ -162,7 +164,7 @@ async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
     if not vm_spec.is_name(arguments.vm):
         raise UsageError(f"{arguments.vm!r} is no name: 1 to 64 letters, digits, dots, dashes or underscores")
     with agent.claims.hold(arguments.vm, "taken over"):
-        await _free_name(agent, arguments.vm)
+        await free_name(agent, arguments.vm)
         found = await asyncio.to_thread(vm_adopt.adopt, arguments.qmp)
         # A QEMU may have two monitors, and two people two names for it.
         with agent.claims.hold(f"process {found.identity.pid}", "taken over"):

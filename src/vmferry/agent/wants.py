@@ -104,3 +104,36 @@ class Place:
     disks: tuple[PlacedDisk, ...] = ()
     directory: str = ""
     """The QEMU's runtime directory on this host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """A writable disk of a guest that is saved: its image stays as it is, and the guest goes on in a new file."""
+
+    node: str
+    """QEMU's node of the image."""
+    path: str
+    format: str
+    overlay: str
+    """The new file, a qcow2 image on top of the other one."""
+    overlay_node: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveWanted:
+    """What was asked for: the body of the journal's SAVE_WANTED entry."""
+
+    job: str
+    vm: str
+    name: str
+    """The snapshot's."""
+    way: str = "auto"
+    """'precopy', 'background', or 'auto'."""
+    pause: bool = False
+    """The guest stands until its snapshot is committed."""
+    running_before: bool = True
+    overlays: tuple[Overlay, ...] = ()
+    definition: dict[str, Any] = field(default_factory=dict)
+    """What the guest is made of at that instant: before it goes on in new files."""
+    auto_finalize: bool = True
+    auto_dismiss: bool = True

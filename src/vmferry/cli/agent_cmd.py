@@ -14,7 +14,7 @@ from vmferry.agent.agent import Agent
 
 FLAGS = (
     "name", "listen", "peers", "pki_dir", "clear_text", "tls_only", "state_dir", "runtime_dir", "socket",
-    "migration_address", "migration_ports", "qemu", "disk_dir",
+    "migration_address", "migration_ports", "qemu", "disk_dir", "repository", "repository_key",
 )  # fmt: skip
 
 

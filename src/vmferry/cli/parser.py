@@ -76,6 +76,65 @@ examples
   vmferry job change web1 downtime-limit=200ms mode=postcopy
   vmferry job dismiss 3f2a
 """
+RESTORE_EPILOG = """\
+ways
+  (none)    all memory first, then the guest runs
+  --lazy    the guest runs at once; its memory comes as it needs it, the rest behind it. If the repository is lost
+            meanwhile, the guest waits, and goes on by itself when it is back ('vmferry jobs' says so)
+
+  The stored disks stay as they are: each restore writes to overlays of its own. What the guest has in common with a
+  VM that runs (UUID, addresses of its cards) is named; what would do harm is refused before anything is started.
+
+exit codes
+  0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
+  All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry restore monday --lazy
+  vmferry restore monday --as web2 --on host-b --lazy
+"""
+SAVE_EPILOG = """\
+ways
+  background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
+              change are taken first. Needs QEMU 11.1 or newer (older ones may hang their guest when it breaks off), a
+              kernel that can protect pages (userfaultfd), a guest that runs, no writable disk, and no --pause
+  precopy     its memory is taken while it runs, as in a migration; then it stops for what is left and its devices
+  auto        background where it can be had, else precopy (the default)
+
+disks
+  Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
+  become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
+  VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
+
+Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
+not end leaves no snapshot, only objects that 'vmferry prune' takes away.
+
+exit codes
+  0 the snapshot is there;  8 refused, nothing was touched;  9 the VM is being migrated or saved;  11 failed, the guest
+  goes on;  12 cancelled;  14 the guest is whole and paused, and QEMU does not start it;  25 the repository refuses.
+  All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry save web1 before-upgrade
+  vmferry save db1 nightly --disks external-snapshot --json | jq .downtime_ms
+"""
+VERIFY_EPILOG = """\
+Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
+snapshots that need them. exit codes: 0 everything is whole;  25 something is damaged.
+"""
+PRUNE_EPILOG = """\
+Plans first, by looking at every snapshot, and then does exactly that. It waits for nobody: while somebody saves or
+restores it is refused (25, retry: yes). What is younger than an hour stays. It never touches a snapshot.
+"""
+EXPORT_EPILOG = """\
+The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
+'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
+'vmferry inspect-stream' read it. The guest's disks are not in it.
+
+examples
+  vmferry export before-upgrade /var/tmp/web1.stream
+  vmferry import /var/tmp/web1.stream web1-copy
+"""
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
 lists it together with what migrations and QEMU itself hold. The same name again replaces it.
@@ -139,7 +198,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_agent(commands)
     _add_vm_commands(commands)
     _add_migration_commands(commands)
+    _add_restore(commands)
     _add_jobs(commands)
+    _add_snapshots(commands)
     _add_rescue(commands)
     _add_host_commands(commands)
     _add_demo_and_bench(commands)
@@ -188,6 +249,9 @@ def _add_agent(commands: Any) -> None:
     )
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
     agent.add_argument("--disk-dir", metavar="DIR", help="where copies of guests' disks are put (default: same path)")
+    agent.add_argument("--repository", metavar="FOLDER|URL",
+                       help="where snapshots are kept (default: 'repository' in the state directory)")  # fmt: skip
+    agent.add_argument("--repository-key", metavar="FILE", help="the key file of an encrypted repository")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
@@ -283,6 +347,25 @@ def _add_migration_commands(commands: Any) -> None:
     postcopy.add_argument("vm", metavar="NAME")
 
 
+def _add_restore(commands: Any) -> None:
+    restore = _command(commands, "restore", "restore_cmd:restore", "bring a guest back from a snapshot",
+                       epilog=RESTORE_EPILOG)  # fmt: skip
+    restore.add_argument("snapshot", metavar="NAME", help="the snapshot's name, or its id")
+    restore.add_argument(
+        "--lazy", action="store_true", help="run the guest at once; its memory follows as it is needed"
+    )
+    restore.add_argument("--as", dest="rename", default="", metavar="VM", help="the name that the guest gets")
+    restore.add_argument("--on", dest="host", default="", metavar="HOST",
+                         help="restore it there; that agent's repository must have the snapshot")  # fmt: skip
+    restore.add_argument("--paused", action="store_true", help="do not start the guest")
+    restore.add_argument("--accept", action="append", default=[], metavar="CODE",
+                         help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+    restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
+    restore.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+    restore.add_argument("--no-auto-dismiss", action="store_true",
+                         help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+
+
 def _add_jobs(commands: Any) -> None:
     _command(commands, "jobs", "job_cmd:jobs", "list this host's jobs, with their states and what they take")
     job = _command(commands, "job", "job_cmd:act", "steer one job, or read and dismiss it", epilog=JOB_EPILOG)
@@ -295,12 +378,50 @@ def _add_jobs(commands: Any) -> None:
                      epilog=BLOCK_EPILOG)  # fmt: skip
     block.add_argument("vm", metavar="NAME")
     block.add_argument("operation", choices=("migrate", "set", "stop", "snapshot"), metavar="OPERATION",
-                       help="migrate, set (options of a migration), stop, or snapshot (for other tools)")  # fmt: skip
+                       help="migrate, set (options of a migration), stop, or snapshot (to save it)")  # fmt: skip
     block.add_argument("name", metavar="BLOCKER", help="the name by which it is removed")
     block.add_argument("reason", metavar="REASON", help="what a person reads whom it stops")
     unblock = _command(commands, "unblock", "job_cmd:unblock", "remove a blocker")
     unblock.add_argument("vm", metavar="NAME")
     unblock.add_argument("name", metavar="BLOCKER")
+
+
+def _add_snapshots(commands: Any) -> None:
+    save = _command(commands, "save", "snapshot_cmd:save", "save a running VM as a snapshot; it goes on",
+                    epilog=SAVE_EPILOG)  # fmt: skip
+    save.add_argument("vm", metavar="VM")
+    save.add_argument("name", metavar="NAME", help="the snapshot's; no other one of the repository may have it")
+    save.add_argument("--pause", action="store_true", help="the guest stands still until its snapshot is there")
+    save.add_argument("--way", choices=("auto", "precopy", "background"), default="auto",
+                      help="how its memory is taken (default: auto)")  # fmt: skip
+    save.add_argument("--disks", choices=("refuse", "external-snapshot"), default="refuse",
+                      help="what becomes of disks that the guest writes to (default: refuse)")  # fmt: skip
+    save.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+    save.add_argument("--no-auto-finalize", action="store_true",
+                      help="pause before the guest's last state is taken, until 'vmferry job finalize VM'; for a "
+                      "minute, then it goes on unsaved")  # fmt: skip
+    save.add_argument("--no-auto-dismiss", action="store_true",
+                      help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+    _command(commands, "snapshots", "snapshot_cmd:snapshots", "list the snapshots of this host's repository")
+    verify = _command(commands, "verify", "snapshot_cmd:verify",
+                      "read every snapshot and name what is damaged; changes nothing",
+                      epilog=VERIFY_EPILOG)  # fmt: skip
+    verify.add_argument("name", nargs="?", metavar="NAME", help="tell only what concerns this snapshot")
+    forget = _command(commands, "forget", "snapshot_cmd:forget", "take a snapshot away; 'prune' frees its room")
+    forget.add_argument("name", metavar="NAME", help="its name or its id")
+    prune = _command(commands, "prune", "snapshot_cmd:prune", "free the room of what no snapshot needs",
+                     epilog=PRUNE_EPILOG)  # fmt: skip
+    prune.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
+    prune.add_argument("--empty-below", type=float, default=0.5, metavar="SHARE",
+                       help="write packs anew of which less than this is needed (default: 0.5; 1: all that hold "
+                       "anything useless)")  # fmt: skip
+    export = _command(commands, "export", "snapshot_cmd:export", "write a snapshot as a plain stream file of QEMU's",
+                      epilog=EXPORT_EPILOG)  # fmt: skip
+    export.add_argument("name", metavar="NAME", help="its name or its id")
+    export.add_argument("file", metavar="FILE", help="a new file on the agent's host")
+    load = _command(commands, "import", "snapshot_cmd:load", "keep a plain stream file of QEMU's as a snapshot")
+    load.add_argument("file", metavar="FILE", help="a file on the agent's host")
+    load.add_argument("name", metavar="NAME", help="the snapshot's")
 
 
 def _add_rescue(commands: Any) -> None:
@@ -369,7 +490,7 @@ def _add_demo_and_bench(commands: Any) -> None:
     demo.add_argument("--dirty", type=int, default=20, metavar="MIB", help="MiB/s that the guest rewrites")
     demo.add_argument("--clear-text", action="store_true", help="without encryption")
     bench = _command(commands, "bench", "demo_cmd:bench", "measure against the raw thing", client=False)
-    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks"))
+    bench.add_argument("what", choices=("migrate", "stream", "monitor", "disks", "lazy"))
     bench.add_argument("--rounds", type=int, default=15, metavar="N", help="moves of each guest (default: %(default)s)")
     chaos = _command(commands, "chaos", "chaos_cmd:chaos",
                      "do faults to migrations on purpose, and let outsiders judge what became of the guests",

@@ -26,7 +26,7 @@ class Operation(StrEnum):
     STOP = "stop"
     """To power it down or to end it."""
     SNAPSHOT = "snapshot"
-    """To save its state; for tools that do: vmferry does not."""
+    """To save its state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +82,21 @@ def of_arrival(source: str, job: str, since_s: float) -> tuple[Blocker, ...]:
     """What a place holds that is not settled."""
     reason = f"it is still arriving from {source} (job {job})"
     return _of_job(reason, f"options on this side are fixed since job {job} was prepared", job, since_s)
+
+
+def of_restore(name: str, job: str, since_s: float) -> tuple[Blocker, ...]:
+    """What a restore holds: until the guest has all of its memory its QEMU can neither send nor save it."""
+    reason = f"it is being restored from {name} (job {job}) and lacks some of its memory"
+    return tuple(
+        each
+        for each in _of_job(reason, f"its options are those of the restore {job}", job, since_s)
+        if each.operation is not Operation.STOP
+    )
+
+
+def of_save(name: str, job: str, since_s: float) -> tuple[Blocker, ...]:
+    """What a save holds."""
+    return _of_job(f"it is being saved as {name} (job {job})", f"its options are those of the save {job}", job, since_s)
 
 
 def _of_job(reason: str, why_locked: str, job: str, since_s: float) -> tuple[Blocker, ...]:

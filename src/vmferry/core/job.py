@@ -193,8 +193,52 @@ INCOMING: Final = Kind(
 )
 MIRROR: Final = Kind("mirror", "copies a disk and keeps the copy up to date", frozenset(J) - {J.UNDEFINED})
 """Exactly QEMU's table."""
+RESTORE: Final = Kind(
+    "restore",
+    "brings a guest back from a snapshot",
+    _to(J.CREATED, J.RUNNING, J.PAUSED, J.WAITING, J.PENDING, J.ABORTING, J.CONCLUDED, J.NULL),
+    verbs={
+        Verb.PAUSE: _refused("pages come as the guest needs them; to hold the guest pause the guest itself"),
+        Verb.COMPLETE: _refused("a restore completes by itself"),
+        Verb.FINALIZE: _refused("it does not wait for leave; for a guest that is not to run say --paused"),
+        Verb.CHANGE: _refused("nothing of it can be changed"),
+        Verb.RESUME: _refused("it is not paused"),
+        Verb.DISMISS: _BEFORE_THE_END,
+    },
+    cells={
+        **{(Verb.CANCEL, j): _does("as long as the guest has not run; nothing of it is left then")
+           for j in (J.CREATED, J.RUNNING, J.PAUSED)},
+        **{(Verb.CANCEL, j): _refused("the guest is here") for j in (J.WAITING, J.PENDING)},
+        (Verb.CANCEL, J.ABORTING): _nothing("it is being taken away already"),
+        (Verb.CANCEL, J.CONCLUDED): _OVER,
+        (Verb.RESUME, J.PAUSED): _does("the repository is asked again, now"),
+        (Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"),
+    },
+)  # fmt: skip
 
-KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR)}
+SAVE: Final = Kind(
+    "save",
+    "keeps a guest's memory and devices in a repository of snapshots, while it runs",
+    _to(J.CREATED, J.RUNNING, J.WAITING, J.PENDING, J.ABORTING, J.CONCLUDED, J.NULL),
+    verbs={
+        Verb.COMPLETE: _refused("a save completes by itself"),
+        Verb.CHANGE: _refused("a save has no options that change on its way"),
+        Verb.DISMISS: _BEFORE_THE_END,
+        Verb.PAUSE: _NO_PAUSE,
+        Verb.RESUME: _refused("it is not paused"),
+        Verb.FINALIZE: _refused("it does not wait for leave to stop the guest"),
+    },
+    cells={
+        **{(Verb.CANCEL, j): _does("the guest goes on, and nothing is kept")
+           for j in (J.CREATED, J.RUNNING, J.WAITING, J.PENDING)},
+        (Verb.CANCEL, J.ABORTING): _nothing("it is on its way back already"),
+        (Verb.CANCEL, J.CONCLUDED): _OVER,
+        (Verb.FINALIZE, J.PENDING): _does("the guest's last state is taken, and it goes on"),
+        (Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"),
+    },
+)  # fmt: skip
+
+KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR, SAVE, RESTORE)}
 """By QEMU's word, where QEMU has one. A new kind is one more row."""
 
 _QEMU_DOES: Final = _does("as in QEMU")

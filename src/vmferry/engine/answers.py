@@ -131,6 +131,8 @@ class Answers:
         block = self._out.image.blocks[wire.name]
         self._out.requests += 1
         first, count = request.start // PAGE_BYTES, request.length // PAGE_BYTES
+        if self._out.on_request is not None:
+            self._out.on_request(block, first, count)
         for page, pages in self.service.ask(block, first, count, at_s=self._heard_s):
             self._out.on_absent(block, page, pages)
 

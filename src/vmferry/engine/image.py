@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -48,6 +49,11 @@ many hosts). Small ones (firmware, video memory) would only take more memory."""
 class PageStore(Protocol):
     """Where the content of a block's pages is."""
 
+    @property
+    def knows_zeros(self) -> bool:
+        """Whether the block's `touched` says which pages are zero, so that those need not be read."""
+        ...
+
     def read(self, first: int, count: int) -> Pages:
         """The pages from `first` on, one per row. A view or a copy; valid until the next call by the same thread.
 
@@ -55,9 +61,19 @@ class PageStore(Protocol):
         """
         ...
 
+    def read_some(self, numbers: npt.NDArray[np.intp]) -> Pages:
+        """The same for these pages, in this order."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        ...
+
 
 class MemoryFile:
     """Pages in an anonymous memory file, mapped. Unwritten pages are zero and take no memory."""
+
+    knows_zeros = True
 
     def __init__(self, name: str, size_bytes: int) -> None:
         # The kernel takes 249 bytes of a name; a block's may have 255.
@@ -77,6 +93,10 @@ class MemoryFile:
         """A view."""
         return self.pages[first : first + count]
 
+    def read_some(self, numbers: npt.NDArray[np.intp]) -> Pages:
+        """A copy."""
+        return self.pages[numbers]
+
     def close(self) -> None:
         """Gives the memory back. Views that others still hold keep the mapping alive until they are gone."""
         self.pages = np.empty((0, PAGE_BYTES), np.uint8)
@@ -91,6 +111,8 @@ class ForeignMemory:
     `offset_bytes` is where the block begins: in a RAM file its offset there, in /proc/PID/mem its address.
     The descriptor belongs to this object from now on.
     """
+
+    knows_zeros = False
 
     def __init__(self, fd: int, offset_bytes: int) -> None:
         self.fd, self._offset_bytes = fd, offset_bytes
@@ -108,6 +130,10 @@ class ForeignMemory:
             done += got
         return out
 
+    def read_some(self, numbers: npt.NDArray[np.intp]) -> Pages:
+        """A copy. Raises OSError."""
+        return np.concatenate([self.read(int(number), 1) for number in numbers])
+
     def close(self) -> None:
         """Closes the descriptor."""
         os.close(self.fd)
@@ -116,10 +142,10 @@ class ForeignMemory:
 class ImageBlock:
     """One RAM block: its description as on the wire, its pages, and the maps of the module's text."""
 
-    def __init__(self, wire: RamBlock, store: MemoryFile | ForeignMemory | None = None) -> None:
+    def __init__(self, wire: RamBlock, store: PageStore | None = None) -> None:
         self.wire = wire
         self.count = wire.used_length // PAGE_BYTES
-        self.store = store if store is not None else MemoryFile(wire.name, wire.used_length)
+        self.store: PageStore = store if store is not None else MemoryFile(wire.name, wire.used_length)
         self.have: Map = np.zeros(self.count, np.bool_)
         self.touched: Map = np.zeros(self.count, np.bool_)
         self.sent: Map = np.zeros(self.count, np.bool_)
@@ -247,6 +273,11 @@ def _is_ascending(offsets: npt.NDArray[np.uint64]) -> bool:
     )
 
 
+Arrivals = deque[tuple[ImageBlock, int, int]]
+"""Rows of pages that have come: block, first, the page after the last. Each row within `ARRIVAL_PAGES_MAX`."""
+ARRIVAL_PAGES_MAX: Final = 4096
+
+
 @dataclass(slots=True)
 class KeptBitmaps:
     """A `dirty-bitmap` section, kept as it came: its number and all of its chunks in order."""
@@ -275,6 +306,9 @@ class Image:
         self.bitmaps: KeptBitmaps | None = None
         self.is_device_state_whole = False
         """All of `early` and `devices` are here: a guest can be started from this image, or soon."""
+        self.arrivals: Arrivals | None = None
+        """None: all pages that are here may be sent at any time. Else only those leave unasked that stand in it, in its
+        order, the first ones first: whoever fills the image appends to it, and a sender takes from it."""
         self._wakers: list[Callable[[], None]] = []
 
     @property

@@ -131,6 +131,12 @@ class Incoming:
         main = self._main
         return main is not None and main.is_result_due
 
+    @property
+    def is_over(self) -> bool:
+        """The main channel's thread has nothing more to do; after a LINK_LOST another connection may follow."""
+        main = self._main
+        return main is not None and main.over.is_set()
+
     def counters(self) -> Counters:
         """What has come so far."""
         return self._shared.totals()

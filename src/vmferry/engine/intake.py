@@ -40,7 +40,7 @@ from vmferry.engine.wants import requests
 from vmferry.engine.wires import Gone, Wire
 from vmferry.errors import MigrationFailed, VmferryError
 from vmferry.wire import mapped_ram
-from vmferry.wire.errors import WireError, refuse
+from vmferry.wire.errors import refuse
 from vmferry.wire.events import (
     DONE,
     AskBitmap,
@@ -132,7 +132,7 @@ class MainIntake:
             self._loop()
         except Gone as error:
             self._on_lost(str(error) or "the connection broke")
-        except WireError as error:
+        except VmferryError as error:  # the peer broke the protocol, or whoever keeps the pages cannot
             self._on_error(error)
         except (MemoryError, OSError) as error:
             self._on_error(VmferryError("there is no memory for the guest image", side="destination", cause=error))

@@ -49,12 +49,16 @@ class Outbound:
     dial: Callable[[], Wire]
     """Makes one more connection. Raises Gone."""
     on_absent: Callable[[ImageBlock, int, int], None]
+    on_request: Callable[[ImageBlock, int, int], None] | None = None
+    """Hears of every request for pages, in order, on the thread of the main channel."""
     postcopy_ordered: bool = False
     stopping: bool = False
     pages_came: bool = False
     """Somebody brought pages since this was last looked at."""
     service_s: deque[float] = field(default_factory=lambda: deque(maxlen=limits.ENGINE_SERVICE_TIMES_MAX))
     """Seconds from a request that was read to its page written, of the latest requests."""
+    service_here_s: deque[float] = field(default_factory=lambda: deque(maxlen=limits.ENGINE_SERVICE_TIMES_MAX))
+    """The same of those whose page was here when it was asked for."""
     requests: int = 0
 
     def on_pages(self) -> None:

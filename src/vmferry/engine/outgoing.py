@@ -24,7 +24,7 @@ import socket
 import ssl
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from vmferry import limits
@@ -54,6 +54,17 @@ class OutgoingOutcome:
     threads_left: tuple[str, ...] = ()
     requests_served: int = 0
     """Those whose times are known."""
+    here_p50_us: float | None = None
+    """Of pages that were here when they were asked for."""
+    here_p99_us: float | None = None
+
+
+def _spread_us(times_s: Iterable[float]) -> tuple[float | None, float | None]:
+    """The median and the 99th percentile, in µs; None of nothing."""
+    times = sorted(times_s)
+    if not times:
+        return None, None
+    return statistics.median(times) * 1e6, times[min(len(times) - 1, len(times) * 99 // 100)] * 1e6
 
 
 def _nobody(block: ImageBlock, first: int, count: int) -> None:
@@ -75,6 +86,7 @@ class Outgoing:
         tls: ssl.SSLContext | None = None,
         server_name: str | None = None,
         on_absent: OnAbsent = _nobody,
+        on_request: OnAbsent | None = None,
         name: str = "outgoing",
         clock: Clock | None = None,
     ) -> None:
@@ -84,7 +96,7 @@ class Outgoing:
         self.ledger = Ledger(is_source=True, clock=clock)
         self._tls, self._server_name = tls, server_name
         self._clock = clock or SystemClock()
-        self._out = Outbound(image, self.ledger, self.options, Waker(), self._no_dial, on_absent)
+        self._out = Outbound(image, self.ledger, self.options, Waker(), self._no_dial, on_absent, on_request)
         self._sender: MainSender | None = None
         self._thread: threading.Thread | None = None
         self._rounds = 0
@@ -100,13 +112,18 @@ class Outgoing:
         options: OutgoingOptions | None = None,
         tls: ssl.SSLContext | None = None,
         server_name: str | None = None,
+        on_absent: OnAbsent = _nobody,
+        on_request: OnAbsent | None = None,
         name: str = "stand-in",
     ) -> Outgoing:
         """One that stands in for a source which is gone: its destination is in postcopy-paused, `recover` goes on.
 
-        The image must have every page that the destination lacks.
+        The image must have every page that the destination lacks, or get it, as with any endpoint.
         """
-        outgoing = cls(image, options=options, tls=tls, server_name=server_name, name=name)
+        outgoing = cls(
+            image, options=options, tls=tls, server_name=server_name, on_absent=on_absent, on_request=on_request,
+            name=name,
+        )  # fmt: skip
         for fact in (Fact.MIGRATE, Fact.SETUP_DONE, Fact.SWITCHOVER, Fact.PACKAGE_SENT, Fact.PACKAGE_LOADED):
             outgoing.ledger.post(fact, text="before this endpoint was made")
         outgoing.ledger.post(Fact.POSTCOPY_ANNOUNCED)
@@ -149,13 +166,13 @@ class Outgoing:
     def outcome(self) -> OutgoingOutcome:
         """How things stand now."""
         out = self._out
-        times = sorted(out.service_s)
-        p50 = statistics.median(times) * 1e6 if times else None
-        p99 = times[min(len(times) - 1, len(times) * 99 // 100)] * 1e6 if times else None
+        (p50, p99), (here_p50, here_p99) = _spread_us(out.service_s), _spread_us(out.service_here_s)
         sent = self._bytes_before + (0 if self._sender is None else self._sender.sent_bytes)
         threads = [] if self._sender is None else [self._thread, *self._sender.threads]
         left = tuple(thread.name for thread in threads if thread is not None and thread.is_alive())
-        return OutgoingOutcome(self.ledger.status, self.error, sent, out.requests, p50, p99, left, len(times))
+        return OutgoingOutcome(
+            self.ledger.status, self.error, sent, out.requests, p50, p99, left, len(out.service_s), here_p50, here_p99
+        )  # fmt: skip
 
     def cut(self) -> None:
         """Breaks all connections. Before the commit that is a failure, after it a pause."""

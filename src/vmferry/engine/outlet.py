@@ -72,10 +72,10 @@ class Outlet:
 
     def put_pages(self, block: ImageBlock, first: int, count: int) -> None:
         """Pages side by side; zero pages as such. Only when nothing is pending."""
-        if count == 1 and isinstance(block.store, MemoryFile):
+        if count == 1 and block.store.knows_zeros:
             self._put_page(block, first)
             return
-        if not isinstance(block.store, MemoryFile):
+        if not block.store.knows_zeros:
             pages = block.store.read(first, count)
             self._put_mixed(block, first, pages, np.asarray(pages.any(axis=1)))
             return
@@ -85,7 +85,7 @@ class Outlet:
         elif not touched.any():
             self.put_zeros(block, np.arange(first, first + count))
         else:
-            self._put_mixed(block, first, block.store.read(first, count), touched)
+            self._put_known(block, first, touched)
 
     def _put_page(self, block: ImageBlock, number: int) -> None:
         is_filled = bool(block.touched[number])
@@ -96,6 +96,9 @@ class Outlet:
             self._name(block, word)
         if not is_filled:
             self._pending.append(_ZERO_FILL)
+            return
+        if not isinstance(block.store, MemoryFile):
+            self._pending.append(block.store.read(number, 1).reshape(-1).data)
             return
         memory = self._memory.get(block)
         if memory is None:
@@ -118,6 +121,16 @@ class Outlet:
             out = np.zeros((len(numbers) - start, 9), np.uint8)
             out[:, :8] = _heads(numbers[start:], ZERO | CONTINUE)
             self._pending.append(out.reshape(-1).data)
+
+    def _put_known(self, block: ImageBlock, first: int, touched: npt.NDArray[np.bool_]) -> None:
+        """As `_put_mixed`, where zeros are known before anything is read."""
+        edges = (np.flatnonzero(touched[1:] != touched[:-1]) + 1).tolist()
+        for start, stop in zip([0, *edges], [*edges, len(touched)], strict=True):
+            numbers = np.arange(first + start, first + stop)
+            if touched[start]:
+                self._put_pages_in(None, block, numbers, block.store.read(first + start, stop - start))
+            else:
+                self.put_zeros(block, numbers)
 
     def _put_mixed(self, block: ImageBlock, first: int, pages: Pages, filled: npt.NDArray[np.bool_]) -> None:
         """In page order: the records of a host page may not be taken apart."""
@@ -178,9 +191,7 @@ def pages_of(block: ImageBlock, numbers: npt.NDArray[np.intp]) -> Pages:
     first, count = int(numbers[0]), len(numbers)
     if int(numbers[-1]) - first == count - 1:
         return block.store.read(first, count)
-    if isinstance(block.store, MemoryFile):
-        return block.store.pages[numbers]
-    return np.concatenate([block.store.read(int(number), 1) for number in numbers])
+    return block.store.read_some(numbers)
 
 
 def _heads(numbers: npt.NDArray[np.intp], flags: int) -> npt.NDArray[np.uint8]:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
-from vmferry.engine.image import PAGE_BYTES, ImageBlock, Map
+from vmferry.engine.image import PAGE_BYTES, Arrivals, ImageBlock, Map
 from vmferry.wire.events import Discard
 
 Numbers = npt.NDArray[np.intp]
@@ -35,6 +35,8 @@ WINDOW_PAGES: Final = 8192
 """Pages of which marks are looked at together: 32 MiB, little enough that marks are fresh when pages are sent."""
 RANGES_PER_DISCARD: Final = 12
 """QEMU's own number; a destination takes more, but nothing is gained."""
+_ZERO_CHUNK_PAGES: Final = 1024
+"""Zeros in one go: 9 KiB on the wire."""
 _LOOK_PAGES: Final = 4096
 """Marks that the background looks at in one go for the next page that was not sent."""
 
@@ -111,21 +113,29 @@ def discards(blocks: Sequence[ImageBlock]) -> list[Discard]:
 
 
 class Chunk(NamedTuple):
-    """Pages of one block, side by side, to be sent now. `asked_s`: when the first of them was asked for, else None."""
+    """Pages of one block, side by side, to be sent now. `asked_s`: when the first of them was asked for, else None.
+    `was_absent`: they were not here then."""
 
     block: ImageBlock
     first: int
     pages: int
     asked_s: float | None = None
+    was_absent: bool = False
 
 
 _NONE: Final[tuple[tuple[int, int], ...]] = ()
 
 
 class PageService:
-    """Hands out the pages that are still to be sent in postcopy. One owner."""
+    """Hands out the pages that are still to be sent in postcopy. One owner.
 
-    def __init__(self, blocks: Sequence[ImageBlock], *, near_pages: int, chunk_pages: int) -> None:
+    `arrivals`: see `Image`. Without them whatever is here leaves in the order of the blocks.
+    """
+
+    def __init__(
+        self, blocks: Sequence[ImageBlock], *, near_pages: int, chunk_pages: int, arrivals: Arrivals | None = None
+    ) -> None:
+        self._arrivals = arrivals
         self._blocks = blocks
         self._near_pages, self._chunk_pages = near_pages, chunk_pages
         self._asked = {block: np.zeros(block.count, np.bool_) for block in blocks}
@@ -134,6 +144,8 @@ class PageService:
         """(block, first, stop, when): asked for and here."""
         self._absent: list[tuple[ImageBlock, int, int, float]] = []
         """The same of host pages that are not here."""
+        self._came_late: set[tuple[ImageBlock, int]] = set()
+        """Those of `_urgent` that were not here when they were asked for, by their first page."""
         self._is_over = self._is_search_due = False
         """More was asked for than the two above hold: the rest is found by the marks."""
         self._near: deque[tuple[ImageBlock, int, int]] = deque()
@@ -202,6 +214,7 @@ class PageService:
                 continue
             if block.have[first:stop].all():
                 self._urgent.append(waiting)
+                self._came_late.add((block, first))
             else:
                 still.append(waiting)
         self._absent = still
@@ -242,6 +255,9 @@ class PageService:
                 if chunk.first + chunk.pages < stop:
                     self._urgent.appendleft((block, chunk.first + chunk.pages, stop, at_s))
             self._note_near(block, chunk.first + chunk.pages)
+            if self._came_late and (block, first) in self._came_late:
+                self._came_late.discard((block, first))
+                return chunk._replace(was_absent=True)
             return chunk
         return None
 
@@ -266,6 +282,8 @@ class PageService:
 
     def next_background(self) -> Chunk | None:
         """The next pages in order that are here and were not sent."""
+        if self._arrivals is not None:
+            return self._next_arrived(self._arrivals)
         turns = 0
         while self._left and turns <= len(self._blocks):
             block = self._blocks[self._block_at]
@@ -282,14 +300,37 @@ class PageService:
                 turns += 1
         return None
 
-    def _row(self, block: ImageBlock, first: int, stop: int) -> tuple[int, int] | None:
+    def _next_arrived(self, arrivals: Arrivals) -> Chunk | None:
+        """The next pages that have come. Zeros are some bytes each, so many of them are one small chunk."""
+        while arrivals:
+            block, first, stop = arrivals.popleft()
+            touched = block.touched[first:stop]
+            if not touched[0] and block.host_page_pages == 1:
+                filled = int(touched.argmax())
+                end = first + filled if filled else stop
+                if end < stop:
+                    arrivals.appendleft((block, end, stop))
+                found = self._row(block, first, end, chunk_pages=_ZERO_CHUNK_PAGES)
+                rest = end
+            else:
+                found = self._row(block, first, stop)
+                rest = stop
+            if found is None:
+                continue
+            start, count = found
+            if start + count < rest:
+                arrivals.appendleft((block, start + count, rest))
+            return self._take(block, start, count)
+        return None
+
+    def _row(self, block: ImageBlock, first: int, stop: int, *, chunk_pages: int = 0) -> tuple[int, int] | None:
         """The first row of pages to send in a range of whole host pages: at most a chunk, whole host pages."""
         unit = block.host_page_pages
         due = whole_units(block.have[first:stop] & ~block.sent[first:stop], unit, need_all=True)
         start = int(due.argmax()) if len(due) else 0
         if not len(due) or not due[start]:
             return None
-        most = max(self._chunk_pages // unit, 1) * unit
+        most = max((chunk_pages or self._chunk_pages) // unit, 1) * unit
         rest = due[start : start + most]
         return first + start, len(rest) if rest.all() else int(rest.argmin())
 

@@ -34,7 +34,7 @@ from vmferry import limits
 from vmferry.core.facts import Fact
 from vmferry.engine import machine_types
 from vmferry.engine.answers import PROOF_PING, Answers
-from vmferry.engine.image import PAGE_BYTES, ImageBlock, MemoryFile
+from vmferry.engine.image import PAGE_BYTES, ImageBlock
 from vmferry.engine.multifd_out import MultifdOut
 from vmferry.engine.outbound import Outbound, OutgoingOptions
 from vmferry.engine.outlet import RUN_PAGES, Outlet, pages_of
@@ -101,7 +101,7 @@ class MainSender:
             uuid=self._uuid(), name="outgoing", wake=out.waker.wake, while_full=self._wait_and_hear
         )
         self._service: PageService | None = None
-        self._unnoted: list[float] = []
+        self._unnoted: list[tuple[float, bool]] = []
         """When the requests were read whose pages are on their way into the socket."""
         self._bitmap_chunks = 0
         """How many chunks of dirty bitmaps have left."""
@@ -342,7 +342,7 @@ class MainSender:
                 self._send_window(block, numbers)
 
     def _send_window(self, block: ImageBlock, numbers: Numbers) -> None:
-        if not isinstance(block.store, MemoryFile):  # nobody knows which of its pages are zero before they are read
+        if not block.store.knows_zeros:  # nobody knows which of its pages are zero before they are read
             self._send_foreign(block, numbers)
             return
         filled = block.touched[numbers]
@@ -437,7 +437,10 @@ class MainSender:
     def _make_service(self) -> None:
         options = self.out.options
         self._service = self._answer.service = PageService(
-            list(self.out.image), near_pages=options.near_pages, chunk_pages=options.chunk_pages
+            list(self.out.image),
+            near_pages=options.near_pages,
+            chunk_pages=options.chunk_pages,
+            arrivals=self.out.image.arrivals,
         )
         for outlet in (self._main, self._urgent):
             if outlet is not None:
@@ -485,13 +488,16 @@ class MainSender:
         while not outlet.is_full or outlet.offer():
             if self._unnoted:
                 now_s = time.perf_counter()
-                self.out.service_s.extend([now_s - asked_s for asked_s in self._unnoted])
+                self.out.service_s.extend([now_s - asked_s for asked_s, _ in self._unnoted])
+                self.out.service_here_s.extend(
+                    [now_s - asked_s for asked_s, was_absent in self._unnoted if not was_absent]
+                )
                 self._unnoted.clear()
             chunk = service.next_urgent()
             if chunk is None:
                 return
             if chunk.asked_s is not None:
-                self._unnoted.append(chunk.asked_s)
+                self._unnoted.append((chunk.asked_s, chunk.was_absent))
             self._put_chunk(outlet, chunk)
 
     def _put_chunk(self, outlet: Outlet, chunk: Chunk) -> None:

@@ -62,6 +62,10 @@ class Entry(StrEnum):
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
+    RESTORE_WANTED = "restore-wanted"
+    """A guest was wanted back from a snapshot; what is made for it."""
+    SAVE_WANTED = "save-wanted"
+    """A snapshot of a VM of this host was asked for."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -150,6 +154,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
+            case Entry.RESTORE_WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "restore", entry.body)
+            case Entry.SAVE_WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
             case Entry.DISMISSED if job:
                 job.dismissed = True
             case Entry.CANCEL_WANTED if job:
@@ -279,7 +287,7 @@ def _forget_old(db: sqlite3.Connection) -> None:
         )
         old = db.execute(
             "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
-            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted')"
+            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted','save-wanted','restore-wanted')"
             "  AND json_extract(body, '$.auto_dismiss') = 0"
             "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
             " ORDER BY seq DESC LIMIT -1 OFFSET ?",

@@ -27,6 +27,7 @@ from vmferry.store.index import Index, index_name
 from vmferry.store.known import UNKNOWN, Numbers
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import ZERO, Head, Table
+from vmferry.store.pack import pack_name
 from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 from vmferry.store.source import PageSource
@@ -96,6 +97,21 @@ class SnapshotReader:
     def is_zero(self, block: str) -> npt.NDArray[np.bool_]:
         """Which pages of a block are zero: nothing has to be read for them."""
         return np.asarray(self.table(block) == ZERO)
+
+    def require_sizes(self) -> None:
+        """Looks whether the packs that have pages of this snapshot are as long as they should be, which costs nothing
+        where they are. Raises Damaged; a pack that is missing was noticed before."""
+        misfits = {k: found for k in range(len(self.source.indexes)) if (found := self.source.misfits(k))}
+        if not misfits:
+            return
+        used = self.rows_used()
+        for k, numbers in misfits.items():
+            index = self.source.indexes[k]
+            rows = used.get(index.index_id)
+            packs = set() if rows is None else set(index.packs_of(index.frames_of(rows)).tolist())
+            for number in numbers:
+                if number in packs:
+                    raise Damaged(pack_name(index.pack_ids[number]), "it has not the size that its index says")
 
     def renew_if_due(self) -> None:
         """Renews the lock. Raises LockLost: the snapshot's pages may be taken away from now on."""

@@ -79,6 +79,16 @@ class PageSource:
             return np.ones(len(rows), np.bool_)
         return np.asarray(self._live[k][index.packs_of(index.frames_of(rows))])
 
+    def misfits(self, k: int) -> list[int]:
+        """The packs of index `k`, by their numbers in it, that are there and have another size than it says."""
+        index = self.indexes[k]
+        sizes = zip(index.pack_ids, index.pack_sizes.tolist(), strict=True)
+        return [
+            number
+            for number, (pack_id, size) in enumerate(sizes)
+            if pack_id in self._present and self._present[pack_id].size_bytes != size
+        ]
+
     def find(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without."""
         wanted = KnownPages(len(ids))
@@ -109,7 +119,9 @@ class PageSource:
         return np.asarray(found[positions])
 
     def moved(self, numbers: Numbers) -> Numbers:
-        """The same pages where they are now; UNKNOWN for those that are nowhere."""
+        """The same pages where they are now; UNKNOWN for those that are nowhere. What has not moved is not copied."""
+        if all(live.all() for live in self._live):
+            return numbers
         now = numbers.copy()
         for k, at, rows in self.split(numbers):
             gone = ~self.is_live(k, rows)
@@ -187,10 +199,17 @@ class PageSource:
             raise self._wrong(k, int(of_rows[wrong[0]]))
 
     def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
-        """These frames' pages, in order; neighbours in a pack are read at once. For runs: nothing is kept."""
+        """These frames' pages, in order; neighbours in a pack are read at once. For runs: what was kept is used, and
+        nothing more is kept."""
         index = self.indexes[k]
         run: list[Place] = []
         for frame in frames.tolist():
+            kept = self._kept(k, frame)
+            if kept is not None:
+                yield from self._inflate_run(index, run)
+                run = []
+                yield kept
+                continue
             place = index.place(frame)
             if run and (
                 place.pack != run[-1].pack

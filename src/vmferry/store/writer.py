@@ -106,6 +106,11 @@ class SnapshotWriter:
             found[is_new] = self._add(block, numbers, pages, rows[is_new], ids[is_new])
         table[numbers[rows]] = found
 
+    def put_zeros(self, block: str, numbers: npt.NDArray[np.int64]) -> None:
+        """These pages are zero: nothing has to be looked at. As `put`."""
+        self._lock.renew_if_due()
+        self._tables[self._by_name[block]][numbers] = ZERO
+
     def keep(self, block: str, numbers: npt.NDArray[np.int64]) -> None:
         """These pages are what they are in the base snapshot: the caller knows it, and nothing is read."""
         assert self._base is not None, "there is a base"

@@ -119,6 +119,17 @@ async def switchover_ack(pair: Pair) -> None:
     await pair.destination.until_run_state("paused")
 
 
+async def background_snapshot(pair: Pair) -> None:
+    """The guest stops for a moment and goes on by itself, long before everything is sent; nobody answers. It is loaded
+    as a precopy is."""
+    await pair.begin(background=True)
+    await pair.source.until("completed")
+    assert pair.source.seen == ["setup", "active", "STOP", "RESUME", "completed"]
+    assert await pair.source.run_state() == "running", "it is nobody's postmigrate"
+    await pair.destination.until("completed")
+    await pair.destination.until_run_state("paused")
+
+
 async def cancel_in_active(pair: Pair) -> None:
     """Ends in cancelled (7.2: now and then in failed), the guest never stopped, and options are open again."""
     await pair.begin(slow=True)
@@ -343,6 +354,7 @@ CHECKS: dict[str, Check] = {
         postcopy,
         postcopy_at_once,
         switchover_ack,
+        background_snapshot,
         cancel_in_active,
         cancel_before_switchover,
         peer_killed_in_active,

@@ -211,13 +211,17 @@ class Pair:
         switchover_ack: bool = False,
         holds_answers: bool = False,
         switch: bool = False,
+        background: bool = False,
     ) -> None:
         """Options as vmferry sets them, the channel by descriptor, `migrate`, and with `switch` in the same breath the
         order to go over to postcopy."""
         common = {"events": True, "return-path": True, "postcopy-ram": postcopy}
         common |= {"switchover-ack": True} if switchover_ack else {}
         await self._set(self.destination, {**common, "late-block-activate": True})
-        await self._set(self.source, {**common, "pause-before-switchover": pause})
+        if background:  # compatible with next to nothing
+            await self._set(self.source, {"events": True, "return-path": False, "background-snapshot": True})
+        else:
+            await self._set(self.source, {**common, "pause-before-switchover": pause})
         rate = SLOW_BYTES_PER_S if slow else FAST_BYTES_PER_S
         await self.source.execute("migrate-set-parameters", {"max-bandwidth": rate})
         left, right = self.connected()

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vmferry.testing.fake_link import Link, LinkLost
@@ -161,6 +162,23 @@ class Block:
 
     async def _do_query_block_exports(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"id": n, "type": "nbd", "node-name": node, "shutting-down": False} for n, node in self.exports.items()]
+
+    async def _do_transaction(self, arguments: dict[str, Any]) -> None:
+        """External snapshots only; all or none, as QEMU does it."""
+        actions = arguments["actions"]
+        for action in actions:
+            assert action["type"] == "blockdev-snapshot-sync", action
+            node, file = str(action["data"]["node-name"]), str(action["data"]["snapshot-file"])
+            if node not in self.nodes:
+                raise Refused(f"Cannot find device='' nor node-name='{node}'")
+            if Path(file) in Path(file).parent.iterdir():
+                raise Refused(f"{file}: it exists")
+        await self.state.step("transaction")
+        for data in (action["data"] for action in actions):
+            name, node = str(data["snapshot-node-name"]), str(data["node-name"])
+            os.close(os.open(str(data["snapshot-file"]), os.O_CREAT | os.O_WRONLY, 0o600))
+            self.nodes[name] = Node(name, "qcow2", filename=str(data["snapshot-file"]))
+            self.drives = tuple((device, name if drive == node else drive) for device, drive in self.drives)
 
     # --- the server ---
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from vmferry.testing.fake_block import Block
 from vmferry.testing.fake_incoming import Incoming
-from vmferry.testing.fake_link import Link
+from vmferry.testing.fake_link import Link, SocketLink
 from vmferry.testing.fake_outgoing import IN_POSTCOPY, OVER, WIRE_BYTES, Outgoing
 from vmferry.testing.fake_state import Refused, State
+from vmferry.testing.fake_stream import SPEAKS, StreamLink
 
 OOB = frozenset({"yank", "query-yank", "migrate-pause", "migrate-recover"})
 """Commands that may come out of band."""
@@ -305,11 +306,19 @@ class Commands:
             descriptor = self.state.descriptors.pop(rest, None)
             if descriptor is None:
                 raise Refused(f"File descriptor named '{rest}' has not been found")
-            return lambda: self.state.outside.open_link(descriptor)
+            return lambda: self._open(descriptor, rest)
         if kind == "tcp":
             host, _, port = rest.rpartition(":")
             return lambda: self.state.outside.connect(host, int(port))
         raise Refused(f"unknown migration protocol: {arguments.get('uri')}")
+
+    async def _open(self, descriptor: int, name: str) -> Link:
+        link = await self.state.outside.open_link(descriptor)
+        if name not in SPEAKS:
+            return link
+        assert isinstance(link, SocketLink), "an agent that saves is a process"
+        asks = bool(self.state.capabilities.get("return-path"))
+        return StreamLink(link, machine=self.state.profile.machines[-3], asks=asks)
 
     async def _acceptor(self, arguments: dict[str, Any]) -> Callable[[], Awaitable[Link]]:
         kind, _, rest = str(arguments.get("uri", "")).partition(":")

@@ -92,6 +92,9 @@ class Outgoing:
             self.link.send("header")
             state.set_word("active")
             await self._step("active")
+            if state.capabilities.get("background-snapshot"):
+                await self._background()
+                return
             goes_post = await self._or_end(self._memory())
             await self._step("converge")
             await self._stop()
@@ -167,6 +170,21 @@ class Outgoing:
         await self.continued.wait()
         if self.is_cancelled:
             raise Ended("")
+
+    async def _background(self) -> None:
+        """The guest stops for a moment, and its memory of that moment is sent while it goes on. Nobody answers."""
+        state = self.state
+        self.stopped_s, before = state.outside.now_s(), state.run_state
+        state.set_run_state("paused")
+        await self._step("instant")
+        state.set_run_state(before)
+        self.downtime_ms = int((state.outside.now_s() - self.stopped_s) * 1000)
+        self.stopped_s = None  # from here on an end does not concern the guest
+        await self._or_end(self._memory())
+        await self._step("converge")
+        self._the_link().send("device")
+        await self.state.step("completed", lost=self.ended)
+        state.set_word("completed")
 
     async def _precopy(self) -> None:
         state, link = self.state, self._the_link()

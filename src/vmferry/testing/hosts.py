@@ -422,7 +422,8 @@ class TwoAgents:
     def _keep_facts(self, host: AgentHost) -> None:
         if self._cache is None or (self._cache / _tag(host.qemu)).exists() or not host.state.is_dir():
             return
-        shutil.copytree(host.state, self._cache / _tag(host.qemu), ignore=shutil.ignore_patterns("journal*"))
+        not_facts = shutil.ignore_patterns("journal*", "repository", "disks", "first-touches")
+        shutil.copytree(host.state, self._cache / _tag(host.qemu), ignore=not_facts)
 
     # --- judging ---
 

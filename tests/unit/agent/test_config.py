@@ -153,3 +153,9 @@ def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
         load(path, {"name": "x"})
     with pytest.raises(UsageError, match="cannot be read as TOML"):
         load(tmp_path / "absent.toml", {"name": "x"})
+
+
+def test_where_snapshots_are_kept() -> None:
+    config = from_mapping(None, {"name": "a", "state_dir": "/s", "repository_options": {"region": 1}}, origin="file")
+    assert (config.repository, config.repository_folder) == ("", Path("/s/repository"))
+    assert config.repository_options == {"region": "1"}

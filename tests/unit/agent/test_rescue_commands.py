@@ -69,6 +69,7 @@ class FakeAgent:
         self.config = SimpleNamespace(name="host-a")
         self.vms: dict[str, Any] = {}
         self.claims = Claims()
+        self.saves = SimpleNamespace(active=lambda vm: None)
         self.published: list[tuple[str, dict[str, Any]]] = []
 
     def publish(self, name: str, data: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ async def test_every_event_that_is_sent_is_as_the_schema_says(make_site: MakeSit
         agent.control_server.broadcast = hearing  # type: ignore[method-assign]
     await site.migrate(mode=mode)
     await site.settle()
-    assert {name for name, _ in heard} >= set(EVENTS) - {"VM_GONE", "RESCUE", "JOB_PROGRESS"}
+    assert {name for name, _ in heard} >= set(EVENTS) - {"VM_GONE", "RESCUE", "RESTORE", "JOB_PROGRESS"}
     for name, data in heard:
         _decoded(EVENTS[name], data)
 

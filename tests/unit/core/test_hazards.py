@@ -64,3 +64,10 @@ def test_older_ones_wait_for_ever_after_their_last_page(version: tuple[int, int,
 )
 def test_older_ones_die_of_a_recovery_that_breaks_off(version: tuple[int, int, int] | None, dies: bool) -> None:
     assert hazards.dies_of_broken_recovery(version) is dies
+
+
+def test_a_background_snapshot_is_taken_where_a_break_was_seen_to_do_no_harm() -> None:
+    assert hazards.hangs_after_broken_background(None), "not known: the careful answer"
+    assert hazards.hangs_after_broken_background(OLD)
+    assert hazards.hangs_after_broken_background((10, 2, 0))
+    assert not hazards.hangs_after_broken_background(NEW)

@@ -295,14 +295,19 @@ def test_a_peer_that_never_stops_talking(peer: ScriptedDestination, start: Start
 
 def test_an_image_that_cannot_be_read(peer: ScriptedDestination, start: Start) -> None:
     class Unreadable:
+        knows_zeros = True
+
         def read(self, first: int, count: int) -> Any:
+            raise OSError("its process is gone")
+
+        def read_some(self, numbers: Any) -> Any:
             raise OSError("its process is gone")
 
         def close(self) -> None:
             pass
 
     image = make_image(BLOCKS)
-    image.blocks["pc.ram"].store = Unreadable()  # type: ignore[assignment]
+    image.blocks["pc.ram"].store = Unreadable()
     assert "its process is gone" in str(failed(start(image)).error)
 
 

@@ -149,6 +149,25 @@ def test_damage_names_the_snapshots_that_suffer_and_no_others() -> None:
     assert (problem.name, problem.snapshots) == (name, (broken,))
 
 
+@pytest.mark.parametrize("change", ["cut", "longer", "empty", "twice"])
+def test_packs_of_another_size_are_noticed_before_a_page_is_read_and_only_where_they_are_used(change: str) -> None:
+    store = new_store(CLOCK)
+    whole = store.save(memory(60))
+    broken = store.save(memory(60, seed=3))
+    with SnapshotReader(store.repository, broken) as reader:
+        reader.require_sizes()
+    mine = set(store.repository.packs()) - set(
+        store.repository.index(bytes.fromhex(store.repository.manifest(whole).head.indexes[0].index)).pack_ids
+    )
+    name = store.repository.packs()[mine.pop()].name
+    other = damaged_copy(store, name, CHANGES[change])
+    with SnapshotReader(other.repository, broken) as reader, pytest.raises(Damaged, match="not the size") as raised:
+        reader.require_sizes()
+    assert raised.value.name == name
+    with SnapshotReader(other.repository, whole) as reader:
+        reader.require_sizes()
+
+
 # --- lengths that lie ------------------------------------------------------------------------------------
 
 

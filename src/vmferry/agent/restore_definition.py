@@ -1,0 +1,211 @@
+"""The VM that comes out of a snapshot: its definition under its name, disks of its own, and whom it would clash with.
+
+Theory of operation
+-------------------
+A snapshot's guest has an identity: addresses of its cards, a UUID, disks, and what its definition names on the host.
+Restored beside the guest that it was taken from, or many times over, all copies have the same one, since a guest reads
+it at boot. What vmferry owns is made anew for each: the name, directories, sockets, and for each disk that the guest
+may change an overlay on the stored image, so that the stored one stays as it is for the next restore.
+
+The rest is compared with every VM that this agent or another one keeps:
+
+    named and allowed    the UUID; the address of a card that nobody else's network sees (`user`, `none`)
+    refused              the address of a card on a bridge or a tap; a tap, socket, port or file that is named in both
+
+`accept` takes a clash of addresses upon oneself; what only one process can have stays refused.
+
+Rule 1: nothing is changed or made here; all of it is known before anything is started.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from vmferry.agent.vms import DiskRef, VmDefinition
+from vmferry.errors import PlanRefused, SpecError
+from vmferry.vm import spec as vm_spec
+
+if TYPE_CHECKING:
+    from vmferry.engine.frozen import FrozenDisk
+
+SAME_ADDRESS: Final = "same-address"
+"""What `--accept` takes."""
+_MAC: Final = re.compile(r"\bmac=([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
+_EXCLUSIVE: Final = re.compile(
+    r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
+)
+_ON_A_NETWORK: Final = frozenset({"tap"})
+
+
+@dataclass(frozen=True, slots=True)
+class GuestIdentity:
+    """What of a VM must not be there twice, or should be known to be."""
+
+    vm: str
+    host: str
+    uuid: str = ""
+    quiet_macs: tuple[str, ...] = ()
+    """Addresses that no other machine sees."""
+    loud_macs: tuple[str, ...] = ()
+    """Addresses on a network."""
+    writable: tuple[str, ...] = ()
+    """Images that it may change."""
+    exclusive: tuple[str, ...] = ()
+    """What it names on its host and only one process can have."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> GuestIdentity:
+        """What `to_wire` gave, from an agent that may know more."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in wire.items()}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """An image that takes what the guest writes; `backing` is the stored one."""
+
+    path: str
+    backing: str
+    backing_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The VM that will be."""
+
+    definition: VmDefinition
+    overlays: tuple[Overlay, ...] = ()
+
+
+def identity_of(definition: VmDefinition, *, host: str) -> GuestIdentity:
+    """What of this VM could clash."""
+    writable = definition.writable_paths()
+    if definition.spec is not None:
+        spec = vm_spec.from_wire(definition.spec)
+        quiet: list[str] = []
+        loud: list[str] = []
+        taps: list[str] = []
+        for index, card in enumerate(spec.network):
+            (loud if card.type in _ON_A_NETWORK else quiet).append(spec.mac_of(index))
+            taps += [card.ifname] if card.ifname else []
+        named = [*taps, *_EXCLUSIVE.findall(" ".join(spec.extra_args))]
+        return GuestIdentity(
+            definition.name, host, spec.uuid or "", tuple(quiet), tuple(loud), writable, tuple(sorted(set(named)))
+        )
+    assert definition.adopted is not None, "a definition has a spec or a command line"
+    args = [str(arg) for arg in definition.adopted["args"]]
+    uuid = next((after for arg, after in itertools.pairwise(args) if arg in ("-uuid", "--uuid")), "")
+    macs = tuple(mac.lower() for mac in _MAC.findall(" ".join(args)))
+    # Sockets of an adopted VM are put elsewhere when its command line is rewritten (`vm.rewrite`).
+    return GuestIdentity(definition.name, host, uuid, (), macs, writable)
+
+
+def clashes(
+    mine: GuestIdentity, others: Iterable[GuestIdentity], *, accept: Sequence[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what forbids it, what should be known), a sentence each. `mine.host` is where it would be."""
+    refused: list[str] = []
+    notes: list[str] = []
+    for other in others:
+        where = f"{other.vm} on {other.host}"
+        if mine.uuid and mine.uuid == other.uuid:
+            notes.append(f"{where} has the same UUID: it is the same guest, or another restore of it")
+        common = sorted({*mine.loud_macs} & {*other.loud_macs, *other.quiet_macs})
+        if common and SAME_ADDRESS not in accept:
+            refused.append(
+                f"{where} has a card with the same address on a network ({', '.join(common)}); "
+                f"say --accept {SAME_ADDRESS} if they never meet"
+            )
+        elif common:
+            notes.append(f"{where} has a card with the same address ({', '.join(common)}), as was accepted")
+        quiet = sorted({*mine.quiet_macs} & {*other.loud_macs, *other.quiet_macs})
+        if quiet:
+            notes.append(f"{where} has a card with the same address ({', '.join(quiet)}), on another network")
+        disks = sorted({*mine.writable} & {*other.writable})
+        if disks:
+            refused.append(f"{where} may write to the same disk ({', '.join(disks)})")
+        things = sorted({*mine.exclusive} & {*other.exclusive}) if mine.host == other.host else []
+        if things:
+            refused.append(f"{where} uses the same {', '.join(things)}, which its definition names")
+    return tuple(refused), tuple(notes)
+
+
+def renew(definition: VmDefinition, disks: Sequence[FrozenDisk], *, name: str, folder: str, tag: str) -> Renewed:
+    """The definition under a name, with an overlay in `folder` for each disk that it may change.
+
+    Raises PlanRefused for what a snapshot of this kind cannot be restored with, SpecError for a malformed one.
+    """
+    frozen = {disk.path: disk for disk in disks}
+    overlays: list[Overlay] = []
+    moved: dict[str, DiskRef] = {}
+    for number, disk in enumerate(definition.disks):
+        if disk.readonly:
+            continue
+        stored = frozen.get(disk.path)
+        if stored is None or stored.way != "external-snapshot":
+            raise PlanRefused(
+                f"the snapshot does not keep what {definition.name} had on {disk.path}",
+                side="client",
+                hint="its memory without its disk would damage the disk",
+            )
+        path = os.path.join(folder, f"{name}-{tag}-{number}.qcow2")
+        overlays.append(Overlay(path, stored.path, stored.format))
+        moved[disk.path] = DiskRef(path, False, False, "qcow2")
+    return Renewed(_named(definition, name, moved), tuple(overlays))
+
+
+def _named(definition: VmDefinition, name: str, moved: dict[str, DiskRef]) -> VmDefinition:
+    disks = tuple(moved.get(disk.path, disk) for disk in definition.disks)
+    if definition.spec is None:
+        if moved:
+            raise SpecError(
+                f"{definition.name} was not started from a spec: its command line is taken as it is, and its disks "
+                "cannot be put under others",
+                hint="only its memory with disks that it cannot change could be restored",
+            )
+        return dataclasses.replace(definition, name=name, disks=disks)
+    spec = vm_spec.from_wire(definition.spec)
+    wire = dict(definition.spec)
+    wire["name"] = name
+    if spec.network:
+        # An address that the spec leaves open follows from the name, and the guest has the old one.
+        cards = [dict(card) for card in wire["network"]]
+        wire["network"] = [{**card, "mac": spec.mac_of(index)} for index, card in enumerate(cards)]
+    if spec.disk:
+        changed = [dict(disk) for disk in wire["disk"]]
+        for disk in changed:
+            there = moved.get(disk["path"])
+            if there is not None:
+                disk.update(path=there.path, format=there.format, shared=False)
+        wire["disk"] = changed
+    vm_spec.from_wire(wire, source=f"the definition of {definition.name}")
+    return dataclasses.replace(definition, name=name, disks=disks, spec=wire)
+
+
+def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
+    """What is wrong with the stored images, a sentence each: missing, or not what they were. Reads the file system."""
+    found = []
+    for disk in disks:
+        if disk.way not in ("read-only", "external-snapshot"):
+            continue
+        try:
+            seen = os.stat(disk.path)
+        except OSError as error:
+            found.append(f"the disk image {disk.path} of the snapshot is not there: {error.strerror}")
+            continue
+        if disk.path.startswith("/dev/"):
+            continue
+        if (seen.st_size, seen.st_mtime_ns) != (disk.size_bytes, disk.mtime_ns):
+            found.append(f"the disk image {disk.path} was changed since the snapshot was made")
+    return tuple(found)

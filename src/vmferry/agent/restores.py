@@ -1,0 +1,486 @@
+"""The restores of one agent: those at work, those that are over, snapshots that are open, and the command.
+
+Theory of operation
+-------------------
+`restore` reads the snapshot's description, and asks everything that can be asked before anything is made: is the name
+free, are the stored disks what they were, does this host have the machine, whom would the guest clash with. Then the
+order is journalled, and a `RestoreAttempt` does the rest.
+
+A snapshot is opened once for all restores of it that are at work: its indexes and page tables are shared.
+
+Rule 1: what can be refused is refused by the command, in words, before anything is journalled or made.
+Rule 2: a guest that lacks pages is not moved and not saved (`blockers`): its QEMU could do neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry import limits
+from vmferry.agent import vm_commands
+from vmferry.agent.job_book import JobInfo
+from vmferry.agent.restore_definition import (
+    SAME_ADDRESS,
+    GuestIdentity,
+    Renewed,
+    clashes,
+    disk_objections,
+    identity_of,
+    renew,
+)
+from vmferry.agent.restore_feed import Feed
+from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted
+from vmferry.agent.touch_orders import TouchOrders
+from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.core import restore as core
+from vmferry.core.job import KINDS, RESTORE, Answer, JobStatus, Verb, answer
+from vmferry.core.restore import RestoreFact as F
+from vmferry.errors import Busy, JobRefused, PlanRefused, QemuError, RepositoryError, UsageError, VmferryError
+from vmferry.jobs.journal import Entry, JobState
+from vmferry.vm import spec as vm_spec
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+    from vmferry.engine.frozen import FrozenDisk, SnapshotWords
+    from vmferry.store.manifest import Head
+    from vmferry.store.repository import Repository
+
+log = logging.getLogger("vmferry.agent")
+
+ASK_S = 2.0
+FORWARD_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreArguments:
+    """`vm-restore`."""
+
+    name: str
+    """The snapshot's name, or its id."""
+    rename: str = ""
+    """The name that the guest gets; '': the one that it had."""
+    host: str = ""
+    """The agent that restores it; '': the one that is asked."""
+    lazy: bool = False
+    """The guest runs at once, and its memory comes as it needs it."""
+    paused: bool = False
+    """The guest is not started."""
+    accept: list[str] = field(default_factory=list)
+    job: str = ""
+    """Minted by the client, so that asking twice is asking once; made here if empty."""
+    auto_dismiss: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreStatusArguments:
+    """`restore-status`: a restore by its id, on this host or another one."""
+
+    job: str
+    host: str = ""
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A snapshot that is open for some restores."""
+
+    opening: asyncio.Task[Opened]
+    users: int = 0
+
+
+class Restores:
+    """Owned by the agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._jobs: dict[str, RestoreAttempt] = {}
+        """By VM; the newest."""
+        self.results: dict[str, dict[str, Any]] = {}
+        """Ended restores, by job."""
+        self.orders = TouchOrders(agent.config.state_dir / "first-touches")
+        self._shared: dict[str, _Shared] = {}
+
+    def warm_up(self) -> None:
+        """An agent that has a repository loads what a restore needs, so that the first one does not wait for it: 0.3 s.
+        One that has none stays without numpy."""
+        config = self._agent.config
+        if config.repository or config.repository_folder.is_dir():
+            self._agent.keep_task(
+                asyncio.create_task(self._agent.snapshot_store.run(_load_rooms), name="warm-up-restores")
+            )
+
+    # --- which there are ------------------------------------------------------------------------------------
+
+    def active(self, vm: str) -> RestoreAttempt | None:
+        """The restore that brings this VM, if it is not over."""
+        found = self._jobs.get(vm)
+        return None if found is None or found.ended.is_set() else found
+
+    def by_id(self, job: str) -> RestoreAttempt | None:
+        """The restore with this id that is at work, or None."""
+        return next((each for each in self.at_work() if each.job == job), None)
+
+    def at_work(self) -> Iterator[RestoreAttempt]:
+        """Every restore that is not over."""
+        return (each for each in self._jobs.values() if not each.ended.is_set())
+
+    def status(self, *, job: str) -> dict[str, Any] | None:
+        """A restore by its id, as it stands or as it ended."""
+        found = self.by_id(job)
+        return self.results.get(job) if found is None else found.wire()
+
+    def infos(self) -> list[JobInfo]:
+        """The restores at work, as jobs."""
+        return [_info(each) for each in self.at_work()]
+
+    # --- their life -----------------------------------------------------------------------------------------
+
+    def begin(self, attempt: RestoreAttempt) -> None:
+        """Registers it and runs it."""
+        self._jobs[attempt.vm] = attempt
+        attempt.note(F.WANTED)
+        self._agent.keep_task(asyncio.create_task(attempt.run(), name=f"restore-{attempt.job}"))
+
+    def adopt(self, attempt: RestoreAttempt) -> None:
+        """The guest is one of this host's from now on."""
+        assert attempt.kept is not None
+        if self._agent.vms.get(attempt.vm) is not attempt.kept:
+            self._agent.vms[attempt.vm] = attempt.kept
+            self._agent.monitors.changed()
+
+    async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
+        """It has ended, and its end is in the journal."""
+        self.results[attempt.job] = result
+        kept = attempt.kept
+        if kept is not None and self._agent.vms.get(attempt.vm) is kept:
+            self._agent.hold(kept)
+        await self.release(attempt.wanted.snapshot)
+        self._agent.publish("RESTORE", attempt.brief())
+        self._agent.jobs.ended(
+            RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
+            auto_finalize=attempt.wanted.auto_finalize,
+        )  # fmt: skip
+
+    async def cancel(self, job: str) -> None:
+        """The restore is given up. Raises JobRefused once its guest may have run."""
+        attempt = self.by_id(job)
+        if attempt is None:
+            return
+        refusal = core.cancel_refusal(attempt.log)
+        if refusal is not None:
+            raise JobRefused(f"restore {job} of {attempt.vm}: {refusal}")
+        await self._agent.journal.append(Entry.CANCEL_WANTED, job)
+        if core.cancel_refusal(attempt.log) is None:
+            attempt.note(F.CANCEL)
+
+    def resume(self, job: str) -> None:
+        """What failed is tried again at once."""
+        attempt = self.by_id(job)
+        if attempt is not None and attempt.feed is not None:
+            attempt.feed.source.retry()
+
+    async def close(self) -> None:
+        """The agent ends: threads end, QEMUs wait for the next agent."""
+        for attempt in list(self.at_work()):
+            if attempt.feed is not None:
+                await attempt.feed.stop()
+            if attempt.machine is not None:
+                await attempt.machine.close()
+        for shared in self._shared.values():
+            if shared.opening.done() and not shared.opening.cancelled() and shared.opening.exception() is None:
+                await asyncio.to_thread(shared.opening.result().reader.close)
+
+    async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
+        """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
+        touches = feed.source.touches
+        if wanted.lazy and len(touches) and not feed.order:
+            await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
+
+    # --- open snapshots -------------------------------------------------------------------------------------
+
+    async def open(self, snapshot: str) -> Opened:
+        """The snapshot, read as far as it can be before its pages are; `release` gives it back. Raises
+        RepositoryError."""
+        shared = self._shared.get(snapshot)
+        if shared is None:
+            opening = asyncio.create_task(
+                self._agent.snapshot_store.with_repository(lambda repository: _open(repository, snapshot, self.orders)),
+                name=f"open-{snapshot[:8]}",
+            )
+            shared = self._shared[snapshot] = _Shared(opening)
+            self._agent.keep_task(opening)
+        shared.users += 1
+        try:
+            return await asyncio.shield(shared.opening)
+        except BaseException:
+            await self.release(snapshot)
+            raise
+
+    async def release(self, snapshot: str) -> None:
+        """Somebody who opened it does not need it any more."""
+        shared = self._shared.get(snapshot)
+        if shared is None:
+            return
+        shared.users -= 1
+        if shared.users <= 0:
+            del self._shared[snapshot]
+            await asyncio.gather(shared.opening, return_exceptions=True)
+            if not shared.opening.cancelled() and shared.opening.exception() is None:
+                try:
+                    await self._agent.snapshot_store.run(shared.opening.result().reader.close)
+                except RepositoryError as error:  # its lock gets stale by itself
+                    log.warning("snapshot=%s effect=close result=%s", snapshot, error)
+
+    # --- after a restart ------------------------------------------------------------------------------------
+
+    async def take_up(self, state: JobState) -> None:
+        """What the journal says of one, when the agent begins: ended, or to be gone on with, or to be taken away."""
+        if state.ended is not None:
+            self.results[state.job] = state.ended
+            self._agent.jobs.remember(RESTORE.name, state)
+            return
+        wanted = msgspec.convert(state.body, RestoreWanted)
+        attempt = RestoreAttempt(self._agent, wanted)
+        kept = self._agent.vms.get(wanted.vm)
+        if kept is None or kept.directory != wanted.directory:
+            # It never ran: what is left of it goes.
+            attempt.note(F.WANTED)
+            attempt.fail(QemuError(f"the agent restarted before {wanted.vm} was there; nothing of it is left"))
+            self.begin(attempt)
+            return
+        attempt.note(F.WANTED)
+        for fact in (F.READ, F.LAUNCHED, F.LOADING, F.LOADED, F.KEPT):
+            attempt.note(fact, text="before the restart")
+        attempt.kept = kept
+        if kept.machine is None or kept.machine.is_gone:
+            attempt.note(F.STARTING, text="it may have been started before the restart")
+            attempt.note(F.GONE, text="it ended while no agent ran")
+        else:
+            attempt.use(kept.machine)
+            await _look(attempt, kept)
+        self.begin(attempt)
+
+
+async def _look(attempt: RestoreAttempt, kept: KeptVm) -> None:
+    """How far a QEMU is that an earlier agent left. One that does not answer waits for a page."""
+    machine = kept.require_machine()
+    if not attempt.wanted.lazy:
+        attempt.note(F.WHOLE, text="before the restart")
+    try:
+        state = await machine.run_state(deadline_s=limits.RECOVERY_ANSWER_S)
+        word = (await machine.migration(deadline_s=limits.RECOVERY_ANSWER_S)).get("status")
+    except QemuError as error:
+        log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
+        attempt.note(F.STARTING, text="it may have been started before the restart")
+        state, word = "unknown", None
+    if state == "running":
+        attempt.note(F.RAN, text="before the restart")
+    if word == "completed":
+        attempt.note(F.WHOLE, text="before the restart")
+    elif attempt.wanted.lazy:
+        attempt.note(F.LOST, round_no=1, text="the agent that sent its memory is gone")
+
+
+def _load_rooms() -> None:
+    """In a thread."""
+    for room in ("engine.frozen", "engine.lazy", "engine.outgoing", "store.reader", "store.local"):
+        importlib.import_module(f"vmferry.{room}")
+
+
+def _open(repository: Repository, snapshot: str, orders: TouchOrders) -> Opened:
+    """In a thread of the store. Raises RepositoryError."""
+    from vmferry.engine.frozen import thaw
+    from vmferry.store.reader import SnapshotReader
+
+    reader = SnapshotReader(repository, snapshot)
+    try:
+        reader.require_sizes()
+        return Opened(reader, thaw(reader.device_state), orders.get(snapshot))
+    except BaseException:
+        reader.close()
+        raise
+
+
+def _info(attempt: RestoreAttempt) -> JobInfo:
+    state, moved = core.restore_state(attempt.log), attempt.progress()
+    return JobInfo(
+        id=attempt.job,
+        type=RESTORE.name,
+        status=state,
+        current_progress=moved.pages * 4096,
+        total_progress=moved.pages_whole * 4096,
+        error=None if attempt.error is None else attempt.error.message,
+        vm=attempt.vm,
+        detail=core.detail(attempt.log),
+        reason=core.reason(attempt.log) if state is JobStatus.PAUSED else "",
+        auto_finalize=attempt.wanted.auto_finalize,
+        auto_dismiss=attempt.wanted.auto_dismiss,
+        percent=moved.pages * 100 // moved.pages_whole if moved.pages_whole else None,
+        percent_error=0,
+        verbs=[verb.value for verb in Verb if answer(KINDS[RESTORE.name], verb, state).answer is Answer.DOES],
+        revision=attempt.revision,
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A snapshot by its name."""
+
+    snapshot: str
+    head: Head
+    words: SnapshotWords
+    disks: tuple[FrozenDisk, ...]
+
+
+async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
+    """Wants a guest back. Returns the job at once; events and `restore-status` tell how it goes.
+
+    Raises UsageError, PlanRefused, Busy, RepositoryError …; nothing was done then."""
+    if arguments.host and arguments.host != agent.config.name:
+        wish = {**msgspec.to_builtins(arguments), "host": ""}
+        link = agent.peers.link(arguments.host)
+        answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
+        return dict(answered)
+    job = arguments.job or uuid.uuid4().hex
+    known = agent.restores.status(job=job)
+    if known is not None:
+        return known
+    _check(agent, arguments)
+    found = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
+    vm = arguments.rename or found.words.vm
+    if not vm_spec.is_name(vm):
+        raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
+    with agent.claims.hold(vm, "restored"):
+        wanted = await _wanted(agent, arguments, found, vm=vm, job=job)
+        await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
+        attempt = RestoreAttempt(agent, wanted)
+        agent.restores.begin(attempt)
+    return attempt.wire()
+
+
+def _check(agent: Agent, arguments: RestoreArguments) -> None:
+    """Raises UsageError, Busy."""
+    unknown = set(arguments.accept) - {SAME_ADDRESS}
+    if unknown:
+        raise UsageError(f"--accept {unknown.pop()} is not known; there is {SAME_ADDRESS}")
+    agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
+    at_work = sum(1 for _ in agent.restores.at_work())
+    if at_work >= limits.RESTORES_MAX:
+        raise Busy(f"{at_work} restores are on their way on {agent.config.name} already", side="client")
+
+
+def find(repository: Repository, name: str) -> _Found:
+    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError."""
+    from vmferry.agent import snapshot_sink
+    from vmferry.engine.frozen import FrozenDisk, SnapshotWords
+    from vmferry.store.errors import Damaged
+
+    info = snapshot_sink.find(repository, name)
+    if info.head is None:
+        raise Damaged(f"snapshots/{info.snapshot}", info.damage)
+    words = SnapshotWords.from_wire(info.head.metadata)
+    return _Found(info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
+
+
+async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> RestoreWanted:
+    """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
+    words = found.words
+    if words.definition is None:
+        raise PlanRefused(
+            f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
+        )
+    old = VmDefinition.from_wire(words.definition)
+    folder = agent.config.disk_dir or agent.config.state_dir / "disks"
+    renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+    _, others, reasons = await asyncio.gather(
+        vm_commands.free_name(agent, vm),
+        identities(agent),
+        asyncio.to_thread(disk_objections, found.disks),
+    )
+    mine = identity_of(renewed.definition, host=agent.config.name)
+    refused, notes = clashes(mine, others, accept=arguments.accept)
+    refused = (*reasons, *refused, *await _host_objections(agent, renewed, lazy=arguments.lazy))
+    if refused:
+        raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
+    return RestoreWanted(
+        job=job,
+        vm=vm,
+        snapshot=found.snapshot,
+        name=found.head.name,
+        lazy=arguments.lazy,
+        runs=words.was_running and not arguments.paused,
+        definition=renewed.definition.to_wire(),
+        directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
+        overlays=renewed.overlays,
+        notes=notes,
+        auto_dismiss=arguments.auto_dismiss,
+        wanted_s=agent.clock.wall_s(),
+    )
+
+
+async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> Sequence[str]:
+    """What this host lacks, a sentence each."""
+    definition = renewed.definition
+    try:
+        facts = await agent.planner.qemu_facts()
+    except QemuError as error:
+        return [error.message]
+    found = []
+    if definition.machine not in facts.machines:
+        found.append(f"this host's QEMU {'.'.join(map(str, facts.version))} has no machine type {definition.machine}")
+    if definition.accel not in facts.accelerators():
+        found.append(f"the guest ran under {definition.accel}, which this host's QEMU does not offer")
+    if lazy and agent.planner.userfaultfd() is False:
+        found.append("this host's kernel lets no guest run before its memory is here (userfaultfd); leave out --lazy")
+    return found
+
+
+async def identities(agent: Agent) -> list[GuestIdentity]:
+    """What every VM of this host and of those that answer could clash with."""
+    found = local_identities(agent)
+    answers = await asyncio.gather(
+        *(link.call("peer-identities", {}, deadline_s=ASK_S) for link in agent.peers.links.values()),
+        return_exceptions=True,
+    )
+    for host, answered in zip(agent.peers.links, answers, strict=True):
+        if isinstance(answered, VmferryError):
+            log.info("host=%s command=peer-identities result=%s", host, answered)
+        elif isinstance(answered, BaseException):
+            raise answered
+        else:
+            found += [GuestIdentity.from_wire(wire) for wire in answered["identities"]]
+    return found
+
+
+def local_identities(agent: Agent) -> list[GuestIdentity]:
+    """Those of the VMs that run here, or are about to."""
+    definitions = {
+        kept.name: kept.definition for kept in agent.vms.values() if kept.machine and not kept.machine.is_gone
+    }
+    for attempt in agent.restores.at_work():
+        definitions[attempt.vm] = VmDefinition.from_wire(attempt.wanted.definition)
+    return [identity_of(each, host=agent.config.name) for each in definitions.values()]
+
+
+async def restore_status(agent: Agent, arguments: RestoreStatusArguments) -> dict[str, Any]:
+    """A restore as it stands, or as it ended. Raises UnknownJob."""
+    if arguments.host and arguments.host != agent.config.name:
+        link = agent.peers.link(arguments.host)
+        wish = {"job": arguments.job}
+        answered = await link.call("peer-forward", {"command": "restore-status", "arguments": wish}, deadline_s=ASK_S)
+        return dict(answered)
+    found = agent.restores.status(job=arguments.job)
+    if found is None:
+        agent.jobs.info(arguments.job)  # raises UnknownJob
+        raise UsageError(f"job {arguments.job} is no restore")
+    return found

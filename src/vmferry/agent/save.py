@@ -1,0 +1,557 @@
+"""One save: the guest's QEMU sends its state to this agent, which keeps it, and the guest goes on.
+
+Theory of operation
+-------------------
+The way there is a straight line (`_save`); whatever ends it, the way back is a table (`core.saving.ROWS`, walked by
+`give_back`). The order, and what an agent that dies leaves:
+
+    1. the job is journalled, with whether the guest runs   nothing was done; the job ends as failed
+    2. QEMU's options, journalled before they are changed   they are put back
+    3. `migrate` to a socket of ours; pages go into packs   QEMU loses its connection and stays with its guest; packs
+                                                            that nobody needs are left, for `prune`
+    4. only for writable disks, or for a person's leave:    the guest stands until the next agent cancels the
+       QEMU's pause before the switchover, new images       migration; images: see `save_disks`
+    5. the last pages, set aside in a file, and the device  QEMU goes back by itself; once it has completed, the guest
+       state; QEMU has completed                            stands until the next agent says `cont`
+    6. `cont`                                               the guest runs; what was saved is lost with the agent
+    7. packs, index, manifest: the commit                   the snapshot is there
+    8. the end is journalled                                the next agent finds the snapshot by the job's id
+
+With `pause` step 7 comes before step 6: the guest stands from step 2 on until its snapshot is there. A background save
+has no steps 4 to 6: QEMU lets its guest go on by itself after some milliseconds.
+
+Rule 1: the guest is nowhere else and never was, so it may always go on here, and always does: no error of the
+        repository, of the endpoint or of this agent leaves it stopped.
+Rule 2: nothing of the snapshot is there before the commit; a save that failed or was cancelled leaves only what
+        `prune` takes away.
+Rule 3: blocking work (the endpoint's end, the store) is done in threads; only this task acts on the guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vmferry import limits
+from vmferry.agent import save_disks
+from vmferry.agent.save_options import SaveOptions
+from vmferry.agent.vms import KeptVm
+from vmferry.agent.wants import SaveWanted
+from vmferry.core.job import SAVE, JobStatus, path
+from vmferry.core.saving import (
+    Back,
+    BackView,
+    Guest,
+    Owed,
+    Qemu,
+    SaveFact,
+    SaveLog,
+    Word,
+    awaits_leave,
+    guest_of,
+    may_cancel,
+    row_of,
+    save_job,
+    save_status,
+    word_of,
+)
+from vmferry.errors import (
+    CancelRefused,
+    GuestHeld,
+    MigrationCancelled,
+    MigrationFailed,
+    QemuError,
+    VmferryError,
+)
+from vmferry.jobs.journal import Entry
+from vmferry.qmp.codec import Event
+from vmferry.qmp.errors import QmpCommandError
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+    from vmferry.agent.snapshot_sink import SnapshotSink
+    from vmferry.engine.incoming import Incoming
+    from vmferry.store.manifest import Head
+    from vmferry.store.repository import Repository, SnapshotInfo
+
+log = logging.getLogger("vmferry.agent")
+
+FD_NAME = "vmferry-save"
+POLL_S = 0.2
+"""QEMU is asked for its numbers at least this often; its events wake earlier."""
+RETRY_FIRST_S, RETRY_LAST_S = 0.02, 2.0
+CONT_S = 10.0
+CLOSING_S = 3.0
+
+
+@dataclass(slots=True)
+class Counted:
+    """QEMU's numbers of the save."""
+
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    passes: int = 0
+    stop_s: float | None = None
+    resume_s: float | None = None
+
+    def count(self, info: dict[str, Any]) -> None:
+        """What query-migrate said."""
+        ram = info.get("ram") or {}
+        self.transferred_bytes = max(self.transferred_bytes, int(ram.get("transferred", 0)))
+        self.remaining_bytes = int(ram.get("remaining", 0))
+        self.passes = int(ram.get("dirty-sync-count", self.passes))
+
+    @property
+    def downtime_ms(self) -> float | None:
+        """How long the guest stood, by QEMU's own event times."""
+        if self.stop_s is None or self.resume_s is None:
+            return None
+        return round((self.resume_s - self.stop_s) * 1000, 3)
+
+    def progress(self) -> dict[str, Any]:
+        """As a migration's."""
+        whole = self.transferred_bytes + self.remaining_bytes
+        percent = self.transferred_bytes * 100 // whole if whole else 0
+        return {"current_bytes": self.transferred_bytes, "whole_bytes": whole, "percent": percent}
+
+
+@dataclass(eq=False)
+class SaveJob:
+    """A save at work. Made when it is journalled, or from the journal (`was_restored`: then it only goes back)."""
+
+    agent: Agent
+    wanted: SaveWanted
+    kept: KeptVm
+    options_before: dict[str, Any] = field(default_factory=dict)
+    was_restored: bool = False
+
+    def __post_init__(self) -> None:
+        self.facts = SaveLog()
+        self.revision = 0
+        self.counted = Counted()
+        self.error: VmferryError | None = None
+        self.head: Head | None = None
+        self.snapshot = ""
+        self.disks: list[Any] = []
+        self.notes: list[str] = []
+        self.ended = asyncio.Event()
+        self.started_s = self.agent.clock.wall_s()
+        self.ended_s: float | None = None
+        self.is_committing = False
+        self._wake = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._is_back = False
+        self._sink: SnapshotSink | None = None
+        self._options = SaveOptions(self.wanted, self.options_before)
+
+    # --- what others see ----------------------------------------------------------------------------------
+
+    @property
+    def job(self) -> str:
+        """The job's id."""
+        return self.wanted.job
+
+    @property
+    def vm(self) -> str:
+        """The VM's name."""
+        return self.wanted.vm
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its end is known; `ended` is set a moment later, when that is durable."""
+        return SaveFact.CLEANUP in self.facts
+
+    @property
+    def state(self) -> JobStatus:
+        """The job's state."""
+        return save_job(self.facts)
+
+    def note(self, fact: SaveFact, *, text: str = "", by: str = "") -> None:
+        """Records a fact (once) and tells it, with each state that it led the job through."""
+        before, was = self.facts, self.state
+        self.facts = before.with_fact(fact, text=text, at_s=self.agent.clock.wall_s(), by=by)
+        if self.facts is before:
+            return
+        self.revision += 1
+        log.info("job=%s vm=%s save fact=%s by=%s text=%r", self.job, self.vm, fact, by, text)
+        told = {"id": self.job, "type": SAVE.name, "vm": self.vm}
+        self.agent.publish(
+            "JOB_FACT", {**told, "fact": fact.value, "round": 0, "text": text, "by": by, "revision": self.revision}
+        )
+        failed = self.error is not None or SaveFact.CANCEL in self.facts
+        for state in path(was, self.state, failed=failed):
+            self.agent.publish("JOB_STATUS_CHANGE", {**told, "status": state.value})
+        self._wake.set()
+
+    def cancel(self) -> None:
+        """The guest goes on and nothing is kept. A second one changes nothing. Raises CancelRefused when it is late."""
+        if self.is_over or SaveFact.CANCEL in self.facts:
+            return
+        late = may_cancel(self.facts, is_committing=self.is_committing)
+        if late is not None:
+            raise CancelRefused(f"the save of {self.vm} cannot be cancelled any more: {late}", hint="")
+        self.note(SaveFact.CANCEL, by="person")
+
+    def finalize(self) -> None:
+        """A person's leave to take the guest's last state."""
+        self.note(SaveFact.FINALIZE, by="person")
+
+    def wire(self) -> dict[str, Any]:
+        """Everything about it, as plain values."""
+        status = save_status(self.facts)
+        counts = None if self.head is None else self.head.counts
+        return {
+            "job": self.job,
+            "kind": SAVE.name,
+            "vm": self.vm,
+            "name": self.wanted.name,
+            "snapshot": self.snapshot if SaveFact.KEPT in self.facts else None,
+            "host": self.agent.config.name,
+            "repository": self.agent.snapshot_store.place,
+            "way": self._options.way or self.wanted.way,
+            "status": status,
+            "coarse": status,
+            "outcome": "saved" if SaveFact.KEPT in self.facts else "none" if self.is_over else "pending",
+            "over": self.is_over,
+            "sentence": self.sentence(),
+            "downtime_ms": self.counted.downtime_ms,
+            "total_ms": None if self.ended_s is None else round((self.ended_s - self.started_s) * 1000, 3),
+            "transferred_bytes": self.counted.transferred_bytes,
+            "passes": self.counted.passes,
+            "progress": self.counted.progress(),
+            "pages": None if counts is None else counts.pages,
+            "zero_pages": None if counts is None else counts.zero,
+            "known_pages": None if counts is None else counts.known,
+            "stored_bytes": None if counts is None else counts.stored_bytes,
+            "disks": [disk.to_wire() for disk in self.disks],
+            "notes": list(self.notes),
+            "error": None if self.error is None else self.error.to_wire(),
+            "timeline": self._timeline(),
+        }
+
+    def sentence(self) -> str:
+        """One sentence for people."""
+        name, vm = self.wanted.name, self.vm
+        if SaveFact.KEPT in self.facts:
+            stood = self.counted.downtime_ms
+            text = "" if stood is None else f"; the guest stood still for {stood:.0f} ms"
+            return f"{vm} is saved as {name}{text}."
+        if self.is_over:
+            why = "it was cancelled" if SaveFact.CANCEL in self.facts else str(self.error)
+            return f"{vm} was not saved: {why}."
+        if awaits_leave(self.facts):
+            return f"{vm} stands still and waits for leave ('vmferry job finalize') to be saved as {name}."
+        return f"{vm} is being saved as {name}."
+
+    def _timeline(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for entry in self.facts.entries:
+            row: dict[str, Any] = {"at_ms": round((entry.at_s - self.started_s) * 1000, 3), "what": entry.fact.value}
+            row |= {name: text for name, text in (("text", entry.text), ("by", entry.by)) if text}
+            rows.append(row)
+        marks = (("STOP", self.counted.stop_s), ("RESUME", self.counted.resume_s))
+        rows += [{"at_ms": round((at_s - self.started_s) * 1000, 3), "what": what} for what, at_s in marks if at_s]
+        return sorted(rows, key=lambda row: float(row["at_ms"]))
+
+    # --- the course ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """To the end, whatever happens. Only the agent's own end stops it in between."""
+        machine = self.kept.machine
+        self.note(SaveFact.WANTED, by="person" if not self.was_restored else "journal")
+        if machine is not None:
+            machine.listeners.add(self._hear)
+        try:
+            if self.was_restored:
+                self.note(SaveFact.RESTARTED, by="journal")
+                self.error = MigrationFailed(
+                    f"the agent restarted while {self.vm} was being saved", guest="unharmed", retry="yes"
+                )
+            else:
+                await self._whole_way()
+            await self.give_back()
+            if self.was_restored:
+                await self._look_for_it()
+        except asyncio.CancelledError:  # the agent ends: a moment for the guest, if it stands
+            with contextlib.suppress(VmferryError, TimeoutError):
+                async with asyncio.timeout(CLOSING_S):
+                    await self.give_back()
+            raise
+        finally:
+            if machine is not None:
+                machine.listeners.discard(self._hear)
+        await self._end()
+
+    async def _whole_way(self) -> None:
+        """From the options to the commit. Errors are recorded; the guest may stand afterwards."""
+        from vmferry.agent.snapshot_sink import SnapshotSink
+
+        sink: SnapshotSink | None = None
+        try:
+            repository = await self.agent.snapshot_store.run(self.agent.snapshot_store.open_repository)
+            folder = None if self.wanted.pause else self.agent.config.state_dir
+            sink = self._sink = SnapshotSink(repository, vm=self.vm, spill_folder=folder)
+            await self._save(sink)
+            if not self.wanted.pause:
+                await self.give_back()
+            await self._keep(sink)
+        except (VmferryError, OSError) as error:
+            self._fail(error)
+        finally:
+            if sink is not None:
+                await self.agent.snapshot_store.run(sink.abort)
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, VmferryError):
+            error = QemuError(f"{self.vm}: {error}", cause=error)
+        log.warning("job=%s vm=%s save result=%s", self.job, self.vm, error)
+        if self.error is None:
+            self.error = error
+        if SaveFact.CANCEL not in self.facts:
+            self.note(SaveFact.ERROR, text=str(error))
+
+    async def _save(self, sink: SnapshotSink) -> None:
+        """Until the state is whole and QEMU has completed. Raises what went wrong; the guest may stand then."""
+        machine = self.kept.require_machine()
+        self._check_cancel()
+        await self._options.apply(machine, self._remember_options)
+        self.note(SaveFact.CONFIGURED, text=self._options.way)
+        if self.wanted.pause:
+            await self._stop("asked for")
+        incoming, ours, theirs = self._endpoint(sink)
+        try:
+            with theirs:
+                await machine.execute("getfd", {"fdname": FD_NAME}, fds=(theirs.fileno(),))
+            incoming.take(ours)
+            self._check_cancel()
+            await machine.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+            self.note(SaveFact.STARTED)
+            await self._follow(incoming)
+            await self._until_whole(incoming)
+            self.disks = await save_disks.describe(self.wanted.definition, self.wanted.overlays)
+        finally:
+            await self.agent.snapshot_store.run(incoming.stop)
+
+    def _endpoint(self, sink: SnapshotSink) -> tuple[Incoming, socket.socket, socket.socket]:
+        from vmferry.engine.incoming import Incoming
+
+        loop = asyncio.get_running_loop()
+        incoming = Incoming(sink.image, name=f"save-{self.vm}")
+
+        def wake(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._wake.set)
+
+        incoming.ledger.listen(wake)
+        ours, theirs = socket.socketpair()
+        return incoming, ours, theirs
+
+    async def _follow(self, incoming: Incoming) -> None:
+        """Until QEMU has completed. Raises MigrationFailed, MigrationCancelled."""
+        machine = self.kept.require_machine()
+        while True:
+            self._wake.clear()
+            self._check_cancel()
+            info = await machine.migration()
+            self.counted.count(info)
+            match word_of(info.get("status")):
+                case Word.DONE:
+                    return
+                case Word.IDLE | Word.ENDING:
+                    raise self._failure(info, incoming)
+                case Word.WAITS:
+                    await self._at_the_switchover()
+                case Word.GOING:
+                    if self.counted.passes > limits.SAVE_PASSES_MAX and self._options.way == "precopy":
+                        await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
+            await self._pause(POLL_S)
+
+    async def _at_the_switchover(self) -> None:
+        """The guest stands and its disks are quiet: leave, new images, and on."""
+        machine = self.kept.require_machine()
+        if not self.wanted.auto_finalize:
+            self.note(SaveFact.HOLD)
+        self.note(SaveFact.STANDS, by="QEMU")
+        until_s = self.agent.clock.now_s() + limits.SAVE_HOLD_S
+        while awaits_leave(self.facts):
+            self._wake.clear()
+            self._check_cancel()
+            if self.agent.clock.now_s() >= until_s:
+                raise MigrationFailed(f"nobody gave leave within {limits.SAVE_HOLD_S:g} s; {self.vm} goes on")
+            await self._pause(POLL_S)
+        if SaveFact.DISKS not in self.facts and self.wanted.overlays:
+            await save_disks.switch(self)
+        with contextlib.suppress(QmpCommandError):  # it went on by itself, or is over: the next look says which
+            await machine.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def _until_whole(self, incoming: Incoming) -> None:
+        """QEMU has sent everything; until all of it is here. Raises what the endpoint met."""
+        until_s = self.agent.clock.now_s() + limits.SAVE_WHOLE_S
+        while not incoming.is_over:
+            self._wake.clear()
+            if incoming.is_over:
+                break
+            if self.agent.clock.now_s() >= until_s:
+                raise MigrationFailed(f"the state of {self.vm} is not whole {limits.SAVE_WHOLE_S:g} s after its end")
+            await self._pause(POLL_S)
+        if not incoming.image.is_device_state_whole or incoming.error is not None:
+            raise incoming.error or MigrationFailed(f"the state of {self.vm} did not come whole")
+        self.note(SaveFact.WHOLE, by="endpoint")
+
+    def _failure(self, info: dict[str, Any], incoming: Incoming) -> VmferryError:
+        """What made QEMU give up: what this side met first, else QEMU's own words."""
+        if incoming.error is not None and not isinstance(incoming.error, MigrationFailed):
+            return incoming.error
+        text = info.get("error-desc") or incoming.error or "QEMU gave no reason"
+        return MigrationFailed(f"{self.vm} was not saved: {text}", side="source")
+
+    async def _keep(self, sink: SnapshotSink) -> None:
+        """The commit. Raises RepositoryError: there is no snapshot then, but after StoreTransient nobody knows."""
+        self._check_cancel()
+        self.is_committing = True
+        words = self._words()
+        self.head = await self.agent.snapshot_store.run(sink.commit, self.wanted.name, words, self.disks)
+        self.snapshot = sink.snapshot
+        self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
+
+    async def _look_for_it(self) -> None:
+        """The agent that had begun it may have died after the commit: then the snapshot is there, and it is told so."""
+        try:
+            found = await self.agent.snapshot_store.with_repository(self._find)
+        except (VmferryError, OSError) as error:  # nobody can say now; 'vmferry snapshots' will
+            log.warning("job=%s vm=%s save effect=look-for-snapshot result=%s", self.job, self.vm, error)
+            return
+        if found is not None:
+            self.head, self.snapshot, self.error = found.head, found.snapshot, None
+            self.notes.append("the agent restarted on the way; times are not known")
+            self.note(SaveFact.KEPT, text=found.snapshot, by="repository")
+
+    def _find(self, repository: Repository) -> SnapshotInfo | None:
+        return next(
+            (each for each in repository.snapshots() if each.head and each.head.metadata.get("job") == self.job), None
+        )
+
+    def _words(self) -> Any:
+        from vmferry.engine.frozen import SnapshotWords
+
+        return SnapshotWords(
+            vm=self.vm,
+            host=self.agent.config.name,
+            job=self.job,
+            machine=self.kept.definition.machine,
+            qemu_version="" if self.kept.machine is None else self.kept.machine.version_text,
+            was_running=self.wanted.running_before,
+            way="background" if self._options.way == "background" else "precopy",
+            definition=self.wanted.definition,
+        )
+
+    # --- the guest ----------------------------------------------------------------------------------------
+
+    async def _stop(self, why: str) -> None:
+        """`stop`, of a guest that runs."""
+        if SaveFact.STOPPED in self.facts:
+            return
+        machine = self.kept.require_machine()
+        if guest_of(await machine.run_state()) is Guest.RUNS:
+            await machine.execute("stop", deadline_s=CONT_S)
+        self.note(SaveFact.STOPPED, text=why)
+
+    async def give_back(self) -> None:
+        """The guest is its own again when this returns, and QEMU's options are what they were; or the error says that
+        it stands and why. Walks the rows of `core.saving`."""
+        if self._is_back:
+            return
+        until_s = self.agent.clock.now_s() + limits.SAVE_RETURN_S
+        pause_s, trouble = RETRY_FIRST_S, ""
+        while True:
+            self._heard.clear()
+            row = row_of(await self._look())
+            if row.do is Back.DONE:
+                break
+            try:
+                match row.do:
+                    case Back.CANCEL:
+                        await self.kept.require_machine().execute("migrate_cancel")
+                    case Back.CONT:
+                        await self.kept.require_machine().execute("cont", deadline_s=CONT_S)
+                    case Back.WAIT:
+                        pass
+            except QemuError as error:
+                trouble = str(error)
+                log.warning("job=%s vm=%s save row=%s result=%s", self.job, self.vm, row.label, error)
+            if self.agent.clock.now_s() >= until_s and row.do is Back.CONT:
+                self._fail(self._stands(trouble))
+                break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._heard.wait()
+            pause_s = min(pause_s * 2, RETRY_LAST_S)
+        self._is_back = True
+        self.note(SaveFact.RESUMED, text=row.why)
+        await self._options.put_back(self.kept.machine, FD_NAME)
+
+    def _stands(self, trouble: str) -> GuestHeld:
+        return GuestHeld(
+            f"{self.vm} is whole and stands still, and QEMU does not start it: {trouble or 'it does not say why'}",
+            side="source",
+            retry="no",
+            hint=f"free the disk that is locked elsewhere, then: vmferry rescue {self.vm} throw-away --run --never-ran",
+        )
+
+    async def _look(self) -> BackView:
+        machine = self.kept.machine
+        owed = Owed.YES if self.wanted.running_before else Owed.NO
+        if machine is None or machine.is_gone:
+            return BackView(Qemu.GONE, Word.IDLE, Guest.OTHER, owed)
+        try:
+            word = word_of((await machine.migration()).get("status"))
+            state = guest_of(await machine.run_state())
+        except QemuError:
+            return BackView(Qemu.GONE if machine.is_gone else Qemu.SILENT, Word.IDLE, Guest.OTHER, owed)
+        return BackView(Qemu.ANSWERS, word, state, owed)
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    async def _end(self) -> None:
+        if SaveFact.KEPT not in self.facts and SaveFact.CANCEL in self.facts and not isinstance(self.error, GuestHeld):
+            self.error = MigrationCancelled(f"the save of {self.vm} was cancelled; the guest goes on")
+        self.ended_s = self.agent.clock.wall_s()
+        self.note(SaveFact.CLEANUP)
+        wire = self.wire()
+        try:
+            await self.agent.journal.append(Entry.ENDED, self.job, wire)
+        except VmferryError as error:  # after a restart the job is looked at again, and ends as failed
+            log.error("job=%s vm=%s save effect=end result=%s", self.job, self.vm, error)
+        self.agent.saves.is_over(self, wire)
+        self.ended.set()
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    def _check_cancel(self) -> None:
+        if SaveFact.CANCEL in self.facts:
+            raise MigrationCancelled(f"the save of {self.vm} was cancelled; the guest goes on")
+
+    async def _remember_options(self, values: dict[str, Any]) -> None:
+        """Durable before QEMU has others: whoever ends this save puts them back."""
+        await self.agent.journal.append(Entry.OPTIONS_BEFORE, self.job, values)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+
+    def _hear(self, event: Event) -> None:
+        """An event of the guest's QEMU."""
+        at_s = self.agent.clock.wall_s() if event.timestamp_us is None else event.timestamp_us / 1e6
+        if event.name == "STOP":
+            self.counted.stop_s = self.counted.stop_s or at_s
+            if self._sink is not None and self._options.way == "precopy":
+                self._sink.spill()
+        elif event.name == "RESUME":
+            self.counted.resume_s = at_s
+        self._heard.set()
+        self._wake.set()

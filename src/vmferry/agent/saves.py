@@ -1,0 +1,217 @@
+"""The saves of one agent: those at work, those that are over, and the command that begins one.
+
+Rule 1: one save or migration of a VM at a time: each is a blocker of the other (`blockers`).
+Rule 2: what can be refused is refused by the command, before anything is journalled or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry.agent import save_disks
+from vmferry.agent.job_book import JobInfo
+from vmferry.agent.save import SaveJob
+from vmferry.agent.wants import SaveWanted
+from vmferry.core import hazards
+from vmferry.core.blockers import Operation
+from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
+from vmferry.core.saving import SaveFact, awaits_leave, save_status
+from vmferry.errors import PlanRefused, QemuError, UsageError
+from vmferry.jobs.journal import Entry, JobState
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+
+log = logging.getLogger("vmferry.agent")
+
+WAYS = ("auto", "precopy", "background")
+DISKS = ("refuse", save_disks.EXTERNAL_SNAPSHOT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveArguments:
+    """`vm-save`."""
+
+    vm: str
+    name: str
+    """The snapshot's; no other one of the repository may have it."""
+    job: str = ""
+    """Minted by the client, so that asking twice is asking once; made here if empty."""
+    way: str = "auto"
+    """'precopy', 'background', or 'auto': in the background where QEMU and the host can."""
+    pause: bool = False
+    """The guest stands until its snapshot is committed."""
+    disks: str = "refuse"
+    """What happens to writable disks: 'refuse', or 'external-snapshot'."""
+    auto_finalize: bool = True
+    """False: the guest's last stop waits, the guest paused, until `job-finalize`; for a minute, then it goes on."""
+    auto_dismiss: bool = True
+    """False: the job stays in `query-jobs` with its result until `job-dismiss`."""
+
+
+class Saves:
+    """Owned by the agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._jobs: dict[str, SaveJob] = {}
+        """By VM; the newest."""
+        self.results: dict[str, dict[str, Any]] = {}
+        """Ended saves, by job."""
+
+    def active(self, vm: str) -> SaveJob | None:
+        """The VM's save that is at work, or None."""
+        job = self._jobs.get(vm)
+        return None if job is None or job.ended.is_set() else job
+
+    def by_id(self, job: str) -> SaveJob | None:
+        """The save with this id that is at work, or None."""
+        return next((each for each in self.at_work() if each.job == job), None)
+
+    def at_work(self) -> Iterator[SaveJob]:
+        """Every save that is not over."""
+        return (job for job in self._jobs.values() if not job.ended.is_set())
+
+    def status(self, *, job: str) -> dict[str, Any] | None:
+        """A save by its id, as it stands or as it ended."""
+        found = self.by_id(job)
+        # Not over before that is durable: whoever hears so may save again.
+        return self.results.get(job) if found is None else {**found.wire(), "over": False}
+
+    def begin(self, save: SaveJob) -> None:
+        """Registers it and runs it."""
+        self._jobs[save.vm] = save
+        self._agent.keep_task(asyncio.create_task(save.run(), name=f"save-{save.job}"))
+
+    def is_over(self, save: SaveJob, wire: dict[str, Any]) -> None:
+        """It has ended, and its end is in the journal."""
+        self.results[save.job] = wire
+        self._agent.jobs.ended(
+            SAVE.name, save.job, wire, auto_dismiss=save.wanted.auto_dismiss, auto_finalize=save.wanted.auto_finalize
+        )
+
+    async def restore(self, state: JobState) -> None:
+        """What the journal says of one. A save that was at work is walked back: what had come is lost with the agent
+        that had it, and the guest goes on."""
+        if state.ended is not None:
+            self.results[state.job] = state.ended
+            self._agent.jobs.remember(SAVE.name, state)
+            return
+        wanted = msgspec.convert(state.body, SaveWanted)
+        kept = self._agent.vms.get(wanted.vm)
+        if kept is None:  # forgotten meanwhile: its QEMU is gone
+            log.warning("job=%s vm=%s save result=its VM is not kept here any more", state.job, wanted.vm)
+            return
+        save = SaveJob(self._agent, wanted, kept, options_before=state.options_before, was_restored=True)
+        if state.cancel_wanted:
+            save.note(SaveFact.CANCEL, by="journal")
+        try:
+            if await save_disks.mend(self._agent, kept, wanted.overlays):
+                save.notes.append(f"{wanted.vm} goes on in {', '.join(each.overlay for each in wanted.overlays)}")
+        except QemuError as error:
+            log.warning("job=%s vm=%s save effect=mend-disks result=%s", state.job, wanted.vm, error)
+        self.begin(save)
+
+    def infos(self) -> list[JobInfo]:
+        """The saves at work, as jobs."""
+        return [_info(save) for save in self.at_work()]
+
+
+def _info(save: SaveJob) -> JobInfo:
+    progress, state, waits = save.counted.progress(), save.state, awaits_leave(save.facts)
+    stood_s = save.counted.stop_s
+    return JobInfo(
+        id=save.job,
+        type=SAVE.name,
+        status=state,
+        current_progress=progress["current_bytes"],
+        total_progress=progress["whole_bytes"],
+        error=None if save.error is None else save.error.message,
+        vm=save.vm,
+        detail=save_status(save.facts),
+        reason="the guest stands and waits for leave to be saved" if waits else "",
+        auto_finalize=save.wanted.auto_finalize,
+        auto_dismiss=save.wanted.auto_dismiss,
+        percent=progress["percent"],
+        percent_error=0,
+        guest_paused_ms=(save.agent.clock.wall_s() - stood_s) * 1000 if waits and stood_s is not None else None,
+        verbs=[verb.value for verb in Verb if answer(KINDS[SAVE.name], verb, state).answer is Answer.DOES],
+        revision=save.revision,
+    )
+
+
+async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
+    """Wants a snapshot of a running VM. Returns the job at once; events and `job-status` tell how it goes.
+
+    Raises UsageError, PlanRefused, Busy, Blocked, RepositoryError …; nothing was done then."""
+    from vmferry.agent.snapshot_sink import check_name, require_free
+
+    job = arguments.job or uuid.uuid4().hex
+    known = agent.saves.status(job=job)
+    if known is not None:
+        return known
+    check_name(arguments.name)
+    for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, DISKS)):
+        if value not in allowed:
+            raise UsageError(f"{what} {value!r} is not possible; allowed: {', '.join(allowed)}")
+    with agent.claims.hold(arguments.vm, "saved"):
+        agent.blockers.require_free(arguments.vm, Operation.SNAPSHOT)
+        agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
+        wanted = await _checked(agent, arguments, job)
+        await agent.snapshot_store.with_repository(lambda repository: require_free(repository, arguments.name))
+        await agent.journal.append(Entry.SAVE_WANTED, job, msgspec.to_builtins(wanted))
+        found = SaveJob(agent, wanted, agent.vms[arguments.vm])
+        agent.saves.begin(found)
+    return found.wire()
+
+
+async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWanted:
+    """Looks at the guest. Raises PlanRefused for one that cannot be saved, with every reason."""
+    kept = agent.vms[arguments.vm]
+    machine = kept.require_machine()
+    state = await machine.run_state()
+    if state not in ("running", "paused"):
+        raise PlanRefused(f"{arguments.vm} is {state}: only a guest that runs or is paused can be saved", side="source")
+    reasons = [str(reason) for reason in (await machine.migration()).get("blocked-reasons", [])]
+    if kept.definition.has_vfio:
+        reasons.append("a device of the host is passed through to it, and its state cannot be told apart")
+    if reasons:
+        raise PlanRefused(f"{arguments.vm} cannot be saved: {'; '.join(reasons)}", side="source")
+    definition = kept.definition
+    loses = hazards.precopy_loses_writes(definition.accel, machine.version, definition.memory_bytes)
+    if loses and state == "running" and not arguments.pause:
+        raise PlanRefused(
+            f"under TCG QEMU {machine.version_text} loses writes of {arguments.vm} while its memory is read, so what "
+            "would be kept is not what it was",
+            side="source",
+            hint="say --pause: a guest that stands writes nothing",
+        )
+    overlays = await save_disks.plan(kept, arguments.name, arguments.disks)
+    if arguments.way == "background":
+        for is_so, why in (
+            (arguments.pause, "with pause the guest stands anyway"),
+            (not arguments.auto_finalize, "it cannot wait for leave"),
+            (bool(overlays), "nobody can say at which instant its disks would have to be kept"),
+            (state != "running", "it is paused, and QEMU before 8.0 would start it"),
+        ):
+            if is_so:
+                raise PlanRefused(f"{arguments.vm} cannot be saved in the background: {why}", side="source")
+    return SaveWanted(
+        job=job,
+        vm=arguments.vm,
+        name=arguments.name,
+        way=arguments.way,
+        pause=arguments.pause,
+        running_before=state == "running",
+        overlays=overlays,
+        definition=kept.definition.to_wire(),
+        auto_finalize=arguments.auto_finalize,
+        auto_dismiss=arguments.auto_dismiss,
+    )

@@ -1,0 +1,111 @@
+"""Snapshots out of the repository into plain stream files of QEMU's, and back. Blocking: runs in the store's threads.
+
+Rule 1: a file that exists is never written over, and a file that is not whole is not left.
+Rule 2: an import goes through the same endpoint as a save, so it refuses what a save would refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry import limits
+from vmferry.agent.snapshot_sink import SnapshotSink, check_name, find, require_free
+from vmferry.core.facts import Fact
+from vmferry.engine.frozen import SnapshotWords, state_of, thaw
+from vmferry.engine.image import Pages
+from vmferry.engine.incoming import Incoming
+from vmferry.engine.shared import IncomingOptions
+from vmferry.engine.stream_file import stream, was_running
+from vmferry.errors import UsageError
+from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository
+
+_READ_BYTES = 1 << 20
+
+
+def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
+    """Writes the snapshot into a new file, durably. Raises UsageError when the file cannot be made, RepositoryError
+    when the snapshot cannot be read whole; then there is no file."""
+    info = find(repository, word)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with SnapshotReader(repository, info.snapshot) as reader:
+        state = thaw(reader.device_state)
+        blocks = [(block.name, block.size_bytes) for block in reader.head.blocks]
+
+        def read(block: str, first: int, count: int) -> Pages:
+            reader.renew_if_due()
+            return reader.read(block, first, count)
+
+        def zeros(block: str) -> npt.NDArray[np.bool_]:
+            return reader.is_zero(block)
+
+        size_bytes = 0
+        try:
+            with part.open("xb") as file:
+                for buffers in stream(state, blocks, read, zeros):
+                    for buffer in buffers:
+                        size_bytes += file.write(bytes(buffer))
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(part, path)  # fails where the name is taken
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror or error}", cause=error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        name = reader.head.name
+    return {"snapshot": info.snapshot, "name": name, "file": str(path), "bytes": size_bytes, "machine": state.machine}
+
+
+def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[str, Any]:
+    """Keeps a stream file as a snapshot. Raises UsageError when there is no such file, RemoteProtocolError when it is
+    no whole stream, RepositoryError; nothing is kept then."""
+    check_name(name)
+    require_free(repository, name)
+    sink = SnapshotSink(repository)
+    incoming = Incoming(sink.image, options=IncomingOptions(end="end-of-input"), name="import")
+    try:
+        with path.open("rb") as file:
+            ours, theirs = socket.socketpair()
+            incoming.take(ours)
+            with theirs:
+                _pump(file.fileno(), theirs)
+                ending = incoming.ledger.wait(
+                    Fact.ALL_SENT, Fact.ERROR, Fact.LINK_LOST, timeout_s=limits.SNAPSHOT_FILE_S
+                )
+        if ending is not Fact.ALL_SENT or incoming.error is not None:
+            raise incoming.error or UsageError(f"{path} is no whole migration stream")
+        incoming.stop()
+        state = state_of(sink.image)
+        words = SnapshotWords(
+            vm="", host=host, job="", machine=state.machine, was_running=was_running(state), way="import"
+        )
+        head = sink.commit(name, words)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}", cause=error) from error
+    finally:
+        incoming.stop()
+        sink.abort()
+    return {
+        "snapshot": sink.snapshot,
+        "name": head.name,
+        "file": str(path),
+        "machine": state.machine,
+        "pages": head.counts.pages,
+        "stored_bytes": head.counts.stored_bytes,
+    }
+
+
+def _pump(fd: int, sock: socket.socket) -> None:
+    """The file into the endpoint, and its end. An endpoint that gives up closes: it knows why."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while data := os.read(fd, _READ_BYTES):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)

@@ -1,0 +1,214 @@
+"""Where the state of a guest that is saved goes: from an incoming endpoint, page by page, into the repository.
+
+Theory of operation
+-------------------
+`SnapshotSink` is the endpoint's image and its sink. The writer of the snapshot is made when the first page comes,
+because only then the guest's blocks are known; pages go to it in the endpoint's own thread. `commit` follows in one of
+the store's threads, after the endpoint has ended, so the writer has one user at a time.
+
+While the guest stands for its last pages it shall not wait for a store, which may be far away: `spill` has what comes
+from then on written into a nameless file of this host, and `commit` puts it into packs when the guest has gone on.
+
+If the repository has an earlier snapshot of the same VM, changed pages are kept as differences to it.
+
+Rule 1: nothing of the snapshot is there until `commit` returns; after `abort`, or an error, `prune` takes away what was
+        put.
+Rule 2: memory does not grow with the guest, but for the 5 bytes per page of tables and maps.
+Rule 3: what was spilled is put in the order in which it came, after everything that came before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry import limits
+from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
+from vmferry.engine.image import PAGE_BYTES, Pages
+from vmferry.engine.passing import PassingImage
+from vmferry.errors import RepositoryError, UsageError, VmferryError
+from vmferry.store.errors import StoreTransient, UnknownSnapshot
+from vmferry.store.manifest import Block, Head
+from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository, SnapshotInfo
+from vmferry.store.writer import SnapshotWriter
+
+log = logging.getLogger("vmferry.agent")
+
+Numbers = npt.NDArray[np.int64]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_COMMIT_TRIES = 3
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError for what is no name of a snapshot."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name of a snapshot: 1 to 64 letters, digits, dots, dashes or underscores")
+
+
+def require_free(repository: Repository, name: str) -> None:
+    """Raises RepositoryError if a snapshot has this name. A damaged one has none that could be read."""
+    if any(info.head is not None and info.head.name == name for info in repository.snapshots()):
+        raise RepositoryError(
+            f"the repository has a snapshot {name} already; it was left as it is",
+            retry="no",
+            hint=f"take another name, or take that one away first: vmferry forget {name}",
+        )
+
+
+def find(repository: Repository, word: str) -> SnapshotInfo:
+    """The snapshot that a person means, by its name or its id. Raises UnknownSnapshot; RepositoryError if two hosts
+    gave the same name in the same moment."""
+    listed = repository.snapshots()
+    for info in listed:
+        if info.snapshot == word:
+            return info
+    named = [info for info in listed if info.head is not None and info.head.name == word]
+    if not named:
+        raise UnknownSnapshot(
+            f"the repository has no snapshot {word}", retry="no", hint="'vmferry snapshots' lists them"
+        )
+    if len(named) > 1:
+        ids = ", ".join(info.snapshot for info in named)
+        raise RepositoryError(f"{len(named)} snapshots are named {word}; say which by its id: {ids}", retry="no")
+    return named[0]
+
+
+class SnapshotSink:
+    """A snapshot that is being saved. `image` is the endpoint's."""
+
+    def __init__(self, repository: Repository, *, vm: str = "", spill_folder: Path | None = None) -> None:
+        self.image = PassingImage(self)
+        self.stored_pages = 0
+        """Pages that came, zeros not counted, repeated ones each time."""
+        self._repository, self._vm = repository, vm
+        self._writer: SnapshotWriter | None = None
+        self._base: SnapshotReader | None = None
+        self._is_over = threading.Event()
+        self._spill_folder = spill_folder
+        self._is_spilling = False
+        self._spilled: BinaryIO | None = None
+        self._order: deque[tuple[str, Numbers, bool]] = deque()
+        """What was spilled: block, pages, and whether they are zero (then nothing of them is in the file)."""
+
+    @property
+    def snapshot(self) -> str:
+        """The snapshot's id; '' before a page has come."""
+        return "" if self._writer is None else self._writer.snapshot
+
+    def spill(self) -> None:
+        """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
+        self._is_spilling = self._spill_folder is not None
+
+    # --- the endpoint's thread ----------------------------------------------------------------------------
+
+    def put(self, block: str, numbers: Numbers, pages: Pages) -> None:
+        """See `PageSink`."""
+        self.stored_pages += len(numbers)
+        if not self._is_spilling:
+            self._the_writer().put_some(block, numbers, pages)
+            return
+        self._require_wanted()
+        try:
+            if self._spilled is None:
+                self._spilled = tempfile.TemporaryFile(dir=self._spill_folder, prefix="vmferry-save-")  # noqa: SIM115
+            self._spilled.write(np.ascontiguousarray(pages).data)
+        except OSError as error:
+            raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
+        self._order.append((block, numbers.copy(), False))
+
+    def put_zeros(self, block: str, numbers: Numbers) -> None:
+        """See `PageSink`."""
+        if self._is_spilling:
+            self._require_wanted()
+            self._order.append((block, numbers.copy(), True))
+        else:
+            self._the_writer().put_zeros(block, numbers)
+
+    def _require_wanted(self) -> None:
+        if self._is_over.is_set():
+            raise RepositoryError("the save was given up", retry="yes")
+
+    def _the_writer(self) -> SnapshotWriter:
+        self._require_wanted()
+        if self._writer is None:
+            blocks = [Block(block.name, block.wire.used_length) for block in self.image]
+            if sum(block.pages for block in blocks) > limits.STORE_SNAPSHOT_PAGES_MAX:
+                raise RepositoryError("the guest has more memory than a snapshot can have", retry="no")
+            self._base = self._open_base(blocks)
+            self._writer = SnapshotWriter(self._repository, blocks, base=self._base)
+        return self._writer
+
+    def _open_base(self, blocks: Sequence[Block]) -> SnapshotReader | None:
+        """The newest snapshot of the same VM that can be read, if its memory is as large."""
+        if not self._vm:
+            return None
+        sizes = {block.name: block.size_bytes for block in blocks}
+        for info in reversed(self._repository.snapshots()):
+            head = info.head
+            if head is None or head.metadata.get("vm") != self._vm:
+                continue
+            if {block.name: block.size_bytes for block in head.blocks} != sizes:
+                continue
+            try:
+                return SnapshotReader(self._repository, info.snapshot)
+            except RepositoryError as error:  # it costs room to go without
+                log.warning("vm=%s base=%s result=%s", self._vm, info.snapshot, error)
+        return None
+
+    # --- when the endpoint has ended ----------------------------------------------------------------------
+
+    def commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk] = ()) -> Head:
+        """The snapshot is there, for good, when this returns. Waits for the store.
+
+        Raises RepositoryError: nothing was committed; only after StoreTransient nobody knows, and `commit` may be
+        called again. PlanRefused for a state that is not kept.
+        """
+        assert self.image.is_device_state_whole, "everything has come"
+        state = freeze(state_of(self.image))
+        writer = self._the_writer()
+        require_free(self._repository, name)
+        self._put_spilled(writer)
+        plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
+        for last in (*(False,) * (_COMMIT_TRIES - 1), True):
+            try:
+                head = writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
+                break
+            except StoreTransient:
+                if last:
+                    raise
+        self.abort()
+        return head
+
+    def _put_spilled(self, writer: SnapshotWriter) -> None:
+        if self._spilled is not None:
+            self._spilled.seek(0)
+        while self._order:
+            block, numbers, is_zero = self._order.popleft()
+            if is_zero:
+                writer.put_zeros(block, numbers)
+                continue
+            assert self._spilled is not None, "their content is there"
+            data = self._spilled.read(len(numbers) * PAGE_BYTES)
+            writer.put_some(block, numbers, np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES))
+
+    def abort(self) -> None:
+        """Gives back what the repository was asked to hold. Again, or after `commit`, is fine."""
+        self._is_over.set()
+        if self._spilled is not None:
+            self._spilled.close()
+        for each in (self._writer, self._base):
+            if each is not None:
+                try:
+                    each.abort() if isinstance(each, SnapshotWriter) else each.close()
+                except VmferryError as error:  # a lock that stays gets stale by itself
+                    log.warning("vm=%s snapshot=%s effect=unlock result=%s", self._vm, self.snapshot, error)

@@ -1,0 +1,74 @@
+"""`vmferry restore`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from typing import Any
+
+from vmferry.cli import client as agent_client
+from vmferry.cli.main import report_error
+from vmferry.errors import AgentUnreachable, from_wire
+from vmferry.qmp.blocking import BlockingClient
+from vmferry.qmp.errors import QmpDisconnected
+
+POLL_S = 1.0
+"""If no event came for so long the agent is asked: events of another host may be lost with its link."""
+
+
+def restore(arguments: Namespace) -> int:
+    """Brings a guest back, and waits until it runs, or is whole. 0: it does."""
+    wish: dict[str, Any] = {
+        "name": arguments.snapshot,
+        "rename": arguments.rename,
+        "host": arguments.host,
+        "lazy": arguments.lazy,
+        "paused": arguments.paused,
+        "accept": arguments.accept,
+        "job": os.urandom(16).hex(),
+        "auto-dismiss": not arguments.no_auto_dismiss,
+    }
+    with agent_client.connect(arguments.socket) as client:
+        wire = agent_client.execute(client, "vm-restore", wish)
+        if not arguments.detach:
+            is_enough_to_run = arguments.lazy and not arguments.wait
+            wire = _follow(client, wire, host=arguments.host, until_runs=is_enough_to_run, quiet=arguments.json)
+    error = from_wire(wire["error"]) if wire.get("error") else None
+    if arguments.json:
+        print(json.dumps(wire))
+        return error.exit_code if error else 0
+    print(wire["sentence"])
+    for note in wire["notes"]:
+        print(f"  note: {note}")
+    if error is None:
+        return 0
+    sys.stdout.flush()
+    report_error(error, as_json=False)
+    return error.exit_code
+
+
+def _follow(
+    client: BlockingClient, wire: dict[str, Any], *, host: str, until_runs: bool, quiet: bool
+) -> dict[str, Any]:
+    """Until the restore is over, or its guest runs. If the agent goes away meanwhile AgentUnreachable says so."""
+    told = ""
+    wish = {"job": wire["job"], "host": host}
+    try:
+        while not wire["over"] and not (until_runs and wire["resume_ms"] is not None):
+            for event in client.events(POLL_S):
+                if event.name == "RESTORE" and event.data.get("job") == wire["job"]:
+                    break
+            wire = agent_client.execute(client, "restore-status", wish)
+            if wire["reason"] != told and not quiet:
+                told = wire["reason"]
+                sys.stderr.write(f"{wire['sentence']}\n")
+    except QmpDisconnected as error:
+        raise AgentUnreachable(
+            "the agent went away; if the guest runs it goes on, and the next agent brings what it lacks",
+            guest="unknown",
+            hint="'vmferry jobs' shows how it stands",
+            cause=error,
+        ) from error
+    return wire

@@ -1,0 +1,293 @@
+"""A save: what is recorded of one, what its job's state is, and how its guest is given back to itself. Pure.
+
+Theory of operation
+-------------------
+A save is a migration to nobody: the guest's QEMU sends its state to its own agent, which keeps it, and the guest never
+leaves. Two ways:
+
+    precopy      memory while the guest runs; a last stop, as short as a migration's, for what is left and the devices
+    background   a stop of milliseconds, then the memory of that instant, each page before the guest changes it
+
+Whatever happens on the way, the guest goes on here: it is nowhere else, and never was. So the only decision about a
+guest is the way back, and it is a table (`ROWS`), the same at the end of a save that went well, of one that failed or
+was cancelled, and of one whose agent died: the next agent finds the job in its journal and walks the same rows.
+
+    1. the save is journalled, with whether the guest ran   2. `migrate`   3. QEMU has completed; the guest stands
+    4. `cont`                                               5. the job's end is journalled
+
+An agent that dies between 1 and 2 or after 4 has nothing to heal. Between 2 and 3 QEMU loses its connection and goes
+back by itself, except in its pause before the switchover, where row B-cancel ends its migration. Between 3 and 4 the
+guest stands, and row B-cont starts it: nobody but the save has stopped it (people's `stop` waits meanwhile).
+
+Rule 1: a fact is recorded once, and says what was seen or asked; the job's state is computed from facts.
+Rule 2: exactly one row matches; tests walk every combination.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import Any, Final
+
+from vmferry.core.job import JobStatus as J
+from vmferry.core.table import pattern
+
+
+class SaveFact(StrEnum):
+    """Everything that can be recorded of a save."""
+
+    WANTED = "wanted"
+    """It was asked for, checked and journalled."""
+    CANCEL = "cancel"
+    HOLD = "hold"
+    """The last stop waits until a person gives leave (auto-finalize is off)."""
+    FINALIZE = "finalize"
+    """A person gave it."""
+    CONFIGURED = "configured"
+    """QEMU's options are those of a save (text: the way)."""
+    STOPPED = "stopped"
+    """The guest was stopped before its memory was sent, or in the middle of that (text: why)."""
+    STARTED = "started"
+    """QEMU was told to send its state to this agent."""
+    STANDS = "stands"
+    """The guest stopped for what is left; its disks are quiet."""
+    DISKS = "disks"
+    """The images of that instant are not written to any more: the guest goes on in new files (text: which)."""
+    WHOLE = "whole"
+    """All memory and all device state of one instant are here."""
+    RESUMED = "resumed"
+    """The guest runs, or stands as it stood before; QEMU has nothing more to do with the save."""
+    KEPT = "kept"
+    """The snapshot is in the repository, for good (text: its id)."""
+    ERROR = "error"
+    RESTARTED = "restarted"
+    """The agent that had begun it is gone, and with it what had come."""
+    CLEANUP = "cleanup"
+
+
+@dataclass(frozen=True, slots=True)
+class SaveEntry:
+    """One fact."""
+
+    fact: SaveFact
+    text: str = ""
+    at_s: float = 0.0
+    """Wall time, for the reader of a timeline."""
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveLog:
+    """An append-only log of facts."""
+
+    entries: tuple[SaveEntry, ...] = ()
+    _known: frozenset[SaveFact] = field(default_factory=frozenset, compare=False, repr=False)
+
+    def with_fact(self, fact: SaveFact, *, text: str = "", at_s: float = 0.0, by: str = "") -> SaveLog:
+        """The log with one more fact, or this very log if it is recorded already."""
+        if fact in self._known:
+            return self
+        return SaveLog((*self.entries, SaveEntry(fact, text, at_s, by)), self._known | {fact})
+
+    def __contains__(self, fact: SaveFact) -> bool:
+        return fact in self._known
+
+    def entry(self, fact: SaveFact) -> SaveEntry | None:
+        """The entry, or None."""
+        return next((entry for entry in self.entries if entry.fact is fact), None)
+
+
+def awaits_leave(log: SaveLog) -> bool:
+    """Whether the guest stands, and a person has still to say that it may go on."""
+    return SaveFact.HOLD in log and SaveFact.STANDS in log and SaveFact.FINALIZE not in log
+
+
+_STATES: Final[tuple[tuple[SaveFact, J], ...]] = (
+    (SaveFact.CLEANUP, J.CONCLUDED),
+    (SaveFact.CANCEL, J.ABORTING),
+    (SaveFact.ERROR, J.ABORTING),
+    (SaveFact.RESTARTED, J.ABORTING),
+    (SaveFact.WHOLE, J.PENDING),
+    (SaveFact.STARTED, J.RUNNING),
+    (SaveFact.WANTED, J.CREATED),
+)
+"""The first fact that is there decides."""
+
+
+def save_job(log: SaveLog) -> J:
+    """The state of a save's job: pending once everything is here and only the snapshot is to be committed, or from the
+    moment in which a person's leave is awaited."""
+    state = next((state for fact, state in _STATES if fact in log), J.UNDEFINED)
+    waited = SaveFact.HOLD in log and SaveFact.STANDS in log
+    return J.PENDING if state is J.RUNNING and waited else state
+
+
+_ENDS: Final = ((SaveFact.KEPT, "completed"), (SaveFact.CANCEL, "cancelled"), (SaveFact.ERROR, "failed"))
+
+
+def save_status(log: SaveLog) -> str:
+    """One of QEMU's words for a migration: what a save is to those who know these."""
+    end = next((word for fact, word in _ENDS if fact in log), None)
+    if SaveFact.CLEANUP in log:
+        return end or "failed"
+    if SaveFact.CANCEL in log and SaveFact.KEPT not in log:
+        return "cancelling"
+    if SaveFact.ERROR in log or SaveFact.RESTARTED in log:
+        return "failing"
+    if awaits_leave(log):
+        return "pre-switchover"
+    if SaveFact.WHOLE in log or SaveFact.STANDS in log:
+        return "device"
+    return "active" if SaveFact.STARTED in log else "setup"
+
+
+def may_cancel(log: SaveLog, *, is_committing: bool) -> str | None:
+    """Why a cancel is too late, or None."""
+    if SaveFact.KEPT in log or is_committing:
+        return "the snapshot is being committed, or is there already; it can be forgotten ('vmferry forget')"
+    return None
+
+
+# --- what a QEMU says -----------------------------------------------------------------------------------------
+
+
+class Word(Enum):
+    """What QEMU's migration is doing."""
+
+    IDLE = "idle"
+    """Nothing of the save: none, or an end that is over."""
+    GOING = "going"
+    WAITS = "waits"
+    """In its pause before the switchover; the guest stands."""
+    ENDING = "ending"
+    """On its way back by itself."""
+    DONE = "done"
+    """It has sent everything."""
+
+
+_WORDS: Final = {
+    "none": Word.IDLE,
+    "failed": Word.IDLE,
+    "cancelled": Word.IDLE,
+    "cancelling": Word.ENDING,
+    "failing": Word.ENDING,
+    "pre-switchover": Word.WAITS,
+    "completed": Word.DONE,
+}
+
+
+def word_of(status: str | None) -> Word:
+    """QEMU's status -> the answer. What nobody has heard of goes on: then it is cancelled on the way back."""
+    return _WORDS.get(status or "none", Word.GOING)
+
+
+class Guest(Enum):
+    """What QEMU's CPUs do."""
+
+    RUNS = "runs"
+    STANDS = "stands"
+    """Stopped by the save, or before it."""
+    OTHER = "other"
+    """In a state that the save did not lead to, as after a disk error or a panic: it is not ours to leave."""
+
+
+_STANDING: Final = frozenset({"paused", "finish-migrate", "postmigrate"})
+
+
+def guest_of(run_state: str) -> Guest:
+    """QEMU's run state -> the answer."""
+    if run_state == "running":
+        return Guest.RUNS
+    return Guest.STANDS if run_state in _STANDING else Guest.OTHER
+
+
+# --- the way back ---------------------------------------------------------------------------------------------
+
+
+class Qemu(Enum):
+    """Whether the process can be asked."""
+
+    ANSWERS = "answers"
+    SILENT = "silent"
+    GONE = "gone"
+
+
+class Owed(Enum):
+    """Whether the guest ran when the save began: then it shall run again."""
+
+    YES = "yes"
+    NO = "no"
+
+
+class Back(Enum):
+    """What is done for the guest."""
+
+    CANCEL = "cancel"
+    """`migrate_cancel`."""
+    CONT = "cont"
+    """`cont`."""
+    WAIT = "wait"
+    DONE = "done"
+    """Nothing: the guest is its own again."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackView:
+    """The questions of `ROWS`."""
+
+    qemu: Qemu
+    word: Word
+    guest: Guest
+    owed: Owed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BackRow:
+    """One decision."""
+
+    label: str
+    when: Any
+    do: Back
+    why: str
+
+
+_ENDED: Final = (Word.IDLE, Word.DONE)
+ROWS: Final[tuple[BackRow, ...]] = (
+    BackRow("B-gone", pattern(qemu=Qemu.GONE), Back.DONE, "its QEMU is gone, and the guest with it"),
+    BackRow("B-silent", pattern(qemu=Qemu.SILENT), Back.WAIT, "its QEMU does not answer"),
+    BackRow(
+        "B-cancel",
+        pattern(qemu=Qemu.ANSWERS, word=(Word.GOING, Word.WAITS)),
+        Back.CANCEL,
+        "QEMU still sends, to nobody",
+    ),
+    BackRow("B-ending", pattern(qemu=Qemu.ANSWERS, word=Word.ENDING), Back.WAIT, "QEMU goes back by itself"),
+    BackRow(
+        "B-cont",
+        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES),
+        Back.CONT,
+        "the guest stands although it ran before, and nobody but the save has stopped it",
+    ),
+    BackRow(
+        "B-as-before",
+        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.STANDS, owed=Owed.NO),
+        Back.DONE,
+        "the guest stands, as it did before",
+    ),
+    BackRow("B-runs", pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.RUNS), Back.DONE, "the guest runs"),
+    BackRow(
+        "B-other",
+        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.OTHER),
+        Back.DONE,
+        "something else than the save has stopped the guest, and it is not the save's to start it",
+    ),
+)
+
+
+@functools.cache
+def row_of(view: BackView) -> BackRow:
+    """The one row that matches."""
+    matching = [row for row in ROWS if all(getattr(view, name) in answers for name, answers in row.when.items())]
+    assert len(matching) == 1, f"{view}: {[row.label for row in matching]}"
+    return matching[0]

@@ -1,0 +1,185 @@
+"""Snapshots for tests and benches of restores: a guest from a spec, run without an agent, and put into a repository.
+
+Theory of operation
+-------------------
+`SpecGuest` starts the QEMU that an agent would start for a spec (same command line, `vm.argv`), and `save` does what a
+save does with the guest at rest: precopy into our own `Incoming`, pages into a `SnapshotWriter`. What was captured is
+kept as an `Image`, so that whatever is restored can be compared with it page by page.
+
+Rule 1: only its own process is ended, and nothing of it is left but the repository and the spec's disks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from vmferry.agent.vm_commands import definition_of
+from vmferry.core.facts import Fact
+from vmferry.engine import frozen
+from vmferry.engine.image import PAGE_BYTES, Image
+from vmferry.engine.incoming import Incoming
+from vmferry.errors import QemuError
+from vmferry.qmp.blocking import BlockingClient
+from vmferry.qmp.errors import QmpDisconnected
+from vmferry.store.manifest import Block
+from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository
+from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.stream_peers import FAST, unix_listener
+from vmferry.vm import argv as vm_argv
+from vmferry.vm import spec as vm_spec
+from vmferry.vm.runtime import RuntimePaths
+
+START_S, WAIT_S, POLL_S = 60.0, 240.0, 0.005
+DOWNTIME_MS_MAX = 2_000_000
+"""As much as QEMU takes."""
+_RUN_PAGES = 1024
+
+
+class SpecGuest:
+    """A QEMU that runs a spec. A context manager: leaving it ends the process and removes its folder."""
+
+    def __init__(self, spec: Path | str, *, qemu: Path, version: str, machine: str) -> None:
+        loaded = vm_spec.load(spec)
+        self.spec = vm_spec.pin(loaded, machine=machine, accel="tcg")
+        self.version = version
+        self.folder = Path(tempfile.mkdtemp(prefix="vmf-saved-", dir="/tmp"))
+        self.runtime = RuntimePaths(str(self.folder))
+        argv = vm_argv.build_argv(
+            self.spec, qemu=str(qemu), machine=machine, accel="tcg", runtime=self.runtime, incoming=False,
+            start_paused=False,
+        )  # fmt: skip
+        self._log = (self.folder / "qemu.log").open("w+b")
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+        try:
+            self.until(self._connect, "QMP", START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if hasattr(self, "qmp"):
+            self.qmp.close()
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def until(self, is_so: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
+        """Looks until it is so. Raises QemuError."""
+        until_s = time.monotonic() + timeout_s
+        while not is_so():
+            if self.process.poll() is not None:
+                self._log.flush()
+                words = Path(self._log.name).read_text(errors="replace")[-1000:]
+                raise QemuError(f"QEMU ended ({self.process.returncode}): {words}")
+            if time.monotonic() > until_s:
+                raise QemuError(f"no {what} within {timeout_s:g} s")
+            time.sleep(POLL_S)
+
+    def _connect(self) -> bool:
+        if not Path(self.runtime.qmp_path).exists():
+            return False
+        try:
+            self.qmp = BlockingClient(self.runtime.qmp_path, name=f"QEMU {self.version}", deadline_s=START_S)
+        except QmpDisconnected:
+            return False
+        return True
+
+    @property
+    def serial(self) -> bytes:
+        """What the guest wrote so far."""
+        path = Path(self.runtime.serial_log_path)
+        return path.read_bytes() if path.exists() else b""
+
+    def capture(self) -> Image:
+        """The guest as an image. It is stopped and stays so. The caller closes the image."""
+        image = Image()
+        incoming = Incoming(image)
+        path = self.folder / f"out{time.monotonic_ns()}"
+        listener, uri = unix_listener(path)
+        incoming.listen(listener)
+        states = [{"capability": name, "state": True} for name in ("events", "return-path")]
+        self.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        # A guest that fills memory all the time is stopped at once: nobody counts how long it stands here.
+        self.qmp.execute("migrate-set-parameters", {**FAST, "downtime-limit": DOWNTIME_MS_MAX})
+        self.qmp.execute("migrate", {"uri": uri})
+        try:
+            if incoming.ledger.wait(Fact.ALL_SENT, Fact.ERROR, timeout_s=WAIT_S) is not Fact.ALL_SENT:
+                raise QemuError(f"the guest could not be captured: {incoming.error}")
+        finally:
+            incoming.stop()
+            path.unlink()
+        self.until(lambda: self.qmp.execute("query-status")["status"] == "postmigrate", "postmigrate")
+        return image
+
+    def go_on(self) -> None:
+        """After `capture`: the guest runs again."""
+        self.qmp.execute("cont")
+
+    def save(
+        self, repository: Repository, name: str, *, base: SnapshotReader | None = None, was_running: bool = True
+    ) -> tuple[str, Image]:
+        """Captures the guest, which stays stopped, and keeps it under this name: the snapshot's id, and the image."""
+        image = self.capture()
+        found = put(repository, image, name, words=self.words(was_running=was_running), disks=self.disks(), base=base)
+        return found, image
+
+    def words(self, *, was_running: bool = True) -> frozen.SnapshotWords:
+        """What the owner of a snapshot of this guest says."""
+        return frozen.SnapshotWords(
+            vm=self.spec.name, host="test", job="0" * 32, machine=self.spec.machine, qemu_version=self.version,
+            was_running=was_running, way="precopy", definition=definition_of(self.spec).to_wire(),
+        )  # fmt: skip
+
+    def disks(self) -> list[frozen.FrozenDisk]:
+        """Its disks as they are now: nobody may run on them afterwards but in overlays."""
+        found = []
+        for disk in self.spec.disk:
+            seen = os.stat(disk.path)
+            way: Literal["read-only", "external-snapshot"] = "read-only" if disk.is_readonly else "external-snapshot"
+            found.append(
+                frozen.FrozenDisk(
+                    path=disk.path, format=disk.format, way=way, size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns
+                )
+            )
+        return found
+
+
+def put(
+    repository: Repository,
+    image: Image,
+    name: str,
+    *,
+    words: frozen.SnapshotWords,
+    disks: list[frozen.FrozenDisk],
+    base: SnapshotReader | None = None,
+) -> str:
+    """Writes an image that is whole as a snapshot; its id."""
+    blocks = [Block(each.name, each.wire.used_length, each.wire.page_size or PAGE_BYTES) for each in image]
+    with SnapshotWriter(repository, blocks, base=base) as writer:
+        for each in image:
+            for at in range(0, each.count, _RUN_PAGES):
+                writer.put(each.name, at, each.store.read(at, min(_RUN_PAGES, each.count - at)))
+        state = frozen.freeze(frozen.state_of(image))
+        writer.commit(
+            name, device_state=state, disks=[disk.to_wire() for disk in disks], metadata=words.to_wire()
+        )  # fmt: skip
+        return writer.snapshot

@@ -1,0 +1,137 @@
+"""What comes out of a snapshot: names, overlays, and whom the guest would clash with."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmferry.agent.restore_definition import (
+    SAME_ADDRESS,
+    GuestIdentity,
+    clashes,
+    disk_objections,
+    identity_of,
+    renew,
+)
+from vmferry.agent.vm_commands import definition_of
+from vmferry.agent.vms import DiskRef, VmDefinition
+from vmferry.engine.frozen import FrozenDisk
+from vmferry.errors import PlanRefused, SpecError
+from vmferry.vm import spec as vm_spec
+
+UUID = "11111111-2222-3333-4444-555555555555"
+
+
+def definition(**more: Any) -> VmDefinition:
+    wire = {"name": "web1", "memory": "64M", **more}
+    return definition_of(vm_spec.pin(vm_spec.from_wire(wire), machine="pc-q35-7.2", accel="tcg", uuid=UUID))
+
+
+def frozen_disk(path: str = "/images/a.img", **more: Any) -> FrozenDisk:
+    return FrozenDisk(**{"path": path, "format": "raw", "way": "external-snapshot", "size_bytes": 1, "mtime_ns": 2,
+                         **more})  # fmt: skip
+
+
+DISKS = [{"path": "/images/a.img"}, {"path": "/images/cd.iso", "readonly": True}]
+
+
+def test_a_restore_has_overlays_of_its_own_and_keeps_what_the_guest_knows() -> None:
+    old = definition(disk=DISKS, network=[{"type": "user"}])
+    found = renew(old, [frozen_disk()], name="web2", folder="/disks", tag="cafe")
+    (overlay,) = found.overlays
+    assert (overlay.path, overlay.backing, overlay.backing_format) == (
+        "/disks/web2-cafe-0.qcow2",
+        "/images/a.img",
+        "raw",
+    )
+    assert found.definition.name == "web2"
+    assert [disk.path for disk in found.definition.disks] == [overlay.path, "/images/cd.iso"]
+    assert found.definition.spec is not None
+    spec, before = vm_spec.from_wire(found.definition.spec), vm_spec.from_wire(old.spec)
+    assert spec.name == "web2"
+    assert (spec.uuid, spec.mac_of(0)) == (UUID, before.mac_of(0)), "its address does not follow the new name"
+    assert (spec.disk[0].path, spec.disk[0].format, spec.disk[0].shared) == (overlay.path, "qcow2", False)
+    assert spec.disk[1].path == "/images/cd.iso"
+
+
+def test_a_disk_that_the_snapshot_does_not_keep_is_refused() -> None:
+    for disks in ([], [frozen_disk(way="none")], [frozen_disk("/images/other.img")]):
+        with pytest.raises(PlanRefused, match="does not keep what web1 had on /images/a"):
+            renew(definition(disk=DISKS), disks, name="web2", folder="/disks", tag="cafe")
+
+
+def adopted(*args: str, disks: tuple[DiskRef, ...] = ()) -> VmDefinition:
+    wire = {"args": list(args)}
+    return dataclasses.replace(definition(), spec=None, adopted=wire, disks=disks)
+
+
+def test_an_adopted_guest_keeps_its_command_line() -> None:
+    found = renew(adopted("-nodefaults"), [], name="web2", folder="/disks", tag="cafe")
+    assert found.definition.name == "web2"
+    with pytest.raises(SpecError, match="was not started from a spec"):
+        renew(adopted(disks=(DiskRef("/images/a.img"),)), [frozen_disk()], name="web2", folder="/disks", tag="cafe")
+
+
+def test_what_a_guest_could_clash_with() -> None:
+    cards = [
+        {"type": "user", "mac": "52:54:00:00:00:01"},
+        {"type": "tap", "ifname": "tap7", "mac": "52:54:00:00:00:02"},
+    ]
+    found = identity_of(
+        definition(disk=DISKS, network=cards, extra_args=["-chardev", "socket,id=c,path=/run/x.sock,server=on"]),
+        host="host-a",
+    )
+    assert found == GuestIdentity(
+        "web1",
+        "host-a",
+        UUID,
+        ("52:54:00:00:00:01",),
+        ("52:54:00:00:00:02",),
+        ("/images/a.img",),
+        ("/run/x.sock", "tap7"),
+    )
+    assert GuestIdentity.from_wire({**found.to_wire(), "newer": 1}) == found
+    args = ("-uuid", UUID, "-device", "e1000,mac=52:54:00:AA:00:01")
+    assert identity_of(adopted(*args), host="host-b") == GuestIdentity(
+        "web1", "host-b", UUID, (), ("52:54:00:aa:00:01",), ()
+    )
+
+
+MINE = GuestIdentity("web2", "host-a", UUID, ("q",), ("l",), ("/d",), ("tap7",))
+
+
+@pytest.mark.parametrize(
+    ("other", "accept", "refused", "noted"),
+    [
+        (GuestIdentity("x", "host-b"), (), "", ""),
+        (GuestIdentity("x", "host-b", uuid=UUID), (), "", "the same UUID"),
+        (GuestIdentity("x", "host-b", quiet_macs=("q",)), (), "", "on another network"),
+        (GuestIdentity("x", "host-b", loud_macs=("l",)), (), "same address on a network (l)", ""),
+        (GuestIdentity("x", "host-b", quiet_macs=("l",)), (SAME_ADDRESS,), "", "as was accepted"),
+        (GuestIdentity("x", "host-b", writable=("/d",)), (SAME_ADDRESS,), "may write to the same disk (/d)", ""),
+        (GuestIdentity("x", "host-a", exclusive=("tap7",)), (), "uses the same tap7", ""),
+        (GuestIdentity("x", "host-b", exclusive=("tap7",)), (), "", ""),
+    ],
+)
+def test_what_forbids_a_restore_and_what_is_only_named(
+    other: GuestIdentity, accept: tuple[str, ...], refused: str, noted: str
+) -> None:
+    found = clashes(MINE, [other], accept=accept)
+    for texts, wanted in zip(found, (refused, noted), strict=True):
+        assert [wanted in text and f"x on {other.host}" in text for text in texts] == ([True] if wanted else [])
+
+
+def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(b"abc")
+    seen = os.stat(image)
+    same = frozen_disk(str(image), size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns)
+    assert disk_objections([same, frozen_disk("/dev/null"), frozen_disk("/not/there", way="none")]) == ()
+    for other in (dataclasses.replace(same, size_bytes=4), dataclasses.replace(same, mtime_ns=1, way="read-only")):
+        assert "was changed since" in disk_objections([other])[0]
+    image.unlink()
+    assert "is not there" in disk_objections([same])[0]

@@ -1,0 +1,315 @@
+"""An image that is filled out of a snapshot while it is sent: order, bounds, trouble."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.engine_conversations import complete, paused, switch_over
+from vmferry import limits
+from vmferry.core.facts import Fact
+from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.image import PAGE_BYTES, Image, Pages
+from vmferry.engine.lazy import LazySource, Touches, Trouble, image_of
+from vmferry.engine.outgoing import Outgoing
+from vmferry.engine.sender import OutgoingOptions
+from vmferry.errors import RepositoryError
+from vmferry.testing.scripted_destination import WAIT_S, ScriptedDestination, make_image
+from vmferry.wire.events import (
+    AskBitmap,
+    EndOfSections,
+    PageRun,
+    Pong,
+    PostcopyResume,
+    RamBlock,
+    RequestPages,
+    ResumeAck,
+    ZeroRun,
+)
+
+BLOCKS = {"pc.ram": 3000, "pc.rom": 4}
+AT_ONCE = OutgoingOptions(postcopy="at-once", near_pages=4)
+
+
+class FakeSnapshot:
+    """Pages of an image, as a snapshot's reader gives them; reads fail as long as they are told to."""
+
+    def __init__(self, image: Image) -> None:
+        self.whole = image
+        self.may_read = threading.Event()
+        """Runs wait for it; single pages do not."""
+        self.may_read.set()
+        self.damaged: set[tuple[str, int]] = set()
+        self.lost: Exception | None = None
+        self.reads: list[tuple[str, list[int]]] = []
+
+    def page(self, block: str, number: int) -> Pages:
+        page: Pages = self._give(block, [number])[0]
+        return page
+
+    def read_some(self, block: str, pages: Any) -> Pages:
+        assert self.may_read.wait(WAIT_S)
+        return self._give(block, pages.tolist())
+
+    def is_zero(self, block: str) -> Any:
+        return ~self.whole.blocks[block].touched
+
+    def _give(self, block: str, numbers: list[int]) -> Pages:
+        if self.lost is not None:
+            raise self.lost
+        self.reads.append((block, numbers))
+        if any((block, number) in self.damaged for number in numbers):
+            raise RepositoryError("packs/aa is damaged", retry="no")
+        found: Pages = self.whole.blocks[block].store.read_some(np.array(numbers))
+        return found
+
+
+class Bed:
+    """A snapshot, what is read of it, and the endpoint that sends it."""
+
+    def __init__(self, peer: ScriptedDestination, **more: Any) -> None:
+        self.whole = make_image(BLOCKS)
+        self.snapshot = FakeSnapshot(self.whole)
+        self.peer = peer
+        self.troubles: list[Trouble | None] = []
+        self.news = threading.Condition()
+        self.sources: list[LazySource] = []
+        self.outgoings: list[Outgoing] = []
+        self.more = more
+
+    def make(self, *, lazy: bool = True, broken: bool = False, **more: Any) -> Outgoing:
+        blocks = [RamBlock(name, pages * PAGE_BYTES) for name, pages in BLOCKS.items()]
+        image = image_of(blocks, self.snapshot, is_lazy=lazy)
+        image.configuration, image.devices = self.whole.configuration, self.whole.devices
+        image.description, image.is_device_state_whole = self.whole.description, True
+        self.source = LazySource(image, self.snapshot, on_trouble=self._hear, **{**self.more, **more})
+        make = Outgoing.broken if broken else Outgoing
+        self.outgoing = make(
+            image, options=AT_ONCE if lazy else None, on_absent=self.source.on_absent, on_request=self.source.on_request
+        )
+        self.sources.append(self.source)
+        self.outgoings.append(self.outgoing)
+        return self.outgoing
+
+    def _hear(self, trouble: Trouble | None) -> None:
+        with self.news:
+            self.troubles.append(trouble)
+            self.news.notify_all()
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        with self.news:
+            assert self.news.wait_for(is_so, WAIT_S), self.troubles
+
+    def start(self, *, ahead: bool = True, **more: Any) -> None:
+        self.make(**more)
+        self.source.start()
+        if ahead:
+            self.source.go()
+        self.outgoing.start(self.peer.dial)
+        self.peer.begin()
+        switch_over(self.peer)
+
+    def finish(self) -> None:
+        self.peer.read_until(EndOfSections)
+        differing = sum(
+            int((self.peer.memory[block.name] != block.store.read(0, block.count)).any(axis=1).sum())
+            for block in self.whole
+        )
+        assert differing == 0
+        assert all(have.all() for have in self.peer.have.values())
+
+    def close(self) -> None:
+        self.snapshot.may_read.set()
+        for outgoing in self.outgoings:
+            assert outgoing.stop().threads_left == ()
+        for source in self.sources:
+            assert source.stop() == ()
+            source.image.close()
+        self.whole.close()
+
+
+@pytest.fixture
+def bed(peer: ScriptedDestination) -> Iterator[Bed]:
+    made = Bed(peer)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RESTORE_RETRY_MIN_S", 0.005)
+    monkeypatch.setattr(limits, "RESTORE_RETRY_MAX_S", 0.01)
+
+
+def test_everything_arrives_once_and_is_what_was_saved(bed: Bed) -> None:
+    bed.start()
+    bed.finish()
+
+
+def test_no_more_is_held_than_there_is_room_for(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A destination that reads nothing: what is read ahead waits for room, and goes on with it."""
+    monkeypatch.setattr(limits, "RESTORE_PAGES_HELD_MAX", 256)
+    bed.start()
+    room = bed.source._room
+    while not room.is_full:
+        threading.Event().wait(0.001)
+    assert room.held <= 256 + limits.RESTORE_LAZY_RUN_PAGES
+    assert sum(len(numbers) for _, numbers in bed.snapshot.reads) < 2000
+    bed.finish()
+    assert room.held == 0
+
+
+def test_what_the_guest_asks_for_does_not_wait_behind_what_is_read_ahead(bed: Bed) -> None:
+    bed.snapshot.may_read.clear()
+    bed.start()
+    bed.peer.say(RequestPages(2000 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    while True:
+        event = bed.peer.read_until(PageRun, ZeroRun)
+        if 2000 * PAGE_BYTES in event.offsets:
+            break
+    assert isinstance(event, PageRun)
+    assert [(name, pages.tolist()) for name, pages in bed.source.touches.first_of_each()] == [("pc.ram", [2000])]
+    bed.snapshot.may_read.set()
+    bed.finish()
+
+
+def test_its_neighbourhood_is_read_next_and_then_the_rest(bed: Bed) -> None:
+    bed.start(ahead=False)
+    bed.peer.say(RequestPages(2001 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    while not bed.peer.have["pc.ram"][2001]:
+        bed.peer.read_until(PageRun, ZeroRun)
+    bed.source.go()
+    bed.finish()
+    (first, second, third, *_) = bed.snapshot.reads
+    assert first == ("pc.ram", [2001])
+    assert second[0] == "pc.ram"
+    assert all(2001 < number < 2002 + limits.RESTORE_NEAR_PAGES for number in second[1])
+    assert third[0] == "pc.rom", "then small blocks first"
+
+
+def test_a_known_order_of_first_touches_is_read_first(bed: Bed) -> None:
+    order = Touches(["gone", "pc.ram"])
+    for block, page in (("pc.ram", 900), ("pc.ram", 2400), ("pc.ram", 902), ("gone", 1), ("pc.ram", 9999)):
+        order.add(block, page, 1)
+    bed.start(order=order)
+    bed.finish()
+    block, pages = bed.snapshot.reads[0]
+    assert block == "pc.ram"
+    filled = bed.whole.blocks["pc.ram"].touched
+    assert pages == [page for page in (*range(896, 904), *range(2400, 2408)) if filled[page]], "with their neighbours"
+
+
+def test_a_store_that_is_lost_is_asked_until_it_is_back(bed: Bed) -> None:
+    bed.snapshot.lost = RepositoryError("the store does not answer", retry="yes")
+    bed.start()
+    bed.peer.say(RequestPages(2000 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    bed.until(lambda: bool(bed.troubles) and bed.troubles[-1] is not None and bed.troubles[-1].guest_waits)
+    trouble = bed.source.trouble
+    assert trouble is not None
+    assert "does not answer" in str(trouble.error)
+    bed.snapshot.lost = None
+    bed.source.retry()
+    bed.finish()
+    bed.until(lambda: bed.troubles[-1] is None)
+    assert bed.source.trouble is None
+
+
+def test_a_read_that_hangs_is_told_while_it_does(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "RESTORE_STALL_S", 0.01)
+    bed.snapshot.may_read.clear()
+    bed.start()
+    while bed.source.stalled() is None:
+        threading.Event().wait(0.001)
+    trouble = bed.source.stalled()
+    assert trouble is not None
+    assert not trouble.guest_waits
+    bed.snapshot.may_read.set()
+    bed.finish()
+    assert bed.source.stalled() is None
+
+
+def test_a_damaged_page_is_named_and_only_that_one_is_missing(bed: Bed) -> None:
+    bed.snapshot.damaged = {("pc.ram", 1500)}
+    bed.start()
+    while int(np.count_nonzero(~bed.peer.have["pc.ram"])) + int(np.count_nonzero(~bed.peer.have["pc.rom"])) > 1:
+        bed.peer.read_until(PageRun, ZeroRun)
+    assert not bed.peer.have["pc.ram"][1500]
+    bed.until(lambda: bool(bed.troubles) and bed.troubles[-1] is not None)
+    assert bed.troubles[-1] is not None
+    assert not bed.troubles[-1].guest_waits
+    bed.peer.say(RequestPages(1500 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    bed.until(lambda: bed.troubles[-1] is not None and bed.troubles[-1].guest_waits)
+    bed.snapshot.damaged.clear()
+    bed.finish()
+
+
+def test_a_defect_of_the_reader_is_told_and_not_the_end(bed: Bed) -> None:
+    bed.snapshot.lost = KeyError("a defect")
+    bed.start()
+    bed.until(lambda: bool(bed.troubles))
+    assert bed.troubles[-1] is not None
+    assert "KeyError" in str(bed.troubles[-1].error)
+    bed.snapshot.lost = None
+    bed.finish()
+
+
+def test_what_a_broken_postcopy_lacks_is_sent_by_another_source(bed: Bed) -> None:
+    bed.start()
+    while np.count_nonzero(bed.peer.have["pc.ram"]) < 500:
+        bed.peer.read_until(PageRun, ZeroRun)
+    bed.peer.close()
+    paused(bed.outgoing)
+    bed.source.stop()
+    outgoing = bed.make(broken=True)
+    bed.source.start()
+    outgoing.recover(bed.peer.dial)
+    bed.peer.begin(is_recovery=True)
+    for _ in BLOCKS:
+        bed.peer.say_bitmap(bed.peer.read_until(AskBitmap).block)
+    bed.peer.read_until(PostcopyResume)
+    bed.peer.say(ResumeAck(1), RequestPages(2900 * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    assert outgoing.ledger.wait(Fact.RESUME_ACK, timeout_s=WAIT_S, round_no=1)
+    bed.source.go()
+    bed.finish()
+
+
+def test_a_full_restore_is_a_precopy(bed: Bed) -> None:
+    outgoing = bed.make(lazy=False, readers=2, run_pages=512)
+    bed.source.start()
+    bed.source.go()
+    outgoing.start(bed.peer.dial)
+    bed.peer.begin()
+    bed.peer.say(Pong(1))
+    bed.finish()
+
+
+def test_a_full_restore_says_when_it_is_over(bed: Bed) -> None:
+    bed.start()
+    bed.finish()
+    image, bed.outgoing.image = bed.outgoing.image, bed.whole
+    complete(bed.peer, bed.outgoing)
+    bed.outgoing.image = image
+
+
+def test_held_pages_are_given_once() -> None:
+    room = Room(2)
+    store = HeldPages(room)
+    pages = np.arange(3 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(3, PAGE_BYTES)
+    store.put([7, 8, 9], pages, 3)
+    assert room.is_full
+    assert (store.read(8, 1) == pages[1]).all()
+    assert (store.read_some(np.array([9, 7])) == pages[[2, 0]]).all()
+    assert room.held == 0
+    for numbers in (np.array([7]), np.array([8, 9])):
+        with pytest.raises(OSError, match="is not here"):
+            store.read_some(numbers)
+    with pytest.raises(OSError, match="page 8 is not here"):
+        store.read(8, 1)
+    store.put([1], pages[:1], 1)
+    store.close()
+    with pytest.raises(OSError, match="is not here"):
+        store.read(1, 1)
