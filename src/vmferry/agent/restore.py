@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry.agent import machine as machines
+from vmferry.agent import restore_after
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
 from vmferry.agent.plan import taken_over
@@ -66,7 +67,7 @@ async def restore(agent: Agent) -> None:
         if job.role == "source":
             await _source(agent, job)
         elif job.role == "restore":
-            await agent.restores.take_up(job)
+            await restore_after.take_up(agent, job)
         elif job.role == "save":
             await agent.saves.restore(job)
         else:

@@ -39,12 +39,12 @@ from vmferry.agent.restore_definition import (
 from vmferry.agent.restore_feed import Feed
 from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
-from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.agent.vms import VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.job import KINDS, RESTORE, Answer, JobStatus, Verb, answer
 from vmferry.core.restore import RestoreFact as F
 from vmferry.errors import Busy, JobRefused, PlanRefused, QemuError, RepositoryError, UsageError, VmferryError
-from vmferry.jobs.journal import Entry, JobState
+from vmferry.jobs.journal import Entry
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
@@ -150,9 +150,24 @@ class Restores:
 
     def adopt(self, attempt: RestoreAttempt) -> None:
         """The guest is one of this host's from now on."""
-        assert attempt.kept is not None
-        if self._agent.vms.get(attempt.vm) is not attempt.kept:
-            self._agent.vms[attempt.vm] = attempt.kept
+        kept, vms = attempt.kept, self._agent.vms
+        assert kept is not None
+        if attempt.was_adopted:
+            return  # it is, or somebody has stopped it since
+        attempt.was_adopted = True
+        other = vms.get(attempt.vm)
+        if other is not None and other is not kept:
+            # Names are claimed and asked for before; should that fail, the VM that is known stays so.
+            log.error("job=%s vm=%s result=its name is another VM's: its QEMU is process %d", attempt.job, attempt.vm,
+                      kept.identity.pid)  # fmt: skip
+            return
+        vms[attempt.vm] = kept
+        self._agent.monitors.changed()
+
+    def disown(self, attempt: RestoreAttempt) -> None:
+        """The guest, which never ran, is none of this host's any more."""
+        if self._agent.vms.get(attempt.vm) is attempt.kept:
+            self._agent.vms.pop(attempt.vm, None)
             self._agent.monitors.changed()
 
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
@@ -169,7 +184,8 @@ class Restores:
         )  # fmt: skip
 
     async def cancel(self, job: str) -> None:
-        """The restore is given up. Raises JobRefused once its guest may have run."""
+        """The restore is given up. Raises JobRefused once its guest may have run, also if that came to be while the
+        want was being written: then CANCEL_REFUSED takes it back, so that the next agent keeps to what was said."""
         attempt = self.by_id(job)
         if attempt is None:
             return
@@ -177,13 +193,20 @@ class Restores:
         if refusal is not None:
             raise JobRefused(f"restore {job} of {attempt.vm}: {refusal}")
         await self._agent.journal.append(Entry.CANCEL_WANTED, job)
-        if core.cancel_refusal(attempt.log) is None:
-            attempt.note(F.CANCEL)
+        refusal = core.cancel_refusal(attempt.log)
+        if refusal is not None and F.CANCEL not in attempt.log:
+            await self._agent.journal.append(Entry.CANCEL_REFUSED, job)
+            raise JobRefused(f"restore {job} of {attempt.vm}: {refusal}")
+        attempt.note(F.CANCEL)
 
     def resume(self, job: str) -> None:
         """What failed is tried again at once."""
         attempt = self.by_id(job)
-        if attempt is not None and attempt.feed is not None:
+        if attempt is None:
+            return
+        if attempt.log.stands:
+            attempt.note(F.AGAIN, round_no=attempt.log.rounds(F.STANDS), text="as a person wished")
+        if attempt.feed is not None:
             attempt.feed.source.retry()
 
     async def close(self) -> None:
@@ -237,55 +260,6 @@ class Restores:
                     await self._agent.snapshot_store.run(shared.opening.result().reader.close)
                 except RepositoryError as error:  # its lock gets stale by itself
                     log.warning("snapshot=%s effect=close result=%s", snapshot, error)
-
-    # --- after a restart ------------------------------------------------------------------------------------
-
-    async def take_up(self, state: JobState) -> None:
-        """What the journal says of one, when the agent begins: ended, or to be gone on with, or to be taken away."""
-        if state.ended is not None:
-            self.results[state.job] = state.ended
-            self._agent.jobs.remember(RESTORE.name, state)
-            return
-        wanted = msgspec.convert(state.body, RestoreWanted)
-        attempt = RestoreAttempt(self._agent, wanted)
-        kept = self._agent.vms.get(wanted.vm)
-        if kept is None or kept.directory != wanted.directory:
-            # It never ran: what is left of it goes.
-            attempt.note(F.WANTED)
-            attempt.fail(QemuError(f"the agent restarted before {wanted.vm} was there; nothing of it is left"))
-            self.begin(attempt)
-            return
-        attempt.note(F.WANTED)
-        for fact in (F.READ, F.LAUNCHED, F.LOADING, F.LOADED, F.KEPT):
-            attempt.note(fact, text="before the restart")
-        attempt.kept = kept
-        if kept.machine is None or kept.machine.is_gone:
-            attempt.note(F.STARTING, text="it may have been started before the restart")
-            attempt.note(F.GONE, text="it ended while no agent ran")
-        else:
-            attempt.use(kept.machine)
-            await _look(attempt, kept)
-        self.begin(attempt)
-
-
-async def _look(attempt: RestoreAttempt, kept: KeptVm) -> None:
-    """How far a QEMU is that an earlier agent left. One that does not answer waits for a page."""
-    machine = kept.require_machine()
-    if not attempt.wanted.lazy:
-        attempt.note(F.WHOLE, text="before the restart")
-    try:
-        state = await machine.run_state(deadline_s=limits.RECOVERY_ANSWER_S)
-        word = (await machine.migration(deadline_s=limits.RECOVERY_ANSWER_S)).get("status")
-    except QemuError as error:
-        log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
-        attempt.note(F.STARTING, text="it may have been started before the restart")
-        state, word = "unknown", None
-    if state == "running":
-        attempt.note(F.RAN, text="before the restart")
-    if word == "completed":
-        attempt.note(F.WHOLE, text="before the restart")
-    elif attempt.wanted.lazy:
-        attempt.note(F.LOST, round_no=1, text="the agent that sent its memory is gone")
 
 
 def _load_rooms() -> None:
