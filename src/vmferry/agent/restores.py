@@ -15,12 +15,14 @@ Rule 2: a guest that lacks pages is not moved and not saved (`blockers`): its QE
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.manifest import Head
+    from vmferry.store.reader import SnapshotReader
     from vmferry.store.repository import Repository
 
 log = logging.getLogger("vmferry.agent")
 
+_JOB: Final = re.compile(r"[0-9a-f]{32}")
 ASK_S = 2.0
 FORWARD_S = 30.0
 
@@ -93,6 +97,9 @@ class _Shared:
 
     opening: asyncio.Task[Opened]
     users: int = 0
+    renewing: asyncio.Task[None] | None = None
+    """Its lock's one owner."""
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Restores:
@@ -176,7 +183,10 @@ class Restores:
         kept = attempt.kept
         if kept is not None and self._agent.vms.get(attempt.vm) is kept:
             self._agent.hold(kept)
-        await self.release(attempt.wanted.snapshot)
+        if attempt.has_opened:
+            self.release(attempt.wanted.snapshot)
+        if attempt.wanted.lazy:
+            self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
         self._agent.jobs.ended(
             RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
@@ -239,14 +249,16 @@ class Restores:
             )
             shared = self._shared[snapshot] = _Shared(opening)
             self._agent.keep_task(opening)
+            shared.renewing = asyncio.create_task(self._renew(shared, snapshot), name=f"renew-{snapshot[:8]}")
+            self._agent.keep_task(shared.renewing)
         shared.users += 1
         try:
             return await asyncio.shield(shared.opening)
         except BaseException:
-            await self.release(snapshot)
+            self.release(snapshot)
             raise
 
-    async def release(self, snapshot: str) -> None:
+    def release(self, snapshot: str) -> None:
         """Somebody who opened it does not need it any more."""
         shared = self._shared.get(snapshot)
         if shared is None:
@@ -254,12 +266,66 @@ class Restores:
         shared.users -= 1
         if shared.users <= 0:
             del self._shared[snapshot]
-            await asyncio.gather(shared.opening, return_exceptions=True)
-            if not shared.opening.cancelled() and shared.opening.exception() is None:
-                try:
-                    await self._agent.snapshot_store.run(shared.opening.result().reader.close)
-                except RepositoryError as error:  # its lock gets stale by itself
-                    log.warning("snapshot=%s effect=close result=%s", snapshot, error)
+            shared.is_over.set()  # `_renew` closes it: a repository that hangs holds nobody up
+
+    async def _renew(self, shared: _Shared, snapshot: str) -> None:
+        """The one owner of an open snapshot's lock, whatever its restores do: a lock is no thread's but its owner's.
+
+        1. two restores of a snapshot renew its lock at once  2. each deletes what the other took for the lock
+        3. none is left, and another host may prune."""
+        await asyncio.wait({shared.opening})
+        if shared.opening.cancelled() or shared.opening.exception() is not None:
+            return
+        reader, run = shared.opening.result().reader, self._agent.snapshot_store.run
+        while not shared.is_over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limits.RESTORE_RENEW_S):
+                    await shared.is_over.wait()
+                    break
+            try:
+                await run(_keep_lock, reader)
+            except RepositoryError as error:
+                log.warning("snapshot=%s effect=renew-lock result=%s", snapshot, error)
+        try:
+            await run(reader.close)
+        except RepositoryError as error:  # its lock gets stale by itself
+            log.warning("snapshot=%s effect=close result=%s", snapshot, error)
+
+    # --- pins -----------------------------------------------------------------------------------------------
+
+    async def pin(self, wanted: RestoreWanted) -> None:
+        """Nobody takes the snapshot away before this guest is whole, whatever becomes of its agent. The snapshot is
+        open. Raises RepositoryError."""
+        from vmferry.store import pins
+
+        pin = pins.Pin(wanted.job, wanted.snapshot, self._agent.config.name, wanted.vm)
+        await self._agent.snapshot_store.with_repository(lambda repository: pins.put(repository, pin))
+
+    async def unpin(self, job: str) -> None:
+        """It is whole or ended. Tried until the repository takes it, or the agent ends: then a person drops it."""
+        from vmferry.store import pins
+
+        pause_s = limits.RESTORE_RETRY_MIN_S
+        while True:
+            try:
+                await self._agent.snapshot_store.with_repository(lambda repository: pins.remove(repository, job))
+            except RepositoryError as error:
+                log.warning("job=%s effect=unpin result=%s", job, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, limits.RESTORE_UNPIN_MAX_S)
+            else:
+                return
+
+
+def _keep_lock(reader: SnapshotReader) -> None:
+    """In a thread. A lock that was lost is taken anew at once: pins kept the pages meanwhile."""
+    from vmferry.store.errors import LockLost
+
+    try:
+        reader.renew_if_due()
+    except LockLost as error:
+        log.warning("snapshot=%s effect=renew-lock result=%s; a new one is taken", reader.snapshot, error)
+        reader.lock_again()
 
 
 def _load_rooms() -> None:
@@ -326,6 +392,8 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
         answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
         return dict(answered)
     job = arguments.job or uuid.uuid4().hex
+    if not _JOB.fullmatch(job):  # parts of it become names of files, of objects and of a folder
+        raise UsageError(f"{job!r} is no id of a restore: 32 hexadecimal digits")
     known = agent.restores.status(job=job)
     if known is not None:
         return known

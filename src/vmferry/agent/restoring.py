@@ -41,7 +41,7 @@ from vmferry.core.facts import Fact
 from vmferry.core.job import RESTORE, JobStatus, path
 from vmferry.core.restore import RestoreFact as F
 from vmferry.core.restore import RestoreLog, RestoreWish, Step
-from vmferry.errors import PlanRefused, QemuError, RepositoryError, VmferryError
+from vmferry.errors import PlanRefused, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.codec import Event
 from vmferry.vm.ram_blocks import RamBlockLine
@@ -109,6 +109,7 @@ class RestoreAttempt:
         """The numbers of the feed that ended last."""
         self._news = asyncio.Event()
         self._opened: Opened | None = None
+        self._is_pinned = False
         self._page_bytes: dict[str, int] = {}
         """The host pages of its QEMU's blocks."""
         self._rejoins = 0
@@ -131,6 +132,11 @@ class RestoreAttempt:
     def vm(self) -> str:
         """The name that the guest gets."""
         return self.wanted.vm
+
+    @property
+    def has_opened(self) -> bool:
+        """It holds its snapshot open."""
+        return self._opened is not None
 
     @property
     def runtime(self) -> RuntimePaths:
@@ -340,11 +346,6 @@ class RestoreAttempt:
             self._told_s = now_s
             self._hear_feed()  # a read that hangs tells nothing
             self.agent.publish("RESTORE", self.brief())
-            if self._opened is not None:
-                try:
-                    await self.agent.snapshot_store.run(self._opened.reader.renew_if_due)
-                except RepositoryError as error:
-                    log.warning("job=%s vm=%s effect=renew-lock result=%s", self.job, self.vm, error)
 
     async def _until_news(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -381,6 +382,9 @@ class RestoreAttempt:
         """Raises RepositoryError when something is missing or damaged."""
         if self._opened is None:
             self._opened = await self.agent.restores.open(self.wanted.snapshot)
+        if self.wanted.lazy and not self._is_pinned:
+            await self.agent.restores.pin(self.wanted)
+            self._is_pinned = True
         return self._opened
 
     async def _launch(self) -> None:

@@ -415,6 +415,9 @@ def _add_snapshots(commands: Any) -> None:
     prune.add_argument("--empty-below", type=float, default=0.5, metavar="SHARE",
                        help="write packs anew of which less than this is needed (default: 0.5; 1: all that hold "
                        "anything useless)")  # fmt: skip
+    prune.add_argument(
+        "--drop-pins", metavar="HOST", help="HOST is lost for good: its guests need their snapshots no more"
+    )
     export = _command(commands, "export", "snapshot_cmd:export", "write a snapshot as a plain stream file of QEMU's",
                       epilog=EXPORT_EPILOG)  # fmt: skip
     export.add_argument("name", metavar="NAME", help="its name or its id")

@@ -151,7 +151,12 @@ class FakeAgent:
         self.journal = SimpleNamespace(append=self._append)
         self.host = SimpleNamespace(find_qemu=lambda directory: None)
         self.restores = SimpleNamespace(
-            open=self._open, adopt=self._adopt, disown=self._disown, over=self._over, remember_touches=self._note
+            open=self._open,
+            pin=self._pin,
+            adopt=self._adopt,
+            disown=self._disown,
+            over=self._over,
+            remember_touches=self._note,
         )
         self.snapshot_store = SimpleNamespace(run=self._run)
         self.vm_gone = self.gone.append
@@ -184,6 +189,10 @@ class FakeAgent:
 
     async def _over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         self.ended = result
+
+    async def _pin(self, wanted: RestoreWanted) -> None:
+        assert not any(kind is Entry.STARTING for kind, _ in self.entries)
+        self.pinned = wanted.snapshot
 
     async def _note(self, *arguments: Any) -> None:
         return None
