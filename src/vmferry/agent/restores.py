@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import vm_commands
+from vmferry.agent import restore_trust, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
@@ -78,6 +78,8 @@ class RestoreArguments:
     paused: bool = False
     """The guest is not started."""
     accept: list[str] = field(default_factory=list)
+    trust_definition: bool = False
+    """Arguments of QEMU in the snapshot's definition that this host does not know are a person's own."""
     job: str = ""
     """Minted by the client, so that asking twice is asking once; made here if empty."""
     auto_dismiss: bool = True
@@ -441,7 +443,8 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         raise PlanRefused(
             f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
         )
-    old = VmDefinition.from_wire(words.definition)
+    old = restore_trust.read_definition(words.definition, found.disks)
+    await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
     renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
     _, others, reasons = await asyncio.gather(

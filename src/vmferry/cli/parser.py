@@ -360,6 +360,8 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--paused", action="store_true", help="do not start the guest")
     restore.add_argument("--accept", action="append", default=[], metavar="CODE",
                          help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+    restore.add_argument("--trust-definition", action="store_true",
+                         help="take arguments of QEMU out of the snapshot that this host does not know")  # fmt: skip
     restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
     restore.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     restore.add_argument("--no-auto-dismiss", action="store_true",

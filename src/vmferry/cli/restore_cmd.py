@@ -27,6 +27,7 @@ def restore(arguments: Namespace) -> int:
         "lazy": arguments.lazy,
         "paused": arguments.paused,
         "accept": arguments.accept,
+        "trust-definition": arguments.trust_definition,
         "job": os.urandom(16).hex(),
         "auto-dismiss": not arguments.no_auto_dismiss,
     }
