@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import logging
 import re
@@ -73,6 +74,8 @@ class RestoreArguments:
     """The name that the guest gets; '': the one that it had."""
     host: str = ""
     """The agent that restores it; '': the one that is asked."""
+    repository: str = ""
+    """The id of the repository that is meant; '': the agent's own, whichever it is."""
     lazy: bool = False
     """The guest runs at once, and its memory comes as it needs it."""
     paused: bool = False
@@ -115,6 +118,8 @@ class Restores:
         """Ended restores, by job."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
         self._shared: dict[str, _Shared] = {}
+        self._promised: dict[str, GuestIdentity] = {}
+        """Of restores whose orders are being written, by job."""
 
     def warm_up(self) -> None:
         """An agent that has a repository loads what a restore needs, so that the first one does not wait for it: 0.3 s.
@@ -148,6 +153,30 @@ class Restores:
     def infos(self) -> list[JobInfo]:
         """The restores at work, as jobs."""
         return [_info(each) for each in self.at_work()]
+
+    def require_room(self) -> None:
+        """Raises Busy."""
+        at_work = sum(1 for _ in self.at_work()) + len(self._promised)
+        if at_work >= limits.RESTORES_MAX:
+            raise Busy(f"{at_work} restores are on their way on {self._agent.config.name} already", side="client")
+
+    @contextlib.contextmanager
+    def promised(self, wanted: RestoreWanted, *, accept: Sequence[str]) -> Iterator[None]:
+        """While the order is being written, others see its guest. Raises PlanRefused, Busy.
+
+        1. two restores ask whom they would clash with, and neither sees the other  2. both are written: two guests have
+        one address. So it is asked once more here, where nothing is awaited between the question and the promise."""
+        self.require_room()
+        host = self._agent.config.name
+        mine = identity_of(VmDefinition.from_wire(wanted.definition), host=host)
+        refused, _ = clashes(mine, [*local_identities(self._agent), *self._promised.values()], accept=accept)
+        if refused:
+            raise PlanRefused(f"{wanted.name} cannot be restored as {wanted.vm}: {'; '.join(refused)}", side="client")
+        self._promised[wanted.job] = mine
+        try:
+            yield
+        finally:
+            del self._promised[wanted.job]
 
     # --- their life -----------------------------------------------------------------------------------------
 
@@ -378,6 +407,8 @@ def _info(attempt: RestoreAttempt) -> JobInfo:
 class _Found:
     """A snapshot by its name."""
 
+    repository: str
+    """The repository's id."""
     snapshot: str
     head: Head
     words: SnapshotWords
@@ -389,8 +420,10 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
 
     Raises UsageError, PlanRefused, Busy, RepositoryError …; nothing was done then."""
     if arguments.host and arguments.host != agent.config.name:
-        wish = {**msgspec.to_builtins(arguments), "host": ""}
         link = agent.peers.link(arguments.host)
+        # A name means another guest in another repository: what is meant is settled where the person is.
+        meant = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
+        wish = {**msgspec.to_builtins(arguments), "host": "", "name": meant.snapshot, "repository": meant.repository}
         answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
         return dict(answered)
     job = arguments.job or uuid.uuid4().hex
@@ -400,15 +433,18 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
     if known is not None:
         return known
     _check(agent, arguments)
-    found = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
+    found = await agent.snapshot_store.with_repository(
+        lambda repository: find(repository, arguments.name, meant=arguments.repository)
+    )
     vm = arguments.rename or found.words.vm
     if not vm_spec.is_name(vm):
         raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
     with agent.claims.hold(vm, "restored"):
         wanted = await _wanted(agent, arguments, found, vm=vm, job=job)
-        await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
-        attempt = RestoreAttempt(agent, wanted)
-        agent.restores.begin(attempt)
+        with agent.restores.promised(wanted, accept=arguments.accept):
+            await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
+            attempt = RestoreAttempt(agent, wanted)
+            agent.restores.begin(attempt)
     return attempt.wire()
 
 
@@ -418,22 +454,28 @@ def _check(agent: Agent, arguments: RestoreArguments) -> None:
     if unknown:
         raise UsageError(f"--accept {unknown.pop()} is not known; there is {SAME_ADDRESS}")
     agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
-    at_work = sum(1 for _ in agent.restores.at_work())
-    if at_work >= limits.RESTORES_MAX:
-        raise Busy(f"{at_work} restores are on their way on {agent.config.name} already", side="client")
+    agent.restores.require_room()
 
 
-def find(repository: Repository, name: str) -> _Found:
-    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError."""
+def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
+    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError, also when this is
+    not the repository that is `meant`, by its id."""
     from vmferry.agent import snapshot_sink
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.errors import Damaged
 
+    own = repository.config.repository
+    if meant not in ("", own):
+        raise RepositoryError(
+            f"this host's repository ({own[:12]}) is not the one that has the snapshot ({meant[:12]})",
+            retry="after-fix",
+            hint="give both agents the same --repository, or export the snapshot and import it there",
+        )
     info = snapshot_sink.find(repository, name)
     if info.head is None:
         raise Damaged(f"snapshots/{info.snapshot}", info.damage)
     words = SnapshotWords.from_wire(info.head.metadata)
-    return _Found(info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
+    return _Found(own, info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
 
 
 async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> RestoreWanted:
@@ -447,7 +489,7 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
     await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
     renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
-    _, others, reasons = await asyncio.gather(
+    _, (others, unasked), reasons = await asyncio.gather(
         vm_commands.free_name(agent, vm),
         identities(agent),
         asyncio.to_thread(disk_objections, found.disks),
@@ -467,7 +509,7 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
-        notes=notes,
+        notes=(*notes, *unasked),
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
     )
@@ -490,21 +532,34 @@ async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> Seq
     return found
 
 
-async def identities(agent: Agent) -> list[GuestIdentity]:
-    """What every VM of this host and of those that answer could clash with."""
+async def identities(agent: Agent) -> tuple[list[GuestIdentity], tuple[str, ...]]:
+    """(what every VM of this host and of those that answer could clash with, a note for each host that did not)."""
     found = local_identities(agent)
+    notes = []
     answers = await asyncio.gather(
         *(link.call("peer-identities", {}, deadline_s=ASK_S) for link in agent.peers.links.values()),
         return_exceptions=True,
     )
     for host, answered in zip(agent.peers.links, answers, strict=True):
-        if isinstance(answered, VmferryError):
-            log.info("host=%s command=peer-identities result=%s", host, answered)
-        elif isinstance(answered, BaseException):
+        if isinstance(answered, BaseException) and not isinstance(answered, VmferryError):
             raise answered
-        else:
-            found += [GuestIdentity.from_wire(wire) for wire in answered["identities"]]
-    return found
+        try:
+            if isinstance(answered, VmferryError):
+                raise answered
+            found += msgspec.convert(_known_members(answered), list[GuestIdentity])
+        except (VmferryError, msgspec.ValidationError) as error:
+            log.info("host=%s command=peer-identities result=%s", host, error)
+            notes.append(f"{host} was not asked whether a VM of it has the same name, address or disk: {error}")
+    return found, tuple(notes)
+
+
+def _known_members(answered: Any) -> list[Any]:
+    """Another agent may know more of a VM than this one does; what it says is checked by whoever converts it."""
+    known = {each.name for each in dataclasses.fields(GuestIdentity)}
+    found = answered.get("identities") if isinstance(answered, dict) else None
+    if not isinstance(found, list):
+        raise VmferryError("it did not say which VMs it has")
+    return [{k: v for k, v in each.items() if k in known} if isinstance(each, dict) else each for each in found]
 
 
 def local_identities(agent: Agent) -> list[GuestIdentity]:
