@@ -71,6 +71,9 @@ class RestoreFact(StrEnum):
 
 F = RestoreFact
 
+ROUNDS_KEPT: Final = 50
+"""Rounds of one fact that a log keeps, besides the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Noted:
@@ -84,7 +87,7 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class RestoreLog:
-    """Facts in the order in which they became true; only ever longer."""
+    """Facts in the order in which they became true."""
 
     entries: tuple[Noted, ...] = ()
 
@@ -92,10 +95,15 @@ class RestoreLog:
         return any(entry.fact is fact for entry in self.entries)
 
     def with_fact(self, fact: RestoreFact, *, round_no: int = 0, text: str = "", at_s: float = 0.0) -> RestoreLog:
-        """The log with this fact; the same log if it is there already."""
-        if any(entry.fact is fact and entry.round == round_no for entry in self.entries):
+        """The log with this fact; the same log if it is there already. Of a fact with rounds the first and the newest
+        `ROUNDS_KEPT` stay: trouble of a whole night is no log of a gigabyte."""
+        mine = [entry for entry in self.entries if entry.fact is fact]
+        if any(entry.round == round_no for entry in mine):
             return self
-        return replace(self, entries=(*self.entries, Noted(fact, round_no, text, at_s)))
+        kept = self.entries
+        if len(mine) > ROUNDS_KEPT:
+            kept = tuple(entry for entry in kept if entry is not mine[1])
+        return replace(self, entries=(*kept, Noted(fact, round_no, text, at_s)))
 
     def rounds(self, fact: RestoreFact) -> int:
         """The highest round of a fact, 0 without any."""

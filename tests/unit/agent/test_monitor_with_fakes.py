@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vmferry.agent import peer_commands
+from vmferry.agent import peer_commands, rescue_commands
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
 from vmferry.core.restore import RestoreLog
@@ -209,3 +209,16 @@ async def test_a_name_that_is_being_restored_takes_no_guest_of_another_host(make
     finally:
         back.ended.set()
         del site.agents["a"].restores._jobs["other"]
+
+
+async def test_a_guest_that_lacks_pages_of_a_restore_is_not_rescued(make_site: MakeSite) -> None:
+    """A throw-away tool would start it without them."""
+    site = await make_site()
+    back = restored(site, "g", RestoreLog().with_fact(F.WANTED).with_fact(F.RAN))
+    try:
+        with pytest.raises(Busy, match="is being restored"):
+            async with rescue_commands.at_work(site.agents["a"], "g"):
+                pass
+    finally:
+        back.ended.set()
+        del site.agents["a"].restores._jobs["g"]

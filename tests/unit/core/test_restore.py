@@ -135,6 +135,19 @@ def test_a_cancel_is_refused_from_the_order_to_start_on() -> None:
         assert "runs already" in (core.cancel_refusal(log(*READY, F.LOADED, F.KEPT, fact)) or "")
 
 
+def test_trouble_of_a_whole_night_is_a_short_log() -> None:
+    found = log(F.WANTED, F.RAN)
+    for number in range(1, 1001):
+        found = found.with_fact(F.TROUBLE, round_no=number, text=f"trouble {number}")
+        assert found.has_trouble
+        found = found.with_fact(F.MENDED, round_no=number)
+        assert not found.has_trouble
+    assert len(found.entries) == 2 + 2 * (core.ROUNDS_KEPT + 1)
+    assert found.text(F.TROUBLE) == "trouble 1000"
+    assert [entry.round for entry in found.entries if entry.fact is F.TROUBLE][:2] == [1, 951]
+    assert F.WANTED in found
+
+
 def test_a_log_remembers_when_and_what_first() -> None:
     found = log(F.WANTED, F.READ)
     assert found.at_s(F.READ) == 1.0
