@@ -36,6 +36,7 @@ from vmferry.agent.restore_definition import (
     Renewed,
     clashes,
     disk_objections,
+    host_objections,
     identity_of,
     renew,
 )
@@ -496,7 +497,8 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
     )
     mine = identity_of(renewed.definition, host=agent.config.name)
     refused, notes = clashes(mine, others, accept=arguments.accept)
-    refused = (*reasons, *refused, *await _host_objections(agent, renewed, lazy=arguments.lazy))
+    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy)
+    refused = (*reasons, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
     return RestoreWanted(
@@ -509,27 +511,22 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
-        notes=(*notes, *unasked),
+        notes=(*notes, *unasked, *known),
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
     )
 
 
-async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> Sequence[str]:
-    """What this host lacks, a sentence each."""
-    definition = renewed.definition
+async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> tuple[Sequence[str], Sequence[str]]:
+    """(what this host lacks, what should be known), a sentence each."""
     try:
         facts = await agent.planner.qemu_facts()
     except QemuError as error:
-        return [error.message]
-    found = []
-    if definition.machine not in facts.machines:
-        found.append(f"this host's QEMU {'.'.join(map(str, facts.version))} has no machine type {definition.machine}")
-    if definition.accel not in facts.accelerators():
-        found.append(f"the guest ran under {definition.accel}, which this host's QEMU does not offer")
+        return [error.message], []
+    found, notes = host_objections(renewed.definition, facts, available_bytes=agent.host.memory_available_bytes())
     if lazy and agent.planner.userfaultfd() is False:
         found.append("this host's kernel lets no guest run before its memory is here (userfaultfd); leave out --lazy")
-    return found
+    return found, notes
 
 
 async def identities(agent: Agent) -> tuple[list[GuestIdentity], tuple[str, ...]]:
