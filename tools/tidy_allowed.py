@@ -63,7 +63,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/touch_orders.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/touch_orders.py", "numpy"): _STORES,
     ("records-fact", f"{AGENT}/restoring.py", "note"): "the one way into a restore's own log",
-    ("compares-qemu-word", f"{AGENT}/restores.py", "_look"): "translates QEMU's word into facts of a restore",
+    ("compares-qemu-word", f"{AGENT}/restore_after.py", "_look"): "translates QEMU's word into facts of a restore",
     ("late-import", f"{CLI}/chaos_cmd.py", "vmferry.chaos"): _LAZY,
     ("late-import", f"{CLI}/demo_cmd.py", "vmferry.demo"): _LAZY,
     ("late-import", f"{CLI}/inspect_cmd.py", "vmferry.wire"): f"{_LAZY}; numpy takes longer than all the rest",

@@ -379,6 +379,12 @@ RESTORE_REJOIN_MAX_S = 2.0
 # How often a restore that is on its way tells how far it is, and sees that its lock on the repository is renewed.
 RESTORE_TICK_S = 0.5
 
+# How often the owner of an open snapshot's lock looks whether it is time to renew it.
+RESTORE_RENEW_S = 10.0
+
+# Between two tries to take a pin away from a repository that does not answer, at most.
+RESTORE_UNPIN_MAX_S = 60.0
+
 # Restores of one agent that are on their way: each has four threads and some bytes per page of its guest.
 RESTORES_MAX = 64
 

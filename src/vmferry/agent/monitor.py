@@ -32,6 +32,7 @@ from vmferry.core import monitor as core_monitor
 from vmferry.core.monitor import Fate, Setup
 from vmferry.core.option_table import Kind
 from vmferry.core.options import Mode
+from vmferry.core.restore import RestoreFact
 from vmferry.errors import Busy, UsageError, VmferryError
 from vmferry.qmp.codec import Command, Event
 from vmferry.qmp.errors import QmpCommandError
@@ -133,6 +134,12 @@ class Monitor:
         """Whether a save of it is at work: QEMU's migration is that one's."""
         return self._agent.saves.active(self.kept.name) is not None
 
+    @property
+    def _is_about_to_run(self) -> bool:
+        """Whether a restore decides yet when the guest runs for the first time."""
+        back = self._agent.restores.active(self.kept.name)
+        return back is not None and RestoreFact.RAN not in back.log
+
     def _on_event(self, event: Event) -> None:
         if event.name != "MIGRATION" or (self._attempt() is None and not self._is_saved):
             self._server.broadcast(event.name, event.data, timestamp_us=event.timestamp_us)
@@ -156,6 +163,11 @@ class Monitor:
                 raise UsageError(f"{command.name}: {why}")
             case Fate.HELD if (attempt := self._attempt()) is not None:
                 raise self._busy(command, attempt)
+            case Fate.HELD if self._is_about_to_run:
+                raise Busy(
+                    f"{self.kept.name} is being restored, and is about to run; {command.name} may be said again then",
+                    hint="'vmferry jobs' shows how far it is; 'vmferry stop --force' ends it",
+                )
             case Fate.HELD if self._is_saved:
                 raise Busy(
                     f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",

@@ -121,6 +121,8 @@ async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -
     _refuse_given_up(agent, job)
     if vm in agent.vms:
         raise Busy(f"{agent.config.name} keeps a VM named {vm} already", side="destination")
+    if agent.restores.active(vm) is not None:
+        raise Busy(f"{agent.config.name} is restoring a VM named {vm}", side="destination")
     other = agent.place_of(vm)
     if other is not None and not await other.is_given_up(deadline_s=RELEASE_WAIT_S):
         raise Busy(f"{agent.config.name} has a place for {vm} from job {other.job}", side="destination")

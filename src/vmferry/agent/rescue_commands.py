@@ -114,10 +114,14 @@ def proof_for(agent: Agent, vm: str, tool: Tool, *, never_ran: bool) -> NeverRan
 
 @contextlib.asynccontextmanager
 async def at_work(agent: Agent, vm: str) -> AsyncIterator[Callable[[dict[str, Any]], None]]:
-    """The VM is being rescued; gives what tells the progress. Raises Busy when it is already, or is being saved."""
+    """The VM is being rescued; gives what tells the progress. Raises Busy when it is already, is being saved, or lacks
+    pages that a restore brings."""
     save = agent.saves.active(vm)
     if save is not None:
         raise Busy(f"{vm} is being saved (job {save.job}), which gives its guest back by itself")
+    back = agent.restores.active(vm)
+    if back is not None:
+        raise Busy(f"{vm} is being restored (job {back.job}), and gets the pages that it lacks from there")
     with agent.claims.hold(vm, "rescued", side="source"):
         attempt = attempt_of(agent, vm)
         if attempt is not None:

@@ -16,12 +16,14 @@ Rule 1: nothing is started, stopped or killed here, but for a QEMU whose guest t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmferry.agent import machine as machines
+from vmferry.agent import restore_after
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
 from vmferry.agent.plan import taken_over
@@ -58,15 +60,16 @@ async def restore(agent: Agent) -> None:
         # Journalled after the destination ran the guest and had every page; the agent died before it ended this one.
         if agent.host.kill(ProcessIdentity(**identity)):
             log.warning("pid=%d result=ended: its guest runs elsewhere", identity["pid"])
-    for body in state.vms.values():
-        await _attach(agent, KeptVm.from_journal(body))
+    await asyncio.gather(*(_attach(agent, KeptVm.from_journal(body)) for body in state.vms.values()))
     for vm, held in state.blockers.items():
         agent.blockers.restore(vm, held.values())
+    # At once: a QEMU that waits for a page answers nothing, and each would be waited for.
+    await asyncio.gather(*(restore_after.take_up(agent, job) for job in state.jobs.values() if job.role == "restore"))
     for job in state.jobs.values():
         if job.role == "source":
             await _source(agent, job)
         elif job.role == "restore":
-            await agent.restores.take_up(job)
+            continue
         elif job.role == "save":
             await agent.saves.restore(job)
         else:

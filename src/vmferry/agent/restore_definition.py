@@ -28,11 +28,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vmferry.agent.vms import DiskRef, VmDefinition
+from vmferry.core.preflight import QEMU_OVERHEAD_BYTES
 from vmferry.errors import PlanRefused, SpecError
+from vmferry.units import format_size
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
     from vmferry.engine.frozen import FrozenDisk
+    from vmferry.vm.probe_qemu import QemuFacts
 
 SAME_ADDRESS: Final = "same-address"
 """What `--accept` takes."""
@@ -209,3 +212,31 @@ def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
         if (seen.st_size, seen.st_mtime_ns) != (disk.size_bytes, disk.mtime_ns):
             found.append(f"the disk image {disk.path} was changed since the snapshot was made")
     return tuple(found)
+
+
+def host_objections(
+    definition: VmDefinition, facts: QemuFacts, *, available_bytes: int | None
+) -> tuple[list[str], list[str]]:
+    """(what a host lacks for this guest, what should be known), a sentence each: as a migration's plan looks at it.
+
+    Args:
+        available_bytes: memory that the host has left; None: not known.
+    """
+    found: list[str] = []
+    notes: list[str] = []
+    if definition.machine not in facts.machines:
+        found.append(f"this host's QEMU {'.'.join(map(str, facts.version))} has no machine type {definition.machine}")
+    if definition.accel not in facts.accelerators():
+        found.append(f"the guest ran under {definition.accel}, which this host's QEMU does not offer")
+    model = definition.cpu.partition(",")[0]
+    models = {each.name: each.unavailable for each in facts.cpus.get(definition.accel, ())}
+    if model == "host" or (model == "max" and definition.accel != "tcg"):
+        notes.append(f"it has the CPU model {model}, and nobody knows whether this host's CPU is as the one it ran on")
+    elif model != "max" and models and model not in models:
+        found.append(f"this host's QEMU does not know the CPU model {model}")
+    elif models.get(model):
+        found.append(f"this host's CPU lacks what the model {model} promises: {', '.join(models[model] or ())}")
+    needed = definition.memory_bytes + QEMU_OVERHEAD_BYTES
+    if available_bytes is not None and available_bytes < needed:
+        found.append(f"it needs {format_size(needed)} of memory and this host has {format_size(available_bytes)} left")
+    return found, notes

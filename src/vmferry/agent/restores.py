@@ -15,17 +15,20 @@ Rule 2: a guest that lacks pages is not moved and not saved (`blockers`): its QE
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import importlib
 import logging
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import vm_commands
+from vmferry.agent import restore_trust, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
@@ -33,28 +36,31 @@ from vmferry.agent.restore_definition import (
     Renewed,
     clashes,
     disk_objections,
+    host_objections,
     identity_of,
     renew,
 )
 from vmferry.agent.restore_feed import Feed
 from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
-from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.agent.vms import VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.job import KINDS, RESTORE, Answer, JobStatus, Verb, answer
 from vmferry.core.restore import RestoreFact as F
 from vmferry.errors import Busy, JobRefused, PlanRefused, QemuError, RepositoryError, UsageError, VmferryError
-from vmferry.jobs.journal import Entry, JobState
+from vmferry.jobs.journal import Entry
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.manifest import Head
+    from vmferry.store.reader import SnapshotReader
     from vmferry.store.repository import Repository
 
 log = logging.getLogger("vmferry.agent")
 
+_JOB: Final = re.compile(r"[0-9a-f]{32}")
 ASK_S = 2.0
 FORWARD_S = 30.0
 
@@ -69,11 +75,15 @@ class RestoreArguments:
     """The name that the guest gets; '': the one that it had."""
     host: str = ""
     """The agent that restores it; '': the one that is asked."""
+    repository: str = ""
+    """The id of the repository that is meant; '': the agent's own, whichever it is."""
     lazy: bool = False
     """The guest runs at once, and its memory comes as it needs it."""
     paused: bool = False
     """The guest is not started."""
     accept: list[str] = field(default_factory=list)
+    trust_definition: bool = False
+    """Arguments of QEMU in the snapshot's definition that this host does not know are a person's own."""
     job: str = ""
     """Minted by the client, so that asking twice is asking once; made here if empty."""
     auto_dismiss: bool = True
@@ -93,6 +103,9 @@ class _Shared:
 
     opening: asyncio.Task[Opened]
     users: int = 0
+    renewing: asyncio.Task[None] | None = None
+    """Its lock's one owner."""
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Restores:
@@ -106,6 +119,8 @@ class Restores:
         """Ended restores, by job."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
         self._shared: dict[str, _Shared] = {}
+        self._promised: dict[str, GuestIdentity] = {}
+        """Of restores whose orders are being written, by job."""
 
     def warm_up(self) -> None:
         """An agent that has a repository loads what a restore needs, so that the first one does not wait for it: 0.3 s.
@@ -140,6 +155,30 @@ class Restores:
         """The restores at work, as jobs."""
         return [_info(each) for each in self.at_work()]
 
+    def require_room(self) -> None:
+        """Raises Busy."""
+        at_work = sum(1 for _ in self.at_work()) + len(self._promised)
+        if at_work >= limits.RESTORES_MAX:
+            raise Busy(f"{at_work} restores are on their way on {self._agent.config.name} already", side="client")
+
+    @contextlib.contextmanager
+    def promised(self, wanted: RestoreWanted, *, accept: Sequence[str]) -> Iterator[None]:
+        """While the order is being written, others see its guest. Raises PlanRefused, Busy.
+
+        1. two restores ask whom they would clash with, and neither sees the other  2. both are written: two guests have
+        one address. So it is asked once more here, where nothing is awaited between the question and the promise."""
+        self.require_room()
+        host = self._agent.config.name
+        mine = identity_of(VmDefinition.from_wire(wanted.definition), host=host)
+        refused, _ = clashes(mine, [*local_identities(self._agent), *self._promised.values()], accept=accept)
+        if refused:
+            raise PlanRefused(f"{wanted.name} cannot be restored as {wanted.vm}: {'; '.join(refused)}", side="client")
+        self._promised[wanted.job] = mine
+        try:
+            yield
+        finally:
+            del self._promised[wanted.job]
+
     # --- their life -----------------------------------------------------------------------------------------
 
     def begin(self, attempt: RestoreAttempt) -> None:
@@ -150,9 +189,24 @@ class Restores:
 
     def adopt(self, attempt: RestoreAttempt) -> None:
         """The guest is one of this host's from now on."""
-        assert attempt.kept is not None
-        if self._agent.vms.get(attempt.vm) is not attempt.kept:
-            self._agent.vms[attempt.vm] = attempt.kept
+        kept, vms = attempt.kept, self._agent.vms
+        assert kept is not None
+        if attempt.was_adopted:
+            return  # it is, or somebody has stopped it since
+        attempt.was_adopted = True
+        other = vms.get(attempt.vm)
+        if other is not None and other is not kept:
+            # Names are claimed and asked for before; should that fail, the VM that is known stays so.
+            log.error("job=%s vm=%s result=its name is another VM's: its QEMU is process %d", attempt.job, attempt.vm,
+                      kept.identity.pid)  # fmt: skip
+            return
+        vms[attempt.vm] = kept
+        self._agent.monitors.changed()
+
+    def disown(self, attempt: RestoreAttempt) -> None:
+        """The guest, which never ran, is none of this host's any more."""
+        if self._agent.vms.get(attempt.vm) is attempt.kept:
+            self._agent.vms.pop(attempt.vm, None)
             self._agent.monitors.changed()
 
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
@@ -161,7 +215,10 @@ class Restores:
         kept = attempt.kept
         if kept is not None and self._agent.vms.get(attempt.vm) is kept:
             self._agent.hold(kept)
-        await self.release(attempt.wanted.snapshot)
+        if attempt.has_opened:
+            self.release(attempt.wanted.snapshot)
+        if attempt.wanted.lazy:
+            self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
         self._agent.jobs.ended(
             RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
@@ -169,7 +226,8 @@ class Restores:
         )  # fmt: skip
 
     async def cancel(self, job: str) -> None:
-        """The restore is given up. Raises JobRefused once its guest may have run."""
+        """The restore is given up. Raises JobRefused once its guest may have run, also if that came to be while the
+        want was being written: then CANCEL_REFUSED takes it back, so that the next agent keeps to what was said."""
         attempt = self.by_id(job)
         if attempt is None:
             return
@@ -177,13 +235,20 @@ class Restores:
         if refusal is not None:
             raise JobRefused(f"restore {job} of {attempt.vm}: {refusal}")
         await self._agent.journal.append(Entry.CANCEL_WANTED, job)
-        if core.cancel_refusal(attempt.log) is None:
-            attempt.note(F.CANCEL)
+        refusal = core.cancel_refusal(attempt.log)
+        if refusal is not None and F.CANCEL not in attempt.log:
+            await self._agent.journal.append(Entry.CANCEL_REFUSED, job)
+            raise JobRefused(f"restore {job} of {attempt.vm}: {refusal}")
+        attempt.note(F.CANCEL)
 
     def resume(self, job: str) -> None:
         """What failed is tried again at once."""
         attempt = self.by_id(job)
-        if attempt is not None and attempt.feed is not None:
+        if attempt is None:
+            return
+        if attempt.log.stands:
+            attempt.note(F.AGAIN, round_no=attempt.log.rounds(F.STANDS), text="as a person wished")
+        if attempt.feed is not None:
             attempt.feed.source.retry()
 
     async def close(self) -> None:
@@ -216,14 +281,16 @@ class Restores:
             )
             shared = self._shared[snapshot] = _Shared(opening)
             self._agent.keep_task(opening)
+            shared.renewing = asyncio.create_task(self._renew(shared, snapshot), name=f"renew-{snapshot[:8]}")
+            self._agent.keep_task(shared.renewing)
         shared.users += 1
         try:
             return await asyncio.shield(shared.opening)
         except BaseException:
-            await self.release(snapshot)
+            self.release(snapshot)
             raise
 
-    async def release(self, snapshot: str) -> None:
+    def release(self, snapshot: str) -> None:
         """Somebody who opened it does not need it any more."""
         shared = self._shared.get(snapshot)
         if shared is None:
@@ -231,61 +298,66 @@ class Restores:
         shared.users -= 1
         if shared.users <= 0:
             del self._shared[snapshot]
-            await asyncio.gather(shared.opening, return_exceptions=True)
-            if not shared.opening.cancelled() and shared.opening.exception() is None:
-                try:
-                    await self._agent.snapshot_store.run(shared.opening.result().reader.close)
-                except RepositoryError as error:  # its lock gets stale by itself
-                    log.warning("snapshot=%s effect=close result=%s", snapshot, error)
+            shared.is_over.set()  # `_renew` closes it: a repository that hangs holds nobody up
 
-    # --- after a restart ------------------------------------------------------------------------------------
+    async def _renew(self, shared: _Shared, snapshot: str) -> None:
+        """The one owner of an open snapshot's lock, whatever its restores do: a lock is no thread's but its owner's.
 
-    async def take_up(self, state: JobState) -> None:
-        """What the journal says of one, when the agent begins: ended, or to be gone on with, or to be taken away."""
-        if state.ended is not None:
-            self.results[state.job] = state.ended
-            self._agent.jobs.remember(RESTORE.name, state)
+        1. two restores of a snapshot renew its lock at once  2. each deletes what the other took for the lock
+        3. none is left, and another host may prune."""
+        await asyncio.wait({shared.opening})
+        if shared.opening.cancelled() or shared.opening.exception() is not None:
             return
-        wanted = msgspec.convert(state.body, RestoreWanted)
-        attempt = RestoreAttempt(self._agent, wanted)
-        kept = self._agent.vms.get(wanted.vm)
-        if kept is None or kept.directory != wanted.directory:
-            # It never ran: what is left of it goes.
-            attempt.note(F.WANTED)
-            attempt.fail(QemuError(f"the agent restarted before {wanted.vm} was there; nothing of it is left"))
-            self.begin(attempt)
-            return
-        attempt.note(F.WANTED)
-        for fact in (F.READ, F.LAUNCHED, F.LOADING, F.LOADED, F.KEPT):
-            attempt.note(fact, text="before the restart")
-        attempt.kept = kept
-        if kept.machine is None or kept.machine.is_gone:
-            attempt.note(F.STARTING, text="it may have been started before the restart")
-            attempt.note(F.GONE, text="it ended while no agent ran")
-        else:
-            attempt.use(kept.machine)
-            await _look(attempt, kept)
-        self.begin(attempt)
+        reader, run = shared.opening.result().reader, self._agent.snapshot_store.run
+        while not shared.is_over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limits.RESTORE_RENEW_S):
+                    await shared.is_over.wait()
+                    break
+            try:
+                await run(_keep_lock, reader)
+            except RepositoryError as error:
+                log.warning("snapshot=%s effect=renew-lock result=%s", snapshot, error)
+        try:
+            await run(reader.close)
+        except RepositoryError as error:  # its lock gets stale by itself
+            log.warning("snapshot=%s effect=close result=%s", snapshot, error)
+
+    # --- pins -----------------------------------------------------------------------------------------------
+
+    async def pin(self, wanted: RestoreWanted) -> None:
+        """Nobody takes the snapshot away before this guest is whole, whatever becomes of its agent. The snapshot is
+        open. Raises RepositoryError."""
+        from vmferry.store import pins
+
+        pin = pins.Pin(wanted.job, wanted.snapshot, self._agent.config.name, wanted.vm)
+        await self._agent.snapshot_store.with_repository(lambda repository: pins.put(repository, pin))
+
+    async def unpin(self, job: str) -> None:
+        """It is whole or ended. Tried until the repository takes it, or the agent ends: then a person drops it."""
+        from vmferry.store import pins
+
+        pause_s = limits.RESTORE_RETRY_MIN_S
+        while True:
+            try:
+                await self._agent.snapshot_store.with_repository(lambda repository: pins.remove(repository, job))
+            except RepositoryError as error:
+                log.warning("job=%s effect=unpin result=%s", job, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, limits.RESTORE_UNPIN_MAX_S)
+            else:
+                return
 
 
-async def _look(attempt: RestoreAttempt, kept: KeptVm) -> None:
-    """How far a QEMU is that an earlier agent left. One that does not answer waits for a page."""
-    machine = kept.require_machine()
-    if not attempt.wanted.lazy:
-        attempt.note(F.WHOLE, text="before the restart")
+def _keep_lock(reader: SnapshotReader) -> None:
+    """In a thread. A lock that was lost is taken anew at once: pins kept the pages meanwhile."""
+    from vmferry.store.errors import LockLost
+
     try:
-        state = await machine.run_state(deadline_s=limits.RECOVERY_ANSWER_S)
-        word = (await machine.migration(deadline_s=limits.RECOVERY_ANSWER_S)).get("status")
-    except QemuError as error:
-        log.warning("job=%s vm=%s command=query-status result=%s", attempt.job, attempt.vm, error)
-        attempt.note(F.STARTING, text="it may have been started before the restart")
-        state, word = "unknown", None
-    if state == "running":
-        attempt.note(F.RAN, text="before the restart")
-    if word == "completed":
-        attempt.note(F.WHOLE, text="before the restart")
-    elif attempt.wanted.lazy:
-        attempt.note(F.LOST, round_no=1, text="the agent that sent its memory is gone")
+        reader.renew_if_due()
+    except LockLost as error:
+        log.warning("snapshot=%s effect=renew-lock result=%s; a new one is taken", reader.snapshot, error)
+        reader.lock_again()
 
 
 def _load_rooms() -> None:
@@ -336,6 +408,8 @@ def _info(attempt: RestoreAttempt) -> JobInfo:
 class _Found:
     """A snapshot by its name."""
 
+    repository: str
+    """The repository's id."""
     snapshot: str
     head: Head
     words: SnapshotWords
@@ -347,24 +421,31 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
 
     Raises UsageError, PlanRefused, Busy, RepositoryError …; nothing was done then."""
     if arguments.host and arguments.host != agent.config.name:
-        wish = {**msgspec.to_builtins(arguments), "host": ""}
         link = agent.peers.link(arguments.host)
+        # A name means another guest in another repository: what is meant is settled where the person is.
+        meant = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
+        wish = {**msgspec.to_builtins(arguments), "host": "", "name": meant.snapshot, "repository": meant.repository}
         answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
         return dict(answered)
     job = arguments.job or uuid.uuid4().hex
+    if not _JOB.fullmatch(job):  # parts of it become names of files, of objects and of a folder
+        raise UsageError(f"{job!r} is no id of a restore: 32 hexadecimal digits")
     known = agent.restores.status(job=job)
     if known is not None:
         return known
     _check(agent, arguments)
-    found = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
+    found = await agent.snapshot_store.with_repository(
+        lambda repository: find(repository, arguments.name, meant=arguments.repository)
+    )
     vm = arguments.rename or found.words.vm
     if not vm_spec.is_name(vm):
         raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
     with agent.claims.hold(vm, "restored"):
         wanted = await _wanted(agent, arguments, found, vm=vm, job=job)
-        await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
-        attempt = RestoreAttempt(agent, wanted)
-        agent.restores.begin(attempt)
+        with agent.restores.promised(wanted, accept=arguments.accept):
+            await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
+            attempt = RestoreAttempt(agent, wanted)
+            agent.restores.begin(attempt)
     return attempt.wire()
 
 
@@ -374,22 +455,28 @@ def _check(agent: Agent, arguments: RestoreArguments) -> None:
     if unknown:
         raise UsageError(f"--accept {unknown.pop()} is not known; there is {SAME_ADDRESS}")
     agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
-    at_work = sum(1 for _ in agent.restores.at_work())
-    if at_work >= limits.RESTORES_MAX:
-        raise Busy(f"{at_work} restores are on their way on {agent.config.name} already", side="client")
+    agent.restores.require_room()
 
 
-def find(repository: Repository, name: str) -> _Found:
-    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError."""
+def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
+    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError, also when this is
+    not the repository that is `meant`, by its id."""
     from vmferry.agent import snapshot_sink
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.errors import Damaged
 
+    own = repository.config.repository
+    if meant not in ("", own):
+        raise RepositoryError(
+            f"this host's repository ({own[:12]}) is not the one that has the snapshot ({meant[:12]})",
+            retry="after-fix",
+            hint="give both agents the same --repository, or export the snapshot and import it there",
+        )
     info = snapshot_sink.find(repository, name)
     if info.head is None:
         raise Damaged(f"snapshots/{info.snapshot}", info.damage)
     words = SnapshotWords.from_wire(info.head.metadata)
-    return _Found(info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
+    return _Found(own, info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
 
 
 async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> RestoreWanted:
@@ -399,17 +486,19 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         raise PlanRefused(
             f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
         )
-    old = VmDefinition.from_wire(words.definition)
+    old = restore_trust.read_definition(words.definition, found.disks)
+    await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
     renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
-    _, others, reasons = await asyncio.gather(
+    _, (others, unasked), reasons = await asyncio.gather(
         vm_commands.free_name(agent, vm),
         identities(agent),
         asyncio.to_thread(disk_objections, found.disks),
     )
     mine = identity_of(renewed.definition, host=agent.config.name)
     refused, notes = clashes(mine, others, accept=arguments.accept)
-    refused = (*reasons, *refused, *await _host_objections(agent, renewed, lazy=arguments.lazy))
+    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy)
+    refused = (*reasons, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
     return RestoreWanted(
@@ -422,44 +511,52 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
-        notes=notes,
+        notes=(*notes, *unasked, *known),
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
     )
 
 
-async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> Sequence[str]:
-    """What this host lacks, a sentence each."""
-    definition = renewed.definition
+async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> tuple[Sequence[str], Sequence[str]]:
+    """(what this host lacks, what should be known), a sentence each."""
     try:
         facts = await agent.planner.qemu_facts()
     except QemuError as error:
-        return [error.message]
-    found = []
-    if definition.machine not in facts.machines:
-        found.append(f"this host's QEMU {'.'.join(map(str, facts.version))} has no machine type {definition.machine}")
-    if definition.accel not in facts.accelerators():
-        found.append(f"the guest ran under {definition.accel}, which this host's QEMU does not offer")
+        return [error.message], []
+    found, notes = host_objections(renewed.definition, facts, available_bytes=agent.host.memory_available_bytes())
     if lazy and agent.planner.userfaultfd() is False:
         found.append("this host's kernel lets no guest run before its memory is here (userfaultfd); leave out --lazy")
-    return found
+    return found, notes
 
 
-async def identities(agent: Agent) -> list[GuestIdentity]:
-    """What every VM of this host and of those that answer could clash with."""
+async def identities(agent: Agent) -> tuple[list[GuestIdentity], tuple[str, ...]]:
+    """(what every VM of this host and of those that answer could clash with, a note for each host that did not)."""
     found = local_identities(agent)
+    notes = []
     answers = await asyncio.gather(
         *(link.call("peer-identities", {}, deadline_s=ASK_S) for link in agent.peers.links.values()),
         return_exceptions=True,
     )
     for host, answered in zip(agent.peers.links, answers, strict=True):
-        if isinstance(answered, VmferryError):
-            log.info("host=%s command=peer-identities result=%s", host, answered)
-        elif isinstance(answered, BaseException):
+        if isinstance(answered, BaseException) and not isinstance(answered, VmferryError):
             raise answered
-        else:
-            found += [GuestIdentity.from_wire(wire) for wire in answered["identities"]]
-    return found
+        try:
+            if isinstance(answered, VmferryError):
+                raise answered
+            found += msgspec.convert(_known_members(answered), list[GuestIdentity])
+        except (VmferryError, msgspec.ValidationError) as error:
+            log.info("host=%s command=peer-identities result=%s", host, error)
+            notes.append(f"{host} was not asked whether a VM of it has the same name, address or disk: {error}")
+    return found, tuple(notes)
+
+
+def _known_members(answered: Any) -> list[Any]:
+    """Another agent may know more of a VM than this one does; what it says is checked by whoever converts it."""
+    known = {each.name for each in dataclasses.fields(GuestIdentity)}
+    found = answered.get("identities") if isinstance(answered, dict) else None
+    if not isinstance(found, list):
+        raise VmferryError("it did not say which VMs it has")
+    return [{k: v for k, v in each.items() if k in known} if isinstance(each, dict) else each for each in found]
 
 
 def local_identities(agent: Agent) -> list[GuestIdentity]:

@@ -8,13 +8,13 @@ journal and QEMU prove (`restore_commands.take_up`), and the same loop goes on.
 
     1. the order is in the journal (RESTORE_WANTED)      a death here: nothing was made, or it is found and taken away
     2. overlays, a QEMU with -S, the snapshot read       as 1: the journal names directory and overlays
-    3. the guest is sent                                 as 1: the journal does not keep the guest, so it never ran
-    4. KEPT                                              from here on the QEMU is the guest's home
-    5. `cont`                                            the guest runs; pages that it lacks are sent on by the next
+    3. the guest is sent                                 as 1: the journal has no STARTING, so it never ran
+    4. KEPT                                              the next agent goes on with 5, or obeys a cancel
+    5. STARTING, `cont` (`restore_start`)                the guest may run; pages that it lacks are sent on by the next
                                                          agent, which joins the postcopy again
 
 Rule 1: a step that fails while the guest has not run ends the restore, and nothing of it is left; one that fails later
-        is tried again.
+        is tried again. That holds for every exception: one that is no error of ours is a defect, and is told as one.
 Rule 2: QEMU gets no connection before everything that could be checked without reading pages was checked.
 """
 
@@ -27,12 +27,10 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, job_events, rescue
-from vmferry.agent.directories import remove_directory
+from vmferry.agent import guest_memory, images, job_events, rescue, restore_start
 from vmferry.agent.machine import Machine
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
@@ -43,10 +41,9 @@ from vmferry.core.facts import Fact
 from vmferry.core.job import RESTORE, JobStatus, path
 from vmferry.core.restore import RestoreFact as F
 from vmferry.core.restore import RestoreLog, RestoreWish, Step
-from vmferry.errors import PlanRefused, QemuError, RepositoryError, VmferryError
+from vmferry.errors import PlanRefused, QemuError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.codec import Event
-from vmferry.qmp.errors import QmpCommandError
 from vmferry.vm.ram_blocks import RamBlockLine
 from vmferry.vm.runtime import RuntimePaths
 
@@ -62,7 +59,6 @@ log = logging.getLogger("vmferry.agent")
 CHANNEL_NAME = "vmferry-restore"
 CAPABILITIES = ("events", "return-path", "postcopy-ram")
 NO_EXIT_SINCE = (9, 1)
-_POLL_S = 0.002
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +109,18 @@ class RestoreAttempt:
         """The numbers of the feed that ended last."""
         self._news = asyncio.Event()
         self._opened: Opened | None = None
+        self._is_pinned = False
         self._page_bytes: dict[str, int] = {}
         """The host pages of its QEMU's blocks."""
         self._rejoins = 0
         self.kept: KeptVm | None = None
         """The guest as this host keeps it."""
+        self.was_adopted = False
+        """It was among this host's VMs: whoever took it out of them since meant it."""
+        self.has_written_starting = False
+        """The journal has STARTING of this job."""
+        self.images: dict[str, tuple[int, int]] = {}
+        """Overlays that this job made: device and inode."""
         self._told_s = 0.0
 
     @property
@@ -129,6 +132,11 @@ class RestoreAttempt:
     def vm(self) -> str:
         """The name that the guest gets."""
         return self.wanted.vm
+
+    @property
+    def has_opened(self) -> bool:
+        """It holds its snapshot open."""
+        return self._opened is not None
 
     @property
     def runtime(self) -> RuntimePaths:
@@ -169,7 +177,7 @@ class RestoreAttempt:
         words = self.agent.tail_log(self.runtime)
         self.error = self.error or QemuError(
             f"the QEMU of {self.vm} ended: {words or 'without a word'}",
-            guest="lost" if F.RAN in self.log else "unharmed",
+            guest="lost" if F.RAN in self.log or F.STARTING in self.log else "unharmed",
         )
         self.note(F.GONE, text=words)
         if self.kept is not None and self.agent.vms.get(self.vm) is self.kept:
@@ -178,6 +186,8 @@ class RestoreAttempt:
     def _on_event(self, event: Event) -> None:
         if event.name == "RESUME" and event.timestamp_us is not None:
             self.cpu_resumed_s = event.timestamp_us / 1e6
+            if self.log.stands:  # an order to run whose answer came late, or was lost
+                self.note(F.AGAIN, round_no=self.log.rounds(F.STANDS))
         self._news.set()
 
     def _hear_feed(self) -> None:
@@ -279,6 +289,8 @@ class RestoreAttempt:
             return f"The restore of {name} as {vm} {why}; nothing of it is left, and the snapshot is as it was."
         if core.reason(found):
             return f"{vm} waits: {core.reason(found)}."
+        if found.text(F.RAN):
+            return f"{vm} is here from the snapshot {name}, and {found.text(F.RAN)}; the rest of its memory follows."
         if F.RAN in found:
             return f"{vm} runs from the snapshot {name}; the rest of its memory follows."
         return f"The snapshot {name} is being restored as {vm}."
@@ -291,9 +303,9 @@ class RestoreAttempt:
             Step.READ_AND_LAUNCH: self._read_and_launch,
             Step.LOAD: self._load,
             Step.KEEP: self._keep,
-            Step.RUN: self._start_cpus,
+            Step.RUN: lambda: restore_start.start_cpus(self),
             Step.REJOIN: self._rejoin,
-            Step.UNDO: self._undo,
+            Step.UNDO: lambda: restore_start.undo(self),
             Step.END: self._end,
             Step.WAIT: self._wait,
         }
@@ -304,8 +316,8 @@ class RestoreAttempt:
             try:
                 await steps[row.step]()
                 pause_s = limits.RESTORE_REJOIN_MIN_S
-            except (VmferryError, OSError) as error:
-                found = error if isinstance(error, VmferryError) else VmferryError(str(error), cause=error)
+            except Exception as error:  # noqa: BLE001  a defect must not leave a guest without anybody
+                found = self._told(error, row.label)
                 if row.step in (Step.READ_AND_LAUNCH, Step.LOAD, Step.KEEP):
                     self.fail(found)
                     continue
@@ -314,6 +326,19 @@ class RestoreAttempt:
                 pause_s = min(pause_s * 2, limits.RESTORE_REJOIN_MAX_S)
         self.ended.set()
 
+    def _told(self, error: Exception, label: str) -> VmferryError:
+        """As an error of ours. One that nobody foresaw is a defect of vmferry: it is told, and the table goes on."""
+        if isinstance(error, VmferryError):
+            return error
+        if isinstance(error, OSError):
+            return VmferryError(str(error), cause=error)
+        log.error("job=%s vm=%s row=%s result=defect", self.job, self.vm, label, exc_info=error)
+        found = VmferryError(
+            f"{self.vm}: a defect of vmferry at '{label}': {type(error).__name__}: {error}", cause=error
+        )
+        self.error = self.error or found
+        return found
+
     async def _wait(self) -> None:
         await self._until_news(limits.RESTORE_TICK_S)
         now_s = self.agent.clock.now_s()
@@ -321,11 +346,6 @@ class RestoreAttempt:
             self._told_s = now_s
             self._hear_feed()  # a read that hangs tells nothing
             self.agent.publish("RESTORE", self.brief())
-            if self._opened is not None:
-                try:
-                    await self.agent.snapshot_store.run(self._opened.reader.renew_if_due)
-                except RepositoryError as error:
-                    log.warning("job=%s vm=%s effect=renew-lock result=%s", self.job, self.vm, error)
 
     async def _until_news(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -362,13 +382,32 @@ class RestoreAttempt:
         """Raises RepositoryError when something is missing or damaged."""
         if self._opened is None:
             self._opened = await self.agent.restores.open(self.wanted.snapshot)
+        if self.wanted.lazy and not self._is_pinned:
+            await self.agent.restores.pin(self.wanted)
+            self._is_pinned = True
         return self._opened
 
     async def _launch(self) -> None:
         definition = VmDefinition.from_wire(self.wanted.definition)
         argv = definition.incoming_argv(self.runtime, self.agent.config.qemu)
-        await asyncio.gather(*(make_overlay(each, qemu=self.agent.config.qemu) for each in self.wanted.overlays))
+        await self._make_overlays()
         self.use(await self.agent.launch(self.vm, argv, self.runtime))
+
+    async def _make_overlays(self) -> None:
+        overlays, qemu = self.wanted.overlays, self.agent.config.qemu
+        if not overlays:
+            return
+        # All of them have come to an end before one's failure is told: no file appears after UNDO.
+        made = await asyncio.gather(
+            *(make_overlay(each, job=self.job, qemu=qemu) for each in overlays), return_exceptions=True
+        )
+        for each in made:
+            if isinstance(each, BaseException):
+                raise each
+        self.images = {each.path: found for each, found in zip(overlays, made, strict=True) if isinstance(found, tuple)}
+        await self.agent.journal.append(Entry.IMAGE_MADE, self.job, {k: list(v) for k, v in self.images.items()})
+        for each_overlay in overlays:
+            images.publish(each_overlay.path, job=self.job)
 
     def _check(self, opened: Opened, lines: tuple[RamBlockLine, ...]) -> None:
         objection = block_objection(opened.reader.head.blocks, lines)
@@ -417,33 +456,11 @@ class RestoreAttempt:
         await self.agent.journal.append(Entry.KEPT, self.vm, self.kept.to_journal())
         self.note(F.KEPT)
 
-    async def _start_cpus(self) -> None:
-        machine = self.machine
-        assert machine is not None
-        until_s = self.agent.clock.now_s() + limits.RESTORE_CONT_S
-        while (state := await machine.run_state(deadline_s=limits.RESTORE_CONT_S)) == "inmigrate":
-            if self.agent.clock.now_s() >= until_s:
-                raise QemuError(f"{self.vm}: QEMU has the device state and does not stand ready")
-            await asyncio.sleep(_POLL_S)
-        if self.wanted.runs and state != "running":
-            self.note(F.STARTING)
-            try:
-                await machine.execute("cont", deadline_s=limits.RESTORE_CONT_S)
-            except QmpCommandError as error:
-                self.fail(QemuError(f"{self.vm}: QEMU cannot start it: {error.desc}", cause=error))
-                return
-            state = await machine.run_state(deadline_s=limits.RESTORE_CONT_S)
-            if state != "running":
-                self.fail(QemuError(f"{self.vm}: cont had no effect, the guest is {state}"))
-                return
-        self.agent.restores.adopt(self)
-        self.note(F.RAN)
-
     async def _rejoin(self) -> None:
         """QEMU listens again, out of band because its main loop may wait for a page, and gets what it lacks."""
         machine = self.machine
         assert machine is not None
-        await self._drop_feed()
+        await self.drop_feed()
         opened = await self._read()
         # Of a QEMU that an earlier agent started: what its guest had, for the definition is the same.
         sizes = self._page_bytes or {block.name: block.page_bytes for block in opened.reader.head.blocks}
@@ -469,30 +486,12 @@ class RestoreAttempt:
         if self.log.is_lost:
             raise QemuError(f"{self.vm}: its QEMU did not take the channel up again: {feed.lost or 'no answer'}")
 
-    async def _drop_feed(self) -> None:
+    async def drop_feed(self) -> None:
+        """Its threads end."""
         feed, self.feed = self.feed, None
         if feed is not None:
             self._progress, self._outcome = feed.progress(), feed.outcome()
             await feed.stop()
-
-    async def _undo(self) -> None:
-        await self._drop_feed()
-        if self.machine is None:  # found again by a restarted agent, or never started
-            identity = self.agent.host.find_qemu(self.wanted.directory)
-            if identity is not None:
-                self.agent.host.kill(identity)
-        elif not await self.machine.kill():
-            raise QemuError(f"{self.vm}: its QEMU (process {self.machine.pid}) does not end")
-        else:
-            await self.machine.close()
-        if F.KEPT in self.log:
-            await self.agent.journal.append(Entry.FORGOTTEN, self.vm)
-            self.agent.vms.pop(self.vm, None)
-        remove_directory(Path(self.wanted.directory), keep_logs=False)
-        for overlay in self.wanted.overlays:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(overlay.path)
-        self.note(F.UNDONE)
 
     async def _end(self) -> None:
         feed = self.feed
@@ -501,11 +500,11 @@ class RestoreAttempt:
             feed.outgoing.saw_running()
             await self._options_back()
             await self.agent.restores.remember_touches(self.wanted, feed)
-        elif F.KEPT in self.log and F.GONE in self.log:
+        elif F.KEPT in self.log and F.GONE in self.log and not self.was_adopted:
             self.agent.restores.adopt(self)  # as any VM of this host whose QEMU has ended
         result = self.wire() | {"over": True, "state": JobStatus.CONCLUDED.value}
         await self.agent.journal.append(Entry.ENDED, self.job, result)
-        await self._drop_feed()
+        await self.drop_feed()
         self.note(F.ENDED)
         await self.agent.restores.over(self, result)
 

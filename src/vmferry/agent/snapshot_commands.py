@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from vmferry.errors import UsageError
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.store.pins import Pin
     from vmferry.store.repository import Repository, SnapshotInfo
 
 
@@ -41,6 +44,8 @@ class PruneArguments:
     """Only the plan."""
     empty_below: float = 0.5
     """Packs of which less than this share is needed are written anew; 1.0: all that hold anything useless."""
+    drop_pins: str = ""
+    """A host that is lost for good: its guests do not need the repository any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +59,18 @@ class FileArguments:
 
 async def snapshots(agent: Agent, arguments: Any) -> dict[str, Any]:
     """Every snapshot, the oldest first. Raises RepositoryError."""
-    found = await agent.snapshot_store.with_repository(lambda repository: repository.snapshots())
-    return {"repository": agent.snapshot_store.place, "snapshots": [_info(info) for info in found]}
+    found, pins = await agent.snapshot_store.with_repository(_snapshots)
+    return {
+        "repository": agent.snapshot_store.place,
+        "snapshots": [_info(info) for info in found],
+        "pins": [msgspec.to_builtins(pin) for pin in pins],
+    }
+
+
+def _snapshots(repository: Repository) -> tuple[list[SnapshotInfo], list[Pin]]:
+    from vmferry.store.pins import all_pins
+
+    return repository.snapshots(), all_pins(repository)
 
 
 def _info(info: SnapshotInfo) -> dict[str, Any]:
@@ -137,10 +152,13 @@ async def prune(agent: Agent, arguments: PruneArguments) -> dict[str, Any]:
 
 
 def _prune(repository: Repository, arguments: PruneArguments) -> dict[str, Any]:
+    from vmferry.store import pins
     from vmferry.store.prune import execute, plan_prune
 
+    dropped = pins.drop(repository, arguments.drop_pins) if arguments.drop_pins and not arguments.dry_run else []
     plan = plan_prune(repository, empty_below=arguments.empty_below)
     wire: dict[str, Any] = {
+        "dropped_pins": [msgspec.to_builtins(pin) for pin in dropped],
         "plan": {
             "remove_packs": len(plan.remove_packs),
             "rewrite_packs": len(plan.empty_packs),

@@ -64,12 +64,12 @@ async def free_name(agent: Agent, name: str) -> None:
     current = agent.attempts.get(name)
     if current is not None and not current.ended.is_set():
         raise Busy(f"{name} has a migration to {current.wanted.destination} that is not settled", side="client")
+    if agent.restores.active(name) is not None:
+        raise Busy(f"{name} is being restored on {agent.config.name}", side="client", hint=HINT)
     kept = agent.vms.get(name)
     if kept is not None and (kept.machine is None or kept.machine.is_gone):
         await forget(agent, kept)  # it powered off or died; its name is free again
     place = agent.place_of(name)
-    if agent.restores.active(name) is not None:
-        raise Busy(f"{name} is being restored on {agent.config.name}", side="client", hint=HINT)
     if name in agent.vms or (place is not None and not place.ended.is_set()):
         raise _taken(agent.config.name, name)
     for host, answer in await _elsewhere(agent, name):

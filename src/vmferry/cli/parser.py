@@ -360,6 +360,8 @@ def _add_restore(commands: Any) -> None:
     restore.add_argument("--paused", action="store_true", help="do not start the guest")
     restore.add_argument("--accept", action="append", default=[], metavar="CODE",
                          help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+    restore.add_argument("--trust-definition", action="store_true",
+                         help="take arguments of QEMU out of the snapshot that this host does not know")  # fmt: skip
     restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
     restore.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     restore.add_argument("--no-auto-dismiss", action="store_true",
@@ -415,6 +417,9 @@ def _add_snapshots(commands: Any) -> None:
     prune.add_argument("--empty-below", type=float, default=0.5, metavar="SHARE",
                        help="write packs anew of which less than this is needed (default: 0.5; 1: all that hold "
                        "anything useless)")  # fmt: skip
+    prune.add_argument(
+        "--drop-pins", metavar="HOST", help="HOST is lost for good: its guests need their snapshots no more"
+    )
     export = _command(commands, "export", "snapshot_cmd:export", "write a snapshot as a plain stream file of QEMU's",
                       epilog=EXPORT_EPILOG)  # fmt: skip
     export.add_argument("name", metavar="NAME", help="its name or its id")

@@ -27,6 +27,7 @@ def restore(arguments: Namespace) -> int:
         "lazy": arguments.lazy,
         "paused": arguments.paused,
         "accept": arguments.accept,
+        "trust-definition": arguments.trust_definition,
         "job": os.urandom(16).hex(),
         "auto-dismiss": not arguments.no_auto_dismiss,
     }
@@ -49,6 +50,11 @@ def restore(arguments: Namespace) -> int:
     return error.exit_code
 
 
+def _is_there(wire: dict[str, Any]) -> bool:
+    """The guest runs, or stands paused as it was to."""
+    return wire["resume_ms"] is not None or (wire["paused"] and wire["detail"] in ("running-lazily", "completed"))
+
+
 def _follow(
     client: BlockingClient, wire: dict[str, Any], *, host: str, until_runs: bool, quiet: bool
 ) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def _follow(
     told = ""
     wish = {"job": wire["job"], "host": host}
     try:
-        while not wire["over"] and not (until_runs and wire["resume_ms"] is not None):
+        while not wire["over"] and not (until_runs and _is_there(wire)):
             for event in client.events(POLL_S):
                 if event.name == "RESTORE" and event.data.get("job") == wire["job"]:
                     break

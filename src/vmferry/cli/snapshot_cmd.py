@@ -108,6 +108,8 @@ def snapshots(arguments: Namespace) -> int:
         return 0
     for line in table(("ID", "NAME", "VM", "SAVED", "MEMORY", "STORED", "MACHINE"), rows):
         print(line)
+    for pin in wire["pins"]:
+        print(f"  {pin['vm']} on {pin['host']} still has memory in {pin['snapshot'][:12]} (job {pin['job']})")
     return 0
 
 
@@ -146,12 +148,15 @@ def forget(arguments: Namespace) -> int:
 
 def prune(arguments: Namespace) -> int:
     """Plans, and does it unless it is a dry run."""
-    wish = {"dry-run": arguments.dry_run, "empty-below": arguments.empty_below}
+    wish = {"dry-run": arguments.dry_run, "empty-below": arguments.empty_below,
+            "drop-pins": arguments.drop_pins or ""}  # fmt: skip
     wire = _long(arguments, "snapshot-prune", wish)
     if arguments.json:
         print(json.dumps(wire))
         return 0
     plan, done = wire["plan"], wire["done"]
+    for pin in wire["dropped_pins"]:
+        print(f"dropped: {pin['vm']} on {pin['host']} does not hold {pin['snapshot'][:12]} any more")
     print(
         f"plan: remove {plan['remove_packs']} packs, {plan['remove_indexes']} indexes and "
         f"{plan['remove_leftovers']} left-overs, write {plan['rewrite_packs']} packs anew: about "

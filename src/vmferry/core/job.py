@@ -211,7 +211,7 @@ RESTORE: Final = Kind(
         **{(Verb.CANCEL, j): _refused("the guest is here") for j in (J.WAITING, J.PENDING)},
         (Verb.CANCEL, J.ABORTING): _nothing("it is being taken away already"),
         (Verb.CANCEL, J.CONCLUDED): _OVER,
-        (Verb.RESUME, J.PAUSED): _does("the repository is asked again, now"),
+        (Verb.RESUME, J.PAUSED): _does("the repository is asked again, or the guest's start tried again, now"),
         (Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"),
     },
 )  # fmt: skip

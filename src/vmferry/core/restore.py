@@ -8,13 +8,15 @@ step. `STEPS` is tried from the top; the first row whose condition holds decides
     wanted ─ read ─ launched ─ loading ┬ lazy: loaded ─ kept ─ ran ─ whole ─ ended
                                        └ full: whole  ─ kept ─ ran ─────────  ended
 
-The line of no return is RAN: until then nothing is lost by giving up, and giving up leaves nothing behind. From then on
-the guest's only copy of what it did since is its QEMU, so nothing but the guest's own end ends the restore: a
-repository or an agent that is gone is waited for.
+The line of no return is STARTING: until then nothing is lost by giving up, and giving up leaves nothing behind. From
+then on the guest may have run, and the only copy of what it did since is its QEMU and its overlays; so nothing but the
+guest's own end ends the restore. A repository or an agent that is gone is waited for; a guest that was told to run and
+does not stands (STANDS) until somebody acts.
 
-Rule 1: KEPT is durable before the guest may run; so an agent that finds a QEMU which the journal does not keep knows
-        that its guest never ran.
-Rule 2: a guest whose device state was loaded and that lacks pages is never given up while its QEMU lives, once it ran.
+Rule 1: KEPT and STARTING are durable before the order to run is sent; so an agent that finds a restore without STARTING
+        in its journal knows that the guest never ran, and one that finds STARTING never takes anything away.
+Rule 2: a guest whose device state was loaded and that lacks pages is never given up while its QEMU lives, once it may
+        have run.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ class RestoreFact(StrEnum):
     KEPT = "kept"
     """The journal says that this host keeps the guest."""
     STARTING = "starting"
-    """The order to start it was sent: from here on it may have run."""
+    """The order to start it is about to be sent, or it is about to be given to people: from here on it may have run."""
+    STANDS = "stands"
+    """It was told to run and does not; with rounds. It waits for somebody who acts."""
+    AGAIN = "again"
+    """Its start is tried again, as somebody wished or QEMU's own events show; of the same round."""
     RAN = "ran"
     """It runs its first instruction, or was to stay paused and is whole without."""
     WHOLE = "whole"
@@ -65,6 +71,9 @@ class RestoreFact(StrEnum):
 
 F = RestoreFact
 
+ROUNDS_KEPT: Final = 50
+"""Rounds of one fact that a log keeps, besides the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Noted:
@@ -78,7 +87,7 @@ class Noted:
 
 @dataclass(frozen=True, slots=True)
 class RestoreLog:
-    """Facts in the order in which they became true; only ever longer."""
+    """Facts in the order in which they became true."""
 
     entries: tuple[Noted, ...] = ()
 
@@ -86,10 +95,15 @@ class RestoreLog:
         return any(entry.fact is fact for entry in self.entries)
 
     def with_fact(self, fact: RestoreFact, *, round_no: int = 0, text: str = "", at_s: float = 0.0) -> RestoreLog:
-        """The log with this fact; the same log if it is there already."""
-        if any(entry.fact is fact and entry.round == round_no for entry in self.entries):
+        """The log with this fact; the same log if it is there already. Of a fact with rounds the first and the newest
+        `ROUNDS_KEPT` stay: trouble of a whole night is no log of a gigabyte."""
+        mine = [entry for entry in self.entries if entry.fact is fact]
+        if any(entry.round == round_no for entry in mine):
             return self
-        return replace(self, entries=(*self.entries, Noted(fact, round_no, text, at_s)))
+        kept = self.entries
+        if len(mine) > ROUNDS_KEPT:
+            kept = tuple(entry for entry in kept if entry is not mine[1])
+        return replace(self, entries=(*kept, Noted(fact, round_no, text, at_s)))
 
     def rounds(self, fact: RestoreFact) -> int:
         """The highest round of a fact, 0 without any."""
@@ -115,9 +129,14 @@ class RestoreLog:
 
     @property
     def is_given_up(self) -> bool:
-        """It ends without a guest, which has not run."""
-        has_died = F.GONE in self and F.STARTING not in self
-        return F.RAN not in self and (F.CANCEL in self or F.FAILED in self or has_died)
+        """It ends without a guest, which has not run: the order to run was never on its way."""
+        may_have_run = F.STARTING in self or F.RAN in self
+        return not may_have_run and (F.CANCEL in self or F.FAILED in self or F.GONE in self)
+
+    @property
+    def stands(self) -> bool:
+        """It was told to run, does not, and nobody has said since that it should be tried again."""
+        return F.RAN not in self and self.rounds(F.STANDS) > self.rounds(F.AGAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +184,7 @@ STEPS: Final[Sequence[Row]] = (
     Row("over", Step.NOTHING, lambda log, wish: F.ENDED in log, "it is over"),
     Row("undone", Step.END, lambda log, wish: F.UNDONE in log, "nothing of it is left, and its result is not written"),
     Row("given-up", Step.UNDO, lambda log, wish: log.is_given_up, "the guest has not run, so nothing is lost by it"),
-    Row("died", Step.END, lambda log, wish: F.GONE in log, "the guest ran here and its QEMU has ended"),
+    Row("died", Step.END, lambda log, wish: F.GONE in log, "the guest may have run here, and its QEMU has ended"),
     Row("done", Step.END, lambda log, wish: F.WHOLE in log and F.RAN in log, "the guest is here, whole"),
     Row("begin", Step.READ_AND_LAUNCH, lambda log, wish: F.READ not in log or F.LAUNCHED not in log,
         "there is no QEMU for it yet, or nobody knows yet that the snapshot is sound"),
@@ -173,6 +192,7 @@ STEPS: Final[Sequence[Row]] = (
     Row("rejoin", Step.REJOIN, lambda log, wish: log.is_lost, "it lacks pages, and nobody sends them"),
     Row("keep", Step.KEEP, lambda log, wish: _ready(log, wish) and F.KEPT not in log,
         "before the guest runs it is known whose it is"),
+    Row("stands", Step.WAIT, lambda log, wish: log.stands, "it was told to run and does not: a person decides"),
     Row("run", Step.RUN, lambda log, wish: _ready(log, wish) and F.RAN not in log, "all that it needs is there"),
     Row("wait", Step.WAIT, lambda log, wish: True, "pages are on their way"),
 )  # fmt: skip
@@ -197,7 +217,7 @@ def restore_state(log: RestoreLog) -> JobStatus:
         return JobStatus.ABORTING
     if F.WHOLE in log and F.RAN in log:
         return JobStatus.PENDING
-    if log.has_trouble or log.is_lost:
+    if log.has_trouble or log.is_lost or log.stands:
         return JobStatus.PAUSED
     return JobStatus.RUNNING if F.LAUNCHED in log else JobStatus.CREATED
 
@@ -210,6 +230,7 @@ def detail(log: RestoreLog) -> str:
         ("failed", log.is_given_up),
         ("lost", F.GONE in log),
         ("rejoining", log.is_lost),
+        ("standing", log.stands),
         ("waiting", log.has_trouble),
         ("running-lazily", F.RAN in log),
         ("loaded", F.LOADED in log),
@@ -223,6 +244,8 @@ def reason(log: RestoreLog) -> str:
     """Why the job is paused; '' if it is not."""
     if log.is_lost:
         return log.text(F.LOST)
+    if log.stands:
+        return log.text(F.STANDS)
     return log.text(F.TROUBLE) if log.has_trouble else ""
 
 
@@ -234,5 +257,7 @@ def has_won(log: RestoreLog) -> bool:
 def cancel_refusal(log: RestoreLog) -> str | None:
     """Why it cannot be cancelled any more; None if it can."""
     if F.RAN in log or F.STARTING in log:
-        return "the guest runs already and needs the rest of its memory; 'vmferry stop' ends the guest"
+        return (
+            "the guest runs already, or may have run, and needs the rest of its memory; 'vmferry stop' ends the guest"
+        )
     return None

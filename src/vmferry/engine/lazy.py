@@ -259,18 +259,23 @@ class LazySource:
 
     def _serve_asked(self) -> None:
         pause_s = limits.RESTORE_RETRY_MIN_S
+        again: deque[tuple[ImageBlock, int, int]] = deque()
         while not self._stopping.is_set():
             with self._wanted:
-                if not self._asked:
+                if not self._asked and not again:
                     self._wanted.wait(pause_s if self._failed else None)
                 is_new = bool(self._asked)
                 wanted = self._asked.popleft() if is_new else None
             if wanted is not None:
                 self._try(wanted)
                 continue
-            failed, self._failed = self._failed, deque()
-            for each in failed:
-                self._try(each)
+            if not again:
+                again, self._failed = self._failed, deque()
+            if again:
+                # One at a time: a try may hang for a minute, and what is asked for meanwhile comes first after it.
+                self._try(again.popleft())
+            if again:
+                continue
             pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S) if self._failed else limits.RESTORE_RETRY_MIN_S
             if not self._failed:
                 self._note_trouble("asked", None)

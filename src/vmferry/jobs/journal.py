@@ -64,6 +64,11 @@ class Entry(StrEnum):
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     RESTORE_WANTED = "restore-wanted"
     """A guest was wanted back from a snapshot; what is made for it."""
+    STARTING = "starting"
+    """A restored guest is about to be told to run, or given to people who may: from here on nothing of it is taken away
+    unless RENOUNCED follows, which an agent writes that knows that it did not send the order."""
+    RAN = "ran"
+    """A restored guest was seen running, or given to people paused: whether it runs is not the restore's any more."""
     SAVE_WANTED = "save-wanted"
     """A snapshot of a VM of this host was asked for."""
     PLACE_WANTED = "place-wanted"
@@ -75,7 +80,7 @@ class Entry(StrEnum):
     POLICY = "policy"
     """Source and destination: the job's policies were changed while it ran."""
     RENOUNCED = "renounced"
-    """Destination: the guest never ran here in this job and never will."""
+    """Destination, or a restore: the guest never ran here in this job and never will."""
     ENDED = "ended"
     """The job is over: its result."""
     DISMISSED = "dismissed"
@@ -112,6 +117,8 @@ class JobState:
     """Files that the job made: path to [device, inode]."""
     recovery_way: dict[str, Any] | None = None
     committed_generation: int | None = None
+    starting: bool = False
+    ran: bool = False
     renounced: bool = False
     turned_back: bool = False
     fenced: str = ""
@@ -180,6 +187,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.recovery_way = entry.body
             case Entry.COMMITTED if job:
                 job.committed_generation = int(entry.body["generation"])
+            case Entry.STARTING if job:
+                job.starting = True
+            case Entry.RAN if job:
+                job.ran = True
             case Entry.TURNED_BACK if job:
                 job.turned_back = True
             case Entry.FENCED if job:

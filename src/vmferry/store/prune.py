@@ -19,7 +19,8 @@ planned for, and then, each step durable before the next; a crash leaves:
 Rule 1: what is damaged is no reason to delete. If a manifest, or an index or pack that one needs, is missing or cannot
         be read, there is no plan, but `Damaged`: heal it, or forget that snapshot, first.
 Rule 2: nothing that is younger than `grace_s` goes. Young packs without an index are somebody's save.
-Rule 3: before each single delete the deed looks whether its lock is still there (see `lock` for the schedule).
+Rule 3: nothing goes, and nothing is moved, while a guest that runs has memory in the repository (`pins`).
+Rule 4: before each single delete the deed looks whether its lock is still there (see `lock` for the schedule).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store import pins
 from vmferry.store.backend import LEFTOVERS, Entry
 from vmferry.store.errors import Damaged, PlanOutdated
 from vmferry.store.index import index_name
@@ -240,6 +242,7 @@ def execute(repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_L
     """
     lock = repository.exclusive("prune", stale_s=stale_s)
     try:
+        pins.require_free(repository)
         packs = repository.packs()
         now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
         if now != plan.seen:

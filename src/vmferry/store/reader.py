@@ -8,8 +8,9 @@ moved is looked up where it is now. Then a page is two array look-ups, a read of
 Memory: 4 bytes per page of the guest, and 19 per page of the indexes that the snapshot names. 200 MB are enough for a
 snapshot of 32 GiB whose pages are all different and not zero.
 
-Rule 1: a reader holds a shared lock, so nothing is taken away under it; call `renew_if_due` now and then, `close` at
-        the end. A reader of a store that nobody prunes (a copy, say) may go without (`is_locked=False`).
+Rule 1: a reader holds a shared lock, so nothing is taken away under it; one owner calls `renew_if_due` now and then
+        (never two threads at a time), `close` at the end. A reader of a store that nobody prunes (a copy, say) may go
+        without (`is_locked=False`).
 Rule 2: pages are right or `Damaged` is raised (`source`). `read` and `page` may be called from several threads.
 """
 
@@ -117,6 +118,11 @@ class SnapshotReader:
         """Renews the lock. Raises LockLost: the snapshot's pages may be taken away from now on."""
         if self._lock is not None:
             self._lock.renew_if_due()
+
+    def lock_again(self) -> None:
+        """Takes a new lock for one that was lost. Raises RepositoryBusy while somebody prunes."""
+        if self._lock is not None:
+            self._lock.take()
 
     def bases_for(self, block: str, pages: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_], Ids, Pages, Numbers]:
         """What differences to these pages can be taken from: a page that is stored whole, and is or was this page.

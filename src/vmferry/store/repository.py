@@ -1,4 +1,4 @@
-"""A repository: objects of five kinds in a backend, and what can be done with them.
+"""A repository: objects of six kinds in a backend, and what can be done with them.
 
 Theory of operation
 -------------------
@@ -7,6 +7,7 @@ Theory of operation
     index/ID              which pages are in which packs                  new names only, never changed
     snapshots/ID          a manifest: what a snapshot is                  new names only, never changed
     locks/KIND-ID         who works on it                                 short-lived
+    pins/JOB              a guest that still has memory in a snapshot     until it is whole or ended, whatever its age
 
 A save writes in this order, and each step is durable before the next begins. A crash leaves:
 
@@ -44,6 +45,7 @@ from vmferry.limits import (
 )
 from vmferry.store import config as config_object
 from vmferry.store import lock as locks
+from vmferry.store import pins
 from vmferry.store.backend import Backend, Entry, again
 from vmferry.store.config import Config, Key, Secrets
 from vmferry.store.envelope import MANIFEST, PREFIX, head_end
@@ -238,11 +240,13 @@ class Repository:
         return sorted(found, key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0))
 
     def forget(self, snapshot: str) -> None:
-        """The snapshot is gone; its pages go with the next prune. Raises UnknownSnapshot, RepositoryBusy."""
+        """The snapshot is gone; its pages go with the next prune. Raises UnknownSnapshot, RepositoryBusy (also while a
+        guest that was restored from it has memory in it yet)."""
         if snapshot not in self.snapshot_ids():
             raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
         lock = self.shared(f"forget {snapshot}")
         try:
+            pins.require_free(self, snapshot)
             again(lambda: self.backend.delete(manifest_name(snapshot)))
         finally:
             lock.release()

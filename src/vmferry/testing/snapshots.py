@@ -152,6 +152,15 @@ class SpecGuest:
     def disks(self) -> list[frozen.FrozenDisk]:
         """Its disks as they are now: nobody may run on them afterwards but in overlays."""
         found = []
+        files = [self.spec.kernel.image, self.spec.kernel.initrd] if self.spec.kernel else []
+        for path in (*files, self.spec.firmware):
+            if path:
+                seen = os.stat(path)
+                found.append(
+                    frozen.FrozenDisk(
+                        path=path, format="file", way="read-only", size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns
+                    )
+                )
         for disk in self.spec.disk:
             seen = os.stat(disk.path)
             way: Literal["read-only", "external-snapshot"] = "read-only" if disk.is_readonly else "external-snapshot"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vmferry.agent import peer_commands, rescue_commands
 from vmferry.core.facts import Fact
+from vmferry.core.restore import RestoreFact as F
+from vmferry.core.restore import RestoreLog
+from vmferry.errors import Busy
 from vmferry.qmp.client import QmpClient, connect_unix
 from vmferry.qmp.codec import Event
 from vmferry.qmp.errors import QmpCommandError
@@ -167,3 +173,52 @@ async def test_many_clients_at_once_and_the_end_of_the_vm(make_site: MakeSite) -
         for client in clients:
             await client.closed
     assert not site.agents["a"].monitors.path_of("g").exists()
+
+
+def restored(site: Site, vm: str, log: RestoreLog) -> SimpleNamespace:
+    """A restore of this VM is at work on `a`, with these facts."""
+    found = SimpleNamespace(
+        vm=vm, job="1f" * 16, log=log, ended=asyncio.Event(), wanted=SimpleNamespace(name="monday", wanted_s=0.0)
+    )
+    site.agents["a"].restores._jobs[vm] = found  # type: ignore[assignment]
+    return found
+
+
+async def test_nobody_starts_or_stops_a_guest_whose_restore_is_about_to(make_site: MakeSite) -> None:
+    site = await make_site()
+    back = restored(site, "g", RestoreLog().with_fact(F.WANTED).with_fact(F.KEPT))
+    try:
+        async with monitor_of(site) as (client, _):
+            for command in ("stop", "cont", "quit"):
+                assert "is being restored" in await refused(client, command)
+            back.log = back.log.with_fact(F.RAN)
+            await client.execute("stop")
+            assert (await client.execute("query-status"))["status"] == "paused"
+    finally:
+        back.ended.set()
+        del site.agents["a"].restores._jobs["g"]
+
+
+async def test_a_name_that_is_being_restored_takes_no_guest_of_another_host(make_site: MakeSite) -> None:
+    """Nobody has the VM yet: it is loading."""
+    site = await make_site()
+    back = restored(site, "other", RestoreLog().with_fact(F.WANTED))
+    try:
+        with pytest.raises(Busy, match="restoring a VM named other"):
+            await peer_commands._new_place(site.agents["a"], "b", {"vm": "other", "job": "2e" * 16})
+    finally:
+        back.ended.set()
+        del site.agents["a"].restores._jobs["other"]
+
+
+async def test_a_guest_that_lacks_pages_of_a_restore_is_not_rescued(make_site: MakeSite) -> None:
+    """A throw-away tool would start it without them."""
+    site = await make_site()
+    back = restored(site, "g", RestoreLog().with_fact(F.WANTED).with_fact(F.RAN))
+    try:
+        with pytest.raises(Busy, match="is being restored"):
+            async with rescue_commands.at_work(site.agents["a"], "g"):
+                pass
+    finally:
+        back.ended.set()
+        del site.agents["a"].restores._jobs["g"]

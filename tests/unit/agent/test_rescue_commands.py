@@ -70,6 +70,7 @@ class FakeAgent:
         self.vms: dict[str, Any] = {}
         self.claims = Claims()
         self.saves = SimpleNamespace(active=lambda vm: None)
+        self.restores = SimpleNamespace(active=lambda vm: None)
         self.published: list[tuple[str, dict[str, Any]]] = []
 
     def publish(self, name: str, data: dict[str, Any]) -> None:

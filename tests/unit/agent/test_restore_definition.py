@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from vmferry.agent.restore_definition import (
     GuestIdentity,
     clashes,
     disk_objections,
+    host_objections,
     identity_of,
     renew,
 )
@@ -22,6 +24,7 @@ from vmferry.agent.vms import DiskRef, VmDefinition
 from vmferry.engine.frozen import FrozenDisk
 from vmferry.errors import PlanRefused, SpecError
 from vmferry.vm import spec as vm_spec
+from vmferry.vm.probe_qemu import CpuModel, QemuFacts
 
 UUID = "11111111-2222-3333-4444-555555555555"
 
@@ -135,3 +138,39 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
         assert "was changed since" in disk_objections([other])[0]
     image.unlink()
     assert "is not there" in disk_objections([same])[0]
+
+
+def facts(**more: Any) -> QemuFacts:
+    cpus = {"tcg": (CpuModel("qemu64", (), True), CpuModel("Icelake-Server", ("avx512f",), True))}
+    found = {"machines": ("pc-q35-7.2",), "version": (7, 2, 22), "cpus": cpus, **more}
+    return SimpleNamespace(**found, accelerators=lambda: tuple(found["cpus"]))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("change", "asked", "words"),
+    [
+        ({}, {}, ""),
+        ({}, {"available_bytes": None}, ""),
+        ({}, {"available_bytes": 64 << 20}, "needs"),
+        ({"cpu": "Icelake-Server"}, {}, "avx512f"),
+        ({"cpu": "Icelake-Server,-avx512f"}, {}, "avx512f"),
+        ({"cpu": "Future-Server"}, {}, "does not know the CPU model Future-Server"),
+        ({"cpu": "max"}, {}, ""),
+        ({"machine": "pc-q35-9.9"}, {}, "no machine type pc-q35-9.9"),
+        ({"accel": "kvm"}, {}, "ran under kvm"),
+    ],
+)
+def test_what_a_host_lacks_for_a_guest(change: dict[str, Any], asked: dict[str, Any], words: str) -> None:
+    old = dataclasses.replace(definition(), **change)
+    found, notes = host_objections(old, facts(), **{"available_bytes": 1 << 40, **asked})
+    assert notes == []
+    assert [words in each for each in found] == ([True] if words else [])
+
+
+def test_a_cpu_that_is_the_hosts_is_a_note() -> None:
+    kvm = facts(cpus={"kvm": (CpuModel("host", (), False),)})
+    found, notes = host_objections(
+        dataclasses.replace(definition(), cpu="host", accel="kvm"), kvm, available_bytes=None
+    )
+    assert found == []
+    assert "nobody knows" in notes[0]

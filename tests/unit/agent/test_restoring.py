@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from vmferry.agent import restoring
+from vmferry.agent import images, restoring
 from vmferry.agent.directories import make_directory
 from vmferry.agent.events import EVENTS
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Progress, block_objection
 from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted, trouble_text
 from vmferry.agent.vm_commands import definition_of
+from vmferry.core import restore as core
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
 from vmferry.errors import QemuError, RepositoryError, VmferryError
@@ -48,6 +49,8 @@ class FakeQemu:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.state = "inmigrate"
+        self.state_after = "running"
+        """Where the guest gets to by the time that somebody asks after `cont`."""
         self.refuses: dict[str, Exception] = {}
         self.on_gone: Callable[[], None] | None = None
         self.on_event: Callable[[Event], None] | None = None
@@ -58,11 +61,15 @@ class FakeQemu:
         if command in self.refuses:
             raise self.refuses.pop(command)
         if command == "cont":
-            self.state = "running"
-            assert self.on_event is not None
-            self.on_event(Event("RESUME", {}, 1_000_000))
+            self.resume()
+            self.state = self.state_after
         if command == "migrate-recover":
             self.listen(arguments["uri"].removeprefix("unix:"))
+
+    def resume(self) -> None:
+        self.state = "running"
+        assert self.on_event is not None
+        self.on_event(Event("RESUME", {}, 1_000_000))
 
     def listen(self, path: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
@@ -132,6 +139,8 @@ class FakeAgent:
         self.qemu = qemu
         self.folder = folder
         self.entries: list[tuple[Entry, str]] = []
+        self.at_entry: dict[Entry, Callable[[], None]] = {}
+        """What happens while such an entry is being written."""
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.vms: dict[str, Any] = {}
         self.ended: dict[str, Any] | None = None
@@ -142,7 +151,12 @@ class FakeAgent:
         self.journal = SimpleNamespace(append=self._append)
         self.host = SimpleNamespace(find_qemu=lambda directory: None)
         self.restores = SimpleNamespace(
-            open=self._open, adopt=self._adopt, over=self._over, remember_touches=self._note
+            open=self._open,
+            pin=self._pin,
+            adopt=self._adopt,
+            disown=self._disown,
+            over=self._over,
+            remember_touches=self._note,
         )
         self.snapshot_store = SimpleNamespace(run=self._run)
         self.vm_gone = self.gone.append
@@ -159,16 +173,26 @@ class FakeAgent:
         return self.qemu
 
     async def _append(self, kind: Entry, subject: str, body: Any = None) -> None:
+        if kind in self.at_entry:
+            self.at_entry.pop(kind)()
         self.entries.append((kind, subject))
 
     async def _open(self, snapshot: str) -> Opened:
         return await asyncio.shield(self.reading)
 
     def _adopt(self, attempt: RestoreAttempt) -> None:
+        attempt.was_adopted = True
         self.vms[attempt.vm] = attempt.kept
+
+    def _disown(self, attempt: RestoreAttempt) -> None:
+        self.vms.pop(attempt.vm, None)
 
     async def _over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         self.ended = result
+
+    async def _pin(self, wanted: RestoreWanted) -> None:
+        assert not any(kind is Entry.STARTING for kind, _ in self.entries)
+        self.pinned = wanted.snapshot
 
     async def _note(self, *arguments: Any) -> None:
         return None
@@ -239,8 +263,11 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def lines(machine: Any) -> tuple[RamBlockLine, ...]:
         return LINES
 
-    async def make(overlay: Overlay, *, qemu: str) -> None:
-        os.close(os.open(overlay.path, os.O_CREAT | os.O_WRONLY))
+    async def make(overlay: Overlay, *, job: str, qemu: str) -> images.Identity:
+        name = images.temporary(overlay.path, job)
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        found = os.stat(name)
+        return found.st_dev, found.st_ino
 
     async def settled(machine: Any) -> str:
         return "completed"
@@ -258,7 +285,10 @@ async def test_a_lazy_restore_starts_the_guest_when_the_journal_keeps_it(tmp_pat
     bed.qemu.state = "paused"
     feed.say(facts={Fact.PACKAGE_LOADED})
     await bed.until(F.RAN)
-    assert bed.agent.entries == [(Entry.KEPT, "web1")]
+    job = bed.attempt.job
+    assert bed.agent.entries == [
+        (Entry.IMAGE_MADE, job), (Entry.KEPT, "web1"), (Entry.STARTING, job), (Entry.RAN, job),
+    ]  # fmt: skip
     assert bed.agent.vms["web1"].machine is bed.qemu
     feed.say(facts={Fact.PEER_ACK})
     ended = await bed.end()
@@ -277,7 +307,7 @@ async def test_a_full_restore_starts_nothing_before_all_is_there(tmp_path: Path)
     feed = await bed.feed()
     bed.qemu.state = "paused"
     feed.say(facts={Fact.SETUP_DONE})
-    assert bed.agent.entries == []
+    assert {kind for kind, _ in bed.agent.entries} == {Entry.IMAGE_MADE}
     feed.say(facts={Fact.PEER_ACK})
     assert (await bed.end())["detail"] == "completed"
     assert bed.qemu.told.index("migrate-incoming") < bed.qemu.told.index("cont")
@@ -331,15 +361,107 @@ async def test_a_qemu_that_does_not_take_the_guest_is_told_in_its_own_words(tmp_
     assert bed.is_nothing_left()
 
 
-async def test_a_guest_that_qemu_cannot_start_has_not_run(tmp_path: Path) -> None:
+async def loaded(bed: Bed) -> FakeFeed:
+    """A lazy restore whose guest stands ready."""
+    bed.begin()
+    bed.qemu.state = "paused"
+    feed = await bed.feed()
+    feed.say(facts={Fact.PACKAGE_LOADED})
+    return feed
+
+
+async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp_path: Path) -> None:
+    """`cont` that is refused may have been the second one, and the guest may have run."""
+    bed = Bed(tmp_path)
+    bed.qemu.refuses["cont"] = QmpCommandError("cont", "GenericError", "no lock", peer="QEMU")
+    feed = await loaded(bed)
+    await bed.until(F.STANDS)
+    brief = bed.attempt.brief()
+    assert (brief["state"], brief["detail"]) == ("paused", "standing")
+    assert "no lock" in brief["reason"]
+    assert "vmferry job resume" in brief["reason"]
+    assert "web1" in bed.agent.vms, "people see it and can end it"
+    assert core.cancel_refusal(bed.attempt.log) is not None
+    bed.attempt.note(F.AGAIN, round_no=1)  # what 'job resume' does
+    await bed.until(F.RAN)
+    feed.say(facts={Fact.PEER_ACK})
+    assert (await bed.end())["detail"] == "completed"
+    assert bed.overlay.exists()
+
+
+async def test_a_guest_whose_order_to_run_took_effect_late_is_noticed(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    bed.qemu.refuses["cont"] = QmpCommandError("cont", "GenericError", "no lock", peer="QEMU")
+    feed = await loaded(bed)
+    await bed.until(F.STANDS)
+    bed.qemu.resume()
+    await bed.until(F.RAN)
+    feed.say(facts={Fact.PEER_ACK})
+    await bed.end()
+    assert bed.qemu.told.count("cont") == 1
+
+
+@pytest.mark.parametrize("state", ["io-error", "internal-error", "guest-panicked", "paused"])
+async def test_a_guest_that_ran_and_stopped_at_once_keeps_its_disk(tmp_path: Path, state: str) -> None:
+    """1. cont  2. the guest's first write finds no room  3. query-status says io-error: that is a guest that ran."""
+    bed = Bed(tmp_path)
+    bed.qemu.state_after = state
+    feed = await loaded(bed)
+    await bed.until(F.RAN)
+    assert state in bed.attempt.wire()["sentence"]
+    feed.say(facts={Fact.PEER_ACK})
+    assert (await bed.end())["detail"] == "completed"
+    assert bed.overlay.exists()
+    assert not bed.qemu.is_gone
+
+
+async def test_a_cancel_that_comes_while_the_last_entry_is_written_is_obeyed(tmp_path: Path) -> None:
+    """1. STARTING is being written  2. a cancel is accepted  3. no order to run is sent, and RENOUNCED says so before
+    anything is taken away."""
     bed = Bed(tmp_path)
     bed.begin()
     bed.qemu.state = "paused"
-    bed.qemu.refuses["cont"] = QmpCommandError("cont", "GenericError", "no lock", peer="QEMU")
+    bed.agent.at_entry[Entry.STARTING] = lambda: bed.attempt.note(F.CANCEL)
     (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
-    assert "no lock" in (await bed.end())["error"]["message"]
+    ended = await bed.end()
+    assert ended["detail"] == "cancelled"
+    assert "cont" not in bed.qemu.told
+    kinds = [kind for kind, _ in bed.agent.entries]
+    assert kinds[-3:] == [Entry.RENOUNCED, Entry.FORGOTTEN, Entry.ENDED]
     assert bed.is_nothing_left()
-    assert (Entry.FORGOTTEN, "web1") in bed.agent.entries
+
+
+async def test_a_file_that_somebody_else_made_is_never_taken_away(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    bed.overlay.write_text("the disk of another guest")
+    bed.begin()
+    ended = await bed.end()
+    assert ended["detail"] == "failed"
+    assert "cannot get its name" in ended["error"]["message"]
+    assert bed.overlay.read_text() == "the disk of another guest"
+    assert [name for name in os.listdir(tmp_path) if name.startswith("web1.qcow2")] == ["web1.qcow2"]
+
+
+@pytest.mark.parametrize("error", [KeyError("a field"), ValueError("a state"), MemoryError()])
+async def test_a_defect_before_the_guest_may_run_ends_the_restore(tmp_path: Path, error: Exception) -> None:
+    bed = Bed(tmp_path)
+    bed.qemu.refuses["migrate-incoming"] = error
+    bed.begin()
+    ended = await bed.end()
+    assert ended["detail"] == "failed"
+    assert "a defect of vmferry" in ended["error"]["message"]
+    assert bed.is_nothing_left()
+
+
+async def test_a_defect_after_the_guest_may_run_is_told_and_leaves_it_be(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    bed.qemu.refuses["cont"] = KeyError("a field")
+    feed = await loaded(bed)
+    await bed.until(F.RAN)
+    assert bed.attempt.error is not None
+    assert "a defect" in bed.attempt.error.message
+    feed.say(facts={Fact.PEER_ACK})
+    assert (await bed.end())["detail"] == "completed"
 
 
 async def test_a_cont_without_an_answer_is_tried_again_and_never_undone(tmp_path: Path) -> None:

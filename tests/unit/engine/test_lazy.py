@@ -247,6 +247,43 @@ def test_a_damaged_page_is_named_and_only_that_one_is_missing(bed: Bed) -> None:
     bed.finish()
 
 
+def test_what_is_asked_for_comes_before_what_failed_before(bed: Bed) -> None:
+    """1. three pages fail  2. the next try of one hangs  3. a page that is sound is asked for: it comes before the
+    tries of the others, each of which may hang for a minute."""
+    *bad, good = (np.flatnonzero(bed.whole.blocks["pc.ram"].touched[1000:])[:4] + 1000).tolist()
+    bed.snapshot.damaged = {("pc.ram", number) for number in bad}
+    tried: list[int] = []
+    is_armed, hangs, may_go_on = threading.Event(), threading.Event(), threading.Event()
+    read = bed.snapshot.page
+
+    def page(block: str, number: int) -> Pages:
+        tried.append(number)
+        if is_armed.is_set() and number in bad and not hangs.is_set():
+            tried.clear()
+            hangs.set()
+            assert may_go_on.wait(WAIT_S)
+        return read(block, number)
+
+    bed.snapshot.page = page  # type: ignore[method-assign]
+    bed.start(ahead=False)
+    for number in bad:
+        bed.peer.say(RequestPages(number * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    while not set(bad) <= set(tried):
+        threading.Event().wait(0.001)
+    is_armed.set()
+    assert hangs.wait(WAIT_S)
+    bed.peer.say(RequestPages(good * PAGE_BYTES, PAGE_BYTES, "pc.ram"))
+    while not bed.source._asked:
+        threading.Event().wait(0.001)
+    may_go_on.set()
+    while not bed.peer.have["pc.ram"][good]:
+        bed.peer.read_until(PageRun, ZeroRun)
+    assert tried[0] == good, tried
+    bed.snapshot.damaged.clear()
+    bed.source.go()
+    bed.finish()
+
+
 def test_a_defect_of_the_reader_is_told_and_not_the_end(bed: Bed) -> None:
     bed.snapshot.lost = KeyError("a defect")
     bed.start()
