@@ -66,7 +66,7 @@ async def restore(agent: Agent) -> None:
         if job.role == "source":
             await _source(agent, job)
         elif job.role == "save":
-            await agent.saves.restore(job)
+            await agent.saves.restore(job, state.jobs.values())
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)

@@ -37,14 +37,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import save_disks
+from vmferry.agent import save_disks, save_report
 from vmferry.agent.save_options import SaveOptions
+from vmferry.agent.save_report import Counted
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import SaveWanted
 from vmferry.core.job import SAVE, JobStatus, path
 from vmferry.core.saving import (
     Back,
     BackView,
+    Did,
     Guest,
     Owed,
     Qemu,
@@ -52,11 +54,11 @@ from vmferry.core.saving import (
     SaveLog,
     Word,
     awaits_leave,
+    did,
     guest_of,
     may_cancel,
     row_of,
     save_job,
-    save_status,
     word_of,
 )
 from vmferry.errors import (
@@ -88,37 +90,6 @@ CONT_S = 10.0
 CLOSING_S = 3.0
 
 
-@dataclass(slots=True)
-class Counted:
-    """QEMU's numbers of the save."""
-
-    transferred_bytes: int = 0
-    remaining_bytes: int = 0
-    passes: int = 0
-    stop_s: float | None = None
-    resume_s: float | None = None
-
-    def count(self, info: dict[str, Any]) -> None:
-        """What query-migrate said."""
-        ram = info.get("ram") or {}
-        self.transferred_bytes = max(self.transferred_bytes, int(ram.get("transferred", 0)))
-        self.remaining_bytes = int(ram.get("remaining", 0))
-        self.passes = int(ram.get("dirty-sync-count", self.passes))
-
-    @property
-    def downtime_ms(self) -> float | None:
-        """How long the guest stood, by QEMU's own event times."""
-        if self.stop_s is None or self.resume_s is None:
-            return None
-        return round((self.resume_s - self.stop_s) * 1000, 3)
-
-    def progress(self) -> dict[str, Any]:
-        """As a migration's."""
-        whole = self.transferred_bytes + self.remaining_bytes
-        percent = self.transferred_bytes * 100 // whole if whole else 0
-        return {"current_bytes": self.transferred_bytes, "whole_bytes": whole, "percent": percent}
-
-
 @dataclass(eq=False)
 class SaveJob:
     """A save at work. Made when it is journalled, or from the journal (`was_restored`: then it only goes back)."""
@@ -128,6 +99,8 @@ class SaveJob:
     kept: KeptVm
     options_before: dict[str, Any] = field(default_factory=dict)
     was_restored: bool = False
+    hands_off: str = ""
+    """Why nothing of the VM may be touched any more; empty: it may."""
 
     def __post_init__(self) -> None:
         self.facts = SaveLog()
@@ -154,6 +127,11 @@ class SaveJob:
     def job(self) -> str:
         """The job's id."""
         return self.wanted.job
+
+    @property
+    def way(self) -> str:
+        """`precopy` or `background` once that is decided, '' before."""
+        return self._options.way
 
     @property
     def vm(self) -> str:
@@ -202,60 +180,7 @@ class SaveJob:
 
     def wire(self) -> dict[str, Any]:
         """Everything about it, as plain values."""
-        status = save_status(self.facts)
-        counts = None if self.head is None else self.head.counts
-        return {
-            "job": self.job,
-            "kind": SAVE.name,
-            "vm": self.vm,
-            "name": self.wanted.name,
-            "snapshot": self.snapshot if SaveFact.KEPT in self.facts else None,
-            "host": self.agent.config.name,
-            "repository": self.agent.snapshot_store.place,
-            "way": self._options.way or self.wanted.way,
-            "status": status,
-            "coarse": status,
-            "outcome": "saved" if SaveFact.KEPT in self.facts else "none" if self.is_over else "pending",
-            "over": self.is_over,
-            "sentence": self.sentence(),
-            "downtime_ms": self.counted.downtime_ms,
-            "total_ms": None if self.ended_s is None else round((self.ended_s - self.started_s) * 1000, 3),
-            "transferred_bytes": self.counted.transferred_bytes,
-            "passes": self.counted.passes,
-            "progress": self.counted.progress(),
-            "pages": None if counts is None else counts.pages,
-            "zero_pages": None if counts is None else counts.zero,
-            "known_pages": None if counts is None else counts.known,
-            "stored_bytes": None if counts is None else counts.stored_bytes,
-            "disks": [disk.to_wire() for disk in self.disks],
-            "notes": list(self.notes),
-            "error": None if self.error is None else self.error.to_wire(),
-            "timeline": self._timeline(),
-        }
-
-    def sentence(self) -> str:
-        """One sentence for people."""
-        name, vm = self.wanted.name, self.vm
-        if SaveFact.KEPT in self.facts:
-            stood = self.counted.downtime_ms
-            text = "" if stood is None else f"; the guest stood still for {stood:.0f} ms"
-            return f"{vm} is saved as {name}{text}."
-        if self.is_over:
-            why = "it was cancelled" if SaveFact.CANCEL in self.facts else str(self.error)
-            return f"{vm} was not saved: {why}."
-        if awaits_leave(self.facts):
-            return f"{vm} stands still and waits for leave ('vmferry job finalize') to be saved as {name}."
-        return f"{vm} is being saved as {name}."
-
-    def _timeline(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for entry in self.facts.entries:
-            row: dict[str, Any] = {"at_ms": round((entry.at_s - self.started_s) * 1000, 3), "what": entry.fact.value}
-            row |= {name: text for name, text in (("text", entry.text), ("by", entry.by)) if text}
-            rows.append(row)
-        marks = (("STOP", self.counted.stop_s), ("RESUME", self.counted.resume_s))
-        rows += [{"at_ms": round((at_s - self.started_s) * 1000, 3), "what": what} for what, at_s in marks if at_s]
-        return sorted(rows, key=lambda row: float(row["at_ms"]))
+        return save_report.wire(self)
 
     # --- the course ---------------------------------------------------------------------------------------
 
@@ -319,7 +244,7 @@ class SaveJob:
         machine = self.kept.require_machine()
         self._check_cancel()
         await self._options.apply(machine, self._remember_options)
-        self.note(SaveFact.CONFIGURED, text=self._options.way)
+        self.note(SaveFact.CONFIGURED, text=self.way)
         if self.wanted.pause:
             await self._stop("asked for")
         incoming, ours, theirs = self._endpoint(sink)
@@ -328,7 +253,8 @@ class SaveJob:
                 await machine.execute("getfd", {"fdname": FD_NAME}, fds=(theirs.fileno(),))
             incoming.take(ours)
             self._check_cancel()
-            await machine.execute("migrate", {"uri": f"fd:{FD_NAME}"})
+            await self._about_to(Did.SEND)
+            await self._migrate()
             self.note(SaveFact.STARTED)
             await self._follow(incoming)
             await self._until_whole(incoming)
@@ -366,7 +292,7 @@ class SaveJob:
                 case Word.WAITS:
                     await self._at_the_switchover()
                 case Word.GOING:
-                    if self.counted.passes > limits.SAVE_PASSES_MAX and self._options.way == "precopy":
+                    if self.counted.passes > limits.SAVE_PASSES_MAX and self.way == "precopy":
                         await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
             await self._pause(POLL_S)
 
@@ -445,7 +371,7 @@ class SaveJob:
             machine=self.kept.definition.machine,
             qemu_version="" if self.kept.machine is None else self.kept.machine.version_text,
             was_running=self.wanted.running_before,
-            way="background" if self._options.way == "background" else "precopy",
+            way="background" if self.way == "background" else "precopy",
             definition=self.wanted.definition,
         )
 
@@ -456,9 +382,26 @@ class SaveJob:
         if SaveFact.STOPPED in self.facts:
             return
         machine = self.kept.require_machine()
+        if SaveFact.ACTS not in self.facts:
+            await self._about_to(Did.STOP)
+        self.note(SaveFact.STOPPED, text=why)
         if guest_of(await machine.run_state()) is Guest.RUNS:
             await machine.execute("stop", deadline_s=CONT_S)
-        self.note(SaveFact.STOPPED, text=why)
+
+    async def _about_to(self, what: Did) -> None:
+        """Durable before QEMU is told anything that has to be undone: without it the next agent only ends the job."""
+        await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"did": what.value})
+
+    async def _migrate(self) -> None:
+        """QEMU begins to send. Raises QmpCommandError: it did not begin, and if it sends, then for somebody else."""
+        self.note(SaveFact.ACTS)
+        try:
+            await self.kept.require_machine().execute("migrate", {"uri": f"fd:{FD_NAME}"})
+        except QmpCommandError:
+            self.note(SaveFact.REFUSED, by="QEMU")
+            with contextlib.suppress(VmferryError):
+                await self._about_to(did(self.facts))
+            raise
 
     async def give_back(self) -> None:
         """The guest is its own again when this returns, and QEMU's options are what they were; or the error says that
@@ -492,7 +435,8 @@ class SaveJob:
             pause_s = min(pause_s * 2, RETRY_LAST_S)
         self._is_back = True
         self.note(SaveFact.RESUMED, text=row.why)
-        await self._options.put_back(self.kept.machine, FD_NAME)
+        if self._is_ours():
+            await self._options.put_back(self.kept.machine, FD_NAME)
 
     def _stands(self, trouble: str) -> GuestHeld:
         return GuestHeld(
@@ -502,17 +446,29 @@ class SaveJob:
             hint=f"free the disk that is locked elsewhere, then: vmferry rescue {self.vm} throw-away --run --never-ran",
         )
 
+    def _is_ours(self) -> bool:
+        """Whether the VM is what the save began with, and nobody else has it in hand."""
+        attempt = self.agent.attempts.get(self.vm)
+        return (
+            not self.hands_off
+            and self.agent.vms.get(self.vm) is self.kept
+            and self.kept.generation == self.wanted.generation
+            and (attempt is None or attempt.ended.is_set())
+        )
+
     async def _look(self) -> BackView:
         machine = self.kept.machine
-        owed = Owed.YES if self.wanted.running_before else Owed.NO
+        owed, done = Owed.YES if self.wanted.running_before else Owed.NO, did(self.facts)
+        if not self._is_ours():
+            return BackView(Qemu.NOT_OURS, Word.IDLE, Guest.OTHER, owed, done)
         if machine is None or machine.is_gone:
-            return BackView(Qemu.GONE, Word.IDLE, Guest.OTHER, owed)
+            return BackView(Qemu.GONE, Word.IDLE, Guest.OTHER, owed, done)
         try:
             word = word_of((await machine.migration()).get("status"))
             state = guest_of(await machine.run_state())
         except QemuError:
-            return BackView(Qemu.GONE if machine.is_gone else Qemu.SILENT, Word.IDLE, Guest.OTHER, owed)
-        return BackView(Qemu.ANSWERS, word, state, owed)
+            return BackView(Qemu.GONE if machine.is_gone else Qemu.SILENT, Word.IDLE, Guest.OTHER, owed, done)
+        return BackView(Qemu.ANSWERS, word, state, owed, done)
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -522,10 +478,7 @@ class SaveJob:
         self.ended_s = self.agent.clock.wall_s()
         self.note(SaveFact.CLEANUP)
         wire = self.wire()
-        try:
-            await self.agent.journal.append(Entry.ENDED, self.job, wire)
-        except VmferryError as error:  # after a restart the job is looked at again, and ends as failed
-            log.error("job=%s vm=%s save effect=end result=%s", self.job, self.vm, error)
+        await self._durably(Entry.ENDED, self.job, wire)
         self.agent.saves.is_over(self, wire)
         self.ended.set()
 
@@ -534,6 +487,19 @@ class SaveJob:
     def _check_cancel(self) -> None:
         if SaveFact.CANCEL in self.facts:
             raise MigrationCancelled(f"the save of {self.vm} was cancelled; the guest goes on")
+
+    async def _durably(self, kind: Entry, subject: str, body: dict[str, Any]) -> None:
+        """Tries until it is written: the VM is not free before, or the next agent would walk this save back."""
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self.agent.journal.append(kind, subject, body)
+            except VmferryError as error:
+                log.error("job=%s vm=%s save effect=%s result=%s", self.job, self.vm, kind.value, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_LAST_S)
+            else:
+                return
 
     async def _remember_options(self, values: dict[str, Any]) -> None:
         """Durable before QEMU has others: whoever ends this save puts them back."""
@@ -549,7 +515,7 @@ class SaveJob:
         at_s = self.agent.clock.wall_s() if event.timestamp_us is None else event.timestamp_us / 1e6
         if event.name == "STOP":
             self.counted.stop_s = self.counted.stop_s or at_s
-            if self._sink is not None and self._options.way == "precopy":
+            if self._sink is not None and self.way == "precopy":
                 self._sink.spill()
         elif event.name == "RESUME":
             self.counted.resume_s = at_s

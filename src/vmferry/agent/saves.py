@@ -7,9 +7,10 @@ Rule 2: what can be refused is refused by the command, before anything is journa
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ import msgspec
 from vmferry.agent import save_disks
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.save import SaveJob
+from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import SaveWanted
 from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
-from vmferry.core.saving import SaveFact, awaits_leave, save_status
+from vmferry.core.saving import Did, SaveFact, Word, awaits_leave, save_status, word_of
 from vmferry.errors import PlanRefused, QemuError, UsageError
 from vmferry.jobs.journal import Entry, JobState
+from vmferry.vm.spawn import ProcessIdentity
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -97,19 +100,27 @@ class Saves:
             SAVE.name, save.job, wire, auto_dismiss=save.wanted.auto_dismiss, auto_finalize=save.wanted.auto_finalize
         )
 
-    async def restore(self, state: JobState) -> None:
-        """What the journal says of one. A save that was at work is walked back: what had come is lost with the agent
-        that had it, and the guest goes on."""
+    async def restore(self, state: JobState, jobs: Iterable[JobState]) -> None:
+        """What the journal says of one, among all jobs in their order. A save that was at work is walked back: what had
+        come is lost with the agent that had it, and the guest goes on. One whose guest is not its own to touch any more
+        only concludes."""
         if state.ended is not None:
             self.results[state.job] = state.ended
             self._agent.jobs.remember(SAVE.name, state)
             return
         wanted = msgspec.convert(state.body, SaveWanted)
         kept = self._agent.vms.get(wanted.vm)
-        if kept is None:  # forgotten meanwhile: its QEMU is gone
-            log.warning("job=%s vm=%s save result=its VM is not kept here any more", state.job, wanted.vm)
-            return
-        save = SaveJob(self._agent, wanted, kept, options_before=state.options_before, was_restored=True)
+        hands_off = why_not_ours(wanted, kept, state.job, jobs)
+        if hands_off or kept is None:
+            log.warning("job=%s vm=%s save effect=none because=%s", state.job, wanted.vm, hands_off)
+            kept = _as_it_was(wanted)
+        save = SaveJob(
+            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off
+        )
+        if state.did == Did.SEND.value:
+            save.note(SaveFact.ACTS, by="journal")
+        elif state.did == Did.STOP.value:
+            save.note(SaveFact.STOPPED, text="it may have been", by="journal")
         if state.cancel_wanted:
             save.note(SaveFact.CANCEL, by="journal")
         try:
@@ -122,6 +133,33 @@ class Saves:
     def infos(self) -> list[JobInfo]:
         """The saves at work, as jobs."""
         return [_info(save) for save in self.at_work()]
+
+
+def why_not_ours(wanted: SaveWanted, kept: KeptVm | None, job: str, jobs: Iterable[JobState]) -> str:
+    """Why the guest of a save that the journal has is not its own to touch any more; '' if it is. Pure.
+
+    1. a save's end is not written down  2. its VM is moved, or ends and its name is given to another one
+    3. the next agent reads both jobs: the later one proves that the save was over
+    """
+    if kept is None:
+        return "its VM is not kept here any more"
+    if dataclasses.asdict(kept.identity) != wanted.identity:
+        return "its VM has another QEMU now"
+    if kept.generation != wanted.generation:
+        return "its VM has been elsewhere meanwhile"
+    is_later = False
+    for other in jobs:
+        if other.job == job:
+            is_later = True
+        elif other.body.get("vm") == wanted.vm and (is_later or other.ended is None):
+            return f"its VM has the job {other.job} since"
+    return ""
+
+
+def _as_it_was(wanted: SaveWanted) -> KeptVm:
+    """The VM of a save that touches none any more."""
+    identity = ProcessIdentity(**wanted.identity) if wanted.identity else ProcessIdentity(0, 0, "")
+    return KeptVm(VmDefinition.from_wire(wanted.definition), wanted.generation, identity, qmp_path="", directory="")
 
 
 def _info(save: SaveJob) -> JobInfo:
@@ -179,7 +217,15 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
     state = await machine.run_state()
     if state not in ("running", "paused"):
         raise PlanRefused(f"{arguments.vm} is {state}: only a guest that runs or is paused can be saved", side="source")
-    reasons = [str(reason) for reason in (await machine.migration()).get("blocked-reasons", [])]
+    info = await machine.migration()
+    if word_of(info.get("status")) not in (Word.IDLE, Word.DONE):
+        raise PlanRefused(
+            f"the QEMU of {arguments.vm} is sending or taking a guest already (it says {info['status']}), and vmferry "
+            "did not ask for that",
+            side="source",
+            hint="let that end first",
+        )
+    reasons = [str(reason) for reason in info.get("blocked-reasons", [])]
     if kept.definition.has_vfio:
         reasons.append("a device of the host is passed through to it, and its state cannot be told apart")
     if reasons:
@@ -212,6 +258,8 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
         running_before=state == "running",
         overlays=overlays,
         definition=kept.definition.to_wire(),
+        generation=kept.generation,
+        identity=dataclasses.asdict(kept.identity),
         auto_finalize=arguments.auto_finalize,
         auto_dismiss=arguments.auto_dismiss,
     )

@@ -64,6 +64,8 @@ class Entry(StrEnum):
     """The newer generation belongs to the destination: on the source before it is told, there before it runs."""
     SAVE_WANTED = "save-wanted"
     """A snapshot of a VM of this host was asked for."""
+    SAVE_ACTS = "save-acts"
+    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -112,6 +114,8 @@ class JobState:
     committed_generation: int | None = None
     renounced: bool = False
     turned_back: bool = False
+    did: str = "nothing"
+    """A save: what it may have told its QEMU (`saving.Did`)."""
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -154,6 +158,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
             case Entry.SAVE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
+            case Entry.SAVE_ACTS if job:
+                job.did = str(entry.body["did"])
             case Entry.DISMISSED if job:
                 job.dismissed = True
             case Entry.CANCEL_WANTED if job:
