@@ -58,7 +58,7 @@ def wire(job: SaveJob) -> dict[str, Any]:
         "way": job.way or job.wanted.way,
         "status": status,
         "coarse": status,
-        "outcome": "saved" if SaveFact.KEPT in job.facts else "none" if job.is_over else "pending",
+        "outcome": _outcome(job),
         "over": job.is_over,
         "sentence": sentence(job),
         "downtime_ms": job.counted.downtime_ms,
@@ -79,12 +79,29 @@ def wire(job: SaveJob) -> dict[str, Any]:
 
 def sentence(job: SaveJob) -> str:
     """One sentence for people."""
+    text = _sentence(job)
+    if SaveFact.HELD not in job.facts or job.error is None:
+        return text
+    return f"{text} It stands still: {job.error.message}; {job.error.hint}."
+
+
+def _outcome(job: SaveJob) -> str:
+    if SaveFact.KEPT in job.facts:
+        return "saved"
+    if not job.is_over:
+        return "pending"
+    return "unknown" if SaveFact.UNKNOWN in job.facts else "none"
+
+
+def _sentence(job: SaveJob) -> str:
     name, vm = job.wanted.name, job.vm
     if SaveFact.KEPT in job.facts:
         stood = job.counted.downtime_ms
         text = "" if stood is None else f"; the guest stood still for {stood:.0f} ms"
         return f"{vm} is saved as {name}{text}."
     if job.is_over:
+        if SaveFact.UNKNOWN in job.facts:
+            return f"It is not known whether {vm} was saved as {name}; 'vmferry snapshots' will tell: {job.error}."
         why = "it was cancelled" if SaveFact.CANCEL in job.facts else str(job.error)
         return f"{vm} was not saved: {why}."
     if awaits_leave(job.facts):

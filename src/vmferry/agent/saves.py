@@ -25,7 +25,7 @@ from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
 from vmferry.core.saving import Did, SaveFact, Word, awaits_leave, save_status, word_of
-from vmferry.errors import PlanRefused, QemuError, UsageError
+from vmferry.errors import PlanRefused, UsageError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.vm.spawn import ProcessIdentity
 
@@ -91,7 +91,9 @@ class Saves:
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
         self._jobs[save.vm] = save
-        self._agent.keep_task(asyncio.create_task(save.run(), name=f"save-{save.job}"))
+        task = asyncio.create_task(save.run(), name=f"save-{save.job}")
+        task.add_done_callback(_shout)
+        self._agent.keep_task(task)
 
     def is_over(self, save: SaveJob, wire: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
@@ -123,16 +125,17 @@ class Saves:
             save.note(SaveFact.STOPPED, text="it may have been", by="journal")
         if state.cancel_wanted:
             save.note(SaveFact.CANCEL, by="journal")
-        try:
-            if await save_disks.mend(self._agent, kept, wanted.overlays):
-                save.notes.append(f"{wanted.vm} goes on in {', '.join(each.overlay for each in wanted.overlays)}")
-        except QemuError as error:
-            log.warning("job=%s vm=%s save effect=mend-disks result=%s", state.job, wanted.vm, error)
         self.begin(save)
 
     def infos(self) -> list[JobInfo]:
         """The saves at work, as jobs."""
         return [_info(save) for save in self.at_work()]
+
+
+def _shout(task: asyncio.Task[None]) -> None:
+    """A save's task never ends with an error; if it does, somebody must hear of it."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("task=%s result=defect: its job has no end", task.get_name(), exc_info=task.exception())
 
 
 def why_not_ours(wanted: SaveWanted, kept: KeptVm | None, job: str, jobs: Iterable[JobState]) -> str:
@@ -162,6 +165,12 @@ def _as_it_was(wanted: SaveWanted) -> KeptVm:
     return KeptVm(VmDefinition.from_wire(wanted.definition), wanted.generation, identity, qmp_path="", directory="")
 
 
+def _reason(save: SaveJob, *, waits: bool) -> str:
+    if SaveFact.HELD in save.facts and save.error is not None:
+        return f"{save.error.message}; {save.error.hint}"
+    return "the guest stands and waits for leave to be saved" if waits else ""
+
+
 def _info(save: SaveJob) -> JobInfo:
     progress, state, waits = save.counted.progress(), save.state, awaits_leave(save.facts)
     stood_s = save.counted.stop_s
@@ -174,7 +183,7 @@ def _info(save: SaveJob) -> JobInfo:
         error=None if save.error is None else save.error.message,
         vm=save.vm,
         detail=save_status(save.facts),
-        reason="the guest stands and waits for leave to be saved" if waits else "",
+        reason=_reason(save, waits=waits),
         auto_finalize=save.wanted.auto_finalize,
         auto_dismiss=save.wanted.auto_dismiss,
         percent=progress["percent"],

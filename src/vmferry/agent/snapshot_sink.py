@@ -36,7 +36,7 @@ from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
 from vmferry.errors import RepositoryError, UsageError, VmferryError
-from vmferry.store.errors import StoreTransient, UnknownSnapshot
+from vmferry.store.errors import LockLost, StoreTransient, UnknownSnapshot
 from vmferry.store.manifest import Block, Head
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository, SnapshotInfo
@@ -179,13 +179,20 @@ class SnapshotSink:
         require_free(self._repository, name)
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
+        lost: StoreTransient | None = None
         for last in (*(False,) * (_COMMIT_TRIES - 1), True):
             try:
                 head = writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
                 break
-            except StoreTransient:
+            except StoreTransient as error:
+                lost = error
                 if last:
                     raise
+            except LockLost:
+                # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
+                if lost is not None:
+                    raise lost from None
+                raise
         self.abort()
         return head
 

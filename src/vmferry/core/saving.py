@@ -69,8 +69,14 @@ class SaveFact(StrEnum):
     """All memory and all device state of one instant are here."""
     RESUMED = "resumed"
     """The guest runs, or stands as it stood before; QEMU has nothing more to do with the save."""
+    HELD = "held"
+    """The guest stands although it ran before, and QEMU does not start it (text: why). A person is told."""
+    LEFT = "left"
+    """The guest was not given back: it is gone, or it is not the save's any more (text: why)."""
     KEPT = "kept"
     """The snapshot is in the repository, for good (text: its id)."""
+    UNKNOWN = "unknown"
+    """The commit's answer was lost, or is not awaited any more: nobody knows whether the snapshot is there."""
     ERROR = "error"
     RESTARTED = "restarted"
     """The agent that had begun it is gone, and with it what had come."""
@@ -153,9 +159,9 @@ def save_status(log: SaveLog) -> str:
     return "active" if SaveFact.STARTED in log else "setup"
 
 
-def may_cancel(log: SaveLog, *, is_committing: bool) -> str | None:
-    """Why a cancel is too late, or None."""
-    if SaveFact.KEPT in log or is_committing:
+def may_cancel(log: SaveLog, *, is_committing: bool, stands: bool = False) -> str | None:
+    """Why a cancel is too late, or None. A guest that stands for the commit may always be taken back."""
+    if SaveFact.KEPT in log or (is_committing and not stands):
         return "the snapshot is being committed, or is there already; it can be forgotten ('vmferry forget')"
     return None
 
@@ -265,6 +271,8 @@ class Back(Enum):
     WAIT = "wait"
     DONE = "done"
     """Nothing: the guest is its own again."""
+    LEAVE = "leave"
+    """Nothing: the guest is gone, or whether it goes on is not the save's to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,20 +299,20 @@ class BackRow:
 _ENDED: Final = (Word.IDLE, Word.DONE)
 _ACTED: Final = (Did.STOP, Did.SEND)
 ROWS: Final[tuple[BackRow, ...]] = (
-    BackRow("B-gone", pattern(qemu=Qemu.GONE), Back.DONE, "its QEMU is gone, and the guest with it"),
+    BackRow("B-gone", pattern(qemu=Qemu.GONE), Back.LEAVE, "its QEMU is gone, and the guest with it"),
     BackRow("B-silent", pattern(qemu=Qemu.SILENT), Back.WAIT, "its QEMU does not answer"),
-    BackRow("B-not-ours", pattern(qemu=Qemu.NOT_OURS), Back.DONE, "the guest is not the save's to touch any more"),
+    BackRow("B-not-ours", pattern(qemu=Qemu.NOT_OURS), Back.LEAVE, "the guest is not the save's to touch any more"),
     BackRow("B-untouched", pattern(qemu=Qemu.ANSWERS, did=Did.NOTHING), Back.DONE, "the save never touched the guest"),
     BackRow(
         "B-foreign",
         pattern(qemu=Qemu.ANSWERS, did=Did.STOP, word=(Word.GOING, Word.WAITS, Word.ENDING)),
-        Back.DONE,
+        Back.LEAVE,
         "somebody else sends the guest: whether it goes on is theirs to say",
     ),
     BackRow(
         "B-foreign-sent",
         pattern(qemu=Qemu.ANSWERS, did=Did.STOP, word=_ENDED, guest=Guest.SENT),
-        Back.DONE,
+        Back.LEAVE,
         "somebody else has sent the guest, and it may run elsewhere",
     ),
     BackRow(
@@ -352,7 +360,7 @@ ROWS: Final[tuple[BackRow, ...]] = (
     BackRow(
         "B-other",
         pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.OTHER),
-        Back.DONE,
+        Back.LEAVE,
         "something else than the save has stopped the guest, and it is not the save's to start it",
     ),
 )

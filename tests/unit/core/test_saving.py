@@ -55,7 +55,7 @@ def test_a_guest_is_started_only_if_it_ran_and_nobody_sends_it(view: BackView) -
         assert (view.guest, view.did) in {
             (Guest.STANDS, Did.STOP), (Guest.STANDS, Did.SEND), (Guest.SENT, Did.SEND)
         }, "a guest that somebody else has sent may run elsewhere"  # fmt: skip
-    if row.do is Back.DONE and view.qemu is Qemu.ANSWERS:
+    if row.do in (Back.DONE, Back.LEAVE) and view.qemu is Qemu.ANSWERS:
         if view.did is Did.SEND:
             left_standing = view.guest in (Guest.STANDS, Guest.SENT) and view.owed is Owed.YES
             assert not left_standing, "a save never leaves a guest stopped that ran"
@@ -66,7 +66,9 @@ def test_a_guest_is_started_only_if_it_ran_and_nobody_sends_it(view: BackView) -
         assert view.word in (Word.GOING, Word.WAITS)
         assert view.did is Did.SEND, "what it did not begin is not its to end"
     if view.did is Did.NOTHING or view.qemu is Qemu.NOT_OURS:
-        assert row.do in (Back.DONE, Back.WAIT), "a guest that was not touched, or is not ours, is left alone"
+        assert row.do in (Back.DONE, Back.LEAVE, Back.WAIT), (
+            "a guest that was not touched, or is not ours, is left alone"
+        )
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,8 @@ def test_a_cancel_is_too_late_once_the_commit_began() -> None:
     assert may_cancel(log(F.WANTED, F.WHOLE), is_committing=False) is None
     assert "forget" in str(may_cancel(log(F.WANTED, F.WHOLE), is_committing=True))
     assert "forget" in str(may_cancel(log(F.KEPT), is_committing=False))
+    assert may_cancel(log(F.WANTED, F.WHOLE), is_committing=True, stands=True) is None, "for the guest's sake"
+    assert "forget" in str(may_cancel(log(F.KEPT), is_committing=True, stands=True))
 
 
 def test_the_kind_answers_every_verb_in_every_state() -> None:
