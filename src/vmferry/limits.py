@@ -345,6 +345,9 @@ SAVE_WHOLE_S = 600.0
 # How long a guest that was saved is tried to be started again before a person hears that it stands.
 SAVE_RETURN_S = 60.0
 
+# Pages of a save that wait for its writer: enough for the stream to go on while a pack is put, small in an agent.
+SAVE_QUEUE_BYTES = 8 << 20
+
 # The end of a save's endpoint and of its lock in the repository: with the store away it may never come, and what stays
 # gets stale by itself.
 SAVE_CLEAN_UP_S = 5.0

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.save_sites import PRECOPY, begin, begin_h, check_guest_runs, ended, save, until_fact, with_disk
+from tests.save_sites import (
+    PRECOPY,
+    begin,
+    begin_h,
+    check_guest_runs,
+    check_snapshot,
+    ended,
+    save,
+    until_fact,
+    with_disk,
+)
 from vmferry import limits
 from vmferry.agent.machine import Machine
 from vmferry.agent.snapshot_sink import SnapshotSink
@@ -157,6 +167,27 @@ async def test_the_event_loop_never_waits_for_a_repository_that_is_opened(
     go.set()
     with pytest.raises(StorePermanent):
         await first
+
+
+async def test_a_put_that_hangs_when_the_guest_stops_does_not_keep_it_waiting(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. a pack is being put  2. QEMU stops its guest and sends the last pages  3. these are set aside."""
+    monkeypatch.setattr(limits, "SAVE_QUEUE_BYTES", 0)
+    site = await make_site()
+    go, put_some = threading.Event(), SnapshotWriter.put_some
+
+    def hanging(self: SnapshotWriter, *arguments: Any) -> None:
+        go.wait()
+        put_some(self, *arguments)
+
+    monkeypatch.setattr(SnapshotWriter, "put_some", hanging)
+    job = await begin(site, **PRECOPY)
+    await until_fact(site, job, F.RESUMED)
+    assert F.KEPT not in job.facts
+    go.set()
+    assert (await ended(job))["outcome"] == "saved"
+    check_snapshot(site, "one", way="precopy")
 
 
 # --- which files a guest goes on in ---------------------------------------------------------------------------
