@@ -348,6 +348,10 @@ SAVE_RETURN_S = 60.0
 # Pages of a save that wait for its writer: enough for the stream to go on while a pack is put, small in an agent.
 SAVE_QUEUE_BYTES = 8 << 20
 
+# What setting pages aside leaves free on the disk of the agent's state: a journal that cannot be written stops every
+# migration of the host.
+SAVE_SPILL_LEAVES_BYTES = 256 << 20
+
 # The end of a save's endpoint and of its lock in the repository: with the store away it may never come, and what stays
 # gets stale by itself.
 SAVE_CLEAN_UP_S = 5.0

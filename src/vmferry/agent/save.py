@@ -220,7 +220,7 @@ class SaveJob:
 
         try:
             repository = await self.agent.snapshot_store.run(self.agent.snapshot_store.open_repository)
-            folder = None if self.wanted.pause else self.agent.config.state_dir
+            folder = None if self.wanted.pause else self.agent.config.state_dir / "spill"
             sink = self._sink = SnapshotSink(repository, vm=self.vm, spill_folder=folder)
             await self._save(sink)
             if not self.wanted.pause:

@@ -88,6 +88,10 @@ class Saves:
         # Not over before that is durable: whoever hears so may save again.
         return self.results.get(job) if found is None else {**found.wire(), "over": False}
 
+    def has(self, job: str) -> bool:
+        """Whether a save has this id, or had it."""
+        return job in self.results or self.by_id(job) is not None
+
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
         self._jobs[save.vm] = save
@@ -165,6 +169,18 @@ def _as_it_was(wanted: SaveWanted) -> KeptVm:
     return KeptVm(VmDefinition.from_wire(wanted.definition), wanted.generation, identity, qmp_path="", directory="")
 
 
+def is_known(agent: Agent, job: str) -> bool:
+    """Whether a job of another kind has this id, or had it: a second one would replace it in the journal, and a
+    migration that was committed would be forgotten by the next agent."""
+    return (
+        job in agent.results
+        or job in agent.known_jobs
+        or job in agent.places
+        or job in agent.jobs.dismissed
+        or any(attempt.job == job for attempt in agent.attempts.values())
+    )
+
+
 def _reason(save: SaveJob, *, waits: bool) -> str:
     if SaveFact.HELD in save.facts and save.error is not None:
         return f"{save.error.message}; {save.error.hint}"
@@ -204,6 +220,8 @@ async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
     known = agent.saves.status(job=job)
     if known is not None:
         return known
+    if is_known(agent, job):
+        raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
     check_name(arguments.name)
     for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, DISKS)):
         if value not in allowed:

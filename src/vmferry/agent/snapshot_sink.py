@@ -21,6 +21,7 @@ Rule 3: what was spilled is put in the order in which it came, after everything 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import threading
@@ -134,7 +135,15 @@ class SnapshotSink:
             return
         try:
             if self._spilled is None:
+                assert self._spill_folder is not None, "it says whether there is spilling"
+                self._spill_folder.mkdir(mode=0o700, exist_ok=True)
                 self._spilled = tempfile.TemporaryFile(dir=self._spill_folder, prefix="vmferry-save-")  # noqa: SIM115
+            room = os.fstatvfs(self._spilled.fileno())
+            if room.f_bavail * room.f_frsize - pages.nbytes < limits.SAVE_SPILL_LEAVES_BYTES:
+                raise RepositoryError(
+                    f"{self._spill_folder} has no room for the guest's last pages: the agent's journal needs the rest",
+                    hint="make room there, or say --pause",
+                )
             self._spilled.write(np.ascontiguousarray(pages).data)
         except OSError as error:
             raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error

@@ -9,13 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.save_sites import PRECOPY, begin, check_guest_runs, ended, names, save
+from tests.save_sites import PRECOPY, begin, check_guest_runs, ended, names, save, with_disk
+from vmferry import limits
 from vmferry.agent.machine import Machine
+from vmferry.agent.plan_disks import other_disks
 from vmferry.agent.saves import why_not_ours
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import SaveWanted
 from vmferry.core.saving import SaveFact
-from vmferry.errors import Busy, PlanRefused, Unfit
+from vmferry.errors import Busy, PlanRefused, Unfit, UsageError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.testing.fake_site import SETTLE_S, MakeSite, Site
@@ -144,3 +146,36 @@ async def test_a_vm_is_not_free_before_its_end_is_durable(make_site: MakeSite, m
     assert (await ended(job))["outcome"] == "saved"
     assert names(site) == ["one"]
     await check_guest_runs(site)
+
+
+async def test_a_job_id_is_used_once(make_site: MakeSite) -> None:
+    site = await make_site()
+    wire = await save(site, job="mine")
+    with pytest.raises(UsageError, match="that of a save"):
+        await site.command("a", "vm-migrate", vm="g", destination="b", job="mine")
+    attempt = await site.migrate()
+    with pytest.raises(UsageError, match="that of another job"):
+        await site.command("a", "vm-save", vm="g", name="two", job=attempt.job)
+    await site.until(lambda: attempt.ended.is_set())
+    await site.settle()
+    assert wire["job"] == "mine"
+
+
+async def test_setting_pages_aside_leaves_room_for_the_journal(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    monkeypatch.setattr(limits, "SAVE_SPILL_LEAVES_BYTES", 1 << 60)
+    wire = await save(site, **PRECOPY)
+    assert "no room for the guest's last pages" in wire["error"]["message"]
+    await check_guest_runs(site)
+
+
+async def test_a_plan_refuses_a_definition_with_other_disks(make_site: MakeSite) -> None:
+    """Its memory would run on the image of an instant that is long over."""
+    site, image = await with_disk(make_site)
+    kept = site.agents["a"].vms["h"]
+    assert await other_disks(kept) == ()
+    kept.definition = kept.definition.moved({str(image): str(image.with_name("old.img"))})
+    (reason,) = await other_disks(kept)
+    assert "old.img" in reason
