@@ -7,17 +7,19 @@ import dataclasses
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from tests.save_sites import PRECOPY, begin, check_guest_runs, ended, names, save, with_disk
+from tests.save_sites import PRECOPY, begin, check_guest_runs, ended, names, repository, save, with_disk
 from vmferry import limits
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan_disks import other_disks
 from vmferry.agent.saves import why_not_ours
+from vmferry.agent.snapshot_sink import SnapshotSink
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import SaveWanted
 from vmferry.core.saving import SaveFact
-from vmferry.errors import Busy, PlanRefused, Unfit, UsageError
+from vmferry.errors import Busy, PlanRefused, RepositoryError, Unfit, UsageError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.testing.fake_site import SETTLE_S, MakeSite, Site
@@ -166,9 +168,11 @@ async def test_setting_pages_aside_leaves_room_for_the_journal(
 ) -> None:
     site = await make_site()
     monkeypatch.setattr(limits, "SAVE_SPILL_LEAVES_BYTES", 1 << 60)
-    wire = await save(site, **PRECOPY)
-    assert "no room for the guest's last pages" in wire["error"]["message"]
-    await check_guest_runs(site)
+    sink = SnapshotSink(repository(site), spill_folder=site.directory / "spill")
+    sink.spill()
+    with pytest.raises(RepositoryError, match="no room for the guest's last pages"):
+        sink.put("pc.ram", np.arange(1), np.ones((1, 4096), np.uint8))
+    sink.abort()
 
 
 async def test_a_plan_refuses_a_definition_with_other_disks(make_site: MakeSite) -> None:
