@@ -159,7 +159,7 @@ def replay(entries: Iterable[Written]) -> Replayed:
             case Entry.SAVE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
             case Entry.SAVE_ACTS if job:
-                job.did = str(entry.body["did"])
+                job.did = str(entry.body.get("did", job.did))
             case Entry.DISMISSED if job:
                 job.dismissed = True
             case Entry.CANCEL_WANTED if job:
