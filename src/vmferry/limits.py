@@ -407,5 +407,19 @@ SAVE_WHOLE_S = 600.0
 # How long a guest that was saved is tried to be started again before a person hears that it stands.
 SAVE_RETURN_S = 60.0
 
+# Pages of a save that wait for its writer: enough for the stream to go on while a pack is put, small in an agent.
+SAVE_QUEUE_BYTES = 8 << 20
+
+# What setting pages aside leaves free on the disk of the agent's state: a journal that cannot be written stops every
+# migration of the host.
+SAVE_SPILL_LEAVES_BYTES = 256 << 20
+
+# The end of a save's endpoint and of its lock in the repository: with the store away it may never come, and what stays
+# gets stale by itself.
+SAVE_CLEAN_UP_S = 5.0
+
+# A look for a snapshot whose commit was not answered: after that it is not known, and a person looks later.
+SAVE_LOOK_S = 120.0
+
 # Writing and reading stream files: at 50 MB/s, a guest of a TiB.
 SNAPSHOT_FILE_S = 6 * 3600.0

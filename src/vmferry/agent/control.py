@@ -131,6 +131,8 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
         return existing.brief()
     if job in agent.results:
         return agent.results[job]
+    if agent.saves.has(job):
+        raise UsageError(f"the job id {job!r} is that of a save", hint="take a new one, or none")
     with agent.claims.hold(arguments.vm, "sent somewhere"):
         wanted = await wanted_from(agent, arguments, job)
         kept = agent.vms[arguments.vm]

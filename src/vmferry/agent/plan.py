@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import __version__
-from vmferry.agent.plan_disks import choices, image_options, local_disks
+from vmferry.agent.plan_disks import choices, image_options, local_disks, other_disks
 from vmferry.agent.vms import DiskRef, KeptVm
 from vmferry.agent.wants import PlacedDisk, Wanted
 from vmferry.core import converge as core_converge
@@ -288,7 +288,10 @@ class Planner:
             disks=tuple(DiskUse(disk.path, disk.readonly) for disk in definition.disks),
             devices=devices,
             has_vfio=definition.has_vfio or any(name.startswith("vfio-") for name in devices),
-            blocked_reasons=tuple(str(reason) for reason in info.get("blocked-reasons", ())),
+            blocked_reasons=(
+                *(str(reason) for reason in info.get("blocked-reasons", ())),
+                *await other_disks(kept),
+            ),
             run_state=str(status["status"]),
         )
         names = (frozenset(c["capability"] for c in capabilities), frozenset(parameters))

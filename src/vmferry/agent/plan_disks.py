@@ -32,6 +32,19 @@ async def inserted_by_path(machine: Machine) -> dict[str, dict[str, Any]]:
     return found
 
 
+async def other_disks(kept: KeptVm) -> tuple[str, ...]:
+    """Writable disks of the definition that the guest's QEMU does not have: with them its memory would run on wrong
+    disks elsewhere. Only of a VM that was started from a spec: its paths are those that QEMU was given."""
+    definition = kept.definition
+    writable = [choice.path for choice in choices(definition) if not choice.readonly]
+    if definition.spec is None or not writable:
+        return ()
+    found = await inserted_by_path(kept.require_machine())
+    return tuple(
+        f"its QEMU does not write to {path}, which its definition names" for path in writable if path not in found
+    )
+
+
 async def local_disks(kept: KeptVm, chosen: Collection[Choice]) -> tuple[LocalDisk, ...]:
     """What the guest's QEMU says of these. Raises QemuError when it does not have one of them."""
     found = await inserted_by_path(kept.require_machine())

@@ -71,7 +71,7 @@ async def restore(agent: Agent) -> None:
         elif job.role == "restore":
             continue
         elif job.role == "save":
-            await agent.saves.restore(job)
+            await agent.saves.restore(job, state.jobs.values())
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)

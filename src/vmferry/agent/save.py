@@ -31,32 +31,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import save_disks
+from vmferry.agent import save_back, save_disks, save_report
+from vmferry.agent.own_threads import in_own_thread
+from vmferry.agent.save_back import CONT_S, RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.save_options import SaveOptions
+from vmferry.agent.save_report import Counted
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import SaveWanted
 from vmferry.core.job import SAVE, JobStatus, path
 from vmferry.core.saving import (
-    Back,
-    BackView,
+    Did,
     Guest,
-    Owed,
-    Qemu,
     SaveFact,
     SaveLog,
     Word,
     awaits_leave,
+    did,
     guest_of,
     may_cancel,
-    row_of,
     save_job,
-    save_status,
     word_of,
 )
 from vmferry.errors import (
@@ -83,40 +83,7 @@ log = logging.getLogger("vmferry.agent")
 FD_NAME = "vmferry-save"
 POLL_S = 0.2
 """QEMU is asked for its numbers at least this often; its events wake earlier."""
-RETRY_FIRST_S, RETRY_LAST_S = 0.02, 2.0
-CONT_S = 10.0
 CLOSING_S = 3.0
-
-
-@dataclass(slots=True)
-class Counted:
-    """QEMU's numbers of the save."""
-
-    transferred_bytes: int = 0
-    remaining_bytes: int = 0
-    passes: int = 0
-    stop_s: float | None = None
-    resume_s: float | None = None
-
-    def count(self, info: dict[str, Any]) -> None:
-        """What query-migrate said."""
-        ram = info.get("ram") or {}
-        self.transferred_bytes = max(self.transferred_bytes, int(ram.get("transferred", 0)))
-        self.remaining_bytes = int(ram.get("remaining", 0))
-        self.passes = int(ram.get("dirty-sync-count", self.passes))
-
-    @property
-    def downtime_ms(self) -> float | None:
-        """How long the guest stood, by QEMU's own event times."""
-        if self.stop_s is None or self.resume_s is None:
-            return None
-        return round((self.resume_s - self.stop_s) * 1000, 3)
-
-    def progress(self) -> dict[str, Any]:
-        """As a migration's."""
-        whole = self.transferred_bytes + self.remaining_bytes
-        percent = self.transferred_bytes * 100 // whole if whole else 0
-        return {"current_bytes": self.transferred_bytes, "whole_bytes": whole, "percent": percent}
 
 
 @dataclass(eq=False)
@@ -128,6 +95,8 @@ class SaveJob:
     kept: KeptVm
     options_before: dict[str, Any] = field(default_factory=dict)
     was_restored: bool = False
+    hands_off: str = ""
+    """Why nothing of the VM may be touched any more; empty: it may."""
 
     def __post_init__(self) -> None:
         self.facts = SaveLog()
@@ -143,9 +112,13 @@ class SaveJob:
         self.ended_s: float | None = None
         self.is_committing = False
         self._wake = asyncio.Event()
-        self._heard = asyncio.Event()
+        self.heard = asyncio.Event()
         self._is_back = False
         self._sink: SnapshotSink | None = None
+        self._incoming: Incoming | None = None
+        self._cleaning: asyncio.Future[None] | None = None
+        self.disks_settled = not self.was_restored
+        """Whether it is known, and durable, which files the guest's disks are now."""
         self._options = SaveOptions(self.wanted, self.options_before)
 
     # --- what others see ----------------------------------------------------------------------------------
@@ -154,6 +127,11 @@ class SaveJob:
     def job(self) -> str:
         """The job's id."""
         return self.wanted.job
+
+    @property
+    def way(self) -> str:
+        """`precopy` or `background` once that is decided, '' before."""
+        return self._options.way
 
     @property
     def vm(self) -> str:
@@ -191,7 +169,7 @@ class SaveJob:
         """The guest goes on and nothing is kept. A second one changes nothing. Raises CancelRefused when it is late."""
         if self.is_over or SaveFact.CANCEL in self.facts:
             return
-        late = may_cancel(self.facts, is_committing=self.is_committing)
+        late = may_cancel(self.facts, is_committing=self.is_committing, stands=self.wanted.pause)
         if late is not None:
             raise CancelRefused(f"the save of {self.vm} cannot be cancelled any more: {late}", hint="")
         self.note(SaveFact.CANCEL, by="person")
@@ -202,60 +180,7 @@ class SaveJob:
 
     def wire(self) -> dict[str, Any]:
         """Everything about it, as plain values."""
-        status = save_status(self.facts)
-        counts = None if self.head is None else self.head.counts
-        return {
-            "job": self.job,
-            "kind": SAVE.name,
-            "vm": self.vm,
-            "name": self.wanted.name,
-            "snapshot": self.snapshot if SaveFact.KEPT in self.facts else None,
-            "host": self.agent.config.name,
-            "repository": self.agent.snapshot_store.place,
-            "way": self._options.way or self.wanted.way,
-            "status": status,
-            "coarse": status,
-            "outcome": "saved" if SaveFact.KEPT in self.facts else "none" if self.is_over else "pending",
-            "over": self.is_over,
-            "sentence": self.sentence(),
-            "downtime_ms": self.counted.downtime_ms,
-            "total_ms": None if self.ended_s is None else round((self.ended_s - self.started_s) * 1000, 3),
-            "transferred_bytes": self.counted.transferred_bytes,
-            "passes": self.counted.passes,
-            "progress": self.counted.progress(),
-            "pages": None if counts is None else counts.pages,
-            "zero_pages": None if counts is None else counts.zero,
-            "known_pages": None if counts is None else counts.known,
-            "stored_bytes": None if counts is None else counts.stored_bytes,
-            "disks": [disk.to_wire() for disk in self.disks],
-            "notes": list(self.notes),
-            "error": None if self.error is None else self.error.to_wire(),
-            "timeline": self._timeline(),
-        }
-
-    def sentence(self) -> str:
-        """One sentence for people."""
-        name, vm = self.wanted.name, self.vm
-        if SaveFact.KEPT in self.facts:
-            stood = self.counted.downtime_ms
-            text = "" if stood is None else f"; the guest stood still for {stood:.0f} ms"
-            return f"{vm} is saved as {name}{text}."
-        if self.is_over:
-            why = "it was cancelled" if SaveFact.CANCEL in self.facts else str(self.error)
-            return f"{vm} was not saved: {why}."
-        if awaits_leave(self.facts):
-            return f"{vm} stands still and waits for leave ('vmferry job finalize') to be saved as {name}."
-        return f"{vm} is being saved as {name}."
-
-    def _timeline(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for entry in self.facts.entries:
-            row: dict[str, Any] = {"at_ms": round((entry.at_s - self.started_s) * 1000, 3), "what": entry.fact.value}
-            row |= {name: text for name, text in (("text", entry.text), ("by", entry.by)) if text}
-            rows.append(row)
-        marks = (("STOP", self.counted.stop_s), ("RESUME", self.counted.resume_s))
-        rows += [{"at_ms": round((at_s - self.started_s) * 1000, 3), "what": what} for what, at_s in marks if at_s]
-        return sorted(rows, key=lambda row: float(row["at_ms"]))
+        return save_report.wire(self)
 
     # --- the course ---------------------------------------------------------------------------------------
 
@@ -274,7 +199,9 @@ class SaveJob:
             else:
                 await self._whole_way()
             await self.give_back()
-            if self.was_restored:
+            await self._settle_disks()
+            await self._clean_up()
+            if self.was_restored or SaveFact.UNKNOWN in self.facts:
                 await self._look_for_it()
         except asyncio.CancelledError:  # the agent ends: a moment for the guest, if it stands
             with contextlib.suppress(VmferryError, TimeoutError):
@@ -282,59 +209,84 @@ class SaveJob:
                     await self.give_back()
             raise
         finally:
+            self._begin_clean_up()
             if machine is not None:
                 machine.listeners.discard(self._hear)
         await self._end()
 
     async def _whole_way(self) -> None:
-        """From the options to the commit. Errors are recorded; the guest may stand afterwards."""
+        """From the options to the commit. Errors are recorded, defects too; the guest may stand afterwards."""
         from vmferry.agent.snapshot_sink import SnapshotSink
 
-        sink: SnapshotSink | None = None
         try:
             repository = await self.agent.snapshot_store.run(self.agent.snapshot_store.open_repository)
-            folder = None if self.wanted.pause else self.agent.config.state_dir
+            folder = None if self.wanted.pause else self.agent.config.state_dir / "spill"
             sink = self._sink = SnapshotSink(repository, vm=self.vm, spill_folder=folder)
             await self._save(sink)
             if not self.wanted.pause:
                 await self.give_back()
             await self._keep(sink)
-        except (VmferryError, OSError) as error:
-            self._fail(error)
-        finally:
-            if sink is not None:
-                await self.agent.snapshot_store.run(sink.abort)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest is given back and the job has an end
+            self.fail(error)
 
-    def _fail(self, error: Exception) -> None:
-        if not isinstance(error, VmferryError):
+    def fail(self, error: Exception) -> None:
+        """Records what went wrong: the first error, but for one that says that the guest stands."""
+        if isinstance(error, OSError):
             error = QemuError(f"{self.vm}: {error}", cause=error)
+        if not isinstance(error, VmferryError):
+            log.error("job=%s vm=%s save result=defect", self.job, self.vm, exc_info=error)
+            error = VmferryError(f"a defect of vmferry ended the save: {error!r}", retry="no", cause=error)
         log.warning("job=%s vm=%s save result=%s", self.job, self.vm, error)
-        if self.error is None:
+        if self.error is None or isinstance(error, GuestHeld):
             self.error = error
         if SaveFact.CANCEL not in self.facts:
             self.note(SaveFact.ERROR, text=str(error))
+
+    def _begin_clean_up(self) -> None:
+        """The endpoint ends, and the repository gets back what it was asked to hold: in a thread that nobody waits for
+        longer than a little, because both may hang as long as the store does."""
+        incoming, sink = self._incoming, self._sink
+        if self._cleaning is not None or sink is None:
+            return
+
+        def work() -> None:
+            if incoming is not None:
+                incoming.stop()
+            sink.abort()
+
+        self._cleaning = in_own_thread(f"save-clean-{self.vm}", work)
+
+    async def _clean_up(self) -> None:
+        """After the guest has been given back."""
+        self._begin_clean_up()
+        if self._cleaning is None:
+            return
+        try:
+            async with asyncio.timeout(limits.SAVE_CLEAN_UP_S):
+                await asyncio.shield(self._cleaning)
+        except Exception as error:  # noqa: BLE001 - a lock that stays gets stale by itself
+            log.warning("job=%s vm=%s save effect=clean-up result=%r", self.job, self.vm, error)
 
     async def _save(self, sink: SnapshotSink) -> None:
         """Until the state is whole and QEMU has completed. Raises what went wrong; the guest may stand then."""
         machine = self.kept.require_machine()
         self._check_cancel()
         await self._options.apply(machine, self._remember_options)
-        self.note(SaveFact.CONFIGURED, text=self._options.way)
+        self.note(SaveFact.CONFIGURED, text=self.way)
         if self.wanted.pause:
             await self._stop("asked for")
         incoming, ours, theirs = self._endpoint(sink)
-        try:
-            with theirs:
-                await machine.execute("getfd", {"fdname": FD_NAME}, fds=(theirs.fileno(),))
-            incoming.take(ours)
-            self._check_cancel()
-            await machine.execute("migrate", {"uri": f"fd:{FD_NAME}"})
-            self.note(SaveFact.STARTED)
-            await self._follow(incoming)
-            await self._until_whole(incoming)
-            self.disks = await save_disks.describe(self.wanted.definition, self.wanted.overlays)
-        finally:
-            await self.agent.snapshot_store.run(incoming.stop)
+        self._incoming = incoming
+        with theirs:
+            await machine.execute("getfd", {"fdname": FD_NAME}, fds=(theirs.fileno(),))
+        incoming.take(ours)
+        self._check_cancel()
+        await self._about_to(Did.SEND)
+        await self._migrate()
+        self.note(SaveFact.STARTED)
+        await self._follow(incoming)
+        await self._until_whole(incoming)
+        self.disks = await save_disks.describe(self.wanted.definition, self.wanted.overlays)
 
     def _endpoint(self, sink: SnapshotSink) -> tuple[Incoming, socket.socket, socket.socket]:
         from vmferry.engine.incoming import Incoming
@@ -366,7 +318,7 @@ class SaveJob:
                 case Word.WAITS:
                     await self._at_the_switchover()
                 case Word.GOING:
-                    if self.counted.passes > limits.SAVE_PASSES_MAX and self._options.way == "precopy":
+                    if self.counted.passes > limits.SAVE_PASSES_MAX and self.way == "precopy":
                         await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
             await self._pause(POLL_S)
 
@@ -411,23 +363,62 @@ class SaveJob:
 
     async def _keep(self, sink: SnapshotSink) -> None:
         """The commit. Raises RepositoryError: there is no snapshot then, but after StoreTransient nobody knows."""
+        from vmferry.store.errors import StoreTransient
+
+        self._check_cancel()
+        if self._incoming is not None:  # the writer has one user at a time
+            outcome = await in_own_thread(f"save-end-{self.vm}", self._incoming.stop)
+            if outcome.threads_left:
+                raise MigrationFailed(f"the endpoint of the save does not end: {', '.join(outcome.threads_left)}")
         self._check_cancel()
         self.is_committing = True
-        words = self._words()
-        self.head = await self.agent.snapshot_store.run(sink.commit, self.wanted.name, words, self.disks)
+        work = functools.partial(sink.commit, self.wanted.name, self._words(), self.disks)
+        functools.update_wrapper(work, sink.commit)
+        if self.wanted.pause:  # it waits for nobody else's work
+            commit = in_own_thread(f"save-commit-{self.vm}", work)
+        else:
+            commit = asyncio.ensure_future(self.agent.snapshot_store.run(work))
+        try:
+            self.head = await self._answer(commit)
+        except StoreTransient:
+            self.note(SaveFact.UNKNOWN, text="the repository's answer to the commit was lost")
+            raise
         self.snapshot = sink.snapshot
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
+
+    async def _answer(self, commit: asyncio.Future[Head]) -> Head:
+        """The commit's. Raises MigrationCancelled when a person does not want a guest that stands to wait for it."""
+        commit.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not commit.done():
+                self._wake.clear()
+                if SaveFact.CANCEL in self.facts:
+                    self.note(SaveFact.UNKNOWN, text="the commit is not waited for any more")
+                    raise MigrationCancelled(f"the commit of {self.vm} was not waited for")
+                if not commit.done():
+                    await self._wake.wait()
+        finally:
+            if not commit.done():
+                commit.cancel()
+        return commit.result()
 
     async def _look_for_it(self) -> None:
         """The agent that had begun it may have died after the commit: then the snapshot is there, and it is told so."""
         try:
-            found = await self.agent.snapshot_store.with_repository(self._find)
-        except (VmferryError, OSError) as error:  # nobody can say now; 'vmferry snapshots' will
+            async with asyncio.timeout(limits.SAVE_LOOK_S):
+                store = self.agent.snapshot_store
+                found = await in_own_thread(f"save-look-{self.vm}", lambda: self._find(store.open_repository()))
+        except Exception as error:  # noqa: BLE001 - nobody can say now; 'vmferry snapshots' will
             log.warning("job=%s vm=%s save effect=look-for-snapshot result=%s", self.job, self.vm, error)
+            if did(self.facts) is Did.SEND:
+                self.note(SaveFact.UNKNOWN, text=str(error))
             return
         if found is not None:
-            self.head, self.snapshot, self.error = found.head, found.snapshot, None
-            self.notes.append("the agent restarted on the way; times are not known")
+            self.head, self.snapshot = found.head, found.snapshot
+            if not isinstance(self.error, GuestHeld):
+                self.error = None
+            if self.was_restored:
+                self.notes.append("the agent restarted on the way; times are not known")
             self.note(SaveFact.KEPT, text=found.snapshot, by="repository")
 
     def _find(self, repository: Repository) -> SnapshotInfo | None:
@@ -445,7 +436,7 @@ class SaveJob:
             machine=self.kept.definition.machine,
             qemu_version="" if self.kept.machine is None else self.kept.machine.version_text,
             was_running=self.wanted.running_before,
-            way="background" if self._options.way == "background" else "precopy",
+            way="background" if self.way == "background" else "precopy",
             definition=self.wanted.definition,
         )
 
@@ -456,63 +447,64 @@ class SaveJob:
         if SaveFact.STOPPED in self.facts:
             return
         machine = self.kept.require_machine()
+        if SaveFact.ACTS not in self.facts:
+            await self._about_to(Did.STOP)
+        self.note(SaveFact.STOPPED, text=why)
         if guest_of(await machine.run_state()) is Guest.RUNS:
             await machine.execute("stop", deadline_s=CONT_S)
-        self.note(SaveFact.STOPPED, text=why)
+
+    async def _about_to(self, what: Did) -> None:
+        """Durable before QEMU is told anything that has to be undone: without it the next agent only ends the job."""
+        await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"did": what.value})
+
+    async def _migrate(self) -> None:
+        """QEMU begins to send. Raises QmpCommandError: it did not begin, and if it sends, then for somebody else."""
+        self.note(SaveFact.ACTS)
+        try:
+            await self.kept.require_machine().execute("migrate", {"uri": f"fd:{FD_NAME}"})
+        except QmpCommandError:
+            self.note(SaveFact.REFUSED, by="QEMU")
+            with contextlib.suppress(VmferryError):
+                await self._about_to(did(self.facts))
+            raise
 
     async def give_back(self) -> None:
         """The guest is its own again when this returns, and QEMU's options are what they were; or the error says that
-        it stands and why. Walks the rows of `core.saving`."""
-        if self._is_back:
-            return
-        until_s = self.agent.clock.now_s() + limits.SAVE_RETURN_S
-        pause_s, trouble = RETRY_FIRST_S, ""
-        while True:
-            self._heard.clear()
-            row = row_of(await self._look())
-            if row.do is Back.DONE:
-                break
-            try:
-                match row.do:
-                    case Back.CANCEL:
-                        await self.kept.require_machine().execute("migrate_cancel")
-                    case Back.CONT:
-                        await self.kept.require_machine().execute("cont", deadline_s=CONT_S)
-                    case Back.WAIT:
-                        pass
-            except QemuError as error:
-                trouble = str(error)
-                log.warning("job=%s vm=%s save row=%s result=%s", self.job, self.vm, row.label, error)
-            if self.agent.clock.now_s() >= until_s and row.do is Back.CONT:
-                self._fail(self._stands(trouble))
-                break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._heard.wait()
-            pause_s = min(pause_s * 2, RETRY_LAST_S)
-        self._is_back = True
-        self.note(SaveFact.RESUMED, text=row.why)
-        await self._options.put_back(self.kept.machine, FD_NAME)
+        it stands and why."""
+        if not self._is_back:
+            trouble, row = await save_back.walk(self)
+            self._is_back = True
+            save_back.tell(self, row, trouble)
+            if self.is_ours():
+                await self._options.put_back(self.kept.machine, FD_NAME)
 
-    def _stands(self, trouble: str) -> GuestHeld:
-        return GuestHeld(
-            f"{self.vm} is whole and stands still, and QEMU does not start it: {trouble or 'it does not say why'}",
-            side="source",
-            retry="no",
-            hint=f"free the disk that is locked elsewhere, then: vmferry rescue {self.vm} throw-away --run --never-ran",
+    def is_ours(self) -> bool:
+        """Whether the VM is what the save began with, and nobody else has it in hand."""
+        attempt = self.agent.attempts.get(self.vm)
+        return (
+            not self.hands_off
+            and self.agent.vms.get(self.vm) is self.kept
+            and self.kept.generation == self.wanted.generation
+            and (attempt is None or attempt.ended.is_set())
         )
 
-    async def _look(self) -> BackView:
-        machine = self.kept.machine
-        owed = Owed.YES if self.wanted.running_before else Owed.NO
-        if machine is None or machine.is_gone:
-            return BackView(Qemu.GONE, Word.IDLE, Guest.OTHER, owed)
-        try:
-            word = word_of((await machine.migration()).get("status"))
-            state = guest_of(await machine.run_state())
-        except QemuError:
-            return BackView(Qemu.GONE if machine.is_gone else Qemu.SILENT, Word.IDLE, Guest.OTHER, owed)
-        return BackView(Qemu.ANSWERS, word, state, owed)
+    async def _settle_disks(self) -> None:
+        """No end before it is known, and durable, which files the guest goes on in: a definition that names others lets
+        the next migration run its memory on a wrong disk."""
+        pause_s = RETRY_FIRST_S
+        while self.wanted.overlays and not self.disks_settled and self.is_ours():
+            if self.kept.machine is None or self.kept.machine.is_gone:
+                return
+            try:
+                if await save_disks.mend(self.agent, self.kept, self.wanted.overlays):
+                    listed = ", ".join(each.overlay for each in self.wanted.overlays)
+                    self.note(SaveFact.DISKS, text=listed)
+                    self.notes.append(f"{self.vm} goes on in {listed}")
+                self.disks_settled = True
+            except Exception as error:  # noqa: BLE001 - noqa: BLE001
+                log.warning("job=%s vm=%s save effect=settle-disks result=%r", self.job, self.vm, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_LAST_S)
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -522,10 +514,7 @@ class SaveJob:
         self.ended_s = self.agent.clock.wall_s()
         self.note(SaveFact.CLEANUP)
         wire = self.wire()
-        try:
-            await self.agent.journal.append(Entry.ENDED, self.job, wire)
-        except VmferryError as error:  # after a restart the job is looked at again, and ends as failed
-            log.error("job=%s vm=%s save effect=end result=%s", self.job, self.vm, error)
+        await self._durably(Entry.ENDED, self.job, wire)
         self.agent.saves.is_over(self, wire)
         self.ended.set()
 
@@ -534,6 +523,19 @@ class SaveJob:
     def _check_cancel(self) -> None:
         if SaveFact.CANCEL in self.facts:
             raise MigrationCancelled(f"the save of {self.vm} was cancelled; the guest goes on")
+
+    async def _durably(self, kind: Entry, subject: str, body: dict[str, Any]) -> None:
+        """Tries until it is written: the VM is not free before, or the next agent would walk this save back."""
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self.agent.journal.append(kind, subject, body)
+            except VmferryError as error:
+                log.error("job=%s vm=%s save effect=%s result=%s", self.job, self.vm, kind.value, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_LAST_S)
+            else:
+                return
 
     async def _remember_options(self, values: dict[str, Any]) -> None:
         """Durable before QEMU has others: whoever ends this save puts them back."""
@@ -549,9 +551,9 @@ class SaveJob:
         at_s = self.agent.clock.wall_s() if event.timestamp_us is None else event.timestamp_us / 1e6
         if event.name == "STOP":
             self.counted.stop_s = self.counted.stop_s or at_s
-            if self._sink is not None and self._options.way == "precopy":
+            if self._sink is not None and self.way == "precopy":
                 self._sink.spill()
         elif event.name == "RESUME":
             self.counted.resume_s = at_s
-        self._heard.set()
+        self.heard.set()
         self._wake.set()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import uuid
 from typing import TYPE_CHECKING, Any, Final
@@ -29,13 +30,16 @@ from vmferry.agent.machine import Machine
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import Overlay
 from vmferry.core.saving import SaveFact
-from vmferry.errors import PlanRefused
+from vmferry.errors import PlanRefused, Unfit
 from vmferry.jobs.journal import Entry
+from vmferry.qmp.errors import QmpCommandError
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.agent.save import SaveJob
     from vmferry.engine.frozen import FrozenDisk
+
+log = logging.getLogger("vmferry.agent")
 
 EXTERNAL_SNAPSHOT: Final = "external-snapshot"
 TRANSACTION_S: Final = 30.0
@@ -92,7 +96,9 @@ async def _open_images(machine: Machine) -> dict[str, str]:
 
 
 async def switch(job: SaveJob) -> None:
-    """All writable disks go on in new files, in one transaction. Raises QemuError: then none does."""
+    """All writable disks go on in new files, in one transaction.
+
+    Raises QmpCommandError: then none does. After another QemuError nobody knows; the save asks before it ends."""
     machine = job.kept.require_machine()
     actions = [
         {
@@ -106,9 +112,18 @@ async def switch(job: SaveJob) -> None:
         }
         for each in job.wanted.overlays
     ]
-    await machine.execute("transaction", {"actions": actions}, deadline_s=TRANSACTION_S)
+    job.disks_settled = False
+    try:
+        await machine.execute("transaction", {"actions": actions}, deadline_s=TRANSACTION_S)
+    except QmpCommandError:  # all of it or nothing
+        job.disks_settled = True
+        raise
     job.note(SaveFact.DISKS, text=", ".join(each.overlay for each in job.wanted.overlays))
-    await _redefine(job.agent, job.kept, job.wanted.overlays)
+    try:
+        await _redefine(job.agent, job.kept, job.wanted.overlays)
+        job.disks_settled = True
+    except Unfit as error:  # written again before the save ends
+        log.warning("job=%s vm=%s effect=keep-definition result=%s", job.job, job.vm, error)
 
 
 async def _redefine(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> None:
@@ -136,14 +151,17 @@ def with_overlays(definition: VmDefinition, overlays: tuple[Overlay, ...]) -> Vm
 
 
 async def mend(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> bool:
-    """After a restart: if the guest goes on in the new files, its definition says so. Whether it does."""
+    """After a restart, or an answer that was lost: if the guest goes on in the new files, its definition says so,
+    durably. Whether it does.
+
+    Raises QemuError while QEMU does not answer, Unfit when that cannot be written down: again."""
     machine = kept.machine
     if not overlays or machine is None or machine.is_gone:
         return False
     top = await _open_images(machine)
     done = tuple(each for each in overlays if each.overlay in top)
     left = tuple(each for each in done if each.path in kept.definition.writable_paths())
-    if left:
+    if done:  # also if only the journal does not know
         await _redefine(agent, kept, left)
     return bool(done)
 

@@ -7,9 +7,10 @@ Rule 2: what can be refused is refused by the command, before anything is journa
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ import msgspec
 from vmferry.agent import save_disks
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.save import SaveJob
+from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import SaveWanted
 from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
-from vmferry.core.saving import SaveFact, awaits_leave, save_status
-from vmferry.errors import PlanRefused, QemuError, UsageError
+from vmferry.core.saving import Did, SaveFact, Word, awaits_leave, save_status, word_of
+from vmferry.errors import PlanRefused, UsageError
 from vmferry.jobs.journal import Entry, JobState
+from vmferry.vm.spawn import ProcessIdentity
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -85,10 +88,16 @@ class Saves:
         # Not over before that is durable: whoever hears so may save again.
         return self.results.get(job) if found is None else {**found.wire(), "over": False}
 
+    def has(self, job: str) -> bool:
+        """Whether a save has this id, or had it."""
+        return job in self.results or self.by_id(job) is not None
+
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
         self._jobs[save.vm] = save
-        self._agent.keep_task(asyncio.create_task(save.run(), name=f"save-{save.job}"))
+        task = asyncio.create_task(save.run(), name=f"save-{save.job}")
+        task.add_done_callback(_shout)
+        self._agent.keep_task(task)
 
     def is_over(self, save: SaveJob, wire: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
@@ -97,31 +106,85 @@ class Saves:
             SAVE.name, save.job, wire, auto_dismiss=save.wanted.auto_dismiss, auto_finalize=save.wanted.auto_finalize
         )
 
-    async def restore(self, state: JobState) -> None:
-        """What the journal says of one. A save that was at work is walked back: what had come is lost with the agent
-        that had it, and the guest goes on."""
+    async def restore(self, state: JobState, jobs: Iterable[JobState]) -> None:
+        """What the journal says of one, among all jobs in their order. A save that was at work is walked back: what had
+        come is lost with the agent that had it, and the guest goes on. One whose guest is not its own to touch any more
+        only concludes."""
         if state.ended is not None:
             self.results[state.job] = state.ended
             self._agent.jobs.remember(SAVE.name, state)
             return
         wanted = msgspec.convert(state.body, SaveWanted)
         kept = self._agent.vms.get(wanted.vm)
-        if kept is None:  # forgotten meanwhile: its QEMU is gone
-            log.warning("job=%s vm=%s save result=its VM is not kept here any more", state.job, wanted.vm)
-            return
-        save = SaveJob(self._agent, wanted, kept, options_before=state.options_before, was_restored=True)
+        hands_off = why_not_ours(wanted, kept, state.job, jobs)
+        if hands_off or kept is None:
+            log.warning("job=%s vm=%s save effect=none because=%s", state.job, wanted.vm, hands_off)
+            kept = _as_it_was(wanted)
+        save = SaveJob(
+            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off
+        )
+        if state.did == Did.SEND.value:
+            save.note(SaveFact.ACTS, by="journal")
+        elif state.did == Did.STOP.value:
+            save.note(SaveFact.STOPPED, text="it may have been", by="journal")
         if state.cancel_wanted:
             save.note(SaveFact.CANCEL, by="journal")
-        try:
-            if await save_disks.mend(self._agent, kept, wanted.overlays):
-                save.notes.append(f"{wanted.vm} goes on in {', '.join(each.overlay for each in wanted.overlays)}")
-        except QemuError as error:
-            log.warning("job=%s vm=%s save effect=mend-disks result=%s", state.job, wanted.vm, error)
         self.begin(save)
 
     def infos(self) -> list[JobInfo]:
         """The saves at work, as jobs."""
         return [_info(save) for save in self.at_work()]
+
+
+def _shout(task: asyncio.Task[None]) -> None:
+    """A save's task never ends with an error; if it does, somebody must hear of it."""
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("task=%s result=defect: its job has no end", task.get_name(), exc_info=task.exception())
+
+
+def why_not_ours(wanted: SaveWanted, kept: KeptVm | None, job: str, jobs: Iterable[JobState]) -> str:
+    """Why the guest of a save that the journal has is not its own to touch any more; '' if it is. Pure.
+
+    1. a save's end is not written down  2. its VM is moved, or ends and its name is given to another one
+    3. the next agent reads both jobs: the later one proves that the save was over
+    """
+    if kept is None:
+        return "its VM is not kept here any more"
+    if dataclasses.asdict(kept.identity) != wanted.identity:
+        return "its VM has another QEMU now"
+    if kept.generation != wanted.generation:
+        return "its VM has been elsewhere meanwhile"
+    is_later = False
+    for other in jobs:
+        if other.job == job:
+            is_later = True
+        elif other.body.get("vm") == wanted.vm and (is_later or other.ended is None):
+            return f"its VM has the job {other.job} since"
+    return ""
+
+
+def _as_it_was(wanted: SaveWanted) -> KeptVm:
+    """The VM of a save that touches none any more."""
+    identity = ProcessIdentity(**wanted.identity) if wanted.identity else ProcessIdentity(0, 0, "")
+    return KeptVm(VmDefinition.from_wire(wanted.definition), wanted.generation, identity, qmp_path="", directory="")
+
+
+def is_known(agent: Agent, job: str) -> bool:
+    """Whether a job of another kind has this id, or had it: a second one would replace it in the journal, and a
+    migration that was committed would be forgotten by the next agent."""
+    return (
+        job in agent.results
+        or job in agent.known_jobs
+        or job in agent.places
+        or job in agent.jobs.dismissed
+        or any(attempt.job == job for attempt in agent.attempts.values())
+    )
+
+
+def _reason(save: SaveJob, *, waits: bool) -> str:
+    if SaveFact.HELD in save.facts and save.error is not None:
+        return f"{save.error.message}; {save.error.hint}"
+    return "the guest stands and waits for leave to be saved" if waits else ""
 
 
 def _info(save: SaveJob) -> JobInfo:
@@ -136,7 +199,7 @@ def _info(save: SaveJob) -> JobInfo:
         error=None if save.error is None else save.error.message,
         vm=save.vm,
         detail=save_status(save.facts),
-        reason="the guest stands and waits for leave to be saved" if waits else "",
+        reason=_reason(save, waits=waits),
         auto_finalize=save.wanted.auto_finalize,
         auto_dismiss=save.wanted.auto_dismiss,
         percent=progress["percent"],
@@ -157,6 +220,8 @@ async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
     known = agent.saves.status(job=job)
     if known is not None:
         return known
+    if is_known(agent, job):
+        raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
     check_name(arguments.name)
     for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, DISKS)):
         if value not in allowed:
@@ -179,7 +244,15 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
     state = await machine.run_state()
     if state not in ("running", "paused"):
         raise PlanRefused(f"{arguments.vm} is {state}: only a guest that runs or is paused can be saved", side="source")
-    reasons = [str(reason) for reason in (await machine.migration()).get("blocked-reasons", [])]
+    info = await machine.migration()
+    if word_of(info.get("status")) not in (Word.IDLE, Word.DONE):
+        raise PlanRefused(
+            f"the QEMU of {arguments.vm} is sending or taking a guest already (it says {info['status']}), and vmferry "
+            "did not ask for that",
+            side="source",
+            hint="let that end first",
+        )
+    reasons = [str(reason) for reason in info.get("blocked-reasons", [])]
     if kept.definition.has_vfio:
         reasons.append("a device of the host is passed through to it, and its state cannot be told apart")
     if reasons:
@@ -212,6 +285,8 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
         running_before=state == "running",
         overlays=overlays,
         definition=kept.definition.to_wire(),
+        generation=kept.generation,
+        identity=dataclasses.asdict(kept.identity),
         auto_finalize=arguments.auto_finalize,
         auto_dismiss=arguments.auto_dismiss,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import stat
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
     """Writes the snapshot into a new file, durably. Raises UsageError when the file cannot be made, RepositoryError
     when the snapshot cannot be read whole; then there is no file."""
     info = find(repository, word)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     with SnapshotReader(repository, info.snapshot) as reader:
         state = thaw(reader.device_state)
         blocks = [(block.name, block.size_bytes) for block in reader.head.blocks]
@@ -48,13 +50,16 @@ def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
 
         size_bytes = 0
         try:
-            with part.open("xb") as file:
+            # A guest's memory has its keys and passwords: nobody else reads it.
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
                 for buffers in stream(state, blocks, read, zeros):
                     for buffer in buffers:
                         size_bytes += file.write(bytes(buffer))
                 file.flush()
                 os.fsync(file.fileno())
             os.link(part, path)  # fails where the name is taken
+            _sync_folder(path.parent)
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror or error}", cause=error) from error
         finally:
@@ -72,7 +77,11 @@ def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[st
     sink = SnapshotSink(repository)
     incoming = Incoming(sink.image, options=IncomingOptions(end="end-of-input"), name="import")
     try:
-        with path.open("rb") as file:
+        # Not blocking: a pipe that nobody writes to would hold this thread for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise UsageError(f"{path} is no regular file")
             ours, theirs = socket.socketpair()
             incoming.take(ours)
             with theirs:
@@ -101,6 +110,14 @@ def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[st
         "pages": head.counts.pages,
         "stored_bytes": head.counts.stored_bytes,
     }
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _pump(fd: int, sock: socket.socket) -> None:

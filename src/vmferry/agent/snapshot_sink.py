@@ -3,11 +3,12 @@
 Theory of operation
 -------------------
 `SnapshotSink` is the endpoint's image and its sink. The writer of the snapshot is made when the first page comes,
-because only then the guest's blocks are known; pages go to it in the endpoint's own thread. `commit` follows in one of
-the store's threads, after the endpoint has ended, so the writer has one user at a time.
+because only then the guest's blocks are known; pages go to it through a small queue, in a thread of the sink's own.
+`commit` follows in another thread, after the endpoint and that one have ended, so the writer has one user at a time.
 
 While the guest stands for its last pages it shall not wait for a store, which may be far away: `spill` has what comes
 from then on written into a nameless file of this host, and `commit` puts it into packs when the guest has gone on.
+A pack that is being put at that moment, or never ends, holds up the queue and not the guest.
 
 If the repository has an earlier snapshot of the same VM, changed pages are kept as differences to it.
 
@@ -20,6 +21,7 @@ Rule 3: what was spilled is put in the order in which it came, after everything 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import threading
@@ -36,7 +38,7 @@ from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
 from vmferry.errors import RepositoryError, UsageError, VmferryError
-from vmferry.store.errors import StoreTransient, UnknownSnapshot
+from vmferry.store.errors import LockLost, StoreTransient, UnknownSnapshot
 from vmferry.store.manifest import Block, Head
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository, SnapshotInfo
@@ -83,6 +85,10 @@ def find(repository: Repository, word: str) -> SnapshotInfo:
     return named[0]
 
 
+def _size(numbers: Numbers, pages: Pages | None) -> int:
+    return numbers.nbytes + (0 if pages is None else pages.nbytes)
+
+
 class SnapshotSink:
     """A snapshot that is being saved. `image` is the endpoint's."""
 
@@ -97,6 +103,14 @@ class SnapshotSink:
         self._spill_folder = spill_folder
         self._is_spilling = False
         self._spilled: BinaryIO | None = None
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._queue: deque[tuple[str, Numbers, Pages | None]] = deque()
+        """For the writer: block, numbers, pages (None: zeros)."""
+        self._queued_bytes = 0
+        self._uploader: threading.Thread | None = None
+        self._has_all = False
+        self._failed: Exception | None = None
         self._order: deque[tuple[str, Numbers, bool]] = deque()
         """What was spilled: block, pages, and whether they are zero (then nothing of them is in the file)."""
 
@@ -107,20 +121,29 @@ class SnapshotSink:
 
     def spill(self) -> None:
         """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
-        self._is_spilling = self._spill_folder is not None
+        if self._spill_folder is not None:
+            with self._changed:
+                self._is_spilling = True
+                self._changed.notify_all()
 
     # --- the endpoint's thread ----------------------------------------------------------------------------
 
     def put(self, block: str, numbers: Numbers, pages: Pages) -> None:
         """See `PageSink`."""
         self.stored_pages += len(numbers)
-        if not self._is_spilling:
-            self._the_writer().put_some(block, numbers, pages)
+        if self._hand_over(block, numbers, pages):
             return
-        self._require_wanted()
         try:
             if self._spilled is None:
+                assert self._spill_folder is not None, "it says whether there is spilling"
+                self._spill_folder.mkdir(mode=0o700, exist_ok=True)
                 self._spilled = tempfile.TemporaryFile(dir=self._spill_folder, prefix="vmferry-save-")  # noqa: SIM115
+            room = os.fstatvfs(self._spilled.fileno())
+            if room.f_bavail * room.f_frsize - pages.nbytes < limits.SAVE_SPILL_LEAVES_BYTES:
+                raise RepositoryError(
+                    f"{self._spill_folder} has no room for the guest's last pages: the agent's journal needs the rest",
+                    hint="make room there, or say --pause",
+                )
             self._spilled.write(np.ascontiguousarray(pages).data)
         except OSError as error:
             raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
@@ -128,11 +151,60 @@ class SnapshotSink:
 
     def put_zeros(self, block: str, numbers: Numbers) -> None:
         """See `PageSink`."""
-        if self._is_spilling:
-            self._require_wanted()
+        if not self._hand_over(block, numbers, None):
             self._order.append((block, numbers.copy(), True))
-        else:
-            self._the_writer().put_zeros(block, numbers)
+
+    def _hand_over(self, block: str, numbers: Numbers, pages: Pages | None) -> bool:
+        """Into the queue, when there is room. False: the guest stands, and nothing waits."""
+        size = _size(numbers, pages)
+        with self._changed:
+            while self._queue and self._queued_bytes + size > limits.SAVE_QUEUE_BYTES:
+                if self._is_spilling or self._failed is not None or self._is_over.is_set():
+                    break
+                self._changed.wait()
+            self._require_wanted()
+            if self._failed is not None:
+                raise self._failed
+            if self._is_spilling:
+                return False
+            if self._uploader is None:
+                self._uploader = threading.Thread(target=self._upload, name=f"save-put-{self._vm}", daemon=True)
+                self._uploader.start()
+            self._queue.append((block, numbers.copy(), None if pages is None else pages.copy()))
+            self._queued_bytes += size
+            self._changed.notify_all()
+        return True
+
+    def _upload(self) -> None:
+        """The uploader's thread: what is in the queue into the writer, in its order."""
+        while True:
+            with self._changed:
+                while not self._queue and not self._has_all and not self._is_over.is_set():
+                    self._changed.wait()
+                if not self._queue or self._is_over.is_set():
+                    return
+                block, numbers, pages = self._queue.popleft()
+            try:
+                writer = self._the_writer()
+                if pages is None:
+                    writer.put_zeros(block, numbers)
+                else:
+                    writer.put_some(block, numbers, pages)
+            except Exception as error:  # noqa: BLE001 - whoever puts next, or commits, raises it
+                with self._changed:
+                    self._failed = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._queued_bytes -= _size(numbers, pages)
+                self._changed.notify_all()
+
+    def _end_uploads(self) -> None:
+        with self._changed:
+            self._has_all = True
+            self._changed.notify_all()
+        if self._uploader is not None:
+            self._uploader.join()
 
     def _require_wanted(self) -> None:
         if self._is_over.is_set():
@@ -175,17 +247,27 @@ class SnapshotSink:
         """
         assert self.image.is_device_state_whole, "everything has come"
         state = freeze(state_of(self.image))
+        self._end_uploads()
+        if self._failed is not None:
+            raise self._failed
         writer = self._the_writer()
         require_free(self._repository, name)
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
+        lost: StoreTransient | None = None
         for last in (*(False,) * (_COMMIT_TRIES - 1), True):
             try:
                 head = writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
                 break
-            except StoreTransient:
+            except StoreTransient as error:
+                lost = error
                 if last:
                     raise
+            except LockLost:
+                # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
+                if lost is not None:
+                    raise lost from None
+                raise
         self.abort()
         return head
 
@@ -204,6 +286,7 @@ class SnapshotSink:
     def abort(self) -> None:
         """Gives back what the repository was asked to hold. Again, or after `commit`, is fine."""
         self._is_over.set()
+        self._end_uploads()
         if self._spilled is not None:
             self._spilled.close()
         for each in (self._writer, self._base):

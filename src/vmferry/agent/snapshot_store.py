@@ -62,7 +62,9 @@ class SnapshotStore:
         self._lock = threading.Lock()
         self._backend: Backend | None = None
         self._repository: Repository | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        # Made here, with no thread in it: the lock above is held while a store that hangs is opened, and the event loop
+        # must never wait for it.
+        self._threads = ThreadPoolExecutor(limits.SNAPSHOT_THREADS_MAX, thread_name_prefix="snapshot")
 
     @property
     def place(self) -> str:
@@ -95,7 +97,7 @@ class SnapshotStore:
     async def run(self, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         """Runs blocking work in one of the store's threads. Raises what it raises."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool(), functools.partial(work, *args, **more))
+        return await loop.run_in_executor(self._threads, functools.partial(work, *args, **more))
 
     async def with_repository(self, work: Callable[[Repository], T]) -> T:
         """The same with the open repository."""
@@ -103,16 +105,7 @@ class SnapshotStore:
 
     def close(self) -> None:
         """Takes no more work. What runs in a thread ends by itself, and the process does not wait for it here."""
-        with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
-
-    def _pool(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(limits.SNAPSHOT_THREADS_MAX, thread_name_prefix="snapshot")
-            return self._threads
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _open_backend(self) -> Backend:
         from vmferry.store.local import LocalFolder

@@ -135,5 +135,9 @@ class SaveWanted:
     overlays: tuple[Overlay, ...] = ()
     definition: dict[str, Any] = field(default_factory=dict)
     """What the guest is made of at that instant: before it goes on in new files."""
+    generation: int = 0
+    """The guest's, on this host."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """Its QEMU's process (`ProcessIdentity`): no other one is acted on for this save."""
     auto_finalize: bool = True
     auto_dismiss: bool = True

@@ -19,6 +19,13 @@ An agent that dies between 1 and 2 or after 4 has nothing to heal. Between 2 and
 back by itself, except in its pause before the switchover, where row B-cancel ends its migration. Between 3 and 4 the
 guest stands, and row B-cont starts it: nobody but the save has stopped it (people's `stop` waits meanwhile).
 
+`cont` in a QEMU whose guest runs elsewhere by now would run it twice, and `migrate_cancel` may end the move of another:
+
+    1. the end of a save cannot be written down   2. the VM migrates and runs on another host, its QEMU here stands
+    3. the next agent finds the save unfinished   4. `cont`: the guest runs on both hosts
+So a save acts only on the very process that it began with, while nobody else has a job for the VM, and only as far as
+its journal proves that it has acted itself (`Did`): that is written down before `stop` and `migrate` are sent.
+
 Rule 1: a fact is recorded once, and says what was seen or asked; the job's state is computed from facts.
 Rule 2: exactly one row matches; tests walk every combination.
 """
@@ -46,8 +53,12 @@ class SaveFact(StrEnum):
     """A person gave it."""
     CONFIGURED = "configured"
     """QEMU's options are those of a save (text: the way)."""
+    ACTS = "acts"
+    """QEMU is about to be told to send its guest; in the journal before it is told."""
+    REFUSED = "refused"
+    """QEMU refused to begin: whatever it sends is not the save's."""
     STOPPED = "stopped"
-    """The guest was stopped before its memory was sent, or in the middle of that (text: why)."""
+    """The guest was stopped before its memory was sent, or in the middle of that, or is about to be (text: why)."""
     STARTED = "started"
     """QEMU was told to send its state to this agent."""
     STANDS = "stands"
@@ -58,8 +69,14 @@ class SaveFact(StrEnum):
     """All memory and all device state of one instant are here."""
     RESUMED = "resumed"
     """The guest runs, or stands as it stood before; QEMU has nothing more to do with the save."""
+    HELD = "held"
+    """The guest stands although it ran before, and QEMU does not start it (text: why). A person is told."""
+    LEFT = "left"
+    """The guest was not given back: it is gone, or it is not the save's any more (text: why)."""
     KEPT = "kept"
     """The snapshot is in the repository, for good (text: its id)."""
+    UNKNOWN = "unknown"
+    """The commit's answer was lost, or is not awaited any more: nobody knows whether the snapshot is there."""
     ERROR = "error"
     RESTARTED = "restarted"
     """The agent that had begun it is gone, and with it what had come."""
@@ -142,9 +159,9 @@ def save_status(log: SaveLog) -> str:
     return "active" if SaveFact.STARTED in log else "setup"
 
 
-def may_cancel(log: SaveLog, *, is_committing: bool) -> str | None:
-    """Why a cancel is too late, or None."""
-    if SaveFact.KEPT in log or is_committing:
+def may_cancel(log: SaveLog, *, is_committing: bool, stands: bool = False) -> str | None:
+    """Why a cancel is too late, or None. A guest that stands for the commit may always be taken back."""
+    if SaveFact.KEPT in log or (is_committing and not stands):
         return "the snapshot is being committed, or is there already; it can be forgotten ('vmferry forget')"
     return None
 
@@ -187,19 +204,24 @@ class Guest(Enum):
 
     RUNS = "runs"
     STANDS = "stands"
-    """Stopped by the save, or before it."""
+    """Stopped, and here."""
+    SENT = "sent"
+    """Stopped because QEMU has sent its state, to whomever."""
     OTHER = "other"
     """In a state that the save did not lead to, as after a disk error or a panic: it is not ours to leave."""
 
 
-_STANDING: Final = frozenset({"paused", "finish-migrate", "postmigrate"})
+_RUN_STATES: Final = {
+    "running": Guest.RUNS,
+    "paused": Guest.STANDS,
+    "finish-migrate": Guest.SENT,
+    "postmigrate": Guest.SENT,
+}
 
 
 def guest_of(run_state: str) -> Guest:
     """QEMU's run state -> the answer."""
-    if run_state == "running":
-        return Guest.RUNS
-    return Guest.STANDS if run_state in _STANDING else Guest.OTHER
+    return _RUN_STATES.get(run_state, Guest.OTHER)
 
 
 # --- the way back ---------------------------------------------------------------------------------------------
@@ -211,6 +233,25 @@ class Qemu(Enum):
     ANSWERS = "answers"
     SILENT = "silent"
     GONE = "gone"
+    NOT_OURS = "not-ours"
+    """It is another process than the save began with, or somebody else has a job for the VM now."""
+
+
+class Did(Enum):
+    """What the save is proved to have told its QEMU."""
+
+    NOTHING = "nothing"
+    STOP = "stop"
+    """Only to stop its guest: QEMU refused to send it."""
+    SEND = "send"
+    """To send it, or it was about to."""
+
+
+def did(log: SaveLog) -> Did:
+    """What the facts prove. What was about to be done counts as done, unless QEMU refused it."""
+    if SaveFact.STARTED in log or (SaveFact.ACTS in log and SaveFact.REFUSED not in log):
+        return Did.SEND
+    return Did.STOP if SaveFact.STOPPED in log else Did.NOTHING
 
 
 class Owed(Enum):
@@ -230,6 +271,8 @@ class Back(Enum):
     WAIT = "wait"
     DONE = "done"
     """Nothing: the guest is its own again."""
+    LEAVE = "leave"
+    """Nothing: the guest is gone, or whether it goes on is not the save's to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +283,7 @@ class BackView:
     word: Word
     guest: Guest
     owed: Owed
+    did: Did
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,33 +297,70 @@ class BackRow:
 
 
 _ENDED: Final = (Word.IDLE, Word.DONE)
+_ACTED: Final = (Did.STOP, Did.SEND)
 ROWS: Final[tuple[BackRow, ...]] = (
-    BackRow("B-gone", pattern(qemu=Qemu.GONE), Back.DONE, "its QEMU is gone, and the guest with it"),
+    BackRow("B-gone", pattern(qemu=Qemu.GONE), Back.LEAVE, "its QEMU is gone, and the guest with it"),
     BackRow("B-silent", pattern(qemu=Qemu.SILENT), Back.WAIT, "its QEMU does not answer"),
+    BackRow("B-not-ours", pattern(qemu=Qemu.NOT_OURS), Back.LEAVE, "the guest is not the save's to touch any more"),
+    BackRow("B-untouched", pattern(qemu=Qemu.ANSWERS, did=Did.NOTHING), Back.DONE, "the save never touched the guest"),
+    BackRow(
+        "B-foreign",
+        pattern(qemu=Qemu.ANSWERS, did=Did.STOP, word=(Word.GOING, Word.WAITS, Word.ENDING)),
+        Back.LEAVE,
+        "somebody else sends the guest: whether it goes on is theirs to say",
+    ),
+    BackRow(
+        "B-foreign-sent",
+        pattern(qemu=Qemu.ANSWERS, did=Did.STOP, word=_ENDED, guest=Guest.SENT),
+        Back.LEAVE,
+        "somebody else has sent the guest, and it may run elsewhere",
+    ),
     BackRow(
         "B-cancel",
-        pattern(qemu=Qemu.ANSWERS, word=(Word.GOING, Word.WAITS)),
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=(Word.GOING, Word.WAITS)),
         Back.CANCEL,
         "QEMU still sends, to nobody",
     ),
-    BackRow("B-ending", pattern(qemu=Qemu.ANSWERS, word=Word.ENDING), Back.WAIT, "QEMU goes back by itself"),
+    BackRow(
+        "B-ending",
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=Word.ENDING),
+        Back.WAIT,
+        "QEMU goes back by itself",
+    ),
     BackRow(
         "B-cont",
-        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES),
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES),
         Back.CONT,
         "the guest stands although it ran before, and nobody but the save has stopped it",
     ),
     BackRow(
+        "B-cont-sent",
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=_ENDED, guest=Guest.SENT, owed=Owed.YES),
+        Back.CONT,
+        "the guest was sent to this agent only, and it ran before",
+    ),
+    BackRow(
         "B-as-before",
-        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.STANDS, owed=Owed.NO),
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.STANDS, owed=Owed.NO),
         Back.DONE,
         "the guest stands, as it did before",
     ),
-    BackRow("B-runs", pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.RUNS), Back.DONE, "the guest runs"),
+    BackRow(
+        "B-sent-as-before",
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=_ENDED, guest=Guest.SENT, owed=Owed.NO),
+        Back.DONE,
+        "the guest stands, as it did before",
+    ),
+    BackRow(
+        "B-runs",
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.RUNS),
+        Back.DONE,
+        "the guest runs",
+    ),
     BackRow(
         "B-other",
-        pattern(qemu=Qemu.ANSWERS, word=_ENDED, guest=Guest.OTHER),
-        Back.DONE,
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.OTHER),
+        Back.LEAVE,
         "something else than the save has stopped the guest, and it is not the save's to start it",
     ),
 )

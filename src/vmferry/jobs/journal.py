@@ -71,6 +71,8 @@ class Entry(StrEnum):
     """A restored guest was seen running, or given to people paused: whether it runs is not the restore's any more."""
     SAVE_WANTED = "save-wanted"
     """A snapshot of a VM of this host was asked for."""
+    SAVE_ACTS = "save-acts"
+    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -121,6 +123,8 @@ class JobState:
     ran: bool = False
     renounced: bool = False
     turned_back: bool = False
+    did: str = "nothing"
+    """A save: what it may have told its QEMU (`saving.Did`)."""
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -165,6 +169,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "restore", entry.body)
             case Entry.SAVE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
+            case Entry.SAVE_ACTS if job:
+                job.did = str(entry.body.get("did", job.did))
             case Entry.DISMISSED if job:
                 job.dismissed = True
             case Entry.CANCEL_WANTED if job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
@@ -373,6 +374,10 @@ async def test_export_and_import_give_the_same_pages(make_site: MakeSite) -> Non
         await site.command("a", "snapshot-export", name="one", file="one.stream")
     wire = await site.command("a", "snapshot-export", name="one", file=str(file))
     assert wire["bytes"] == file.stat().st_size
+    assert file.stat().st_mode & 0o777 == 0o600, "a guest's memory has its keys"
+    os.mkfifo(site.directory / "pipe")
+    with pytest.raises(UsageError, match="no regular file"):
+        await site.command("a", "snapshot-import", name="pipe", file=str(site.directory / "pipe"))
     with pytest.raises(UsageError, match="cannot be written"):
         await site.command("a", "snapshot-export", name="one", file=str(file))
     assert [each.name for each in site.directory.glob(".*.part")] == []

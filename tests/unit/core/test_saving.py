@@ -11,6 +11,7 @@ from vmferry.core.saving import (
     ROWS,
     Back,
     BackView,
+    Did,
     Guest,
     Owed,
     Qemu,
@@ -18,6 +19,7 @@ from vmferry.core.saving import (
     SaveLog,
     Word,
     awaits_leave,
+    did,
     guest_of,
     may_cancel,
     row_of,
@@ -27,7 +29,7 @@ from vmferry.core.saving import (
 )
 
 F, J = SaveFact, JobStatus
-VIEWS = [BackView(*answers) for answers in itertools.product(Qemu, Word, Guest, Owed)]
+VIEWS = [BackView(*answers) for answers in itertools.product(Qemu, Word, Guest, Owed, Did)]
 
 
 def log(*facts: SaveFact) -> SaveLog:
@@ -48,15 +50,25 @@ def test_a_guest_is_started_only_if_it_ran_and_nobody_sends_it(view: BackView) -
     row = row_of(view)
     if row.do is Back.CONT:
         assert view.owed is Owed.YES
-        assert view.guest is Guest.STANDS
         assert view.word in (Word.IDLE, Word.DONE)
         assert view.qemu is Qemu.ANSWERS
-    if row.do is Back.DONE and view.qemu is Qemu.ANSWERS:
-        left_standing = view.guest is Guest.STANDS and view.owed is Owed.YES
-        assert not left_standing, "a save never leaves a guest stopped that ran"
-        assert view.word in (Word.IDLE, Word.DONE), "nor a migration going on"
+        assert (view.guest, view.did) in {
+            (Guest.STANDS, Did.STOP), (Guest.STANDS, Did.SEND), (Guest.SENT, Did.SEND)
+        }, "a guest that somebody else has sent may run elsewhere"  # fmt: skip
+    if row.do in (Back.DONE, Back.LEAVE) and view.qemu is Qemu.ANSWERS:
+        if view.did is Did.SEND:
+            left_standing = view.guest in (Guest.STANDS, Guest.SENT) and view.owed is Owed.YES
+            assert not left_standing, "a save never leaves a guest stopped that ran"
+            assert view.word in (Word.IDLE, Word.DONE), "nor a migration going on"
+        if view.did is Did.STOP and view.word is Word.IDLE:
+            assert (view.guest, view.owed) != (Guest.STANDS, Owed.YES), "a save never leaves a guest stopped that ran"
     if row.do is Back.CANCEL:
         assert view.word in (Word.GOING, Word.WAITS)
+        assert view.did is Did.SEND, "what it did not begin is not its to end"
+    if view.did is Did.NOTHING or view.qemu is Qemu.NOT_OURS:
+        assert row.do in (Back.DONE, Back.LEAVE, Back.WAIT), (
+            "a guest that was not touched, or is not ours, is left alone"
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,14 +97,30 @@ def test_qemus_words(status: str | None, word: Word) -> None:
     [
         ("running", Guest.RUNS),
         ("paused", Guest.STANDS),
-        ("finish-migrate", Guest.STANDS),
-        ("postmigrate", Guest.STANDS),
+        ("finish-migrate", Guest.SENT),
+        ("postmigrate", Guest.SENT),
         ("io-error", Guest.OTHER),
         ("guest-panicked", Guest.OTHER),
     ],
 )
 def test_run_states(state: str, guest: Guest) -> None:
     assert guest_of(state) is guest
+
+
+@pytest.mark.parametrize(
+    ("facts", "proved"),
+    [
+        ((F.WANTED, F.CONFIGURED), Did.NOTHING),
+        ((F.WANTED, F.ACTS), Did.SEND),
+        ((F.WANTED, F.ACTS, F.STARTED), Did.SEND),
+        ((F.WANTED, F.ACTS, F.REFUSED), Did.NOTHING),
+        ((F.WANTED, F.STOPPED), Did.STOP),
+        ((F.WANTED, F.STOPPED, F.ACTS), Did.SEND),
+        ((F.WANTED, F.STOPPED, F.ACTS, F.REFUSED), Did.STOP),
+    ],
+)
+def test_what_a_save_is_proved_to_have_told_its_qemu(facts: tuple[SaveFact, ...], proved: Did) -> None:
+    assert did(log(*facts)) is proved
 
 
 PLAY = [
@@ -161,6 +189,8 @@ def test_a_cancel_is_too_late_once_the_commit_began() -> None:
     assert may_cancel(log(F.WANTED, F.WHOLE), is_committing=False) is None
     assert "forget" in str(may_cancel(log(F.WANTED, F.WHOLE), is_committing=True))
     assert "forget" in str(may_cancel(log(F.KEPT), is_committing=False))
+    assert may_cancel(log(F.WANTED, F.WHOLE), is_committing=True, stands=True) is None, "for the guest's sake"
+    assert "forget" in str(may_cancel(log(F.KEPT), is_committing=True, stands=True))
 
 
 def test_the_kind_answers_every_verb_in_every_state() -> None:
