@@ -375,7 +375,6 @@ def test_a_damaged_page_is_never_handed_out_and_the_guest_goes_on_when_it_is_men
     assert "verify" in job["reason"], "and what can be done"
     assert pair.a.refused("migrate", "web1", "host-b", code=9)["code"] == "busy"
     put_back(path, at, before)
-    pair.a.ok("job", "resume", job["id"])
     until_whole(pair.a, "web1")
     goes_on(pair.a, "web1", saved)
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmferry.agent")
 
+FORWARDED = frozenset({"vm-restore", "restore-status"})
+"""Commands without a VM that another host's agent may ask for a person there."""
 GRANT_WAIT_S = 4.0
 RELEASE_WAIT_S = 4.0
 WHY_WAIT_S = 0.3
@@ -94,7 +96,13 @@ async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any
 
 
 async def _forward(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:
-    return await control.handle(agent, str(arguments["command"]), dict(arguments["arguments"]), forward=False)
+    """What a person at another host asks of a VM here. Nothing else: files of this host are read and written for people
+    of this host only."""
+    name = str(arguments["command"])
+    row = control.COMMANDS.get(name)
+    if row is None or not (row.at_vm or name in FORWARDED):
+        raise CommandNotFound(name)
+    return await control.handle(agent, name, dict(arguments["arguments"]), forward=False)
 
 
 async def _report(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:

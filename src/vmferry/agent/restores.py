@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import restore_trust, vm_commands
+from vmferry.agent import restore_trust, saves, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
@@ -433,6 +433,8 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
     known = agent.restores.status(job=job)
     if known is not None:
         return known
+    if saves.is_known(agent, job) or agent.saves.has(job):
+        raise Busy(f"{job} is the id of another job", side="client")
     _check(agent, arguments)
     found = await agent.snapshot_store.with_repository(
         lambda repository: find(repository, arguments.name, meant=arguments.repository)
