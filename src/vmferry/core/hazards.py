@@ -51,7 +51,7 @@ A guest that hangs after its background snapshot broke, before 11.1
 -------------------------------------------------------------------
 A QEMU that saves its guest in the background protects its memory from writes, and lifts that page by page. When the
 channel breaks, 7.2 says `failed` and `running`, and the guest stands for ever at its next write to a page that is still
-protected (each of 4 tries; a next background snapshot is refused, as the memory is not let go of). 11.1 lifts it all
+protected (at the first try; a next background snapshot is refused, as the memory is not let go of). 11.1 lifts it all
 (none of 6). What is in between was not tried. 7.2 also starts a guest that was paused, as soon as its devices are
 saved. So a background snapshot is taken only from 11.1 on, and only of a guest that runs.
 """
