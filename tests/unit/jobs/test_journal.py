@@ -165,6 +165,17 @@ def test_the_newest_way_to_the_destination_is_read_back() -> None:
     assert replay(entries((Entry.WANTED, "j1", {}), *ways)).jobs["j1"].recovery_way == {"ports": [4001]}
 
 
+def test_how_far_a_save_and_a_restore_may_have_gone_is_read_back() -> None:
+    rows = entries(
+        (Entry.SAVE_WANTED, "s1", {}), (Entry.SAVE_ACTS, "s1", {"did": "stop"}),
+        (Entry.SAVE_ACTS, "s1", {"did": "send"}),
+        (Entry.RESTORE_WANTED, "r1", {}), (Entry.STARTING, "r1", {}), (Entry.RAN, "r1", {}),
+    )  # fmt: skip
+    assert [replay(rows[:length]).jobs["s1"].did for length in (1, 2, 3)] == ["nothing", "stop", "send"]
+    restores = [replay(rows[:length]).jobs["r1"] for length in (4, 5, 6)]
+    assert [(job.starting, job.ran) for job in restores] == [(False, False), (True, False), (True, True)]
+
+
 def test_why_a_job_was_fenced_is_read_back() -> None:
     rows = entries(
         (Entry.WANTED, "j1", {}), (Entry.FENCED, "j1", {"text": "the locks say so"}), (Entry.WANTED, "j2", {})
