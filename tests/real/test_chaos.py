@@ -163,7 +163,11 @@ def test_a_fault_in_the_wrong_phase_does_not_count(ground: Ground, monkeypatch: 
 
 def test_ctrl_c_leaves_nothing_behind() -> None:
     words = [sys.executable, "-m", "vmferry.cli.main", "chaos", "--only", f"stop-*/*/precopy/{SAME}", "--json"]
-    work = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heeded() -> None:  # a shell's background job ignores it, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    work = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
     assert work.stderr is not None
     assert "[1/" in work.stderr.readline()
     (folder,) = Path("/tmp").glob(f"vfc-{work.pid}-*")
