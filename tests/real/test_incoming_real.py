@@ -57,7 +57,7 @@ class Pair:
     def until_pages_came(self) -> None:
         """Until some more memory has arrived than there is now."""
         owed = self.image.owed_pages()
-        self.peer._until(lambda: self.image.owed_pages() < owed, "more pages", 30)
+        self.peer.until(lambda: self.image.owed_pages() < owed, "more pages", 30)
 
     def check(self, regions: list[Region] | None = None) -> None:
         """The move is complete on both sides, and memory is the same."""

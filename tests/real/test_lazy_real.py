@@ -118,7 +118,7 @@ def test_a_guest_waits_for_a_repository_that_is_lost_and_goes_on_when_it_is_back
             peer.until_status("completed")
             serial = peer.folder / "serial"
             wanted = count_passes(kept.letters) + 2
-            peer._until(
+            peer.until(
                 lambda: serial.exists() and count_passes(kept.letters + serial.read_bytes()) >= wanted,
                 "further passes",
                 WAIT_S,

@@ -86,7 +86,7 @@ class Run:
             return count_passes(self.letters + (serial.read_bytes() if serial.exists() else b""))
 
         wanted = count_passes(self.letters) + 2
-        self.peer._until(lambda: passes() >= wanted, f"{wanted} passes", WAIT_S)
+        self.peer.until(lambda: passes() >= wanted, f"{wanted} passes", WAIT_S)
 
     def until_paused(self, round_no: int) -> None:
         assert self.outgoing.ledger.wait(Fact.LINK_LOST, timeout_s=WAIT_S, round_no=round_no)

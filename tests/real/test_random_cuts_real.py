@@ -103,7 +103,7 @@ class Arrival:
             self.source.execute("migrate-set-parameters", limits)
         self.source.migrate(f"unix:{self.net.address}")
         if self.plan.is_postcopy:
-            self.source._until(lambda: Fact.SETUP_DONE in self.log or self._has_ended(), "block list", WAIT_S)
+            self.source.until(lambda: Fact.SETUP_DONE in self.log or self._has_ended(), "block list", WAIT_S)
             try:
                 self.source.execute("migrate-start-postcopy")
             except QmpCommandError:
@@ -147,7 +147,7 @@ class Arrival:
             is_stuck = found.get("status") == "active" and "error-desc" in found
             return is_stuck or found.get("status") in SOURCE_ENDS
 
-        self.source._until(is_settled, "end", WAIT_S)
+        self.source.until(is_settled, "end", WAIT_S)
         if is_stuck:
             assert self.source.runstate in ("running", "finish-migrate")
             self.source.execute("migrate_cancel")
@@ -410,9 +410,7 @@ class Departure:
             self._cont()
         serial = self.peer.folder / "serial"
         wanted = count_passes(self._letters) + 2
-        self.peer._until(
-            lambda: count_passes(self._letters + serial.read_bytes()) >= wanted, f"{wanted} passes", WAIT_S
-        )
+        self.peer.until(lambda: count_passes(self._letters + serial.read_bytes()) >= wanted, f"{wanted} passes", WAIT_S)
         return word
 
 

@@ -244,7 +244,7 @@ def test_a_source_that_qemu_started_again_is_no_source_of_pages(start: Starter) 
         source.peer.execute("migrate-start-postcopy")
         destination.peer.until_runstate("running")
         relay.to_client.hold()  # the destination may get everything, but its result never arrives
-        source.peer._until(lambda: source.peer.execute("query-migrate")["ram"]["remaining"] == 0, "everything sent", 60)
+        source.peer.until(lambda: source.peer.execute("query-migrate")["ram"]["remaining"] == 0, "everything sent", 60)
         relay.cut()
         source.peer.until_status("failed")
         destination.peer.until_status("postcopy-paused", "completed")

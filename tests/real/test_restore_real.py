@@ -31,7 +31,7 @@ from vmferry.testing.hosts import (
     processes_of,
     wait_true,
 )
-from vmferry.testing.snapshots import SpecGuest
+from vmferry.testing.snapshots import WAIT_S, SpecGuest
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
@@ -66,7 +66,7 @@ class Saved:
 def save_guest(folder: Path, version: str, spec: str, *, is_alive: Any, name: str = "monday") -> Saved:
     repository = Repository.create(LocalFolder(folder / "repository"))
     with SpecGuest(spec, qemu=QEMUS[version], version=version, machine=MACHINE) as guest:
-        guest.until(lambda: is_alive(guest.serial), "sign of life")
+        guest.until(lambda: is_alive(guest.serial), "sign of life", WAIT_S)
         snapshot, image = guest.save(repository, name)
         return Saved(name, snapshot, folder / "repository", image, guest.serial, version)
 

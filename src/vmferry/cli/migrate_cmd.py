@@ -7,13 +7,15 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 from vmferry.cli import client as agent_client
+from vmferry.cli import ending
 from vmferry.cli.main import report_error
 from vmferry.cli.render import ProgressLine, objection_lines, timeline_lines
 from vmferry.errors import (
-    AgentUnreachable,
     Busy,
     CancelRefused,
     PlanRefused,
@@ -23,7 +25,6 @@ from vmferry.errors import (
     from_wire,
 )
 from vmferry.qmp.blocking import BlockingClient
-from vmferry.qmp.errors import QmpDisconnected
 from vmferry.units import parse_time_ms
 
 POLL_S = 1.0
@@ -100,7 +101,12 @@ def follow(client: BlockingClient, vm: str, job: str, *, patience_s: float, quie
     If the agent goes away meanwhile, the migration goes on without us: AgentUnreachable says so."""
     line = ProgressLine(vm, enabled=not quiet)
     unsettled_since_s: float | None = None
-    try:
+    gone = ending.without_agent(
+        "the migration goes on without it",
+        guest="unknown",
+        hint=f"'vmferry status {vm}' on either host shows how it stands",
+    )
+    with closing(line), gone:
         while True:
             brief: dict[str, Any] | None = None
             for event in client.events(POLL_S):
@@ -125,35 +131,18 @@ def follow(client: BlockingClient, vm: str, job: str, *, patience_s: float, quie
                 unsettled_since_s = time.monotonic()
             elif time.monotonic() - unsettled_since_s > patience_s:
                 return dict(agent_client.execute(client, "job-status", {"job": job, "vm": vm}))
-    except QmpDisconnected as error:
-        raise AgentUnreachable(
-            "the agent went away; the migration goes on without it",
-            guest="unknown",
-            hint=f"'vmferry status {vm}' on either host shows how it stands",
-            cause=error,
-        ) from error
-    finally:
-        line.close()
 
 
 def show_end(wire: dict[str, Any], *, as_json: bool) -> int:
-    """Prints how a job ended (or stands). Returns the exit code."""
-    error = from_wire(wire["error"]) if wire.get("error") else None
-    if as_json:
-        print(json.dumps(wire))
-        return error.exit_code if error else 0
-    print(wire["sentence"])
-    for row in timeline_lines(wire):
-        print(row)
-    for note in wire.get("notes") or ():
-        print(f"  note: {note}")
+    """Prints how a migration ended (or stands). Returns the exit code."""
+    return ending.show_end(wire, _end_lines(wire), as_json=as_json)
+
+
+def _end_lines(wire: dict[str, Any]) -> Iterator[str]:
+    yield from timeline_lines(wire)
+    yield from ending.notes_of(wire)
     for path in wire.get("images_left") or ():
-        print(f"  left on {wire['source']}: {path}")
-    if error is None:
-        return 0
-    sys.stdout.flush()
-    report_error(error, as_json=False)
-    return error.exit_code
+        yield f"  left on {wire['source']}: {path}"
 
 
 def plan(arguments: Namespace) -> int:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
 from typing import Any
 
 from vmferry.cli import client as agent_client
-from vmferry.cli.main import report_error
-from vmferry.errors import AgentUnreachable, from_wire
+from vmferry.cli import ending
 from vmferry.qmp.blocking import BlockingClient
-from vmferry.qmp.errors import QmpDisconnected
 
 POLL_S = 1.0
 """If no event came for so long the agent is asked: events of another host may be lost with its link."""
@@ -36,18 +33,7 @@ def restore(arguments: Namespace) -> int:
         if not arguments.detach:
             is_enough_to_run = arguments.lazy and not arguments.wait
             wire = _follow(client, wire, host=arguments.host, until_runs=is_enough_to_run, quiet=arguments.json)
-    error = from_wire(wire["error"]) if wire.get("error") else None
-    if arguments.json:
-        print(json.dumps(wire))
-        return error.exit_code if error else 0
-    print(wire["sentence"])
-    for note in wire["notes"]:
-        print(f"  note: {note}")
-    if error is None:
-        return 0
-    sys.stdout.flush()
-    report_error(error, as_json=False)
-    return error.exit_code
+    return ending.show_end(wire, ending.notes_of(wire), as_json=arguments.json)
 
 
 def _is_there(wire: dict[str, Any]) -> bool:
@@ -61,7 +47,12 @@ def _follow(
     """Until the restore is over, or its guest runs. If the agent goes away meanwhile AgentUnreachable says so."""
     told = ""
     wish = {"job": wire["job"], "host": host}
-    try:
+    gone = ending.without_agent(
+        "if the guest runs it goes on, and the next agent brings what it lacks",
+        guest="unknown",
+        hint="'vmferry jobs' shows how it stands",
+    )
+    with gone:
         while not wire["over"] and not (until_runs and _is_there(wire)):
             for event in client.events(POLL_S):
                 if event.name == "RESTORE" and event.data.get("job") == wire["job"]:
@@ -70,11 +61,4 @@ def _follow(
             if wire["reason"] != told and not quiet:
                 told = wire["reason"]
                 sys.stderr.write(f"{wire['sentence']}\n")
-    except QmpDisconnected as error:
-        raise AgentUnreachable(
-            "the agent went away; if the guest runs it goes on, and the next agent brings what it lacks",
-            guest="unknown",
-            hint="'vmferry jobs' shows how it stands",
-            cause=error,
-        ) from error
     return wire

@@ -7,14 +7,16 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 from vmferry.cli import client as agent_client
+from vmferry.cli import ending
 from vmferry.cli.main import report_error
 from vmferry.cli.render import ProgressLine, table, timeline_lines
-from vmferry.errors import AgentUnreachable, RepositoryError, from_wire
+from vmferry.errors import RepositoryError
 from vmferry.qmp.blocking import BlockingClient
-from vmferry.qmp.errors import QmpDisconnected
 from vmferry.units import format_size
 
 POLL_S = 0.5
@@ -41,13 +43,18 @@ def save(arguments: Namespace) -> int:
             print(json.dumps(wire) if arguments.json else f"{arguments.vm}: job {wire['job']} has begun")
             return 0
         wire = _follow(client, arguments.vm, wish["job"], quiet=arguments.json)
-    return _show_end(wire, as_json=arguments.json)
+    return ending.show_end(wire, _end_lines(wire), as_json=arguments.json)
 
 
 def _follow(client: BlockingClient, vm: str, job: str, *, quiet: bool) -> dict[str, Any]:
     """Shows progress until the job is over. If the agent goes away meanwhile, AgentUnreachable says what that means."""
     line = ProgressLine(vm, enabled=not quiet)
-    try:
+    gone = ending.without_agent(
+        "if it does not come back the guest goes on, and nothing is kept",
+        guest="unharmed",
+        hint=f"'vmferry status {vm}' shows how it stands",
+    )
+    with closing(line), gone:
         while True:
             wire: dict[str, Any] = agent_client.execute(client, "job-status", {"job": job, "vm": vm})
             if wire["over"]:
@@ -56,37 +63,16 @@ def _follow(client: BlockingClient, vm: str, job: str, *, quiet: bool) -> dict[s
             for event in client.events(POLL_S):
                 if event.data.get("id") == job:
                     break
-    except QmpDisconnected as error:
-        raise AgentUnreachable(
-            "the agent went away; if it does not come back the guest goes on, and nothing is kept",
-            guest="unharmed",
-            hint=f"'vmferry status {vm}' shows how it stands",
-            cause=error,
-        ) from error
-    finally:
-        line.close()
 
 
-def _show_end(wire: dict[str, Any], *, as_json: bool) -> int:
-    error = from_wire(wire["error"]) if wire.get("error") else None
-    if as_json:
-        print(json.dumps(wire))
-        return error.exit_code if error else 0
-    print(wire["sentence"])
-    for row in timeline_lines(wire):
-        print(row)
-    for note in wire["notes"]:
-        print(f"  note: {note}")
+def _end_lines(wire: dict[str, Any]) -> Iterator[str]:
+    yield from timeline_lines(wire)
+    yield from ending.notes_of(wire)
     for disk in wire["disks"]:
         if disk["overlay"]:
-            print(f"  {disk['path']} stays as it is; the guest goes on in {disk['overlay']}")
-    if error is None:
-        memory = wire["pages"] * 4096
-        print(f"  {format_size(memory)} of memory, {format_size(wire['stored_bytes'])} stored")
-        return 0
-    sys.stdout.flush()
-    report_error(error, as_json=False)
-    return error.exit_code
+            yield f"  {disk['path']} stays as it is; the guest goes on in {disk['overlay']}"
+    if not wire.get("error"):
+        yield f"  {format_size(wire['pages'] * 4096)} of memory, {format_size(wire['stored_bytes'])} stored"
 
 
 def snapshots(arguments: Namespace) -> int:

@@ -32,13 +32,12 @@ Rule 2: exactly one row matches; tests walk every combination.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Any, Final
+from typing import Final
 
 from vmferry.core.job import JobStatus as J
-from vmferry.core.table import pattern
+from vmferry.core.table import Pattern, find, pattern
 
 
 class SaveFact(StrEnum):
@@ -291,7 +290,7 @@ class BackRow:
     """One decision."""
 
     label: str
-    when: Any
+    when: Pattern
     do: Back
     why: str
 
@@ -366,9 +365,6 @@ ROWS: Final[tuple[BackRow, ...]] = (
 )
 
 
-@functools.cache
 def row_of(view: BackView) -> BackRow:
     """The one row that matches."""
-    matching = [row for row in ROWS if all(getattr(view, name) in answers for name, answers in row.when.items())]
-    assert len(matching) == 1, f"{view}: {[row.label for row in matching]}"
-    return matching[0]
+    return find(ROWS, view)

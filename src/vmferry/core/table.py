@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.view import DestinationView, SourceView
@@ -68,7 +68,7 @@ class Row(Generic[E]):
 
     def matches(self, view: SourceView | DestinationView) -> bool:
         """True if every question in the pattern has one of its answers."""
-        return all(getattr(view, name) in answers for name, answers in self.when.items())
+        return fits(self.when, view)
 
 
 def pattern(**answers: Enum | tuple[Enum, ...]) -> Pattern:
@@ -76,13 +76,31 @@ def pattern(**answers: Enum | tuple[Enum, ...]) -> Pattern:
     return {k: frozenset(v if isinstance(v, tuple) else (v,)) for k, v in answers.items()}
 
 
-def find(rows: tuple[Row[E], ...], view: SourceView | DestinationView) -> Row[E]:
+def fits(when: Pattern, view: object) -> bool:
+    """Whether every question in the pattern has one of its answers."""
+    return all(getattr(view, name) in answers for name, answers in when.items())
+
+
+class Labelled(Protocol):
+    """A row of any table."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def when(self) -> Pattern: ...
+
+
+R = TypeVar("R", bound=Labelled)
+
+
+def find(rows: tuple[R, ...], view: object) -> R:
     """The one row that matches. More or fewer than one is our mistake, and the tests prove there is none."""
     return _find(rows, view)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1 << 16)
 def _find(rows, view):  # type: ignore[no-untyped-def]
-    matching = [row for row in rows if row.matches(view)]
+    matching = [row for row in rows if fits(row.when, view)]
     assert len(matching) == 1, f"{view}: {[row.label for row in matching]}"
     return matching[0]

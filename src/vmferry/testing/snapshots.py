@@ -12,14 +12,10 @@ Rule 1: only its own process is ended, and nothing of it is left but the reposit
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal
 
 from vmferry.agent.vm_commands import definition_of
 from vmferry.core.facts import Fact
@@ -27,81 +23,37 @@ from vmferry.engine import frozen
 from vmferry.engine.image import PAGE_BYTES, Image
 from vmferry.engine.incoming import Incoming
 from vmferry.errors import QemuError
-from vmferry.qmp.blocking import BlockingClient
-from vmferry.qmp.errors import QmpDisconnected
 from vmferry.store.manifest import Block
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
 from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.qemu_process import QemuProcess
 from vmferry.testing.stream_peers import FAST, unix_listener
 from vmferry.vm import argv as vm_argv
 from vmferry.vm import spec as vm_spec
 from vmferry.vm.runtime import RuntimePaths
 
-START_S, WAIT_S, POLL_S = 60.0, 240.0, 0.005
+WAIT_S = 240.0
 DOWNTIME_MS_MAX = 2_000_000
 """As much as QEMU takes."""
 _RUN_PAGES = 1024
 
 
-class SpecGuest:
-    """A QEMU that runs a spec. A context manager: leaving it ends the process and removes its folder."""
+class SpecGuest(QemuProcess):
+    """A QEMU that runs a spec."""
+
+    trouble = QemuError
 
     def __init__(self, spec: Path | str, *, qemu: Path, version: str, machine: str) -> None:
         loaded = vm_spec.load(spec)
         self.spec = vm_spec.pin(loaded, machine=machine, accel="tcg")
-        self.version = version
         self.folder = Path(tempfile.mkdtemp(prefix="vmf-saved-", dir="/tmp"))
         self.runtime = RuntimePaths(str(self.folder))
         argv = vm_argv.build_argv(
             self.spec, qemu=str(qemu), machine=machine, accel="tcg", runtime=self.runtime, incoming=False,
             start_paused=False,
         )  # fmt: skip
-        self._log = (self.folder / "qemu.log").open("w+b")
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
-        try:
-            self.until(self._connect, "QMP", START_S)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the process."""
-        if hasattr(self, "qmp"):
-            self.qmp.close()
-        self.process.kill()
-        self.process.wait()
-        self._log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def until(self, is_so: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
-        """Looks until it is so. Raises QemuError."""
-        until_s = time.monotonic() + timeout_s
-        while not is_so():
-            if self.process.poll() is not None:
-                self._log.flush()
-                words = Path(self._log.name).read_text(errors="replace")[-1000:]
-                raise QemuError(f"QEMU ended ({self.process.returncode}): {words}")
-            if time.monotonic() > until_s:
-                raise QemuError(f"no {what} within {timeout_s:g} s")
-            time.sleep(POLL_S)
-
-    def _connect(self) -> bool:
-        if not Path(self.runtime.qmp_path).exists():
-            return False
-        try:
-            self.qmp = BlockingClient(self.runtime.qmp_path, name=f"QEMU {self.version}", deadline_s=START_S)
-        except QmpDisconnected:
-            return False
-        return True
+        super().__init__(argv, version=version, folder=self.folder, qmp_path=self.runtime.qmp_path)
 
     @property
     def serial(self) -> bytes:
@@ -127,7 +79,7 @@ class SpecGuest:
         finally:
             incoming.stop()
             path.unlink()
-        self.until(lambda: self.qmp.execute("query-status")["status"] == "postmigrate", "postmigrate")
+        self.until(lambda: self.qmp.execute("query-status")["status"] == "postmigrate", "postmigrate", WAIT_S)
         return image
 
     def go_on(self) -> None:

@@ -14,31 +14,27 @@ Rule 2: `pmemsave` asks by address, blocks count by offset: `Region` says which 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 
 from vmferry.engine.image import PAGE_BYTES, Image, ImageBlock, MemoryFile
 from vmferry.pki import job_credentials
-from vmferry.qmp.blocking import BlockingClient
 from vmferry.qmp.codec import Event
-from vmferry.qmp.errors import QmpDisconnected
 from vmferry.testing import bootsector
+from vmferry.testing.qemu_process import QemuProcess
 from vmferry.testing.qemus import available, ram_size
 
 MIB: Final = 1 << 20
-START_S, WAIT_S, POLL_S = 60.0, 30.0, 0.005
+WAIT_S: Final = 30.0
 FAST: Final[Mapping[str, int]] = {"max-bandwidth": 100 << 30, "max-postcopy-bandwidth": 0}
 """As fast as it goes. A rate limit would make the source look at its requests only ten times a second."""
 _PIECE_BYTES: Final = 64 * MIB
@@ -62,7 +58,7 @@ def low_ram(length: int, block: str = "pc.ram") -> list[Region]:
     return [Region(block, 0, 0, below), Region(block, above, above, length - above)]
 
 
-class QemuPeer:
+class QemuPeer(QemuProcess):
     """A QEMU. A context manager: leaving it ends the process and removes the folder.
 
     `touch_mib`: the guest changes pages from 1 MiB up to there, `delay_loops` slows it down; 0: there is no guest but
@@ -81,7 +77,7 @@ class QemuPeer:
         incoming: bool = False,
         more: Sequence[str] = (),
     ) -> None:
-        self.version, self.machine = version, machine
+        self.machine = machine
         self.memory = memory or ram_size(ram_mib)
         self.ram_bytes = int(self.memory.removesuffix("k")) * 1024 if self.memory.endswith("k") else ram_mib * MIB
         self.heard: list[Event] = []
@@ -95,32 +91,13 @@ class QemuPeer:
         argv += ["-drive", f"file={disk},format=raw,if=ide,snapshot=on"]
         if incoming:
             argv += ["-incoming", "defer"]
-        self.log = (self.folder / "log").open("w+b")
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
-        try:
-            self._until(self._connect, "QMP", START_S)
-            if touch_mib and not incoming:
+        super().__init__(argv, version=version, folder=self.folder, qmp_path=f"{self.folder}/qmp")
+        if touch_mib and not incoming:
+            try:
                 self.until_passes(1)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the process, in whatever state it is."""
-        if hasattr(self, "qmp"):
-            self.qmp.close()
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            except BaseException:
+                self.close()
+                raise
 
     # --- orders -------------------------------------------------------------------------------------------
 
@@ -180,56 +157,23 @@ class QemuPeer:
 
     def until_status(self, *words: str, timeout_s: float = WAIT_S) -> str:
         """Waits until the status is one of these. Raises AssertionError."""
-        self._until(lambda: self.status in words, f"status {' or '.join(words)}", timeout_s)
+        self.until(lambda: self.status in words, f"status {' or '.join(words)}", timeout_s)
         return self.status
 
     def until_runstate(self, *words: str, timeout_s: float = WAIT_S) -> str:
         """Waits until the run state is one of these. Raises AssertionError."""
-        self._until(lambda: self.runstate in words, f"run state {' or '.join(words)}", timeout_s)
+        self.until(lambda: self.runstate in words, f"run state {' or '.join(words)}", timeout_s)
         return self.runstate
 
     def until_passes(self, count: int, timeout_s: float = WAIT_S) -> None:
         """Waits until the guest has been over its memory so often."""
         serial = self.folder / "serial"
-        self._until(lambda: serial.exists() and self.passes >= count, f"{count} passes of the guest", timeout_s)
+        self.until(lambda: serial.exists() and self.passes >= count, f"{count} passes of the guest", timeout_s)
 
     def is_alive(self, timeout_s: float = WAIT_S) -> bool:
         """Whether the guest goes on: true once it has done two more passes. Raises AssertionError if it does not."""
         self.until_passes(self.passes + 2, timeout_s)
         return True
-
-    def _connect(self) -> bool:
-        """Whether QMP answers; a moment after the socket has appeared, QEMU does not listen yet."""
-        if not (self.folder / "qmp").exists():
-            return False
-        try:
-            self.qmp = BlockingClient(
-                str(self.folder / "qmp"), name=f"QEMU {self.version}", deadline_s=START_S
-            )  # it answers only when all of its memory is there
-        except QmpDisconnected:
-            return False
-        return True
-
-    def _until(self, is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
-        until_s = time.monotonic() + timeout_s
-        while not is_so():
-            if self.process.poll() is not None:
-                raise AssertionError(f"QEMU {self.version} ended ({self.process.returncode}): {self.said()}")
-            if time.monotonic() > until_s:
-                raise AssertionError(f"QEMU {self.version}: no {what} within {timeout_s} s; {self._brief()}")
-            time.sleep(POLL_S)
-
-    def _brief(self) -> str:
-        try:
-            found = self.execute("query-migrate"), self.execute("query-status")
-        except (AttributeError, QmpDisconnected):
-            return self.said()
-        return f"{found[0].get('status')} {found[0].get('error-desc', '')}, {found[1]['status']}, {self.said()}"
-
-    def said(self) -> str:
-        """What it wrote on its standard output and error."""
-        self.log.flush()
-        return Path(self.log.name).read_text(errors="replace")[-2000:]
 
     # --- memory -------------------------------------------------------------------------------------------
 
