@@ -18,8 +18,10 @@ from vmferry.chaos import cells, report, verdict
 from vmferry.chaos.campaign import Campaign, pairs
 from vmferry.chaos.cells import Cell
 from vmferry.chaos.ground import Ground
-from vmferry.chaos.run import Run
+from vmferry.chaos.run import EOF_S, Run
+from vmferry.chaos.told import now_s
 from vmferry.chaos.verdict import Verdict
+from vmferry.chaos.witness import overlap_s
 from vmferry.core.facts import Fact
 from vmferry.testing.hosts import NEWEST, OLDEST, processes_of, wait_true
 from vmferry.testing.netns import namespaces_possible
@@ -103,8 +105,11 @@ def test_a_guest_that_runs_twice_is_seen(tmp_path: Path) -> None:
         run.doing.prepare()
         run.stage.reach(run.doing.begin)
         (source,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-a"]
+        (there,) = [life for life in run.witness.of_vm("g1") if run._host_of(life) == "host-b"]
+        assert ground.a.process is not None
+        run.stage._stop(ground.a.process.pid)  # or it ends the source's QEMU before anybody can see both
         run.witness.ask(source, "cont")
-        wait_true(lambda: len(run.witness.running("g1")) == 2, why="both run")
+        wait_true(lambda: overlap_s(source, there, until_s=now_s()) > 2 * EOF_S, why="both run")
         run._inject()
         run._measure()
         assert run.seen.injected
