@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from vmferry.qmp.blocking import BlockingClient
 from vmferry.testing.bootsector import count_passes
 from vmferry.testing.hosts import (
     AGENT_PORT,
@@ -43,18 +45,20 @@ def wait_said(host: AgentHost, words: str, *, since: int = 0) -> None:
     wait_true(lambda: words in host.log()[since:], why=f"{host.name} says {words}")
 
 
-def heals(pair: TwoAgents) -> float:
+def heals(pair: TwoAgents, *, unheard: bool = False) -> float:
     """Breaks the stream for a while. How long it takes from its end to two QEMUs that are joined.
 
     A source's agent that has begun anew cannot say of an old QEMU what the loss of its channel means before it has
-    heard of the destination: its row says that it knows of the loss."""
+    heard of the destination: its row says that it knows of the loss. The destination's QEMU hears of it when it asks
+    for a page; one whose guest waits for a page that was asked for asks for none, and hears of it from the source. With
+    `unheard` it is made sure that it did."""
     sides = [(host, len(host.log())) for host in (pair.a, pair.b)]
     with pair.b.net.drop(port=MIGRATION_PORTS, reset=True):
-        for (host, since), words in zip(sides, ("-broken outcome=", "fact=link-lost"), strict=True):
-            wait_said(host, words, since=since)
+        wait_said(pair.a, "-broken outcome=", since=sides[0][1])
         end_s = time.monotonic() + BROKEN_S
         wait_true(lambda: time.monotonic() > end_s)
         assert not any("fact=resume-ack" in host.log()[since:] for host, since in sides)
+        assert not (unheard and "fact=link-lost" in pair.b.log()[sides[1][1] :])
         free_s = time.monotonic()
     for host, since in sides:
         wait_said(host, "fact=resume-ack", since=since)
@@ -116,6 +120,32 @@ def test_a_linux_guest_loses_nothing_by_it(version: str, make_pair: MakePair, gu
     assert pair.running_on("web1") == ["host-b"]
     assert pair.judge(*folders).complaints() == []
     assert max(first_s, again_s) < HEALS_S
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.proves("S36", "S53", "S66", "S123")
+def test_a_destination_that_hears_nothing_of_the_break_is_joined_again(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """Its guest stands, asks for no page, and so its QEMU sends nothing that could be refused."""
+    monitors = tmp_path / "monitors"
+    monitors.mkdir()
+    pair = make_pair(version, clear_text=True, monitors=monitors)
+    boot(pair.a, guests.boot())
+    with pair.a.follow() as follow:
+        pair.a.ok("migrate", "web1", "host-b", "--detach", *SLOW)
+        wait_true(lambda: "fact=run-acked" in pair.a.log(), why="the guest runs on the destination")
+        (qemu,) = pair.b.qemus()
+        with contextlib.closing(BlockingClient(str(monitors / f"{qemu}.sock"))) as monitor:
+            monitor.execute("stop", deadline_s=20)
+            with agents_apart(pair, reset=True):
+                took_s = heals(pair, unheard=True)
+                assert "the source called" in pair.b.log()
+            monitor.execute("cont", deadline_s=20)
+        ended = follow.end()
+    assert took_s < HEALS_S
+    assert ended["outcome"] == "destination"
+    assert pair.running_on("web1") == ["host-b"]
 
 
 @pytest.mark.proves("S36", "S53", "S123")
