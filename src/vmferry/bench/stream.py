@@ -9,6 +9,9 @@ from round to round, and only the ratio of the medians says something: machines 
 What is compared is timed by the QEMU that is the same in both: for incoming, the source's events from `setup` to
 `completed`; for outgoing, the destination's events from `active` to `completed`.
 
+Beside both, a reader that throws everything away is timed: no destination, however quick, lets that source end earlier
+(`ceiling_ratio`).
+
 Rule 1: memory is taken before the clock starts, on both sides (prealloc and `prefault`): the first touch of a page
         costs more than its transfer.
 Rule 2: nothing is left out of a figure because it is bad; every sample is in the report.
@@ -24,12 +27,14 @@ import os
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vmferry import limits
 from vmferry.cli.render import table
 from vmferry.core.facts import Fact
 from vmferry.engine.image import PAGE_BYTES, Image
@@ -49,6 +54,8 @@ RESUME_MIB: Final = (256, 1024, 4096)
 RESUME_FILLED_MIB: Final = 192
 """The same in every size: what grows is the memory that nobody has touched, as in real guests."""
 MOVE_S: Final = 60.0
+
+CHANNELS: Final = {"": 0, ", multifd 2": 2, ", multifd 4": 4}
 
 PROCESSORS: Final = sorted(os.sched_getaffinity(0))
 SOURCE_CPU, DESTINATION_CPU = PROCESSORS[0], PROCESSORS[-1]
@@ -72,17 +79,26 @@ class Pair:
     name: str
     ours: list[float] = field(default_factory=list)
     qemus: list[float] = field(default_factory=list)
+    sinks: list[float] = field(default_factory=list)
+    """The same source into a reader that keeps nothing; empty where it is not measured."""
     moved_bytes: int = 0
 
     def result(self) -> dict[str, Any]:
         """Medians and their ratio; above 1: ours is faster."""
         ours, qemus = statistics.median(self.ours), statistics.median(self.qemus)
+        ceiling: dict[str, Any] = {}
+        if self.sinks:
+            ceiling = {
+                "ceiling_ratio": round(qemus / statistics.median(self.sinks), 3),
+                "sink_ms": [round(each * 1000, 1) for each in self.sinks],
+            }
         return {
             "gbps": round(self.moved_bytes / ours / 1e9, 3),
             "qemu_gbps": round(self.moved_bytes / qemus / 1e9, 3),
             "ratio": round(qemus / ours, 3),
             "ours_ms": [round(each * 1000, 1) for each in self.ours],
             "qemu_ms": [round(each * 1000, 1) for each in self.qemus],
+            **ceiling,
         }
 
 
@@ -158,10 +174,28 @@ class Bed:
         with self.destination(channels=channels) as destination:
             return self._move(f"unix:{destination.folder}/in", channels)
 
-    def _move(self, uri: str, channels: int) -> float:
+    def into_nothing(self, channels: int) -> float:
+        """Seconds of a move into a reader that throws everything away, and so has no return path either."""
+        listener, uri = unix_listener(self.source.folder / "in")
+        with _on(DESTINATION_CPU), contextlib.closing(listener):
+            sinks = [
+                threading.Thread(target=_drain, args=(listener,), name=f"sink-{number}")
+                for number in range(channels + 1)
+            ]
+            for sink in sinks:
+                sink.start()
+            try:
+                return self._move(uri, channels, off=("return-path",))
+            finally:
+                listener.shutdown(socket.SHUT_RDWR)  # whoever waits for a connection that never came
+                for sink in sinks:
+                    sink.join()
+                (self.source.folder / "in").unlink()
+
+    def _move(self, uri: str, channels: int, *, off: tuple[str, ...] = ()) -> float:
         """From the source's `setup` to its `completed`, by its own clock; then it is as it was."""
         source = self.source
-        _choose_multifd(source, channels)
+        _choose_multifd(source, channels, off=off)
         source.heard.clear()
         source.migrate(uri)
         took_s = _between(source, "setup", "completed")
@@ -256,10 +290,22 @@ def _forget_sent(image: Image) -> None:
         block.dirty[:] = False
 
 
-def _choose_multifd(peer: QemuPeer, channels: int, *more: str) -> None:
-    off = [] if channels else ["multifd"]
+def _choose_multifd(peer: QemuPeer, channels: int, *more: str, off: tuple[str, ...] = ()) -> None:
+    unwanted = [*off, *([] if channels else ["multifd"])]
     capabilities = (["multifd"] if channels else []) + list(more)
-    peer.set_up(*capabilities, off=off, **({"multifd_channels": channels} if channels else {}))
+    peer.set_up(*capabilities, off=unwanted, **({"multifd_channels": channels} if channels else {}))
+
+
+def _drain(listener: socket.socket) -> None:
+    """One connection, to its end; nothing of it is kept."""
+    try:
+        connection, _ = listener.accept()
+    except OSError:
+        return
+    with connection:
+        slab = bytearray(limits.ENGINE_SLAB_BYTES)
+        while connection.recv_into(slab):
+            pass
 
 
 def _dial(destination: QemuPeer) -> socket.socket:
@@ -325,24 +371,20 @@ def run_bench(*, rounds: int) -> dict[str, Any]:
 
 def _throughput(bed: Bed, rounds: int) -> dict[str, dict[str, Any]]:
     moved_bytes = sum(int(block.touched.sum()) for block in bed.image) * PAGE_BYTES
-    kinds: list[tuple[str, Callable[[int], float], Callable[[int], float], int]] = [
-        ("incoming", bed.into_ours, bed.into_qemu, 0),
-        ("incoming, multifd 2", bed.into_ours, bed.into_qemu, 2),
-        ("incoming, multifd 4", bed.into_ours, bed.into_qemu, 4),
-        ("outgoing", bed.out_of_ours, bed.out_of_qemu, 0),
-        ("outgoing, multifd 2", bed.out_of_ours, bed.out_of_qemu, 2),
-    ]
+    into: dict[str, Callable[[int], float]] = {"ours": bed.into_ours, "qemu": bed.into_qemu, "sink": bed.into_nothing}
+    out_of: dict[str, Callable[[int], float]] = {"ours": bed.out_of_ours, "qemu": bed.out_of_qemu}
+    kinds = [(f"incoming{name}", into, channels) for name, channels in CHANNELS.items()]
+    kinds += [(f"outgoing{name}", out_of, channels) for name, channels in CHANNELS.items() if channels < 4]
     results = {}
-    for name, ours, qemus, channels in kinds:
+    for name, ways, channels in kinds:
         _tell(f"{name}, {rounds} rounds …")
         pair = Pair(name, moved_bytes=moved_bytes)
+        samples = {"ours": pair.ours, "qemu": pair.qemus, "sink": pair.sinks}
         for number in range(rounds + 1):
-            samples: dict[str, float] = {}
-            for who in ("ours", "qemu") if number % 2 else ("qemu", "ours"):
-                samples[who] = (ours if who == "ours" else qemus)(channels)
-            if number:  # the first is for warming up
-                pair.ours.append(samples["ours"])
-                pair.qemus.append(samples["qemu"])
+            for who in ways if number % 2 else reversed(ways):
+                took_s = ways[who](channels)
+                if number:  # the first is for warming up
+                    samples[who].append(took_s)
         results[name] = pair.result()
     return results
 
@@ -362,6 +404,7 @@ def _result(
         "ratio": pairs["incoming"]["ratio"],
         "multifd_ratio": pairs["incoming, multifd 2"]["ratio"],
         "multifd4_ratio": pairs["incoming, multifd 4"]["ratio"],
+        "ceiling_ratio": pairs["incoming"]["ceiling_ratio"],
         "outgoing_ratio": pairs["outgoing"]["ratio"],
         "outgoing_multifd_ratio": pairs["outgoing, multifd 2"]["ratio"],
         "request_p50_us": round(statistics.median(each["p50_us"] for each in served), 1),
@@ -396,6 +439,8 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"page on demand: read to written in {result['request_p50_us']:.0f} µs (median), "
         f"{result['request_p99_us']:.0f} µs (99 of 100); goals {REQUEST_P50_US_MAX:.0f} and {REQUEST_P99_US_MAX:.0f}"
     )
+    ceilings = ", ".join(f"{pair['ceiling_ratio']:.2f}" for pair in result["pairs"].values() if "ceiling_ratio" in pair)
+    lines.append(f"incoming, for a reader that keeps nothing: {ceilings} of QEMU")
     sizes = ", ".join(f"{size} MiB {ms:.1f} ms" for size, ms in result["connect_to_resume_ms"].items())
     lines.append(f"connect to RESUME: {sizes}; goal {RESUME_MS_MAX:.0f} ms, flat")
     lines.append(f"memory beside the image: {result['endpoint_memory_mb']:.0f} MB; goal {ENDPOINT_MB_MAX:.0f}")
