@@ -89,6 +89,14 @@ VM_SPEC_BYTES_MAX = 256 * 1024
 VM_CPUS_MAX = 288
 
 # Disks and network cards sit on fixed slots of one PCI bus; that many fit beside the rest.
+DISK_BITMAP_BYTES = 64 << 10
+"""Of what a guest has written since it came with its disks, one bit for so much: QEMU's own default for most images. A
+disk of 1 TiB costs 2 MiB of memory."""
+DISK_ROUND_BYTES = 1 << 20
+"""A disk that goes back in rounds: with less than this changed no new round begins. It is sent within some ms, and the
+rest of it waits for the pause."""
+DISK_ROUND_READY_BYTES = 16 << 20
+"""With less than this left the disk counts as ready, and memory begins to move: some 0.1 s on a network of 1 Gbit/s."""
 VM_DISKS_MAX = 12
 VM_NETWORKS_MAX = 8
 

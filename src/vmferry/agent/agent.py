@@ -30,7 +30,9 @@ from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory, remove_directory
 from vmferry.agent.host import Host, Listening, LocalHost
+from vmferry.agent.images import Stamp
 from vmferry.agent.job_book import JobBook
+from vmferry.agent.left_images import LeftImages
 from vmferry.agent.machine import Machine
 from vmferry.agent.monitor import Monitors
 from vmferry.agent.peers import Peers, tune
@@ -105,6 +107,7 @@ class Agent:
         self.jobs = JobBook(self)
         self.blockers = Blockers(self)
         self.snapshot_store = SnapshotStore(config)
+        self.left_images = LeftImages(self)
         self.restores = Restores(self)
         self.saves = Saves(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
@@ -208,6 +211,15 @@ class Agent:
 
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         self.planner.converge(attempt, info)
+
+    async def keep_left_images(self, attempt: SourceAttempt) -> None:
+        await self.left_images.keep(attempt)
+
+    def is_left_image(self, path: str, job: str) -> bool:
+        return self.left_images.is_whole(path, job)
+
+    async def renew_left_image(self, path: str, stamp: Stamp | None) -> None:
+        await self.left_images.renew(path, stamp)
 
     def keep_task(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.host import Host
+from vmferry.agent.images import Stamp
 from vmferry.agent.peers import Peers
 from vmferry.clock import Clock
 from vmferry.core.table import Outcome
@@ -55,6 +56,15 @@ class Context(Protocol):
 
     def converge(self, attempt: SourceAttempt, info: dict[str, Any]) -> None:
         """New counters of QEMU: progress, and the policy that may ask for postcopy."""
+
+    async def keep_left_images(self, attempt: SourceAttempt) -> None:
+        """The guest went with its disks, and its QEMU here has just been ended: what is left here is written down."""
+
+    def is_left_image(self, path: str, job: str) -> bool:
+        """The image is what that job left here, and nobody has touched it."""
+
+    async def renew_left_image(self, path: str, stamp: Stamp | None) -> None:
+        """A place's QEMU has written to it, and it looked so when that ended."""
 
     def keep_task(self, task: asyncio.Task[Any]) -> None:
         """Holds a task of an attempt until it is over; the agent's close awaits it."""

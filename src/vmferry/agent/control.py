@@ -33,7 +33,7 @@ from vmferry.agent import (
 )
 from vmferry.agent.events import EVENTS
 from vmferry.agent.job_book import JobInfo
-from vmferry.agent.plan_disks import choices
+from vmferry.agent.plan_disks import choices, origin
 from vmferry.agent.schema import Schema
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import Wanted
@@ -92,6 +92,10 @@ class MigrateArguments:
     verify_disks: bool = False
     disk: list[str] = field(default_factory=list)
     """'ID=copy' or 'ID=shared' for one disk."""
+    only_changes: bool = False
+    """The guest goes back to where it came from with its disks: with what changed since, or not at all."""
+    keep_images_ms: int | None = None
+    """How long the images that the guest leaves behind are kept while it runs there; null: nothing takes them away."""
     policy: dict[str, str] = field(default_factory=dict)
     """What to do in trouble, by the names of `core.policy`."""
     auto_finalize: bool = True
@@ -158,6 +162,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is
     disks = disk_rules.parse(arguments.disks, arguments.disk)
     disk_rules.choose(choices(kept.definition), disks)
     policy = FailurePolicy().changed(job_commands.policy_changes(arguments.policy))
+    if arguments.keep_images_ms is not None and arguments.keep_images_ms < 0:
+        raise UsageError(f"images cannot be kept for {arguments.keep_images_ms} ms")
     postcopy = {
         "after_passes": arguments.postcopy_after_passes,
         "after_ms": arguments.postcopy_after_ms,
@@ -177,6 +183,8 @@ async def wanted_from(agent: Agent, arguments: MigrateArguments, job: str, *, is
         policy=policy,
         disks=disks,
         verify_disks=arguments.verify_disks,
+        only_changes=arguments.only_changes,
+        keep_images_s=None if arguments.keep_images_ms is None else arguments.keep_images_ms / 1000,
         auto_finalize=arguments.auto_finalize,
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
@@ -313,6 +321,10 @@ async def _inspect(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
     return await inspection.inspect(agent, arguments.vm)
 
 
+async def _origin(agent: Agent, arguments: VmArgument) -> dict[str, Any]:
+    return await origin(agent.vms[arguments.vm])
+
+
 async def _stop(agent: Agent, arguments: vm_commands.StopArguments) -> dict[str, Any]:
     return await vm_commands.stop_vm(agent, arguments)
 
@@ -359,6 +371,7 @@ COMMANDS: dict[str, CommandRow] = {
     "vm-stop": CommandRow(vm_commands.StopArguments, _stop, at_vm=True),
     "vm-migrate": CommandRow(MigrateArguments, migrate, at_vm=True),
     "vm-plan": CommandRow(MigrateArguments, plan, at_vm=True),
+    "vm-origin": CommandRow(VmArgument, _origin, at_vm=True),
     "vm-restore": CommandRow(restores.RestoreArguments, restores.restore),
     "restore-status": CommandRow(restores.RestoreStatusArguments, restores.restore_status),
     "vm-save": CommandRow(saves.SaveArguments, saves.save, at_vm=True),

@@ -24,6 +24,7 @@ from vmferry.agent import job_events
 from vmferry.agent.channel import ChannelDoor, ChannelEnd, cut_what_was_let_go
 from vmferry.agent.context import Context
 from vmferry.agent.host import Freezes
+from vmferry.agent.images import Stamp
 from vmferry.agent.knock import KnockDoor
 from vmferry.agent.loop import AttemptLoop
 from vmferry.agent.machine import Machine
@@ -71,6 +72,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
         self.images: dict[str, tuple[int, int]] = {}
+        self.left_stamps: dict[str, Stamp | None] = {}
+        """What the images looked like that the guest had left here, when the place's QEMU ended under our eyes."""
         """Files that this job made: path to device and inode; journalled."""
         self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
@@ -193,6 +196,9 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         """The kernel said that this QEMU is gone. Our descriptors would keep the source's stream open."""
         for channel in self.channels:
             channel.cut()
+        # At once: what comes to these images from now on is not this place's.
+        left = [disk.path for disk in self.place.disks if disk.left_by]
+        self.left_stamps = {path: self.context.host.image_stamp(path) for path in left}
         self.wake()
 
     def on_qemu_event(self, event: Event) -> None:

@@ -7,8 +7,13 @@ guest, that QEMU itself takes what the source's QEMU writes: an NBD server with 
 same credentials as the memory. An export makes its image active, which an incoming guest's images otherwise are only
 later; the guest's device does not touch it before the guest runs.
 
+An image that the guest left here when it went is no other one: it is filled with what changed since (`left_images`).
+
+From before the guest runs its QEMU counts what is written to each disk (`since_name`): so it can go back with no more.
+
 Rule 1: `close_exports` comes after the load and before `cont`: from then on the images are the guest's alone.
-Rule 2: images are taken away only in RENOUNCE, after their QEMU is gone, and only the job's own.
+Rule 2: images are taken away only in RENOUNCE, after their QEMU is gone, and only the job's own: never one that the
+        guest left here.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from vmferry import limits
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan_disks import inserted_by_path
+from vmferry.core.disks import since_name
 from vmferry.core.facts import Fact
 from vmferry.errors import QemuError, Unfit
 from vmferry.jobs.journal import Entry
@@ -37,9 +44,14 @@ def export_name(job: str, disk: str) -> str:
 
 
 async def make_images(attempt: DestinationAttempt) -> None:
-    """Every image of the place, empty. Raises Unfit; what was made until then is RENOUNCE's to take away."""
+    """Every image of the place, empty, but for those that the guest left here. Raises Unfit; what was made until then
+    is RENOUNCE's to take away."""
     host, journal, job = attempt.context.host, attempt.context.journal, attempt.job
     for disk in attempt.place.disks:
+        if disk.left_by:
+            if not attempt.context.is_left_image(disk.path, disk.left_by):
+                raise Unfit(f"{disk.path} was changed since the guest left it here", side="destination")
+            continue
         identity = await host.make_image(disk, job, attempt.context.config.qemu)
         await journal.append(Entry.IMAGE_MADE, job, {disk.path: list(identity)})
         attempt.images[disk.path] = identity
@@ -49,6 +61,8 @@ async def make_images(attempt: DestinationAttempt) -> None:
 def remove_images(attempt: DestinationAttempt) -> None:
     """What this job made, and nothing else. Trouble is a line in the log: the guest is not concerned."""
     for disk in attempt.place.disks:
+        if disk.left_by:
+            continue
         try:
             is_ours = attempt.context.host.remove_image(disk.path, attempt.images.get(disk.path), attempt.job)
         except OSError as error:
@@ -56,6 +70,12 @@ def remove_images(attempt: DestinationAttempt) -> None:
             continue
         if not is_ours:
             log.info("job=%s vm=%s image=%s result=kept: another file", attempt.job, attempt.vm, disk.path)
+
+
+async def renew_left(attempt: DestinationAttempt) -> None:
+    """The place's QEMU is gone: what the guest left here may have got newer, and is still of use."""
+    for path, stamp in attempt.left_stamps.items():
+        await attempt.context.renew_left_image(path, stamp)
 
 
 async def serve(attempt: DestinationAttempt) -> dict[str, Any]:
@@ -120,7 +140,21 @@ async def close_exports(attempt: DestinationAttempt) -> None:
         log.info("job=%s vm=%s command=nbd-server-stop result=%s", attempt.job, attempt.vm, error)
         if await machine.execute("query-block-exports"):
             raise
+    await _count_changes(attempt, machine)
     attempt.note(Fact.DISKS_CLOSED, by="agent")
+
+
+async def _count_changes(attempt: DestinationAttempt, machine: Machine) -> None:
+    """Both sides' disks are equal, and the guest does not run yet. Raises QmpDisconnected and QmpTimeout. A bitmap that
+    cannot be had is a line in the log: the guest would have to go back with all of its disks, no more."""
+    name = since_name(attempt.job, attempt.place.source)
+    nodes = await nodes_by_path(machine)
+    for disk in attempt.place.disks:
+        wanted = {"node": nodes[disk.path], "name": name, "granularity": limits.DISK_BITMAP_BYTES}
+        try:
+            await machine.execute("block-dirty-bitmap-add", wanted)
+        except QmpCommandError as error:  # there already, by an agent that died before it had written so, say
+            log.info("job=%s vm=%s command=block-dirty-bitmap-add result=%s", attempt.job, attempt.vm, error)
 
 
 async def digests(attempt: DestinationAttempt) -> dict[str, str]:

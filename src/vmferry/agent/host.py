@@ -19,7 +19,7 @@ from vmferry.agent import channel as channels
 from vmferry.agent import images, knock, rescue
 from vmferry.agent import machine as machines
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, ChannelListener, Ticket
-from vmferry.agent.images import Identity
+from vmferry.agent.images import Identity, Stamp
 from vmferry.agent.knock import KnockDoor, OnCaller
 from vmferry.agent.machine import Machine
 from vmferry.agent.processes import find_qemu
@@ -93,6 +93,12 @@ class Host(Protocol):
 
     def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
         """Takes away what the job made; False when a file of that name is another one. Raises OSError."""
+
+    def image_stamp(self, path: str) -> Stamp | None:
+        """What the file looks like now: equal as long as nobody touches it."""
+
+    def remove_left_image(self, path: str, looks: Stamp) -> bool:
+        """Takes away an image that still looks so; False when it does not. Raises OSError."""
 
     # --- connections ---
 
@@ -198,6 +204,12 @@ class LocalHost:
 
     def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
         return images.remove(path, identity, job=job)
+
+    def image_stamp(self, path: str) -> Stamp | None:
+        return images.stamp(path)
+
+    def remove_left_image(self, path: str, looks: Stamp) -> bool:
+        return images.remove_left(path, looks)
 
     async def listen_for_people(self, server: QmpServer, path: Path) -> None:
         await server.listen_unix(str(path))

@@ -23,6 +23,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import struct
 from pathlib import Path
 
@@ -30,10 +31,13 @@ from vmferry.core.disk_reports import RoomReport
 from vmferry.errors import Unfit
 from vmferry.limits import IMAGE_TOOL_S
 from vmferry.pki.job_credentials import tag
+from vmferry.vm.image_locks import image_locks
 
 CHUNK_BYTES = 1 << 20
 Identity = tuple[int, int]
 """Device and inode."""
+Stamp = tuple[int, int, int, int, int]
+"""Device, inode, bytes, and when it was written to and changed, in ns: equal as long as nobody touches the file."""
 
 
 def temporary(path: str, job: str) -> str:
@@ -137,6 +141,26 @@ def remove(path: str, identity: Identity | None, *, job: str) -> bool:
     except FileNotFoundError:
         return True
     if identity is None or (found.st_dev, found.st_ino) != identity:
+        return False
+    os.unlink(path)
+    return True
+
+
+def stamp(path: str) -> Stamp | None:
+    """What the file looks like now; None: there is no plain file of that name that can be looked at."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def remove_left(path: str, looks: Stamp) -> bool:
+    """Takes away an image that still looks so and that no QEMU has open; False: it is kept. Raises OSError."""
+    held = image_locks(path)
+    if stamp(path) != looks or held.holders or held.uses != frozenset():
         return False
     os.unlink(path)
     return True

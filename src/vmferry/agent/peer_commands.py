@@ -86,6 +86,14 @@ async def _has(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict
     }
 
 
+async def _runs(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Whether this host keeps the VM, and its guest runs now. Raises QemuError when its QEMU does not say."""
+    kept = agent.vms.get(str(arguments["vm"]))
+    if kept is None or kept.machine is None or kept.machine.is_gone:
+        return {"runs": False}
+    return {"runs": await kept.machine.run_state() == "running"}
+
+
 async def _identities(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the VMs of this host could clash with."""
     return {"identities": [each.to_wire() for each in restores.local_identities(agent)]}
@@ -332,6 +340,7 @@ async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> d
 COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]]] = {
     "peer-hello": _hello,
     "peer-has": _has,
+    "peer-runs": _runs,
     "peer-list": _list,
     "peer-identities": _identities,
     "peer-forward": _forward,

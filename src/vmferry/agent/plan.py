@@ -73,15 +73,26 @@ class Plan:
     """Local disks that go with the guest."""
     image_paths: Mapping[str, str] = field(default_factory=dict)
     """Where their copies are: path here -> path there."""
+    left_there: frozenset[str] = frozenset()
+    """Those (path here) that the guest left there when it came from there: what changed since goes back, no more."""
     fence_paths: tuple[str, ...] = ()
     """The guest's writable images, if both hosts see each other's locks on all of them."""
 
     def placed_disks(self) -> tuple[PlacedDisk, ...]:
         """The images that the destination is to make."""
         return tuple(
-            PlacedDisk(disk.id, self.image_paths[disk.path], disk.format, disk.virtual_bytes, image_options(disk))
+            PlacedDisk(
+                disk.id, self.image_paths[disk.path], disk.format, disk.virtual_bytes, image_options(disk),
+                left_by=disk.since.job if disk.since is not None and disk.path in self.left_there else "",
+            )
             for disk in self.copies
-        )
+        )  # fmt: skip
+
+    def bitmap(self, disk: LocalDisk) -> str:
+        """QEMU's bitmap that has what is to go back; empty: the disk goes as a whole."""
+        if disk.since is None or disk.path not in self.left_there:
+            return ""
+        return disk_rules.since_name(disk.since.job, disk.since.host)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,6 +122,7 @@ class Plan:
                     "format": disk.format,
                     "virtual_bytes": disk.virtual_bytes,
                     "allocated_bytes": disk.allocated_bytes,
+                    "changed_bytes": disk.since.changed_bytes if disk.since and self.bitmap(disk) else None,
                 }
                 for disk in self.copies
             ],
@@ -160,13 +172,20 @@ class Planner:
             await place.is_given_up(deadline_s=GIVE_UP_S)
         report = await self.host_report(disks, accel=accel, vm=vm)
         wanted = [str(path) for path in arguments.get("copies", ())]
-        rooms = {path: self._room(path, keeps_paths=bool(arguments.get("keeps_paths"))) for path in wanted}
+        since = {str(path): (str(at["job"]), str(at["id"])) for path, at in arguments.get("since", {}).items()}
+        keeps_paths = bool(arguments.get("keeps_paths"))
+        rooms = {path: self._room(path, keeps_paths=keeps_paths, since=since.get(path)) for path in wanted}
         report = replace(report, rooms=rooms)
         return dict(msgspec.to_builtins(report, str_keys=True))
 
-    def _room(self, path: str, *, keeps_paths: bool) -> RoomReport:
-        """Where the copy of this disk would be here."""
+    def _room(self, path: str, *, keeps_paths: bool, since: tuple[str, str] | None) -> RoomReport:
+        """Where the copy of this disk would be here: in what the guest left when it went (`since`: with which job,
+        which disk), if that is there."""
         config = self.agent.config
+        left = None if since is None else self.agent.left_images.find(*since)
+        if left is not None:
+            room = self.agent.host.image_room(left.path, config.qemu)
+            return replace(room, left_bytes=left.size_bytes)
         folder = None if keeps_paths else config.disk_dir
         there = path if folder is None else str(folder / os.path.basename(path))
         return self.agent.host.image_room(there, config.qemu)
@@ -220,6 +239,7 @@ class Planner:
         definition, name = kept.definition, self.agent.config.name
         chosen = disk_rules.choose(choices(definition), wanted.disks)
         copied = {disk.path for disk in chosen}
+        local = await local_disks(kept, chosen) if chosen else ()
         disks = [disk for disk in definition.disks if disk.path not in copied]
         here_task = asyncio.create_task(
             self.host_report(disks, accel=definition.accel, vm=wanted.vm), name="report-here"
@@ -229,7 +249,7 @@ class Planner:
             if wanted.destination == name:
                 there = replace(await here_task, vms=frozenset())
             else:
-                there = await self._there(wanted, kept, disks, [disk.path for disk in chosen])
+                there = await self._there(wanted, kept, disks, local)
             here, (guest, source_names) = await here_task, await guest_task
         finally:
             await asyncio.gather(here_task, guest_task, return_exceptions=True)
@@ -238,9 +258,8 @@ class Planner:
             source_names, running_job=running_job,
         )  # fmt: skip
         if chosen:
-            local = await local_disks(kept, chosen)
             from_spec = definition.spec is not None
-            plan = _with_disks(plan, here, there, local, from_spec=from_spec, verify=wanted.verify_disks)
+            plan = _with_disks(plan, here, there, local, from_spec=from_spec, wanted=wanted)
         held = [one for one in self.agent.blockers.held(wanted.vm) if one.operation is Operation.MIGRATE]
         more = (
             Objection(
@@ -251,13 +270,16 @@ class Planner:
         )  # fmt: skip
         return replace(plan, objections=(*plan.objections, *more))
 
-    async def _there(self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef], copies: list[str]) -> HostReport:
+    async def _there(
+        self, wanted: Wanted, kept: KeptVm, disks: list[DiskRef], copies: tuple[LocalDisk, ...]
+    ) -> HostReport:
         link = self.agent.peers.link(wanted.destination)
         arguments = {
             "vm": wanted.vm,
             "accel": kept.definition.accel,
             "disks": [msgspec.to_builtins(disk) for disk in disks],
-            "copies": copies,
+            "copies": [disk.path for disk in copies],
+            "since": {disk.path: {"job": disk.since.job, "id": disk.id} for disk in copies if disk.since is not None},
             "keeps_paths": kept.definition.spec is None,
         }
         wire = await link.call("peer-report", arguments, deadline_s=REPORT_S)
@@ -444,15 +466,19 @@ def _decide(
 
 
 def _with_disks(
-    plan: Plan, here: HostReport, there: HostReport, copies: tuple[LocalDisk, ...], *, from_spec: bool, verify: bool
+    plan: Plan, here: HostReport, there: HostReport, copies: tuple[LocalDisk, ...], *, from_spec: bool, wanted: Wanted
 ) -> Plan:
     """The plan with these disks copied, and what speaks against that."""
     paths = {disk.path: there.rooms[disk.path].path for disk in copies if disk.path in there.rooms}
-    against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec, verify=verify)
+    left = frozenset(disk.path for disk in copies if disk_rules.is_left(disk, there.rooms.get(disk.path)))
+    against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec,
+        verify=wanted.verify_disks, only_changes=wanted.only_changes,
+    )  # fmt: skip
     return replace(
         plan,
         copies=copies,
         image_paths=paths,
+        left_there=left,
         objections=(*plan.objections, *against),
         remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms)),
         fence_paths=(),  # each host has images of its own: a lock on one says nothing of the other

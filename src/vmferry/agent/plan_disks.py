@@ -7,9 +7,9 @@ from typing import Any
 
 from vmferry.agent.machine import Machine
 from vmferry.agent.vms import KeptVm, VmDefinition
-from vmferry.core.disk_reports import LocalDisk
-from vmferry.core.disks import Choice, ids
-from vmferry.errors import QemuError
+from vmferry.core.disk_reports import LocalDisk, Since
+from vmferry.core.disks import Choice, ids, parse_since
+from vmferry.errors import PlanRefused, QemuError
 
 FILES = ("kernel", "initrd", "firmware")
 
@@ -72,8 +72,37 @@ def _disk(choice: Choice, inserted: dict[str, Any]) -> LocalDisk:
         extended_l2=bool(data.get("extended-l2")),
         backing=str(image.get("full-backing-filename") or image.get("backing-filename") or ""),
         extras=tuple(_extras(image, data)),
+        since=_since(inserted),
         is_device=choice.path.startswith("/dev/") and not choice.path.startswith("/dev/shm/"),
     )
+
+
+async def origin(kept: KeptVm) -> dict[str, Any]:
+    """Where the guest came from with its disks, and how much of each has changed since. Raises PlanRefused when nobody
+    counts that, QemuError."""
+    found = await inserted_by_path(kept.require_machine())
+    since = [(choice, _since(found[choice.path])) for choice in choices(kept.definition) if choice.path in found]
+    disks = [
+        {"id": choice.id, "path": choice.path, "host": each.host, "job": each.job, "changed_bytes": each.changed_bytes}
+        for choice, each in since
+        if each is not None
+    ]
+    if not disks:
+        raise PlanRefused(
+            f"{kept.name} did not come here with its disks, or its QEMU was started anew since",
+            side="source",
+            hint=f"vmferry migrate {kept.name} HOST --disks copy",
+        )
+    return {"vm": kept.name, "host": disks[0]["host"], "job": disks[0]["job"], "disks": disks}
+
+
+def _since(inserted: dict[str, Any]) -> Since | None:
+    """What QEMU counts since the guest came with this disk, if it did."""
+    for bitmap in inserted.get("dirty-bitmaps") or ():
+        since = parse_since(str(bitmap.get("name", "")), int(bitmap.get("count", 0)))
+        if since is not None and bitmap.get("recording") and not bitmap.get("inconsistent"):
+            return since
+    return None
 
 
 def _extras(image: dict[str, Any], data: dict[str, Any]) -> list[str]:

@@ -112,6 +112,10 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
         self.mirrors: tuple[Mirror, ...] = ()
+        self.mirror_speed = 0
+        """Bytes per second that each of them may send; 0: no limit."""
+        self.sent_in_rounds: dict[str, int] = {}
+        """By mirror: the bytes of all rounds that are over, as far as this agent has seen them."""
         self.mirror_states: dict[str, dict[str, Any]] = {}
         """What QEMU said of each of their jobs last, by its id."""
         self.mirrors_stale = True

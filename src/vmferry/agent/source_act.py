@@ -440,7 +440,10 @@ async def _retire(attempt: SourceAttempt) -> None:
         attempt.count(await attempt.machine.migration())  # the last word on bytes and times
     except QemuError as error:
         log.info("job=%s vm=%s command=query-migrate result=%s", attempt.job, attempt.vm, error)
+    was_there = not attempt.machine.is_gone
     await attempt.machine.quit()
+    if attempt.mirrors and was_there:
+        await attempt.context.keep_left_images(attempt)
     attempt.note(Fact.SOURCE_RETIRED)
     attempt.note(Fact.SOURCE_GONE, by="kernel")
 

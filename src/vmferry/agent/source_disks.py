@@ -15,6 +15,8 @@ How a guest's write gets to the destination: at first in the background, behind 
 guest's own write waits for it (`write-blocking`), so that next to nothing is left when the guest is paused. A QEMU
 before 8.2 cannot change that while the job runs, and does the second from the beginning.
 
+A disk that goes back to where its guest came from goes in rounds (`source_rounds`), which look like a mirror here.
+
 Rule 1: no mirror is ended by us but in `drain`, under its guard, and in `drop`.
 Rule 2: whatever goes wrong with a mirror is the copy's trouble: the guest's own disk reports no error for it. Nothing
         here waits for a connection to come back, since a guest's write would wait with it.
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from vmferry.agent import source_rounds
 from vmferry.agent.observe import Finding, mirror_findings
 from vmferry.agent.wants import Mirror
 from vmferry.core.effects import Effect
@@ -78,6 +81,8 @@ def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
             job=f"vmferry-{word}-{disk.id}",
             target=f"vmferry-{word[:10]}-t{number}",
             number=number,
+            size_bytes=disk.virtual_bytes,
+            since=attempt.plan.bitmap(disk),
         )
         for number, disk in enumerate(attempt.plan.copies, start=1)
     )
@@ -108,9 +113,12 @@ async def start(attempt: SourceAttempt) -> None:
         except QmpTimeout:
             await _yank(attempt, [mirror])
             raise
-    speed = _speed(attempt)
+    attempt.mirror_speed = _speed(attempt)
     for mirror in attempt.mirrors:
-        await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, speed))
+        if mirror.since:
+            await source_rounds.start(attempt, mirror)
+        else:
+            await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, attempt.mirror_speed))
     attempt.mirrors_stale = True
 
 
@@ -171,9 +179,13 @@ async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
     """The job may send so much from now on. Raises QemuError."""
     if disks_of(attempt.facts) not in GOING_ON:
         return
-    share = _share(attempt, bytes_per_s)
+    attempt.mirror_speed = share = _share(attempt, bytes_per_s)
     for mirror in attempt.mirrors:
-        await attempt.machine.execute("block-job-set-speed", {"device": mirror.job, "speed": share})
+        try:
+            await attempt.machine.execute("block-job-set-speed", {"device": mirror.job, "speed": share})
+        except QmpCommandError:
+            if not mirror.since:  # between two rounds there is no job: the next one has it from its beginning
+                raise
 
 
 # --- looking ------------------------------------------------------------------------------------------------
@@ -189,13 +201,19 @@ async def look(attempt: SourceAttempt) -> None:
     attempt.mirrors_polled_s = attempt.clock.now_s()
     attempt.mirrors_stale = False
     try:
-        _hear(attempt, await attempt.machine.execute("query-jobs", deadline_s=ASK_S))
+        _hear(attempt, await _jobs(attempt, at_pause=Fact.SWITCHOVER in attempt.facts))
         if stands is not Disks.READY and disks_of(attempt.facts) is Disks.READY:
             await _block_writes(attempt)
     except QemuError as error:
         attempt.mirrors_stale = True
         log.info("job=%s vm=%s command=query-jobs result=%s", attempt.job, attempt.vm, error)
     attempt.context.publish("JOB_PROGRESS", attempt.brief())
+
+
+async def _jobs(attempt: SourceAttempt, *, at_pause: bool) -> list[dict[str, Any]]:
+    """QEMU's jobs, one for each disk among them. Raises QemuError."""
+    jobs = await attempt.machine.execute("query-jobs", deadline_s=ASK_S)
+    return await source_rounds.look(attempt, jobs, at_pause=at_pause)
 
 
 def _hear(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> None:
@@ -224,7 +242,7 @@ async def _block_writes(attempt: SourceAttempt) -> None:
     """From here on the guest's writes wait for the destination's, where QEMU can change that now."""
     if attempt.machine.version < CHANGES_MODE_SINCE:
         return
-    for mirror in attempt.mirrors:
+    for mirror in (each for each in attempt.mirrors if not each.since):
         change = {"id": mirror.job, "type": "mirror", "copy-mode": "write-blocking"}
         try:
             await attempt.machine.execute("block-job-change", change)
@@ -243,16 +261,17 @@ async def drain(attempt: SourceAttempt) -> None:
     1. all are asked to end and come to `pending`, in which nothing is left to write  2. one fails instead: the others
     still wait, and are given up with it  3. all are there: they are let go, which cannot fail any more."""
     machine, waiting = attempt.machine, {"pending", "concluded"}
-    statuses = await _statuses(attempt)
-    for mirror in attempt.mirrors:
-        if statuses.get(mirror.job) in ("ready", "standby"):
-            await machine.execute("block-job-cancel", {"device": mirror.job})
+    statuses, asked = await _statuses(attempt), set[str]()
     end_s = attempt.clock.now_s() + DRAIN_S
     while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):
         if not attempt.allows(Effect.DRAIN_MIRRORS):
             return  # one of them failed, or the guest goes back
         if attempt.clock.now_s() >= end_s:
             raise QemuError(f"{attempt.vm}: its disks were not written to the end within {DRAIN_S:g} s", side="both")
+        for mirror in attempt.mirrors:
+            if statuses.get(mirror.job) in ("ready", "standby") and mirror.job not in asked:
+                asked.add(mirror.job)
+                await _ask_for_end(attempt, mirror)
         await asyncio.sleep(DRAIN_POLL_S)
         statuses = await _statuses(attempt)
     if attempt.wanted.verify_disks:
@@ -261,7 +280,9 @@ async def drain(attempt: SourceAttempt) -> None:
         if not attempt.allows(Effect.DRAIN_MIRRORS):
             return
         if statuses[mirror.job] == "pending":
-            await machine.execute("job-finalize", {"id": mirror.job})
+            if mirror.since:
+                await source_rounds.flush(attempt, mirror)
+            await machine.execute("job-finalize", {"id": _ending_job(mirror)})
     while attempt.allows(Effect.DRAIN_MIRRORS):  # until the findings say that all have ended well, or one has not
         await _statuses(attempt)
         if attempt.allows(Effect.DRAIN_MIRRORS):
@@ -269,6 +290,18 @@ async def drain(attempt: SourceAttempt) -> None:
     if Fact.DISKS_DRAINED in attempt.facts:
         attempt.measured.marks.append((attempt.clock.wall_s(), "disks are equal"))
         await _close_targets(attempt)
+
+
+async def _ask_for_end(attempt: SourceAttempt, mirror: Mirror) -> None:
+    if mirror.since:
+        await source_rounds.begin_last(attempt, mirror)
+    else:
+        await attempt.machine.execute("block-job-cancel", {"device": mirror.job})
+
+
+def _ending_job(mirror: Mirror) -> str:
+    """QEMU's job whose end is the end of the disk's copy."""
+    return source_rounds.last_job(mirror) if mirror.since else mirror.job
 
 
 async def _verify(attempt: SourceAttempt) -> None:
@@ -293,7 +326,7 @@ async def _verify(attempt: SourceAttempt) -> None:
 
 
 async def _statuses(attempt: SourceAttempt) -> dict[str, str]:
-    _hear(attempt, await attempt.machine.execute("query-jobs", deadline_s=ASK_S))
+    _hear(attempt, await _jobs(attempt, at_pause=True))
     return {name: str(job["status"]) for name, job in attempt.mirror_states.items()}
 
 
@@ -323,7 +356,7 @@ async def _cancel(attempt: SourceAttempt) -> None:
 
 
 def _unfinished(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> list[str]:
-    ours = {mirror.job for mirror in attempt.mirrors}
+    ours = {name for mirror in attempt.mirrors for name in (mirror.job, _ending_job(mirror))}
     return [str(job["id"]) for job in jobs if job["id"] in ours and job["status"] not in ("concluded", "null")]
 
 
@@ -347,20 +380,15 @@ async def forget(attempt: SourceAttempt) -> None:
     """Nothing of the mirrors is left in QEMU: results are dismissed, targets closed. Raises QemuError other than that
     something is gone already."""
     for mirror in attempt.mirrors:
-        await _unless_gone(attempt, "job-dismiss", {"id": mirror.job})
+        await source_rounds.unless_gone(attempt, "job-dismiss", {"id": mirror.job})
     await _close_targets(attempt)
 
 
 async def _close_targets(attempt: SourceAttempt) -> None:
     for mirror in attempt.mirrors:
-        await _unless_gone(attempt, "blockdev-del", {"node-name": mirror.target})
-
-
-async def _unless_gone(attempt: SourceAttempt, command: str, arguments: dict[str, Any]) -> None:
-    try:
-        await attempt.machine.execute(command, arguments)
-    except QmpCommandError as error:
-        log.info("job=%s vm=%s command=%s result=%s", attempt.job, attempt.vm, command, error)
+        if mirror.since:
+            await source_rounds.forget(attempt, mirror)
+        await source_rounds.unless_gone(attempt, "blockdev-del", {"node-name": mirror.target})
 
 
 def note_error(attempt: SourceAttempt) -> None:
@@ -386,7 +414,7 @@ def wire(attempt: SourceAttempt) -> list[dict[str, Any]]:
                 "id": public_id(attempt.job, mirror),
                 "disk": mirror.id,
                 "path": mirror.path,
-                "type": "mirror",
+                "type": "backup" if mirror.since else "mirror",
                 "status": str(job.get("status", "null")),
                 "current-progress": int(job.get("current-progress", 0)),
                 "total-progress": int(job.get("total-progress", 0)),

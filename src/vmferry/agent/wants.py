@@ -31,6 +31,10 @@ class Wanted:
     """What goes how: a disk's id, or '*' for all that are local, to 'copy' or 'shared'."""
     verify_disks: bool = False
     """Both sides' disks are read and compared while the guest is paused for the switchover."""
+    only_changes: bool = False
+    """A disk of which more than what changed would have to go keeps the guest here."""
+    keep_images_s: float | None = None
+    """How long the images that the guest leaves here are kept while it runs there; None: nothing takes them away."""
     auto_finalize: bool = True
     """False: the switchover waits until a person gives leave."""
     auto_dismiss: bool = True
@@ -47,6 +51,9 @@ class PlacedDisk:
     size_bytes: int
     options: tuple[str, ...] = ()
     """For qemu-img create: 'cluster_size=65536' and so on."""
+    left_by: str = ""
+    """The job with which the guest went and left this image here: what changed since is written into it. Empty: an
+    image is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,10 @@ class Mirror:
     """QEMU's node for the destination's export."""
     number: int
     """1 for the first disk: its round in the fact log."""
+    size_bytes: int = 0
+    """What the guest sees of it."""
+    since: str = ""
+    """QEMU's bitmap that has whatever differs from the image there; empty: all of the disk is copied."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""`vmferry migrate`, `plan`, `watch`, `cancel`, `set`, `postcopy`."""
+"""`vmferry migrate`, `plan`, `fail-back`, `watch`, `cancel`, `set`, `postcopy`."""
 
 from __future__ import annotations
 
@@ -51,12 +51,15 @@ def _wish(arguments: Namespace) -> dict[str, Any]:
         "disks": arguments.disks,
         "disk": arguments.disk,
         "verify-disks": arguments.verify_disks,
+        "only-changes": getattr(arguments, "only_changes", False),
     }
     policies = {
         "on-storage-error": getattr(arguments, "on_storage_error", None),
         "on-postcopy-failure": getattr(arguments, "on_postcopy_failure", None),
         "retry-for": getattr(arguments, "retry_for", None),
     }
+    if getattr(arguments, "source_disks", "keep") == "remove":
+        wish["keep-images-ms"] = _time_ms(arguments.grace, "--grace")
     if getattr(arguments, "no_auto_finalize", False):
         wish["auto-finalize"] = False
     if getattr(arguments, "no_auto_dismiss", False):
@@ -80,6 +83,16 @@ def migrate(arguments: Namespace) -> int:
             return 0
         wire = follow(client, arguments.vm, wish["job"], patience_s=patience_s, quiet=arguments.json)
     return show_end(wire, as_json=arguments.json)
+
+
+def fail_back(arguments: Namespace) -> int:
+    """Moves a VM back to where it came from with its disks: what changed since goes, no more. As `migrate` else."""
+    found = agent_client.once(arguments.socket, "vm-origin", {"vm": arguments.vm})
+    arguments.destination, arguments.disks, arguments.only_changes = found["host"], None, True
+    arguments.disk = [f"{disk['id']}=copy" for disk in found["disks"]]
+    if arguments.plan:
+        return plan(arguments)
+    return migrate(arguments)
 
 
 def watch(arguments: Namespace) -> int:

@@ -47,6 +47,15 @@ def _help_width() -> int:
     return max(columns, 40) - 2
 
 
+FAIL_BACK_EPILOG = """
+A guest that went with its disks (--disks copy) leaves its images behind, and its QEMU counts what it writes from then
+on. As long as nobody touches those images, the way back sends only that. --plan says how much it is.
+
+examples:
+  vmferry migrate web1 host-b --disks copy
+  vmferry fail-back web1
+"""
+
 SET_EPILOG = """\
 options of QEMU, where their lock windows allow it ('vmferry options'), and the policies for trouble, at any time:
   on-storage-error=rollback|hold|ask   on-postcopy-failure=run|pause   retry-for=TIME|for-ever
@@ -273,11 +282,9 @@ def _add_vm_commands(commands: Any) -> None:
 
 
 def _add_wish(parser: Any) -> None:
+    """Where to, with which disks, and how."""
     parser.add_argument("vm", metavar="NAME")
     parser.add_argument("destination", metavar="HOST")
-    parser.add_argument("--mode", choices=("auto", "precopy", "postcopy"), default="auto")
-    parser.add_argument("--set", action="append", dest="settings", default=[], metavar="NAME=VALUE",
-                        help="a migration option; 'vmferry options' lists them")  # fmt: skip
     parser.add_argument(
         "--disks",
         choices=("copy", "shared"),
@@ -291,6 +298,13 @@ def _add_wish(parser: Any) -> None:
         metavar="ID=copy|shared",
         help="the same for one disk: disk0 is the guest's first",
     )
+    _add_ways(parser)
+
+
+def _add_ways(parser: Any) -> None:
+    parser.add_argument("--mode", choices=("auto", "precopy", "postcopy"), default="auto")
+    parser.add_argument("--set", action="append", dest="settings", default=[], metavar="NAME=VALUE",
+                        help="a migration option; 'vmferry options' lists them")  # fmt: skip
     parser.add_argument(
         "--verify-disks",
         action="store_true",
@@ -318,19 +332,35 @@ def _add_policies(parser: Any) -> None:
                         "(default: for-ever)")  # fmt: skip
 
 
+def _add_ending(parser: Any) -> None:
+    parser.add_argument("--source-disks", choices=("keep", "remove"), default="keep",
+                        help="what becomes of the images that it leaves behind when its disks go with it: keep them "
+                        "(the default), or remove them when it has run there for the grace time")  # fmt: skip
+    parser.add_argument("--grace", default="60s", metavar="TIME", help="with --source-disks remove (default: 60s)")
+    parser.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+    parser.add_argument("--patience", default="10s", metavar="TIME",
+                        help="how long to wait until an uncertain guest is settled (default: 10s)")  # fmt: skip
+    parser.add_argument("--no-auto-finalize", action="store_true",
+                        help="pause before the guest is handed over, until 'vmferry job finalize NAME'; for a minute, "
+                        "then it runs on here")  # fmt: skip
+    parser.add_argument("--no-auto-dismiss", action="store_true",
+                        help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+
+
 def _add_migration_commands(commands: Any) -> None:
     migrate = _command(commands, "migrate", "migrate_cmd:migrate", "move a running VM to another host",
                        epilog=MIGRATE_EPILOG)  # fmt: skip
     _add_wish(migrate)
     _add_policies(migrate)
-    migrate.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
-    migrate.add_argument("--patience", default="10s", metavar="TIME",
-                         help="how long to wait until an uncertain guest is settled (default: 10s)")  # fmt: skip
-    migrate.add_argument("--no-auto-finalize", action="store_true",
-                         help="pause before the guest is handed over, until 'vmferry job finalize NAME'; for a minute, "
-                         "then it runs on here")  # fmt: skip
-    migrate.add_argument("--no-auto-dismiss", action="store_true",
-                         help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+    _add_ending(migrate)
+    back = _command(commands, "fail-back", "migrate_cmd:fail_back",
+                    "move a VM back to where it came from with its disks",
+                    epilog=FAIL_BACK_EPILOG)  # fmt: skip
+    back.add_argument("vm", metavar="NAME")
+    back.add_argument("--plan", action="store_true", help="only ask both hosts, and change nothing")
+    _add_ways(back)
+    _add_policies(back)
+    _add_ending(back)
     plan = _command(commands, "plan", "migrate_cmd:plan",
                     "ask both hosts whether a VM can move; changes nothing")  # fmt: skip
     _add_wish(plan)

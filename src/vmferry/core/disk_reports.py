@@ -25,6 +25,17 @@ class DiskUse:
     read_only: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Since:
+    """When a guest came with its disks, and both sides' were equal: since then its QEMU counts what is written."""
+
+    job: str
+    host: str
+    """Where it came from."""
+    changed_bytes: int = 0
+    """Until now."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalDisk:
     """One disk that is to be copied, as the QEMU that has it tells it."""
@@ -46,6 +57,8 @@ class LocalDisk:
     extras: tuple[str, ...] = ()
     """In words: what it has that a copy of its content would not have."""
     is_device: bool = False
+    since: Since | None = None
+    """None: nobody knows what was written to it since when."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +74,6 @@ class RoomReport:
     """Equal for places that share their free bytes."""
     has_tool: bool = True
     """There is a qemu-img for images that are more than their bytes."""
+    left_bytes: int | None = None
+    """The file is what the disk was at the moment that was asked about, and nobody has touched it; what the guest saw
+    of it then, in bytes. None: it is not."""

@@ -7,7 +7,8 @@ where it would put them and whether there is room (`RoomReport`); `objections` c
 what the guest sees of an image, and nothing else of it: internal snapshots stay behind, so an image that has any is
 refused, and so is everything that `qemu-img create` with a size would not give back.
 
-Rule 1: a file that exists on the destination is never written to: it is an objection.
+Rule 1: a file that exists on the destination is never written to: it is an objection. But for one that the guest left
+        there when it went with its disks, and that nobody has touched since (`is_left`): what changed is sent then.
 Rule 2: a read-only disk or a CD-ROM is not copied: it has to be there, as ever (`core.preflight`).
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from vmferry.core.disk_reports import LocalDisk, RoomReport
+from vmferry.core.disk_reports import LocalDisk, RoomReport, Since
 from vmferry.core.preflight import Objection, Weight
 from vmferry.errors import Side, UsageError
 from vmferry.units import format_size
@@ -25,6 +26,7 @@ ALL = "*"
 """In place of an id: every local disk that the guest can write to."""
 WAYS = ("copy", "shared")
 FORMATS = ("raw", "qcow2")
+SINCE = "vmferry-since"
 METADATA_SHARE = 64
 """An image's own tables take less than one part in so many of what it holds."""
 
@@ -78,6 +80,24 @@ def choose(disks: Collection[Choice], wanted: Mapping[str, str]) -> tuple[Choice
     return tuple(chosen)
 
 
+def since_name(job: str, host: str) -> str:
+    """QEMU's name for the dirty bitmap that counts what is written from then on. It says itself what it means: the
+    QEMU has it as long as it counts, and nothing else has to be remembered."""
+    return f"{SINCE}:{job}:{host}"
+
+
+def parse_since(name: str, changed_bytes: int) -> Since | None:
+    """What such a name says; None for another bitmap."""
+    word, _, rest = name.partition(":")
+    job, _, host = rest.partition(":")
+    return Since(job, host, changed_bytes) if word == SINCE and job and host else None
+
+
+def is_left(disk: LocalDisk, room: RoomReport | None) -> bool:
+    """The host has what the disk was when the guest came from there: what changed since has to go back, no more."""
+    return disk.since is not None and room is not None and room.left_bytes == disk.virtual_bytes
+
+
 def room_bytes(disk: LocalDisk) -> int:
     """What the copy may take on the destination's disk at first: what is allocated, and its tables. Bytes."""
     return disk.allocated_bytes + disk.virtual_bytes // (METADATA_SHARE * 1024) + (1 << 20)
@@ -91,8 +111,10 @@ def objections(
     *,
     from_spec: bool,
     verify: bool = False,
+    only_changes: bool = False,
 ) -> tuple[Objection, ...]:
-    """Everything that speaks against copying these disks. `from_spec`: vmferry started the guest from a spec."""
+    """Everything that speaks against copying these disks. `from_spec`: vmferry started the guest from a spec.
+    `only_changes`: a disk of which all would have to go is not wanted there."""
     found: list[Objection] = []
     if not from_spec:
         found.append(
@@ -108,7 +130,19 @@ def objections(
             message = f"{disk.id} ({disk.path}) is {disk.format}, and only raw images can be verified"
             found.append(_objection("disk-verify-format", "client", message, "leave out --verify-disks"))
         found += (_objection(*words) for words in _at_source(source, disk))
-        found += (_objection(*words) for words in _at_destination(destination, disk, rooms.get(disk.path)))
+        room = rooms.get(disk.path)
+        if only_changes and room is not None and not is_left(disk, room):
+            found.append(
+                _objection(
+                    "disk-not-left",
+                    "destination",
+                    f"{destination} does not have {disk.id} ({disk.path}) as the guest left it there, or it was "
+                    "touched since: all of it would have to go",
+                    f"vmferry migrate NAME {destination} --disks copy",
+                )
+            )
+            continue
+        found += (_objection(*words) for words in _at_destination(destination, disk, room))
     found += (_objection(*words) for words in _together(destination, disks, rooms))
     return tuple(found)
 
@@ -155,7 +189,7 @@ def _at_destination(host: str, disk: LocalDisk, room: RoomReport | None) -> Iter
             "upgrade its agent, or check its log and ask again",
         )  # fmt: skip
         return
-    if room.exists:
+    if room.exists and not is_left(disk, room):
         yield (
             "disk-copy-exists", "destination",
             f"{host} has a file {room.path} already, which vmferry did not make for this and does not overwrite",
@@ -166,7 +200,7 @@ def _at_destination(host: str, disk: LocalDisk, room: RoomReport | None) -> Iter
             "disk-copy-folder", "destination", f"{host} cannot make files in {room.folder} for the copy of {name}",
             "make that folder there, or give that agent a disk_dir",
         )  # fmt: skip
-    if disk.format != "raw" and not room.has_tool:
+    if disk.format != "raw" and not room.has_tool and not is_left(disk, room):
         yield (
             "disk-copy-tool", "destination", f"{host} has no qemu-img to make {disk.format} images with",
             "install it there (the package is called qemu-utils)",
@@ -189,7 +223,8 @@ def _together(host: str, disks: Collection[LocalDisk], rooms: Mapping[str, RoomR
             )  # fmt: skip
         places[room.path] = disk.id
         if room.free_bytes is not None:
-            needed[room.filesystem] = needed.get(room.filesystem, 0) + room_bytes(disk)
+            size = disk.since.changed_bytes if disk.since is not None and is_left(disk, room) else room_bytes(disk)
+            needed[room.filesystem] = needed.get(room.filesystem, 0) + size
             free[room.filesystem] = room.free_bytes
     for filesystem, size in needed.items():
         if size > free[filesystem]:
@@ -207,10 +242,16 @@ def remarks(disks: Collection[LocalDisk], rooms: Mapping[str, RoomReport]) -> tu
             "disk-copy",
             "both",
             f"{disk.id} ({disk.path}, {disk.format}, {format_size(disk.virtual_bytes)}, of which "
-            f"{format_size(disk.allocated_bytes)} are in use) is copied to {rooms[disk.path].path}",
+            f"{_sent(disk, rooms[disk.path])} to {rooms[disk.path].path}",
             "nothing to do",
             Weight.NOTE,
         )
         for disk in disks
         if disk.path in rooms
     )
+
+
+def _sent(disk: LocalDisk, room: RoomReport) -> str:
+    if disk.since is not None and is_left(disk, room):
+        return f"{format_size(disk.since.changed_bytes)} changed since it came from there) goes back"
+    return f"{format_size(disk.allocated_bytes)} are in use) is copied"

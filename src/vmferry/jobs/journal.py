@@ -58,6 +58,10 @@ class Entry(StrEnum):
     """Source: its QEMU is about to be told to mirror these disks."""
     IMAGE_MADE = "image-made"
     """Destination: a file (device and inode) that is this job's, before it gets its name."""
+    LEFT = "left"
+    """An image that a guest left on this host when it went with its disks, and what it looked like then."""
+    LET_GO = "let-go"
+    """It was taken away, or is something else now."""
     RECOVERY_WAY = "recovery-way"
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
@@ -97,7 +101,7 @@ class Written:
     seq: int
     kind: Entry
     subject: str
-    """A VM's name for KEPT, FORGOTTEN, BLOCKED and UNBLOCKED, else a job's id."""
+    """A VM's name for KEPT, FORGOTTEN, BLOCKED and UNBLOCKED, a path for LEFT and LET_GO, else a job's id."""
     body: dict[str, Any]
 
 
@@ -142,6 +146,8 @@ class Replayed:
     """By VM and name."""
     retired: list[dict[str, Any]] = field(default_factory=list)
     """Identities of QEMUs whose guests were given away for good: such a process is of no use any more."""
+    left: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Images that guests left here, by path."""
 
 
 def replay(entries: Iterable[Written]) -> Replayed:
@@ -161,6 +167,10 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.blockers.setdefault(entry.subject, {})[str(entry.body.get("name"))] = entry.body
             case Entry.UNBLOCKED:
                 state.blockers.get(entry.subject, {}).pop(str(entry.body.get("name")), None)
+            case Entry.LEFT:
+                state.left[entry.subject] = entry.body
+            case Entry.LET_GO:
+                state.left.pop(entry.subject, None)
             case Entry.WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
             case Entry.PLACE_WANTED:
@@ -302,6 +312,11 @@ def _forget_old(db: sqlite3.Connection) -> None:
             "DELETE FROM entry WHERE kind IN ('kept','forgotten') AND seq NOT IN"
             " (SELECT max(seq) FROM entry WHERE kind IN ('kept','forgotten') GROUP BY subject)"
         )
+        db.execute(
+            "DELETE FROM entry WHERE kind IN ('left','let-go') AND seq NOT IN"
+            " (SELECT max(seq) FROM entry WHERE kind IN ('left','let-go') GROUP BY subject)"
+        )
+        db.execute("DELETE FROM entry WHERE kind='let-go'")
         old = db.execute(
             "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
             " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted','save-wanted','restore-wanted')"
@@ -310,7 +325,7 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " ORDER BY seq DESC LIMIT -1 OFFSET ?",
             (KEEP_ENDED_JOBS,),
         ).fetchall()
-        of_vms = "('kept','forgotten','blocked','unblocked')"
+        of_vms = "('kept','forgotten','blocked','unblocked','left')"
         db.executemany(f"DELETE FROM entry WHERE subject=? AND kind NOT IN {of_vms}", old)
         db.execute(
             "DELETE FROM entry WHERE kind='blocked' AND seq NOT IN"

@@ -16,7 +16,7 @@ from vmferry import limits
 from vmferry.agent import knock
 from vmferry.agent.channel import Address, ChannelDoor, ChannelEnd, Ticket
 from vmferry.agent.host import Listening, OnConnection, RescueTools, Streams
-from vmferry.agent.images import Identity
+from vmferry.agent.images import Identity, Stamp
 from vmferry.agent.knock import OnCaller
 from vmferry.agent.machine import Machine
 from vmferry.agent.wants import PlacedDisk, RecoveryWay
@@ -181,6 +181,12 @@ class SimHost:
             return False
         images.pop(path, None)
         return True
+
+    def image_stamp(self, path: str) -> Stamp | None:
+        return None  # no byte of a disk is simulated, so nobody can say that none was changed
+
+    def remove_left_image(self, path: str, looks: Stamp) -> bool:
+        return False
 
     # --- connections ---
 

@@ -1,0 +1,178 @@
+"""Images that a guest left on this host when it went with its disks: as long as nobody touches them, they are what its
+disks were at that moment, and only what changed since has to come back.
+
+Theory of operation
+-------------------
+At the switch both sides' images are equal. The destination's QEMU has a dirty bitmap on each disk from before the guest
+runs there (`since_name`), which nothing ever clears: whatever differs from the image that was left is in it. The
+source's agent writes down what its images look like after its QEMU has ended: device, inode, size, times. An image
+that still looks so was not written to.
+
+    1. switch: equal   2. bitmap there   3. the guest runs there   4. the QEMU here ends   5. LEFT is journalled
+
+Rule 1: an image whose looks have changed is nobody's base any more; it is only a file that is in the way.
+Rule 2: LEFT is written by the agent that has ended that QEMU itself: after a restart nobody can say what came between.
+Rule 3: an image is taken away only if a person asked for that, it is what was written down, and the guest has run for
+        its time on the other host (`let_go`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmferry.agent.images import Stamp
+from vmferry.agent.wants import Mirror
+from vmferry.errors import Unfit, VmferryError
+from vmferry.jobs.journal import Entry
+
+if TYPE_CHECKING:
+    from vmferry.agent.agent import Agent
+    from vmferry.agent.source import SourceAttempt
+
+log = logging.getLogger("vmferry.agent")
+
+LOOK_S = 1.0
+"""How often it is looked whether an image's time is over."""
+ASK_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class LeftImage:
+    """The body of the journal's LEFT entry."""
+
+    job: str
+    """With which the guest went."""
+    vm: str
+    host: str
+    """Where it went."""
+    disk: str
+    """`disk0` and so on."""
+    path: str
+    size_bytes: int
+    """What the guest sees of it."""
+    stamp: Stamp
+    let_go_s: float | None = None
+    """Wall time from which on it may be taken away; None: never."""
+
+
+class LeftImages:
+    """Those of one host. Owned by its agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self._left: dict[str, LeftImage] = {}
+        """By path; the newest."""
+        self._tending: asyncio.Task[None] | None = None
+
+    def restore(self, bodies: Iterable[dict[str, Any]]) -> None:
+        """What the journal says."""
+        for body in bodies:
+            left = msgspec.convert(body, LeftImage)
+            self._left[left.path] = left
+        self._tend()
+
+    async def keep(self, attempt: SourceAttempt) -> None:
+        """The guest went, and its QEMU here has just been ended. Trouble is a line in the log: it only means that the
+        disks would have to come back as a whole."""
+        wanted = attempt.wanted
+        now_s = self.agent.clock.wall_s()
+        let_go_s = None if wanted.keep_images_s is None else now_s + wanted.keep_images_s
+        for mirror in attempt.mirrors:
+            stamp = self.agent.host.image_stamp(mirror.path)
+            if stamp is not None and mirror.size_bytes:
+                await self._write(_left(attempt, mirror, stamp, let_go_s))
+        self._tend()
+
+    def is_whole(self, path: str, job: str) -> bool:
+        """The image is what that job left, untouched."""
+        left = self._left.get(path)
+        return left is not None and left.job == job and self._is_untouched(left)
+
+    async def renew(self, path: str, stamp: Stamp | None) -> None:
+        """A place's QEMU has written to the image, and it looked so when that ended. What differs from the guest's disk
+        is still only what the guest's bitmap has."""
+        left = self._left.get(path)
+        if left is not None and stamp is not None:
+            await self._write(replace(left, stamp=stamp))
+
+    async def _write(self, left: LeftImage) -> None:
+        try:
+            await self.agent.journal.append(Entry.LEFT, left.path, msgspec.to_builtins(left))
+        except Unfit as error:
+            log.warning("vm=%s image=%s journal=left result=%s", left.vm, left.path, error)
+            return
+        self._left[left.path] = left
+
+    def find(self, job: str, disk: str) -> LeftImage | None:
+        """The image that this disk was when its guest went with that job, if it still is as it was left."""
+        for left in self._left.values():
+            if (left.job, left.disk) == (job, disk) and self._is_untouched(left):
+                return left
+        return None
+
+    def _is_untouched(self, left: LeftImage) -> bool:
+        return self.agent.host.image_stamp(left.path) == left.stamp
+
+    def _is_awaited(self, left: LeftImage) -> bool:
+        """The guest is on its way back into it, or is here."""
+        places = (place for place in self.agent.places.values() if not place.ended.is_set())
+        return left.vm in self.agent.vms or any(left.path == disk.path for each in places for disk in each.place.disks)
+
+    # --- letting go -------------------------------------------------------------------------------------------
+
+    def _tend(self) -> None:
+        is_tended = self._tending is not None and not self._tending.done()
+        if not is_tended and any(left.let_go_s is not None for left in self._left.values()):
+            self._tending = asyncio.create_task(self._let_go_in_time(), name="left-images")
+            self.agent.keep_task(self._tending)
+
+    async def _let_go_in_time(self) -> None:
+        while due := [left for left in self._left.values() if left.let_go_s is not None]:
+            for left in due:
+                if self.agent.clock.wall_s() >= (left.let_go_s or 0.0):
+                    await self._try_let_go(left)
+            await asyncio.sleep(LOOK_S)
+
+    async def _try_let_go(self, left: LeftImage) -> None:
+        try:
+            await self._let_go(left)
+        except (VmferryError, OSError) as error:
+            log.info("vm=%s image=%s result=waits: %s", left.vm, left.path, error)
+
+    async def _let_go(self, left: LeftImage) -> None:
+        """Takes one away, if the guest runs where it went. An image that somebody changed is left, and forgotten.
+        Raises VmferryError, OSError: it is tried again."""
+        agent = self.agent
+        if self._is_awaited(left):
+            return
+        if self._is_untouched(left):
+            answer = await agent.peers.link(left.host).call("peer-runs", {"vm": left.vm}, deadline_s=ASK_S)
+            if not answer.get("runs"):
+                log.info("vm=%s image=%s result=waits: the guest does not run on %s", left.vm, left.path, left.host)
+                return
+            # Asked again: 1. it is untouched  2. the other host is asked  3. the guest comes back into it
+            if self._left.get(left.path) is not left or self._is_awaited(left):
+                return
+            if agent.host.remove_left_image(left.path, left.stamp):
+                log.info("vm=%s image=%s result=removed: its time is over", left.vm, left.path)
+        await agent.journal.append(Entry.LET_GO, left.path)
+        self._left.pop(left.path, None)
+
+
+def _left(attempt: SourceAttempt, mirror: Mirror, stamp: Stamp, let_go_s: float | None) -> LeftImage:
+    return LeftImage(
+        job=attempt.job,
+        vm=attempt.vm,
+        host=attempt.wanted.destination,
+        disk=mirror.id,
+        path=mirror.path,
+        size_bytes=mirror.size_bytes,
+        stamp=stamp,
+        let_go_s=let_go_s,
+    )
