@@ -147,3 +147,51 @@ def test_the_images_left_are_removed_when_their_time_is_over(
     assert pair.running_on("web1") == ["host-b"]
     assert "disk-not-left" in str(pair.b.cli("fail-back", "web1", "--plan", "--json").out)
     assert "--disks copy" in str(pair.b.refused("fail-back", "web1", code=8))
+
+
+@pytest.mark.proves("S96", "S114")
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_a_second_try_sends_what_was_written_since_the_first(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """The first one breaks when the disks are there and the memory is on its way."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
+    second = tmp_path / "second.img"
+    second.write_bytes(os.urandom(64 * MIB))
+    pair.a.ok("run", local(guests.linux(), f'[[disk]]\npath = "{second}"\nshared = false\n'))
+    with pair.a.console("web1") as console:
+        console.wait_ready(timeout_s=60)
+    folders = [pair.a.vm_directory("web1")]
+    job = str(pair.a.ok("migrate", "web1", "host-b", *GONE, "--no-auto-dismiss", "--detach")["job"])
+    wait_true(lambda: "fact=disks-ready" in pair.a.log(), why="the disks are there")
+    pair.a.cli("set", "web1", "max-bandwidth=2M")
+    wait_true(lambda: "fact=started" in pair.a.log(), why="memory moves")
+    os.kill(pair.b.qemu_pid("web1"), signal.SIGKILL)
+    wait_true(lambda: pair.a.execute("job-status", job=job)["over"], timeout_s=60, why="it has failed")
+    first = pair.a.execute("job-status", job=job)
+    assert (first["status"], first["outcome"]) == ("failed", "source"), first
+    wire = pair.a.ok("migrate", "web1", "host-b", *GONE, "--verify-disks", timeout_s=120)
+    assert wire["outcome"] == "destination", wire
+    assert sent_bytes(wire) < sent_bytes(first) * 0.05, (first["disks"], wire["disks"])
+    folders.append(pair.b.vm_directory("web1"))
+    with pair.b.console("web1") as console:
+        console.wait_walks(2, timeout_s=60, region="disk")
+    assert pair.judge(*folders).complaints() == []
+    assert second.read_bytes() == (folder / "second.img").read_bytes()
+    pair.a.ok("job", "dismiss", job)
+
+
+@pytest.mark.proves("S114")
+def test_a_cancel_keeps_no_copy(make_pair: MakePair, guests: Guests, tmp_path: Path) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    pair = make_pair(NEWEST, flags_b=["--disk-dir", str(folder)])
+    boot(pair.a, local(guests.boot()))
+    pair.a.ok("migrate", "web1", "host-b", *GONE, "--set", "max-bandwidth=1M", "--detach")
+    wait_true(lambda: "fact=started" in pair.a.log(), why="memory moves")
+    pair.a.ok("cancel", "web1")
+    wait_true(lambda: not list(folder.iterdir()), why="its images are gone")
+    assert pair.running_on("web1") == ["host-a"]
+    assert pair.a.ok("plan", "web1", "host-b", "--disks", "copy")["disks"][0]["changed_bytes"] is None

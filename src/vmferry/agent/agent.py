@@ -43,6 +43,7 @@ from vmferry.agent.saves import Saves
 from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
+from vmferry.agent.wants import PlacedDisk
 from vmferry.clock import Clock, SystemClock
 from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.job import INCOMING, MIGRATE
@@ -214,6 +215,9 @@ class Agent:
 
     async def keep_left_images(self, attempt: SourceAttempt) -> None:
         await self.left_images.keep(attempt)
+
+    async def keep_tried_image(self, attempt: DestinationAttempt, disk: PlacedDisk, stamp: Stamp) -> bool:
+        return await self.left_images.keep_tried(attempt, disk, stamp)
 
     def is_left_image(self, path: str, job: str) -> bool:
         return self.left_images.is_whole(path, job)

@@ -12,6 +12,7 @@ from vmferry.agent.config import AgentConfig
 from vmferry.agent.host import Host
 from vmferry.agent.images import Stamp
 from vmferry.agent.peers import Peers
+from vmferry.agent.wants import PlacedDisk
 from vmferry.clock import Clock
 from vmferry.core.table import Outcome
 from vmferry.jobs.journal import JournalStore
@@ -59,6 +60,9 @@ class Context(Protocol):
 
     async def keep_left_images(self, attempt: SourceAttempt) -> None:
         """The guest went with its disks, and its QEMU here has just been ended: what is left here is written down."""
+
+    async def keep_tried_image(self, attempt: DestinationAttempt, disk: PlacedDisk, stamp: Stamp) -> bool:
+        """An image that had all of a disk, of a place that failed: it is on the disk and written down, or False."""
 
     def is_left_image(self, path: str, job: str) -> bool:
         """The image is what that job left here, and nobody has touched it."""

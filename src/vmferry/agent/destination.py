@@ -72,8 +72,10 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
         self.images: dict[str, tuple[int, int]] = {}
-        self.left_stamps: dict[str, Stamp | None] = {}
-        """What the images looked like that the guest had left here, when the place's QEMU ended under our eyes."""
+        self.image_stamps: dict[str, Stamp | None] = {}
+        """What the place's images looked like when its QEMU ended under our eyes."""
+        self.has_whole_copies = False
+        """The source has said that every disk was copied once; what a next try can begin with, should this one fail."""
         """Files that this job made: path to device and inode; journalled."""
         self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
@@ -197,8 +199,8 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         for channel in self.channels:
             channel.cut()
         # At once: what comes to these images from now on is not this place's.
-        left = [disk.path for disk in self.place.disks if disk.left_by]
-        self.left_stamps = {path: self.context.host.image_stamp(path) for path in left}
+        paths = [disk.path for disk in self.place.disks]
+        self.image_stamps = {path: self.context.host.image_stamp(path) for path in paths}
         self.wake()
 
     def on_qemu_event(self, event: Event) -> None:

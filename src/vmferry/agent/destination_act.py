@@ -262,8 +262,8 @@ async def _renounce(attempt: DestinationAttempt) -> None:
         attempt.is_renounced = True
     if attempt.machine is not None and not await attempt.machine.kill():
         raise QemuError(f"{attempt.vm}: process {attempt.machine.pid} does not end", side="destination")
-    await destination_disks.renew_left(attempt)
-    destination_disks.remove_images(attempt)
+    kept = await destination_disks.keep_for_next_try(attempt)
+    destination_disks.remove_images(attempt, but=kept)
     attempt.note(Fact.TARGET_GONE, text=attempt.error_text, by="agent")
     await _finish(attempt, Outcome.SOURCE)
 

@@ -19,6 +19,7 @@ Rule 2: images are taken away only in RENOUNCE, after their QEMU is gone, and on
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from vmferry import limits
@@ -58,10 +59,10 @@ async def make_images(attempt: DestinationAttempt) -> None:
         host.publish_image(disk.path, job)
 
 
-def remove_images(attempt: DestinationAttempt) -> None:
+def remove_images(attempt: DestinationAttempt, *, but: Collection[str] = ()) -> None:
     """What this job made, and nothing else. Trouble is a line in the log: the guest is not concerned."""
     for disk in attempt.place.disks:
-        if disk.left_by:
+        if disk.left_by or disk.path in but:
             continue
         try:
             is_ours = attempt.context.host.remove_image(disk.path, attempt.images.get(disk.path), attempt.job)
@@ -72,10 +73,23 @@ def remove_images(attempt: DestinationAttempt) -> None:
             log.info("job=%s vm=%s image=%s result=kept: another file", attempt.job, attempt.vm, disk.path)
 
 
-async def renew_left(attempt: DestinationAttempt) -> None:
-    """The place's QEMU is gone: what the guest left here may have got newer, and is still of use."""
-    for path, stamp in attempt.left_stamps.items():
-        await attempt.context.renew_left_image(path, stamp)
+async def keep_for_next_try(attempt: DestinationAttempt) -> set[str]:
+    """The place's QEMU is gone. What the guest left here may have got newer, and is still of use; an image that had all
+    of a disk once is kept for a while. The paths of those that are not to be taken away."""
+    context, kept = attempt.context, set[str]()
+    for disk in attempt.place.disks:
+        stamp = attempt.image_stamps.get(disk.path)
+        if disk.left_by:
+            await context.renew_left_image(disk.path, stamp)
+        elif (
+            stamp is not None
+            and disk.format == "raw"
+            and attempt.has_whole_copies
+            and stamp[:2] == attempt.images.get(disk.path)
+            and await context.keep_tried_image(attempt, disk, stamp)
+        ):
+            kept.add(disk.path)
+    return kept
 
 
 async def serve(attempt: DestinationAttempt) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class Host(Protocol):
     def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
         """Takes away what the job made; False when a file of that name is another one. Raises OSError."""
 
+    async def sync_image(self, path: str) -> None:
+        """What was written to it is on the disk. Raises OSError."""
+
     def image_stamp(self, path: str) -> Stamp | None:
         """What the file looks like now: equal as long as nobody touches it."""
 
@@ -204,6 +207,9 @@ class LocalHost:
 
     def remove_image(self, path: str, identity: Identity | None, job: str) -> bool:
         return images.remove(path, identity, job=job)
+
+    async def sync_image(self, path: str) -> None:
+        await asyncio.to_thread(images.sync, path)
 
     def image_stamp(self, path: str) -> Stamp | None:
         return images.stamp(path)

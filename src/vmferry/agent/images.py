@@ -146,6 +146,15 @@ def remove(path: str, identity: Identity | None, *, job: str) -> bool:
     return True
 
 
+def sync(path: str) -> None:
+    """What was written to the file is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def stamp(path: str) -> Stamp | None:
     """What the file looks like now; None: there is no plain file of that name that can be looked at."""
     try:

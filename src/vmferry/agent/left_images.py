@@ -12,6 +12,9 @@ that still looks so was not written to.
 
 Rule 1: an image whose looks have changed is nobody's base any more; it is only a file that is in the way.
 Rule 2: LEFT is written by the agent that has ended that QEMU itself: after a restart nobody can say what came between.
+A copy that was whole, of a move that failed, is kept for a while in the same way, with a bitmap from before the copy on
+the source (`tried_name`): what a second try sends is what was written since.
+
 Rule 3: an image is taken away only if a person asked for that, it is what was written down, and the guest has run for
         its time on the other host (`let_go`).
 """
@@ -26,13 +29,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vmferry import limits
 from vmferry.agent.images import Stamp
-from vmferry.agent.wants import Mirror
+from vmferry.agent.wants import Mirror, PlacedDisk
 from vmferry.errors import Unfit, VmferryError
 from vmferry.jobs.journal import Entry
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.agent.destination import DestinationAttempt
     from vmferry.agent.source import SourceAttempt
 
 log = logging.getLogger("vmferry.agent")
@@ -59,6 +64,8 @@ class LeftImage:
     stamp: Stamp
     let_go_s: float | None = None
     """Wall time from which on it may be taken away; None: never."""
+    is_tried: bool = False
+    """No guest left it: it is the whole copy of a disk, of a move here that failed. `host` is where the guest is."""
 
 
 class LeftImages:
@@ -88,6 +95,28 @@ class LeftImages:
             if stamp is not None and mirror.size_bytes:
                 await self._write(_left(attempt, mirror, stamp, let_go_s))
         self._tend()
+
+    async def keep_tried(self, attempt: DestinationAttempt, disk: PlacedDisk, stamp: Stamp) -> bool:
+        """The whole copy of a disk, of a place that failed. False: it could not be kept."""
+        left = LeftImage(
+            job=attempt.job,
+            vm=attempt.vm,
+            host=attempt.place.source,
+            disk=disk.id,
+            path=disk.path,
+            size_bytes=disk.size_bytes,
+            stamp=stamp,
+            let_go_s=self.agent.clock.wall_s() + limits.DISK_TRIED_S,
+            is_tried=True,
+        )
+        try:
+            await self.agent.host.sync_image(disk.path)
+        except OSError as error:
+            log.info("vm=%s image=%s result=not kept: %s", left.vm, left.path, error)
+            return False
+        await self._write(left)
+        self._tend()
+        return self._left.get(left.path) is left
 
     def is_whole(self, path: str, job: str) -> bool:
         """The image is what that job left, untouched."""
@@ -124,6 +153,11 @@ class LeftImages:
         places = (place for place in self.agent.places.values() if not place.ended.is_set())
         return left.vm in self.agent.vms or any(left.path == disk.path for each in places for disk in each.place.disks)
 
+    async def forget_tries(self, job: str) -> None:
+        """That move was cancelled. Trouble is a line in the log: their time comes."""
+        for left in [each for each in self._left.values() if each.is_tried and each.job == job]:
+            await self._try_let_go(left)
+
     # --- letting go -------------------------------------------------------------------------------------------
 
     def _tend(self) -> None:
@@ -152,8 +186,7 @@ class LeftImages:
         if self._is_awaited(left):
             return
         if self._is_untouched(left):
-            answer = await agent.peers.link(left.host).call("peer-runs", {"vm": left.vm}, deadline_s=ASK_S)
-            if not answer.get("runs"):
+            if not left.is_tried and not await self._runs_there(left):
                 log.info("vm=%s image=%s result=waits: the guest does not run on %s", left.vm, left.path, left.host)
                 return
             # Asked again: 1. it is untouched  2. the other host is asked  3. the guest comes back into it
@@ -163,6 +196,11 @@ class LeftImages:
                 log.info("vm=%s image=%s result=removed: its time is over", left.vm, left.path)
         await agent.journal.append(Entry.LET_GO, left.path)
         self._left.pop(left.path, None)
+
+    async def _runs_there(self, left: LeftImage) -> bool:
+        link = self.agent.peers.link(left.host)
+        answer = await link.call("peer-runs", {"vm": left.vm}, deadline_s=ASK_S)
+        return bool(answer.get("runs"))
 
 
 def _left(attempt: SourceAttempt, mirror: Mirror, stamp: Stamp, let_go_s: float | None) -> LeftImage:

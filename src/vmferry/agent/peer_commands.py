@@ -241,7 +241,17 @@ async def _door(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dic
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
+    place.has_whole_copies = bool(arguments.get("disks_ready"))
     return await destination_act.open_door(place)
+
+
+async def _forget_copies(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The job was cancelled: nobody means to try again, and whole copies of its disks are not kept."""
+    place = _place(agent, arguments)
+    if place is not None:
+        await place.until(Fact.CLEANUP, deadline_s=RELEASE_WAIT_S)
+    await agent.left_images.forget_tries(str(arguments["job"]))
+    return {}
 
 
 async def _digests(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -347,6 +357,7 @@ COMMANDS: dict[str, Callable[[Agent, str | None, dict[str, Any]], Awaitable[Any]
     "peer-report": _report,
     "peer-prepare": _prepare,
     "peer-door": _door,
+    "peer-forget-copies": _forget_copies,
     "peer-digests": _digests,
     "peer-ready": _ready,
     "peer-grant": _grant,

@@ -90,9 +90,7 @@ class Plan:
 
     def bitmap(self, disk: LocalDisk) -> str:
         """QEMU's bitmap that has what is to go back; empty: the disk goes as a whole."""
-        if disk.since is None or disk.path not in self.left_there:
-            return ""
-        return disk_rules.since_name(disk.since.job, disk.since.host)
+        return "" if disk.since is None or disk.path not in self.left_there else disk.since.name
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -239,7 +237,7 @@ class Planner:
         definition, name = kept.definition, self.agent.config.name
         chosen = disk_rules.choose(choices(definition), wanted.disks)
         copied = {disk.path for disk in chosen}
-        local = await local_disks(kept, chosen) if chosen else ()
+        local = await local_disks(kept, chosen, wanted.destination) if chosen else ()
         disks = [disk for disk in definition.disks if disk.path not in copied]
         here_task = asyncio.create_task(
             self.host_report(disks, accel=definition.accel, vm=wanted.vm), name="report-here"

@@ -8,7 +8,7 @@ from typing import Any
 from vmferry.agent.machine import Machine
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core.disk_reports import LocalDisk, Since
-from vmferry.core.disks import Choice, ids, parse_since
+from vmferry.core.disks import Choice, ids, parse_since, since_for
 from vmferry.errors import PlanRefused, QemuError
 
 FILES = ("kernel", "initrd", "firmware")
@@ -45,19 +45,19 @@ async def other_disks(kept: KeptVm) -> tuple[str, ...]:
     )
 
 
-async def local_disks(kept: KeptVm, chosen: Collection[Choice]) -> tuple[LocalDisk, ...]:
-    """What the guest's QEMU says of these. Raises QemuError when it does not have one of them."""
+async def local_disks(kept: KeptVm, chosen: Collection[Choice], destination: str) -> tuple[LocalDisk, ...]:
+    """What the guest's QEMU says of these, for a move to that host. Raises QemuError when it has not one of them."""
     found = await inserted_by_path(kept.require_machine())
     disks: list[LocalDisk] = []
     for choice in chosen:
         inserted = found.get(choice.path)
         if inserted is None:
             raise QemuError(f"the QEMU of {kept.name} does not have {choice.id} ({choice.path}) as a disk any more")
-        disks.append(_disk(choice, inserted))
+        disks.append(_disk(choice, inserted, destination))
     return tuple(disks)
 
 
-def _disk(choice: Choice, inserted: dict[str, Any]) -> LocalDisk:
+def _disk(choice: Choice, inserted: dict[str, Any], destination: str) -> LocalDisk:
     image = inserted["image"]
     data = (image.get("format-specific") or {}).get("data") or {}
     return LocalDisk(
@@ -72,7 +72,7 @@ def _disk(choice: Choice, inserted: dict[str, Any]) -> LocalDisk:
         extended_l2=bool(data.get("extended-l2")),
         backing=str(image.get("full-backing-filename") or image.get("backing-filename") or ""),
         extras=tuple(_extras(image, data)),
-        since=_since(inserted),
+        since=since_for(counted(inserted), destination),
         is_device=choice.path.startswith("/dev/") and not choice.path.startswith("/dev/shm/"),
     )
 
@@ -81,11 +81,11 @@ async def origin(kept: KeptVm) -> dict[str, Any]:
     """Where the guest came from with its disks, and how much of each has changed since. Raises PlanRefused when nobody
     counts that, QemuError."""
     found = await inserted_by_path(kept.require_machine())
-    since = [(choice, _since(found[choice.path])) for choice in choices(kept.definition) if choice.path in found]
     disks = [
         {"id": choice.id, "path": choice.path, "host": each.host, "job": each.job, "changed_bytes": each.changed_bytes}
-        for choice, each in since
-        if each is not None
+        for choice in choices(kept.definition)
+        for each in counted(found.get(choice.path, {}))
+        if each.is_origin
     ]
     if not disks:
         raise PlanRefused(
@@ -96,13 +96,14 @@ async def origin(kept: KeptVm) -> dict[str, Any]:
     return {"vm": kept.name, "host": disks[0]["host"], "job": disks[0]["job"], "disks": disks}
 
 
-def _since(inserted: dict[str, Any]) -> Since | None:
-    """What QEMU counts since the guest came with this disk, if it did."""
+def counted(inserted: dict[str, Any]) -> list[Since]:
+    """What QEMU counts for vmferry on this disk, each from a moment on."""
+    found = []
     for bitmap in inserted.get("dirty-bitmaps") or ():
         since = parse_since(str(bitmap.get("name", "")), int(bitmap.get("count", 0)))
         if since is not None and bitmap.get("recording") and not bitmap.get("inconsistent"):
-            return since
-    return None
+            found.append(since)
+    return found
 
 
 def _extras(image: dict[str, Any], data: dict[str, Any]) -> list[str]:

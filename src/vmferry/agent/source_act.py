@@ -336,7 +336,7 @@ async def _start(attempt: SourceAttempt) -> None:
     machine, offer = attempt.machine, attempt.offer
     attempt.context.blockers.require(attempt.vm, Operation.MIGRATE)  # somebody may have come to hold one since the plan
     if attempt.mirrors:  # that took its time: the door is opened now
-        offer = await attempt.ask("peer-door", deadline_s=DOOR_S)
+        offer = await attempt.ask("peer-door", deadline_s=DOOR_S, disks_ready=Fact.DISKS_READY in attempt.facts)
     addresses = [(str(host), int(port)) for host, port in offer["addresses"]]
     if offer.get("uri"):
         uri = str(offer["uri"])  # multifd: QEMU connects by itself, yank is the cut
@@ -508,6 +508,9 @@ async def _clean_up(attempt: SourceAttempt) -> None:
         if not attempt.allows(Effect.CLEAN_UP):
             return
         outcome = attempt.row().outcome  # its QEMU may have died meanwhile: then it is not told that the guest runs
+    if Fact.CANCEL in attempt.facts and Fact.DISKS_READY in attempt.facts:
+        with contextlib.suppress(VmferryError):  # the copies are let go in time all the same
+            await attempt.ask("peer-forget-copies", deadline_s=READY_S)
     job_credentials.remove_job(attempt.job, attempt.context.job_directory)
     if attempt.measured.ended_s is None:
         attempt.measured.ended_s = attempt.clock.wall_s()

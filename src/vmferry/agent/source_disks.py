@@ -31,9 +31,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from vmferry import limits
 from vmferry.agent import source_rounds
 from vmferry.agent.observe import Finding, mirror_findings
+from vmferry.agent.plan_disks import counted, inserted_by_path
 from vmferry.agent.wants import Mirror
+from vmferry.core.disks import tried_name
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.view import Disks, disks_of
@@ -83,6 +86,7 @@ def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
             number=number,
             size_bytes=disk.virtual_bytes,
             since=attempt.plan.bitmap(disk),
+            format=disk.format,
         )
         for number, disk in enumerate(attempt.plan.copies, start=1)
     )
@@ -118,8 +122,30 @@ async def start(attempt: SourceAttempt) -> None:
         if mirror.since:
             await source_rounds.start(attempt, mirror)
         else:
+            await _count_for_next_try(attempt, mirror)
             await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, attempt.mirror_speed))
     attempt.mirrors_stale = True
+
+
+async def _count_for_next_try(attempt: SourceAttempt, mirror: Mirror) -> None:
+    """Before the mirror: what is written from here on is all that a copy can lack once it was whole. Trouble is a line
+    in the log: a second try would be like the first one. Only for images of plain bytes: of others a QEMU that was
+    killed may have had something in its memory that its file does not have."""
+    if mirror.format != "raw":
+        return
+    await _forget_tries(attempt, mirror)
+    name = tried_name(attempt.job, attempt.wanted.destination)
+    add = {"node": mirror.node, "name": name, "granularity": limits.DISK_BITMAP_BYTES}
+    await source_rounds.unless_gone(attempt, "block-dirty-bitmap-add", add)
+
+
+async def _forget_tries(attempt: SourceAttempt, mirror: Mirror) -> None:
+    """Nobody counts any more for a copy on that host that was tried."""
+    inserted = (await inserted_by_path(attempt.machine)).get(mirror.path, {})
+    for each in counted(inserted):
+        if not each.is_origin and each.host == attempt.wanted.destination:
+            gone = {"node": mirror.node, "name": each.name}
+            await source_rounds.unless_gone(attempt, "block-dirty-bitmap-remove", gone)
 
 
 def _target(attempt: SourceAttempt, mirror: Mirror) -> dict[str, Any]:
@@ -338,6 +364,10 @@ async def drop(attempt: SourceAttempt) -> None:
     await _yank(attempt, attempt.mirrors)
     await _cancel(attempt)
     await forget(attempt)
+    if Fact.DISKS_READY not in attempt.facts or Fact.CANCEL in attempt.facts:
+        for mirror in attempt.mirrors:
+            if not mirror.since:
+                await _forget_tries(attempt, mirror)
     attempt.note(Fact.DISKS_DROPPED)
 
 

@@ -75,6 +75,7 @@ class Mirror:
     """What the guest sees of it."""
     since: str = ""
     """QEMU's bitmap that has whatever differs from the image there; empty: all of the disk is copied."""
+    format: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,16 @@ class DiskUse:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """When a guest came with its disks, and both sides' were equal: since then its QEMU counts what is written."""
+    """From here on a guest's QEMU has counted what is written to a disk, and the other host's image has all else."""
 
+    name: str
+    """QEMU's bitmap."""
     job: str
+    """With which the guest came, or a copy of the disk was tried."""
     host: str
-    """Where it came from."""
+    """Where it came from, or where the copy is."""
+    is_origin: bool
+    """The guest came from there with it."""
     changed_bytes: int = 0
     """Until now."""
 

@@ -26,7 +26,7 @@ ALL = "*"
 """In place of an id: every local disk that the guest can write to."""
 WAYS = ("copy", "shared")
 FORMATS = ("raw", "qcow2")
-SINCE = "vmferry-since"
+SINCE, TRIED = "vmferry-since", "vmferry-tried"
 METADATA_SHARE = 64
 """An image's own tables take less than one part in so many of what it holds."""
 
@@ -86,11 +86,24 @@ def since_name(job: str, host: str) -> str:
     return f"{SINCE}:{job}:{host}"
 
 
+def tried_name(job: str, host: str) -> str:
+    """The same for a disk that is about to be copied to that host: should that fail once the copy is whole, the next
+    try sends what was written from here on."""
+    return f"{TRIED}:{job}:{host}"
+
+
 def parse_since(name: str, changed_bytes: int) -> Since | None:
     """What such a name says; None for another bitmap."""
     word, _, rest = name.partition(":")
     job, _, host = rest.partition(":")
-    return Since(job, host, changed_bytes) if word == SINCE and job and host else None
+    if word not in (SINCE, TRIED) or not (job and host):
+        return None
+    return Since(name, job, host, word == SINCE, changed_bytes)
+
+
+def since_for(found: Iterable[Since], host: str) -> Since | None:
+    """What counts for a move to that host: a try is newer than the guest's arrival from there."""
+    return min((each for each in found if each.host == host), key=lambda each: each.is_origin, default=None)
 
 
 def is_left(disk: LocalDisk, room: RoomReport | None) -> bool:
@@ -253,5 +266,5 @@ def remarks(disks: Collection[LocalDisk], rooms: Mapping[str, RoomReport]) -> tu
 
 def _sent(disk: LocalDisk, room: RoomReport) -> str:
     if disk.since is not None and is_left(disk, room):
-        return f"{format_size(disk.since.changed_bytes)} changed since it came from there) goes back"
+        return f"{format_size(disk.since.changed_bytes)} changed since both sides were equal) is sent"
     return f"{format_size(disk.allocated_bytes)} are in use) is copied"

@@ -182,6 +182,9 @@ class SimHost:
         images.pop(path, None)
         return True
 
+    async def sync_image(self, path: str) -> None:
+        """Nothing is written."""
+
     def image_stamp(self, path: str) -> Stamp | None:
         return None  # no byte of a disk is simulated, so nobody can say that none was changed
 
