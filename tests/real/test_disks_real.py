@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -231,3 +232,56 @@ def test_a_destination_whose_host_stands_still(
         assert pair.a.status("web1")["run_state"] == "running"
     wait_true(lambda: not list(folder.iterdir()), why="its images are gone")
     assert ended(pair, job)["outcome"] == "source"
+
+
+@pytest.mark.proves("S96", "S114")
+@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize("state", ["ready", "draining"])
+@pytest.mark.parametrize("who", ["source-agent", "destination-agent", "source-qemu", "destination-qemu"])
+def test_whoever_dies_when_the_disks_are_handed_over_the_guest_has_one_disk(
+    version: str, state: str, who: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """`ready`: the guest is paused and all mirrors are equal. `draining`: they are asked to end, and the destination's
+    QEMU, which stands still, does not let them."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
+    pair.a.ok("run", local(guests.linux()))
+    with pair.a.console("web1") as console:
+        console.wait_walks(1, timeout_s=60, region="disk")
+    words = ("--disks", "copy", "--mode", "precopy", "--no-auto-finalize", "--no-auto-dismiss", "--detach")
+    job = str(pair.a.ok("migrate", "web1", "host-b", *words)["job"])
+    wait_true(lambda: pair.a.execute("job-status", job=job)["status"] == "pre-switchover", why="the guest is paused")
+    here, there = pair.a.qemu_pid("web1"), pair.b.qemu_pid("web1")
+    with stopped(there) if state == "draining" else contextlib.nullcontext():
+        if state == "draining":
+            pair.a.ok("job", "finalize", "web1")
+            wait_true(lambda: "row=M-drain" in pair.a.log(), why="the mirrors are asked to end")
+        match who:
+            case "source-agent":
+                pair.a.kill()
+                pair.a.restart()
+            case "destination-agent":
+                pair.b.kill()
+                pair.b.restart()
+            case "source-qemu":
+                os.kill(here, signal.SIGKILL)
+            case _:
+                os.kill(there, signal.SIGKILL)
+    if state == "ready" and who.endswith("agent"):
+        pair.a.ok("job", "finalize", "web1")
+    wire = ended(pair, job)
+    if who == "source-qemu":
+        assert wire["outcome"] == "lost", wire
+        wait_true(lambda: not pair.b.qemus() and not list(folder.iterdir()), why="the place is given up")
+    else:
+        side = {"source": pair.a, "destination": pair.b}[wire["outcome"]]
+        assert who != "destination-qemu" or side is pair.a
+        with side.console("web1") as console:
+            console.wait_walks(2, timeout_s=60, region="disk")
+        lives = [host.vm_directory("web1") for host in (pair.a, pair.b) if host is pair.a or side is pair.b]
+        assert pair.judge(*lives).complaints() == []
+        assert pair.running_on("web1") == [side.name]
+    for host in (pair.a, pair.b):
+        for row in host.ok("jobs")["jobs"]:
+            host.ok("job", "dismiss", row["id"])
