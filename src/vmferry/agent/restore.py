@@ -72,6 +72,8 @@ async def restore(agent: Agent) -> None:
             continue
         elif job.role == "save":
             await agent.saves.restore(job, state.jobs.values())
+        elif job.role == "chore":
+            agent.chores.restore(job)
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)

@@ -73,6 +73,8 @@ class Entry(StrEnum):
     """A snapshot of a VM of this host was asked for."""
     SAVE_ACTS = "save-acts"
     """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
+    CHORE_WANTED = "chore-wanted"
+    """A job about the repository was asked for: verify, prune, export, import."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -169,6 +171,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "restore", entry.body)
             case Entry.SAVE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
+            case Entry.CHORE_WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "chore", entry.body)
             case Entry.SAVE_ACTS if job:
                 job.did = str(entry.body.get("did", job.did))
             case Entry.DISMISSED if job:
@@ -304,7 +308,8 @@ def _forget_old(db: sqlite3.Connection) -> None:
         )
         old = db.execute(
             "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
-            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted','save-wanted','restore-wanted')"
+            " (SELECT subject FROM entry WHERE kind IN"
+            "   ('wanted','place-wanted','save-wanted','restore-wanted','chore-wanted')"
             "  AND json_extract(body, '$.auto_dismiss') = 0"
             "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
             " ORDER BY seq DESC LIMIT -1 OFFSET ?",

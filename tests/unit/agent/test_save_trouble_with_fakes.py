@@ -14,6 +14,7 @@ from tests.save_sites import (
     begin,
     begin_h,
     check_guest_runs,
+    chore,
     ended,
     names,
     repository,
@@ -157,9 +158,9 @@ async def test_an_agent_that_dies_at_a_fact_leaves_a_guest_that_runs(
     assert names(site) == ["before", *(["two"] if committed else [])]
     (listed,) = await site.command("a", "query-jobs")
     assert (listed["id"], listed["status"]) == (job.job, "concluded")
-    wire = await site.command("a", "snapshot-verify")
+    wire = await chore(site, "snapshot-verify")
     assert wire["whole"]
-    plan = await site.command("a", "snapshot-prune", dry_run=True)
+    plan = await chore(site, "snapshot-prune", dry_run=True)
     assert plan["done"] is None
     assert (await save(site, "three"))["outcome"] == "saved"
 

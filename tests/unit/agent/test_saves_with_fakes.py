@@ -15,6 +15,7 @@ from tests.save_sites import (
     begin,
     check_guest_runs,
     check_snapshot,
+    chore,
     ended,
     names,
     repository,
@@ -345,25 +346,25 @@ async def test_list_verify_forget_prune(make_site: MakeSite) -> None:
     wire = await save(site)
     (listed,) = (await site.command("a", "snapshots"))["snapshots"]
     assert (listed["name"], listed["vm"], listed["pages"]) == ("one", "g", 68)
-    assert (await site.command("a", "snapshot-verify", name="one"))["whole"]
+    assert (await chore(site, "snapshot-verify", name="one"))["whole"]
     with pytest.raises(UnknownSnapshot):
         await site.command("a", "snapshot-verify", name="nobody")
     with pytest.raises(UsageError):
-        await site.command("a", "snapshot-prune", empty_below=2.0)
+        await chore(site, "snapshot-prune", empty_below=2.0)
     for pack in (site.directory / "sa/repository/packs").rglob("*"):
         if pack.is_file():
             pack.chmod(0o600)
             data = bytearray(pack.read_bytes())
             data[len(data) // 2] ^= 1
             pack.write_bytes(data)
-    verdict = await site.command("a", "snapshot-verify")
+    verdict = await chore(site, "snapshot-verify")
     assert not verdict["whole"]
     assert verdict["damaged_snapshots"] == ["one"]
     assert {name for problem in verdict["problems"] for name in problem["snapshots"]} == {"one"}
     assert (await site.command("a", "snapshot-forget", name=wire["snapshot"]))["name"] == "one"
     with pytest.raises(UnknownSnapshot):
         await site.command("a", "snapshot-forget", name="one")
-    assert (await site.command("a", "snapshot-prune"))["plan"]["too_young"] == 1
+    assert (await chore(site, "snapshot-prune"))["plan"]["too_young"] == 1
 
 
 async def test_export_and_import_give_the_same_pages(make_site: MakeSite) -> None:
@@ -371,29 +372,29 @@ async def test_export_and_import_give_the_same_pages(make_site: MakeSite) -> Non
     await save(site)
     file = site.directory / "one.stream"
     with pytest.raises(UsageError, match="not a whole path"):
-        await site.command("a", "snapshot-export", name="one", file="one.stream")
-    wire = await site.command("a", "snapshot-export", name="one", file=str(file))
+        await chore(site, "snapshot-export", name="one", file="one.stream")
+    wire = await chore(site, "snapshot-export", name="one", file=str(file))
     assert wire["bytes"] == file.stat().st_size
     assert file.stat().st_mode & 0o777 == 0o600, "a guest's memory has its keys"
     os.mkfifo(site.directory / "pipe")
     with pytest.raises(UsageError, match="no regular file"):
-        await site.command("a", "snapshot-import", name="pipe", file=str(site.directory / "pipe"))
+        await chore(site, "snapshot-import", name="pipe", file=str(site.directory / "pipe"))
     with pytest.raises(UsageError, match="cannot be written"):
-        await site.command("a", "snapshot-export", name="one", file=str(file))
+        await chore(site, "snapshot-export", name="one", file=str(file))
     assert [each.name for each in site.directory.glob(".*.part")] == []
-    back = await site.command("a", "snapshot-import", name="two", file=str(file))
+    back = await chore(site, "snapshot-import", name="two", file=str(file))
     assert back["stored_bytes"] == 0, "every page is known"
     with SnapshotReader(repository(site), back["snapshot"]) as reader:
         assert [page[0] for page in reader.read("pc.ram", 0, 64)] == [fake_stream.page(n)[0] for n in range(64)]
         words = SnapshotWords.from_wire(reader.head.metadata)
     assert (words.way, words.definition, words.machine) == ("import", None, "pc-q35-7.2")
     with pytest.raises(RepositoryError, match="already"):
-        await site.command("a", "snapshot-import", name="two", file=str(file))
+        await chore(site, "snapshot-import", name="two", file=str(file))
     with pytest.raises(UsageError, match="cannot be read"):
-        await site.command("a", "snapshot-import", name="three", file=str(site.directory / "nowhere"))
+        await chore(site, "snapshot-import", name="three", file=str(site.directory / "nowhere"))
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(VmferryError):
-        await site.command("a", "snapshot-import", name="three", file=str(file))
+        await chore(site, "snapshot-import", name="three", file=str(file))
     assert names(site) == ["one", "two"]
 
 
