@@ -55,6 +55,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.store"): _STORES,
     ("late-import", f"{AGENT}/chores.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/pins_after.py", "vmferry.store"): _STORES,
     ("records-fact", f"{AGENT}/chores.py", "note"): "the one way into a chore's own log",
     ("records-fact", f"{AGENT}/save.py", "note"): "the one way into a save's own log",
     ("late-import", f"{AGENT}/restore_feed.py", "vmferry.engine"): _STORES,

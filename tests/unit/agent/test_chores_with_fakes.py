@@ -16,10 +16,12 @@ from vmferry.agent import snapshot_files, snapshot_works
 from vmferry.agent.chores import Watch
 from vmferry.core.chores import ChoreFact
 from vmferry.errors import Busy, CancelRefused, JobRefused, MigrationCancelled, UnknownJob, UsageError, from_wire
+from vmferry.jobs.journal import Entry
 from vmferry.store import pins
-from vmferry.store.errors import PlanOutdated, RepositoryBusy
+from vmferry.store.errors import PlanOutdated, RepositoryBusy, StoreTransient
 from vmferry.store.pins import Pin
 from vmferry.store.prune import plan_prune
+from vmferry.store.repository import Repository
 from vmferry.testing.fake_site import SETTLE_S, MakeSite, Site
 
 F = ChoreFact
@@ -394,3 +396,42 @@ async def test_a_guest_that_was_restored_since_the_plan_stops_it(make_site: Make
     assert RepositoryBusy.code == wire["error"]["code"]
     assert objects(site) == before
     assert pins.all_pins(repository(site)) == [made]
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["at once", "after the store is back"])
+async def test_an_agent_that_begins_drops_the_pins_of_restores_that_its_journal_says_are_over(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, is_away: bool
+) -> None:
+    """Of a restore that is not over, that the journal does not have, or that is another host's, the pin stays."""
+    site = await make_site()
+    await save(site)
+    stale, unknown, theirs = pin(site, "a", "1" * 32), pin(site, "a", "2" * 32), pin(site, "b", "3" * 32)
+    full = pin(site, "a", "4" * 32)
+    journal = site.agents["a"].journal
+    for made, is_lazy in ((stale, True), (theirs, True), (full, False)):
+        await journal.append(Entry.RESTORE_WANTED, made.job, {"vm": "web1", "lazy": is_lazy})
+        await journal.append(Entry.ENDED, made.job, {"vm": "web1", "status": "completed"})
+    asked, all_pins = 0, pins.all_pins
+
+    def failing(found: Repository) -> list[Pin]:
+        nonlocal asked
+        asked += 1
+        if is_away and asked < 3:
+            raise StoreTransient("no answer")
+        return all_pins(found)
+
+    monkeypatch.setattr(pins, "all_pins", failing)
+    await site.restart("a")
+    (task,) = (task for task in site.agents["a"]._tasks if task.get_name() == "drop-stale-pins")
+    await asyncio.wait_for(asyncio.shield(task), SETTLE_S)
+    assert all_pins(repository(site)) == [unknown, theirs, full]
+    assert asked == (3 if is_away else 1)
+
+
+async def test_an_agent_that_ended_no_lazy_restore_asks_no_repository(make_site: MakeSite) -> None:
+    site = await make_site()
+    await site.agents["a"].journal.append(Entry.RESTORE_WANTED, "1" * 32, {"vm": "web1", "lazy": False})
+    await site.agents["a"].journal.append(Entry.ENDED, "1" * 32, {"vm": "web1", "status": "completed"})
+    await site.restart("a")
+    assert not [task for task in site.agents["a"]._tasks if task.get_name() == "drop-stale-pins"]
+    assert not (site.directory / "sa/repository").exists()
