@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import pytest
 from vmferry.agent.save_disks import with_overlays
 from vmferry.agent.vms import VmDefinition
 from vmferry.agent.wants import Overlay
+from vmferry.engine.frozen import thaw
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.store.local import LocalFolder
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
+from vmferry.testing import analyzer
 from vmferry.testing.guest_report import Chunk, GuestReport, analyse_chain
+from vmferry.testing.host_tools import default_cache
 from vmferry.testing.hosts import NEWEST, PAIRS, QEMUS, AgentHost, Guests, MakePair, boot, run_cli, wait_true
 from vmferry.testing.qemus import image_tool
 from vmferry.testing.serial_log import SerialReader
@@ -116,6 +121,39 @@ def test_every_page_of_a_paused_guest_is_kept_as_it_is(
         monitor.execute("cont")
     with host.console("web1") as console:
         console.wait_bytes(4, timeout_s=20)
+
+
+@pytest.mark.parametrize("version", QEMUS)
+def test_qemus_own_script_reads_what_is_exported(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """Its devices, its description, and every page of its memory."""
+    script = analyzer.fetch(default_cache())
+    host = make_pair(version).a
+    boot(host, read_only(guests.boot(ram_mib=24)))
+    wire = host.ok("save", "web1", "one", "--way", "precopy", "--pause")
+    file = tmp_path / "one.stream"
+    host.ok("export", "one", str(file))
+    with SnapshotReader(repository(host), wire["snapshot"], is_locked=False) as reader:
+        devices = {f"{device.idstr} ({device.section_id})" for device in thaw(reader.device_state).devices}
+    assert len(devices) > 20
+    for what, members in (("state", devices), ("desc", {"devices", "page_size"})):
+        done = subprocess.run(
+            [sys.executable, script, "-d", what, "-f", file], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        read = json.loads(done.stdout)
+        assert not members - set(read), set(read)
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, script, "-x", "-f", file], cwd=out, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kept = kept_ram(host, wire["snapshot"])
+    theirs = np.frombuffer((out / "pc.ram").read_bytes(), np.uint8).reshape(-1, 4096)
+    assert theirs.shape == kept.shape
+    assert differing_pages(theirs, kept) == []
 
 
 @pytest.mark.parametrize("version", QEMUS)
