@@ -93,6 +93,7 @@ def goes_on(host: AgentHost, vm: str) -> None:
 
 
 @pytest.mark.parametrize("comes_back", [True, False], ids=["comes back", "stays away"])
+@pytest.mark.proves("S53")
 def test_a_save_goes_on_or_ends_honestly_and_its_guest_always_goes_on(
     comes_back: bool, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_save_goes_on_or_ends_honestly_and_its_guest_always_goes_on(
         goes_on(host, "web1")
 
 
+@pytest.mark.proves("S53")
 def test_a_guest_of_a_lazy_restore_waits_for_its_store_and_goes_on(
     make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:

@@ -222,6 +222,7 @@ def test_a_file_of_qemus_own_is_kept_and_comes_out_again(
 
 
 @pytest.mark.parametrize(("version", "way"), [*((version, "precopy") for version in QEMUS), (NEWEST, "background")])
+@pytest.mark.proves("S53")
 def test_a_killed_agent_never_costs_a_guest_or_a_finished_snapshot(
     version: str, way: str, make_pair: MakePair, guests: Guests
 ) -> None:

@@ -94,6 +94,7 @@ def objects(site: Site) -> set[str]:
 # --- they are jobs as all others --------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("S95", "S105")
 async def test_a_job_shows_how_far_it_is_and_its_result_stays_until_it_is_dismissed(
     make_site: MakeSite, gate: Gate
 ) -> None:

@@ -148,6 +148,7 @@ async def test_a_second_save_of_a_guest_refers_to_the_first(make_site: MakeSite)
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("S95")
 async def test_the_job_is_listed_until_it_is_dismissed_also_by_the_next_agent(make_site: MakeSite) -> None:
     site = await make_site()
     wire = await save(site, **KEPT)
@@ -171,6 +172,7 @@ async def test_the_same_job_again_is_the_same_save(make_site: MakeSite) -> None:
     assert again == wire
 
 
+@pytest.mark.proves("S97")
 async def test_it_waits_for_leave_with_the_guest_standing(make_site: MakeSite) -> None:
     site = await make_site()
     job = await begin(site, **HELD)
@@ -259,6 +261,7 @@ async def test_verbs_that_a_save_does_not_take(make_site: MakeSite) -> None:
 # --- blockers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("S79")
 async def test_one_save_or_migration_at_a_time(make_site: MakeSite) -> None:
     site = await make_site()
     site.director.script("a", {"active": "hold"})
@@ -283,6 +286,7 @@ async def test_one_save_or_migration_at_a_time(make_site: MakeSite) -> None:
     await site.settle()
 
 
+@pytest.mark.proves("S79")
 async def test_a_person_can_hold_a_blocker_against_it(make_site: MakeSite) -> None:
     site = await make_site()
     await site.command("a", "blocker-add", vm="g", name="no", operation="snapshot", reason="secrets")

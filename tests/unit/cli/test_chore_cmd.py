@@ -145,6 +145,7 @@ async def test_files_go_out_and_come_in(
     assert all(problem["object"].startswith("packs/") for problem in wire["problems"])
 
 
+@pytest.mark.proves("S122")
 async def test_an_interrupt_leaves_the_job_at_work(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip

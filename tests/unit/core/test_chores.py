@@ -41,6 +41,7 @@ def log(*facts: ChoreFact) -> ChoreLog:
         ((F.WANTED, F.BEGUN, F.DONE, F.CLEANUP), J.CONCLUDED, "completed"),
     ],
 )
+@pytest.mark.proves("S94")
 def test_state_and_word(facts: tuple[ChoreFact, ...], state: J, word: str) -> None:
     assert (chore_job(log(*facts)), chore_status(log(*facts))) == (state, word)
 
@@ -59,6 +60,7 @@ def test_every_set_of_facts_has_an_answer_and_only_a_held_plan_waits() -> None:
             assert not awaits_leave(found) or {F.HOLD, F.PLANNED} <= set(facts)
 
 
+@pytest.mark.proves("S93")
 def test_every_way_leads_through_states_that_a_job_has() -> None:
     ends = [(F.DONE,), (F.ERROR,), (F.CANCEL,), (F.CANCEL, F.DONE)]
     middles: list[tuple[ChoreFact, ...]] = [(), (F.PLANNED,), (F.PLANNED, F.FINALIZE), (F.WHOLE,)]
@@ -74,6 +76,7 @@ def test_every_way_leads_through_states_that_a_job_has() -> None:
         assert set(passed) <= PRUNE.states
 
 
+@pytest.mark.proves("S99")
 def test_a_prune_waits_for_leave_and_an_import_that_is_being_kept_is_not_cancelled() -> None:
     does = {(k.name, v, j) for k, v, j in product(CHORES, Verb, J) if answer(k, v, j).answer is Answer.DOES}
     assert {(name, j) for name, verb, j in does if verb is Verb.FINALIZE} == {("prune", J.PENDING)}
