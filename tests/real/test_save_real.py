@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def read_only(spec: str) -> str:
 
 def until_told(host: AgentHost, fact: str, seen: int) -> None:
     wait_true(lambda: host.log().count(f"save fact={fact} ") > seen, why=fact)
+
+
+def _is_told(host: AgentHost, words: str) -> bool:
+    return words in host.log()
+
+
+def _is_over(host: AgentHost, job: str) -> bool:
+    return bool(host.execute("job-status", job=job)["over"])
 
 
 def report_of(folder: Path) -> GuestReport:
@@ -254,6 +263,54 @@ def test_a_killed_agent_never_costs_a_guest_or_a_finished_snapshot(
         host.ok("prune", "--dry-run")
     done = host.ok("save", "web1", "after", "--way", way, "--disks", wish["disks"])
     assert done["outcome"] == "saved"
+
+
+@pytest.mark.proves("S123")
+def test_a_killed_agent_leaves_nothing_of_what_it_did_to_the_repository(
+    make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """SIGKILL as soon as the log tells that the job has begun, or, of a prune, that its plan is there. Each job is told
+    to its end by the next agent: as failed, or as done if it was."""
+    host = make_pair(NEWEST).a
+    boot(host, read_only(guests.boot(ram_mib=48, memory_mib=64)))
+    assert host.ok("save", "web1", "one")["outcome"] == "saved"
+    given, file = tmp_path / "given.stream", tmp_path / "one.stream"
+    host.ok("export", "one", str(given))
+    wishes: list[tuple[str, str, dict[str, Any]]] = [
+        ("verify", "begun", {}),
+        ("export", "begun", {"name": "one", "file": str(file)}),
+        ("import", "begun", {"name": "two", "file": str(given)}),
+        ("prune", "planned", {"auto-finalize": False, "drop-pins": "host-c"}),
+    ]
+    folder = host.state / "repository"
+    (folder / "pins").mkdir(exist_ok=True)
+    pin = folder / "pins" / ("e" * 32)
+    pin.write_text(json.dumps({"job": "e" * 32, "snapshot": "5" * 32, "host": "host-c", "vm": "gone"}))
+    for kind, fact, wish in wishes:
+        job = host.execute(f"snapshot-{kind}", **wish, **{"auto-dismiss": False})["job"]
+        told = f"job={job} {kind} fact={fact}"
+        wait_true(partial(_is_told, host, told), why=told)
+        host.kill()
+        host.restart()
+        wait_true(partial(_is_over, host, job), why=f"the {kind} has an end")
+        wire = host.execute("job-status", job=job)
+        if wire["outcome"] != "done":
+            assert (wire["status"], wire["error"]["code"]) == ("failed", "failed"), wire
+            assert "restarted" in wire["error"]["message"]
+        (listed,) = host.execute("query-jobs")
+        assert (listed["id"], listed["status"]) == (job, "concluded")
+        host.ok("job", "dismiss", job)
+        assert not list(tmp_path.glob(".*")), "no part of a file"
+        names = {each["name"] for each in host.ok("snapshots")["snapshots"]}
+        assert names - {"two"} == {"one"}
+        assert ("two" in names) >= (kind == "import" and wire["outcome"] == "done")
+    assert pin.exists(), "nobody gave leave"
+    if file.exists():
+        assert file.read_bytes() == given.read_bytes(), "under its name a file is whole"
+    assert host.ok("verify")["whole"]
+    dropped = host.ok("prune", "--drop-pins", "host-c", "--yes")
+    assert [each["vm"] for each in dropped["dropped_pins"]] == ["gone"]
+    host.ok("export", "one", str(tmp_path / "again.stream"))
 
 
 @pytest.mark.parametrize(("version", "way"), [*((version, "precopy") for version in QEMUS), (NEWEST, "background")])

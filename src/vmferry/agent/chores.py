@@ -33,7 +33,7 @@ from vmferry.agent.wants import ChoreWanted
 from vmferry.core.chores import ChoreFact, ChoreLog, awaits_leave, chore_job, chore_status
 from vmferry.core.job import KINDS, Answer, JobStatus, Verb, answer, path
 from vmferry.errors import Busy, CancelRefused, MigrationCancelled, MigrationFailed, UsageError, VmferryError
-from vmferry.jobs.journal import Entry, JobState
+from vmferry.jobs.journal import KEEP_ENDED_JOBS, Entry, JobState
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -359,6 +359,8 @@ class Chores:
         """It has ended, and its end is in the journal."""
         del self._jobs[chore.job]
         self.results[chore.job] = wire
+        while len(self.results) > KEEP_ENDED_JOBS:  # the oldest; what waits to be dismissed is in the job book
+            del self.results[next(iter(self.results))]
         self._agent.jobs.ended(
             chore.kind, chore.job, wire, auto_dismiss=chore.wanted.auto_dismiss,
             auto_finalize=chore.wanted.auto_finalize,

@@ -217,8 +217,9 @@ def replay(entries: Iterable[Written]) -> Replayed:
 
 
 KEEP_ENDED_JOBS = 200
-"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries. Those that wait to
-be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them)."""
+"""Results of ended jobs that are kept over a restart, and as many of chores; older ones are forgotten with their
+entries. Those that wait to be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds
+them)."""
 
 
 class JournalStore(Protocol):
@@ -306,15 +307,18 @@ def _forget_old(db: sqlite3.Connection) -> None:
             "DELETE FROM entry WHERE kind IN ('kept','forgotten') AND seq NOT IN"
             " (SELECT max(seq) FROM entry WHERE kind IN ('kept','forgotten') GROUP BY subject)"
         )
-        old = db.execute(
-            "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
-            " (SELECT subject FROM entry WHERE kind IN"
-            "   ('wanted','place-wanted','save-wanted','restore-wanted','chore-wanted')"
-            "  AND json_extract(body, '$.auto_dismiss') = 0"
-            "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
-            " ORDER BY seq DESC LIMIT -1 OFFSET ?",
-            (KEEP_ENDED_JOBS,),
-        ).fetchall()
+        old = []
+        for among in ("IN", "NOT IN"):  # a verify each hour must not push out what migrations prove
+            old += db.execute(
+                f"SELECT subject FROM entry WHERE kind='ended' AND subject {among}"
+                " (SELECT subject FROM entry WHERE kind='chore-wanted') AND subject NOT IN"
+                " (SELECT subject FROM entry WHERE kind IN"
+                "   ('wanted','place-wanted','save-wanted','restore-wanted','chore-wanted')"
+                "  AND json_extract(body, '$.auto_dismiss') = 0"
+                "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+                " ORDER BY seq DESC LIMIT -1 OFFSET ?",
+                (KEEP_ENDED_JOBS,),
+            ).fetchall()
         of_vms = "('kept','forgotten','blocked','unblocked')"
         db.executemany(f"DELETE FROM entry WHERE subject=? AND kind NOT IN {of_vms}", old)
         db.execute(

@@ -361,3 +361,19 @@ async def test_blockers_are_read_back_by_name_and_old_ones_dropped_at_the_start(
     await journal.append(Entry.FORGOTTEN, "web1", {})
     assert "web1" not in replay(journal.read()).blockers
     journal.close()
+
+
+async def test_chores_do_not_push_out_what_migrations_prove(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verify each hour is as many ended jobs in a week as an agent keeps."""
+    monkeypatch.setattr(journal_module, "KEEP_ENDED_JOBS", 2)
+    journal = Journal(path)
+    await journal.append(Entry.WANTED, "moved")
+    await journal.append(Entry.ENDED, "moved", {})
+    for number in range(4):
+        await journal.append(Entry.CHORE_WANTED, f"c{number}")
+        await journal.append(Entry.ENDED, f"c{number}", {})
+    journal.close()
+    journal = Journal(path)
+    left = replay(journal.read()).jobs
+    journal.close()
+    assert list(left) == ["moved", "c2", "c3"]
