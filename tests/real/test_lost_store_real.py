@@ -1,7 +1,8 @@
-"""An object store dies under a running agent and comes back, while a guest is saved and while one is restored lazily.
+"""An object store is lost to a running agent and comes back, while a guest is saved, and while one is restored lazily.
 
 The store is a real server that speaks S3 over HTTP, in the network of the agent's host, behind a relay: a store that is
-dead refuses connections and has cut those that there were; what it holds outlives that.
+dead refuses connections and has cut those that there were, one that is silent answers none. What it holds outlives
+that.
 """
 
 from __future__ import annotations
@@ -44,12 +45,16 @@ class Store:
             self._target = (str(target[0]), int(target[1]))
             self.way = Relay(self._target, listen=ADDRESS)
 
-    def die(self) -> None:
-        """Nobody listens any more, and every connection is cut."""
-        self.way.stop()
+    def lose(self, how: str) -> None:
+        """`dead`: nobody listens any more, and every connection is cut. `silent`: it hears, and answers nothing."""
+        if how == "silent":
+            self.way.to_client.hold()
+        else:
+            self.way.stop()
 
     def come_back(self) -> None:
         """With what it had."""
+        self.way.stop()  # also of a silent one whatever was on its way is gone
         with self._host.net.inside():
             self.way = Relay(self._target, listen=ADDRESS)
 
@@ -92,12 +97,12 @@ def goes_on(host: AgentHost, vm: str) -> None:
         console.wait_bytes(seen + 2, timeout_s=BACK_S)
 
 
-@pytest.mark.parametrize("comes_back", [True, False], ids=["comes back", "stays away"])
+@pytest.mark.parametrize(("how", "comes_back"), [("dead", True), ("dead", False), ("silent", True)])
 @pytest.mark.proves("S53")
 def test_a_save_goes_on_or_ends_honestly_and_its_guest_always_goes_on(
-    comes_back: bool, make_pair: MakePair, guests: Guests, tmp_path: Path
+    how: str, comes_back: bool, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
-    """The store dies while the guest stands for its last pages; the guest waits for no store."""
+    """The store is lost while the guest stands for its last pages; the guest waits for no store."""
     host = make_pair(NEWEST, clear_text=True).a
     with stored(host, tmp_path) as store:
         spec = guests.boot(ram_mib=24)
@@ -106,7 +111,7 @@ def test_a_save_goes_on_or_ends_honestly_and_its_guest_always_goes_on(
         assert host.ok("save", "web1", "before")["outcome"] == "saved"
         job = host.ok("save", "web1", "one", "--way", "precopy", "--no-auto-finalize", "--detach")["job"]
         wait_true(lambda: "save fact=stands" in host.log(), timeout_s=BACK_S, why="the guest stands")
-        store.die()
+        store.lose(how)
         resumed = host.log().count("save fact=resumed ")
         host.execute("job-finalize", id=job)
         wait_true(lambda: host.log().count("save fact=resumed ") > resumed, timeout_s=BACK_S, why="it is given back")
@@ -132,9 +137,10 @@ def test_a_save_goes_on_or_ends_honestly_and_its_guest_always_goes_on(
         goes_on(host, "web1")
 
 
+@pytest.mark.parametrize(("how", "told"), [("dead", "s3://"), ("silent", "has not answered for seconds")])
 @pytest.mark.proves("S53")
 def test_a_guest_of_a_lazy_restore_waits_for_its_store_and_goes_on(
-    make_pair: MakePair, guests: Guests, tmp_path: Path
+    how: str, told: str, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
     host = make_pair(NEWEST, clear_text=True).a
     with stored(host, tmp_path) as store:
@@ -147,10 +153,10 @@ def test_a_guest_of_a_lazy_restore_waits_for_its_store_and_goes_on(
         wire = host.ok("restore", "one", "--lazy", "--no-auto-dismiss")
         assert wire["resume_ms"] is not None
         pid = host.qemu_pid("web1")
-        store.die()
+        store.lose(how)
         wait_true(lambda: job_of(host, "web1")["status"] == "paused", timeout_s=BACK_S, why="the job says so")
         assert host.refused("migrate", "web1", "host-b", code=9)["code"] == "busy"
-        wait_true(lambda: "s3://" in job_of(host, "web1")["reason"], timeout_s=BACK_S, why="what is away is named")
+        wait_true(lambda: told in job_of(host, "web1")["reason"], timeout_s=BACK_S, why="it says what is wrong")
         store.come_back()
         wait_true(lambda: job_of(host, "web1")["status"] == "concluded", timeout_s=BACK_S, why="it is whole")
         assert job_of(host, "web1")["detail"] == "completed"
