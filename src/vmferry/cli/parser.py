@@ -57,12 +57,12 @@ examples
 """
 JOB_EPILOG = """\
 verbs
-  cancel    the guest stays here, as long as nobody was told to run it there
+  cancel    the guest stays here, as long as nobody was told to run it there; a verify, prune, export or import ends
   pause     a postcopy: no page moves until it is resumed. A precopy cannot be paused: change max-bandwidth
   resume    a paused postcopy, also one whose channel broke, is joined again now
   change    options ('vmferry options') and policies, as 'vmferry set', and mode=postcopy
   complete  for kinds of jobs that wait for it; a migration does not
-  finalize  hand the guest over, where --no-auto-finalize made the job wait for this word
+  finalize  hand the guest over, or carry out a prune's plan, where --no-auto-finalize made the job wait for this word
   dismiss   the result of a concluded job is not shown any more
 
   A job takes a verb only in some states; 'vmferry jobs' shows which. All of them: docs/jobs.md.
