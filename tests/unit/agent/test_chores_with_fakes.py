@@ -14,10 +14,12 @@ from tests.save_sites import KEPT, chore, chore_ended, names, repository, save
 from vmferry import limits
 from vmferry.agent import snapshot_files, snapshot_works
 from vmferry.agent.chores import Watch
+from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.core.chores import ChoreFact
-from vmferry.errors import Busy, CancelRefused, JobRefused, MigrationCancelled, UnknownJob, UsageError, from_wire
+from vmferry.errors import Busy, CancelRefused, JobRefused, MigrationCancelled, Unfit, UnknownJob, UsageError, from_wire
 from vmferry.jobs.journal import Entry
 from vmferry.store import pins
+from vmferry.store import verify as verifying
 from vmferry.store.errors import PlanOutdated, RepositoryBusy, StoreTransient
 from vmferry.store.pins import Pin
 from vmferry.store.prune import plan_prune
@@ -260,6 +262,80 @@ async def test_an_import_that_was_kept_before_its_agent_ended_is_told_as_done(
     assert (wire["status"], wire["outcome"], wire["error"]) == ("completed", "done", None)
     assert wire["snapshot"] in {info.snapshot for info in repository(site).snapshots()}
     assert names(site) == ["one", "two"]
+
+
+async def test_an_import_of_which_nobody_can_say_whether_it_was_kept_is_told_so(
+    make_site: MakeSite, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    await save(site)
+    file = site.directory / "one.stream"
+    gate.opened.set()
+    await chore(site, "snapshot-export", name="one", file=str(file))
+    gate.opened.clear()
+    gate.reached.clear()
+    job = await begun(site, "snapshot-import", name="two", file=str(file))
+    await until(gate.reached.is_set)
+    await site.stop("a")
+
+    def away(store: SnapshotStore) -> Repository:
+        raise StoreTransient("no answer")
+
+    with monkeypatch.context() as context:
+        context.setattr(SnapshotStore, "open_repository", away)
+        await site.restart("a")
+        wire = await chore_ended(site, job)
+    assert wire["outcome"] == "none"
+    assert "nobody knows: no answer" in wire["error"]["message"]
+    assert "snapshots" in wire["error"]["hint"]
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+async def test_a_defect_is_told_as_one_and_ends_the_job(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = await make_site()
+    await save(site)
+
+    def broken(*arguments: Any) -> None:
+        raise ZeroDivisionError("by nobody")
+
+    monkeypatch.setattr(verifying, "verify", broken)
+    wire = await chore_ended(site, await begun(site, "snapshot-verify", **KEPT))
+    assert (wire["status"], wire["error"]["retry"]) == ("failed", "no")
+    assert "a defect of vmferry" in wire["error"]["message"]
+    assert await listed(site) == [("verify", "concluded", "failed")]
+
+
+async def test_what_cannot_be_written_down_is_not_begun_and_an_end_is_written_until_it_is(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    await save(site)
+    full: set[Entry] = {Entry.CHORE_WANTED}
+    refused: list[Entry] = []
+    journal = site.agents["a"].journal
+    append = journal.append
+
+    async def appending(kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        if kind in full:
+            refused.append(kind)
+            raise Unfit("no room")
+        await append(kind, subject, body)
+
+    monkeypatch.setattr(journal, "append", appending)
+    with pytest.raises(Unfit):
+        await begun(site, "snapshot-verify")
+    assert await listed(site) == []
+    full.clear()
+    full.add(Entry.ENDED)
+    job = await begun(site, "snapshot-verify")
+    await until(lambda: len(refused) >= 3)
+    assert not (await site.command("a", "job-status", job=job))["over"], "not before it is durable"
+    full.clear()
+    assert (await chore_ended(site, job))["outcome"] == "done"
+    assert refused[0] is Entry.CHORE_WANTED
+    assert set(refused[1:]) == {Entry.ENDED}
 
 
 # --- plan, then do ----------------------------------------------------------------------------------------------
