@@ -12,6 +12,7 @@ from vmferry.agent.save import SaveJob
 from vmferry.agent.snapshot_sink import find
 from vmferry.core.saving import SaveFact
 from vmferry.engine.frozen import SnapshotWords, thaw
+from vmferry.errors import from_wire
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
 from vmferry.testing import fake_stream
@@ -38,6 +39,24 @@ async def ended(job: SaveJob) -> dict[str, Any]:
 
 async def save(site: Site, name: str = "one", **more: Any) -> dict[str, Any]:
     return await ended(await begin(site, name, **more))
+
+
+async def chore(site: Site, command: str, **arguments: Any) -> dict[str, Any]:
+    """A job about the repository, to its end. Raises what it ended with."""
+    wire = await chore_ended(site, (await site.command("a", command, **arguments))["job"])
+    if wire["error"] is not None:
+        raise from_wire(wire["error"])
+    return wire
+
+
+async def chore_ended(site: Site, job: str) -> dict[str, Any]:
+    """How it ended."""
+    found = site.agents["a"].chores.by_id(job)
+    if found is not None:
+        async with asyncio.timeout(SETTLE_S):
+            await found.ended.wait()
+            await asyncio.sleep(0)
+    return dict(await site.command("a", "job-status", job=job))
 
 
 async def until_fact(site: Site, job: SaveJob, fact: SaveFact) -> None:

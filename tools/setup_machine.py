@@ -4,9 +4,9 @@
     python3 tools/setup_machine.py           prepare what is missing
     python3 tools/setup_machine.py --check   say what is missing, change nothing, exit 1 if anything is
 
-Three steps: Debian packages; a newer QEMU beside the system's one (for migrations between two versions); the
-Linux guest of the tests. The last two live in `.cache` of the project, or in $VMFERRY_CACHE. Only the
-standard library is used: this runs before a virtual environment exists.
+Four steps: Debian packages; a newer QEMU beside the system's one (for migrations between two versions); the
+Linux guest of the tests; QEMU's own script that reads streams. All but the first live in `.cache` of the project,
+or in $VMFERRY_CACHE. Only the standard library is used: this runs before a virtual environment exists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from vmferry.testing import linux_guest, newer_qemu
+from vmferry.testing import analyzer, linux_guest, newer_qemu
 from vmferry.testing.host_tools import HostToolError, default_cache, run
 
 DPKG_STATUS = Path("/var/lib/dpkg/status")
@@ -82,6 +82,11 @@ def steps(cache: Path) -> list[Step]:
             f"Linux guest in {cache / 'linux-guest'}",
             lambda: [] if linux_guest.built(cache) else ["kernel or initramfs"],
             lambda: linux_guest.build(cache),
+        ),
+        Step(
+            f"QEMU's analyze-migration.py in {analyzer.home(cache).parent}",
+            lambda: [] if analyzer.is_there(cache) else ["the script, out of Debian's source of QEMU"],
+            lambda: analyzer.fetch(cache),
         ),
     ]
 

@@ -54,6 +54,9 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/saves.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.store"): _STORES,
+    ("late-import", f"{AGENT}/chores.py", "vmferry.agent"): _STORES,
+    ("late-import", f"{AGENT}/pins_after.py", "vmferry.store"): _STORES,
+    ("records-fact", f"{AGENT}/chores.py", "note"): "the one way into a chore's own log",
     ("records-fact", f"{AGENT}/save.py", "note"): "the one way into a save's own log",
     ("late-import", f"{AGENT}/restore_feed.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/restore_feed.py", "vmferry.wire"): _STORES,
@@ -81,6 +84,11 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
         "the claim is that nothing happens meanwhile; only time can show that"
     ),
     ("sleep", "src/vmferry/bench/snapshots.py", "sizes"): "what a guest changes within ten seconds is what is measured",
+    (
+        "sleep",
+        "src/vmferry/bench/snapshots.py",
+        "_working",
+    ): "what a guest changes within ten seconds is what is measured",
     ("sleep", "tests/unit/agent/test_channel.py", "test_close_ends_all_that_nobody_has_taken"): _NO_EVENT,
     ("sleep", "tests/unit/testing/test_relay.py", "test_a_reset_by_one_peer_ends_the_other"): _NO_EVENT,
 }

@@ -434,3 +434,10 @@ SAVE_LOOK_S = 120.0
 
 # Writing and reading stream files: at 50 MB/s, a guest of a TiB.
 SNAPSHOT_FILE_S = 6 * 3600.0
+
+# Chores of one agent (verify, prune, export, import) that are on their way: each has a thread, and reads as fast as
+# the store gives. More than a few at a time only make each other slow.
+CHORES_MAX = 8
+
+# How long a prune's plan waits for a person's leave: they read it now, or plan anew. It holds no lock meanwhile.
+PRUNE_HOLD_S = 3600.0

@@ -364,6 +364,7 @@ def until_whole(host: AgentHost, vm: str) -> None:
     wait_true(lambda: not any(job["vm"] == vm for job in host.execute("query-jobs")), timeout_s=90, why="it is over")
 
 
+@pytest.mark.proves("S53")
 def test_a_damaged_page_is_never_handed_out_and_the_guest_goes_on_when_it_is_mended(
     make_pair: MakePair, old_boot: Saved, tmp_path: Path
 ) -> None:
@@ -379,6 +380,7 @@ def test_a_damaged_page_is_never_handed_out_and_the_guest_goes_on_when_it_is_men
     goes_on(pair.a, "web1", saved)
 
 
+@pytest.mark.proves("S53", "S123")
 def test_an_agent_that_dies_half_way_serves_the_rest_after_its_restart(
     make_pair: MakePair, old_boot: Saved, tmp_path: Path
 ) -> None:

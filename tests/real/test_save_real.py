@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ import pytest
 from vmferry.agent.save_disks import with_overlays
 from vmferry.agent.vms import VmDefinition
 from vmferry.agent.wants import Overlay
+from vmferry.engine.frozen import thaw
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.store.local import LocalFolder
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
+from vmferry.testing import analyzer
 from vmferry.testing.guest_report import Chunk, GuestReport, analyse_chain
+from vmferry.testing.host_tools import default_cache
 from vmferry.testing.hosts import NEWEST, PAIRS, QEMUS, AgentHost, Guests, MakePair, boot, run_cli, wait_true
 from vmferry.testing.qemus import image_tool
 from vmferry.testing.serial_log import SerialReader
@@ -56,6 +62,14 @@ def read_only(spec: str) -> str:
 
 def until_told(host: AgentHost, fact: str, seen: int) -> None:
     wait_true(lambda: host.log().count(f"save fact={fact} ") > seen, why=fact)
+
+
+def _is_told(host: AgentHost, words: str) -> bool:
+    return words in host.log()
+
+
+def _is_over(host: AgentHost, job: str) -> bool:
+    return bool(host.execute("job-status", job=job)["over"])
 
 
 def report_of(folder: Path) -> GuestReport:
@@ -116,6 +130,39 @@ def test_every_page_of_a_paused_guest_is_kept_as_it_is(
         monitor.execute("cont")
     with host.console("web1") as console:
         console.wait_bytes(4, timeout_s=20)
+
+
+@pytest.mark.parametrize("version", QEMUS)
+def test_qemus_own_script_reads_what_is_exported(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """Its devices, its description, and every page of its memory."""
+    script = analyzer.fetch(default_cache())
+    host = make_pair(version).a
+    boot(host, read_only(guests.boot(ram_mib=24)))
+    wire = host.ok("save", "web1", "one", "--way", "precopy", "--pause")
+    file = tmp_path / "one.stream"
+    host.ok("export", "one", str(file))
+    with SnapshotReader(repository(host), wire["snapshot"], is_locked=False) as reader:
+        devices = {f"{device.idstr} ({device.section_id})" for device in thaw(reader.device_state).devices}
+    assert len(devices) > 20
+    for what, members in (("state", devices), ("desc", {"devices", "page_size"})):
+        done = subprocess.run(
+            [sys.executable, script, "-d", what, "-f", file], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        read = json.loads(done.stdout)
+        assert not members - set(read), set(read)
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, script, "-x", "-f", file], cwd=out, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kept = kept_ram(host, wire["snapshot"])
+    theirs = np.frombuffer((out / "pc.ram").read_bytes(), np.uint8).reshape(-1, 4096)
+    assert theirs.shape == kept.shape
+    assert differing_pages(theirs, kept) == []
 
 
 @pytest.mark.parametrize("version", QEMUS)
@@ -184,6 +231,7 @@ def test_a_file_of_qemus_own_is_kept_and_comes_out_again(
 
 
 @pytest.mark.parametrize(("version", "way"), [*((version, "precopy") for version in QEMUS), (NEWEST, "background")])
+@pytest.mark.proves("S53")
 def test_a_killed_agent_never_costs_a_guest_or_a_finished_snapshot(
     version: str, way: str, make_pair: MakePair, guests: Guests
 ) -> None:
@@ -215,6 +263,54 @@ def test_a_killed_agent_never_costs_a_guest_or_a_finished_snapshot(
         host.ok("prune", "--dry-run")
     done = host.ok("save", "web1", "after", "--way", way, "--disks", wish["disks"])
     assert done["outcome"] == "saved"
+
+
+@pytest.mark.proves("S123")
+def test_a_killed_agent_leaves_nothing_of_what_it_did_to_the_repository(
+    make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    """SIGKILL as soon as the log tells that the job has begun, or, of a prune, that its plan is there. Each job is told
+    to its end by the next agent: as failed, or as done if it was."""
+    host = make_pair(NEWEST).a
+    boot(host, read_only(guests.boot(ram_mib=48, memory_mib=64)))
+    assert host.ok("save", "web1", "one")["outcome"] == "saved"
+    given, file = tmp_path / "given.stream", tmp_path / "one.stream"
+    host.ok("export", "one", str(given))
+    wishes: list[tuple[str, str, dict[str, Any]]] = [
+        ("verify", "begun", {}),
+        ("export", "begun", {"name": "one", "file": str(file)}),
+        ("import", "begun", {"name": "two", "file": str(given)}),
+        ("prune", "planned", {"auto-finalize": False, "drop-pins": "host-c"}),
+    ]
+    folder = host.state / "repository"
+    (folder / "pins").mkdir(exist_ok=True)
+    pin = folder / "pins" / ("e" * 32)
+    pin.write_text(json.dumps({"job": "e" * 32, "snapshot": "5" * 32, "host": "host-c", "vm": "gone"}))
+    for kind, fact, wish in wishes:
+        job = host.execute(f"snapshot-{kind}", **wish, **{"auto-dismiss": False})["job"]
+        told = f"job={job} {kind} fact={fact}"
+        wait_true(partial(_is_told, host, told), why=told)
+        host.kill()
+        host.restart()
+        wait_true(partial(_is_over, host, job), why=f"the {kind} has an end")
+        wire = host.execute("job-status", job=job)
+        if wire["outcome"] != "done":
+            assert (wire["status"], wire["error"]["code"]) == ("failed", "failed"), wire
+            assert "restarted" in wire["error"]["message"]
+        (listed,) = host.execute("query-jobs")
+        assert (listed["id"], listed["status"]) == (job, "concluded")
+        host.ok("job", "dismiss", job)
+        assert not list(tmp_path.glob(".*")), "no part of a file"
+        names = {each["name"] for each in host.ok("snapshots")["snapshots"]}
+        assert names - {"two"} == {"one"}
+        assert ("two" in names) >= (kind == "import" and wire["outcome"] == "done")
+    assert pin.exists(), "nobody gave leave"
+    if file.exists():
+        assert file.read_bytes() == given.read_bytes(), "under its name a file is whole"
+    assert host.ok("verify")["whole"]
+    dropped = host.ok("prune", "--drop-pins", "host-c", "--yes")
+    assert [each["vm"] for each in dropped["dropped_pins"]] == ["gone"]
+    host.ok("export", "one", str(tmp_path / "again.stream"))
 
 
 @pytest.mark.parametrize(("version", "way"), [*((version, "precopy") for version in QEMUS), (NEWEST, "background")])

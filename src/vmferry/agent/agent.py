@@ -25,6 +25,7 @@ from typing import Any
 from vmferry import __version__
 from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act, standing
 from vmferry.agent.blockers import Blockers
+from vmferry.agent.chores import Chores
 from vmferry.agent.claims import Claims
 from vmferry.agent.config import AgentConfig
 from vmferry.agent.destination import DestinationAttempt
@@ -111,6 +112,7 @@ class Agent:
         self.left_images = LeftImages(self)
         self.restores = Restores(self)
         self.saves = Saves(self)
+        self.chores = Chores(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._is_restored = asyncio.Event()

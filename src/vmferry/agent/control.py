@@ -135,8 +135,8 @@ async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
         return existing.brief()
     if job in agent.results:
         return agent.results[job]
-    if agent.saves.has(job):
-        raise UsageError(f"the job id {job!r} is that of a save", hint="take a new one, or none")
+    if agent.saves.has(job) or agent.chores.has(job):
+        raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
     with agent.claims.hold(arguments.vm, "sent somewhere"):
         wanted = await wanted_from(agent, arguments, job)
         kept = agent.vms[arguments.vm]
@@ -263,6 +263,9 @@ async def job_status(agent: Agent, arguments: JobArguments) -> dict[str, Any]:
     saved = agent.saves.status(job=arguments.job) if arguments.job else None
     if saved is not None:
         return saved
+    chore = agent.chores.status(job=arguments.job) if arguments.job else None
+    if chore is not None:
+        return chore
     for attempt in agent.attempts.values():
         if attempt.job in agent.jobs.dismissed:
             continue

@@ -111,6 +111,7 @@ class JobBook:
         listed += [self._source_info(attempt) for attempt in self._sources()]
         listed += self.agent.restores.infos()
         listed += self.agent.saves.infos()
+        listed += self.agent.chores.infos()
         return listed + [self._incoming_info(place) for place in self._places()]
 
     def info(self, job: str) -> JobInfo:

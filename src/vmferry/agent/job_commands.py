@@ -76,7 +76,8 @@ def _answered(agent: Agent, job: str, verb: Verb) -> tuple[JobInfo, bool]:
     cell = answer(KINDS[info.type], verb, info.status)
     if cell.answer is Answer.REFUSED:
         where = f" ({info.peer})" if cell is ELSEWHERE else ""
-        raise JobRefused(f"job {job} of {info.vm} is {info.status.value}: {cell.why}{where}")
+        of = f" of {info.vm}" if info.vm else ""
+        raise JobRefused(f"job {job}{of} is {info.status.value}: {cell.why}{where}")
     return info, cell.answer is Answer.DOES
 
 
@@ -87,7 +88,7 @@ def _brief(agent: Agent, job: str) -> dict[str, Any]:
 async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """The guest stays. Raises CancelRefused after the grant, JobRefused for a job that is its source's."""
     _, attempt = _asked(agent, arguments.id, Verb.CANCEL)
-    save = agent.saves.by_id(arguments.id)
+    save, chore = agent.saves.by_id(arguments.id), agent.chores.by_id(arguments.id)
     if attempt is not None:
         await cancel(agent, attempt)
     elif agent.restores.by_id(arguments.id) is not None:
@@ -95,6 +96,8 @@ async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
     elif save is not None:
         await agent.journal.append(Entry.CANCEL_WANTED, arguments.id)
         save.cancel()
+    elif chore is not None:
+        chore.cancel()
     return _brief(agent, arguments.id)
 
 
@@ -152,11 +155,13 @@ async def job_complete(agent: Agent, arguments: JobId) -> dict[str, Any]:
 async def job_finalize(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """Gives the leave to hand the guest over. Raises JobRefused for a job that does not wait for it."""
     _, attempt = _asked(agent, arguments.id, Verb.FINALIZE)
-    save = agent.saves.by_id(arguments.id)
+    save, chore = agent.saves.by_id(arguments.id), agent.chores.by_id(arguments.id)
     if attempt is not None:
         await attempt.finalize()
     elif save is not None:
         save.finalize()
+    elif chore is not None:
+        chore.finalize()
     return _brief(agent, arguments.id)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry.agent import machine as machines
-from vmferry.agent import restore_after
+from vmferry.agent import pins_after, restore_after
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
 from vmferry.agent.plan import taken_over
@@ -73,9 +73,12 @@ async def restore(agent: Agent) -> None:
             continue
         elif job.role == "save":
             await agent.saves.restore(job, state.jobs.values())
+        elif job.role == "chore":
+            agent.chores.restore(job)
         else:
             await _destination(agent, job, state)
     _remove_left_overs(agent)
+    pins_after.begin(agent, state.jobs.values())
 
 
 async def _attach(agent: Agent, kept: KeptVm) -> None:

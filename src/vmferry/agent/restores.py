@@ -151,6 +151,10 @@ class Restores:
         found = self.by_id(job)
         return self.results.get(job) if found is None else found.wire()
 
+    def has(self, job: str) -> bool:
+        """Whether a restore has this id, or had it."""
+        return job in self.results or self.by_id(job) is not None
+
     def infos(self) -> list[JobInfo]:
         """The restores at work, as jobs."""
         return [_info(each) for each in self.at_work()]

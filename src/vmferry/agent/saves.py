@@ -177,6 +177,7 @@ def is_known(agent: Agent, job: str) -> bool:
         or job in agent.known_jobs
         or job in agent.places
         or job in agent.jobs.dismissed
+        or agent.chores.has(job)
         or any(attempt.job == job for attempt in agent.attempts.values())
     )
 

@@ -1,18 +1,21 @@
 """Commands about the snapshots of this agent's repository: list, verify, forget, prune, export, import.
 
-Rule 1: all of their work is done in the store's threads; the event loop only waits.
-Rule 2: nothing is taken away that a plan did not show: `snapshot-prune` plans, and does only what it planned.
+Verify, prune, export and import are jobs (`chores`): a command only checks what can be checked at once.
+
+Rule 1: all work is done in threads; the event loop only waits.
 """
 
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vmferry.agent.wants import ChoreWanted
+from vmferry.core.job import EXPORT, IMPORT, PRUNE, VERIFY
 from vmferry.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +32,17 @@ class SnapshotName:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyArguments:
+class JobWish:
+    """What every command has that begins a job about the repository."""
+
+    job: str = ""
+    """Minted by the client, so that asking twice is asking once; made here if empty."""
+    auto_dismiss: bool = True
+    """False: the job stays in `query-jobs` with its result until `job-dismiss`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyArguments(JobWish):
     """`snapshot-verify`."""
 
     name: str = ""
@@ -37,7 +50,7 @@ class VerifyArguments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneArguments:
+class PruneArguments(JobWish):
     """`snapshot-prune`."""
 
     dry_run: bool = False
@@ -46,10 +59,12 @@ class PruneArguments:
     """Packs of which less than this share is needed are written anew; 1.0: all that hold anything useless."""
     drop_pins: str = ""
     """A host that is lost for good: its guests do not need the repository any more."""
+    auto_finalize: bool = True
+    """False: the plan waits for `job-finalize`, for an hour; nothing is done before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileArguments:
+class FileArguments(JobWish):
     """`snapshot-export` and `snapshot-import`."""
 
     name: str
@@ -100,36 +115,6 @@ def _info(info: SnapshotInfo) -> dict[str, Any]:
     }
 
 
-async def verify(agent: Agent, arguments: VerifyArguments) -> dict[str, Any]:
-    """Reads everything, and names what is damaged and whom that concerns. Changes nothing. Raises RepositoryError when
-    the store cannot be reached, UnknownSnapshot."""
-    return await agent.snapshot_store.with_repository(lambda repository: _verify(repository, arguments.name))
-
-
-def _verify(repository: Repository, name: str) -> dict[str, Any]:
-    from vmferry.agent.snapshot_sink import find
-    from vmferry.store.verify import verify
-
-    wanted = find(repository, name).snapshot if name else ""
-    verdict = verify(repository)
-    names = {info.snapshot: info.head.name for info in repository.snapshots() if info.head is not None}
-    problems = [each for each in verdict.problems if not wanted or wanted in each.snapshots]
-    damaged = sorted(verdict.damaged_snapshots & ({wanted} if wanted else verdict.damaged_snapshots))
-    return {
-        "whole": not problems,
-        "problems": [
-            {"object": each.name, "what": each.what, "snapshots": [names.get(s, s) for s in each.snapshots]}
-            for each in problems
-        ],
-        "damaged_snapshots": [names.get(snapshot, snapshot) for snapshot in damaged],
-        "snapshots": verdict.snapshots,
-        "packs": verdict.packs,
-        "pages": verdict.pages,
-        "read_bytes": verdict.read_bytes,
-        "orphans": verdict.orphans,
-    }
-
-
 async def forget(agent: Agent, arguments: SnapshotName) -> dict[str, Any]:
     """The snapshot is gone; its pages go with the next prune. Raises UnknownSnapshot, RepositoryBusy."""
     return await agent.snapshot_store.with_repository(lambda repository: _forget(repository, arguments.name))
@@ -143,68 +128,84 @@ def _forget(repository: Repository, name: str) -> dict[str, Any]:
     return {"snapshot": info.snapshot, "name": None if info.head is None else info.head.name, "forgotten": True}
 
 
+async def verify(agent: Agent, arguments: VerifyArguments) -> dict[str, Any]:
+    """Reads everything, and names what is damaged and whom that concerns; changes nothing. Returns the job at once.
+
+    Raises RepositoryError when the store cannot be reached, UnknownSnapshot, Busy."""
+    if (known := _known(agent, arguments)) is not None:
+        return known
+    wanted = ChoreWanted(arguments.job or uuid.uuid4().hex, VERIFY.name, name=arguments.name,
+                         auto_dismiss=arguments.auto_dismiss)  # fmt: skip
+    agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
+    if wanted.name:
+        await agent.snapshot_store.with_repository(lambda repository: _require_snapshot(repository, wanted.name))
+    return await agent.chores.begin(wanted)
+
+
 async def prune(agent: Agent, arguments: PruneArguments) -> dict[str, Any]:
-    """Plans, and unless it is a dry run does what was planned. Raises Damaged (no plan then), RepositoryBusy,
-    PlanOutdated; what was done before an error stays done, and the next prune goes on."""
+    """Plans, and unless it is a dry run does what was planned, and nothing else; without auto-finalize only after
+    `job-finalize`. Returns the job at once; `plan` is among what `job-status` tells once it is known.
+
+    Raises UsageError, Busy. The job fails with Damaged (no plan then), RepositoryBusy, PlanOutdated; what was done
+    before an error stays done, and the next prune goes on."""
     if not 0.0 <= arguments.empty_below <= 1.0:
         raise UsageError(f"a share of {arguments.empty_below} is not possible; it is a number from 0 to 1")
-    return await agent.snapshot_store.with_repository(lambda repository: _prune(repository, arguments))
-
-
-def _prune(repository: Repository, arguments: PruneArguments) -> dict[str, Any]:
-    from vmferry.store import pins
-    from vmferry.store.prune import execute, plan_prune
-
-    dropped = pins.drop(repository, arguments.drop_pins) if arguments.drop_pins and not arguments.dry_run else []
-    plan = plan_prune(repository, empty_below=arguments.empty_below)
-    wire: dict[str, Any] = {
-        "dropped_pins": [msgspec.to_builtins(pin) for pin in dropped],
-        "plan": {
-            "remove_packs": len(plan.remove_packs),
-            "rewrite_packs": len(plan.empty_packs),
-            "remove_indexes": len(plan.remove_indexes),
-            "remove_leftovers": len(plan.remove_leftovers),
-            "kept_packs": plan.kept_packs,
-            "too_young": plan.too_young,
-            "freed_bytes": plan.freed_bytes,
-        },
-        "done": None,
-    }
-    if not arguments.dry_run and not plan.is_empty:
-        done = execute(repository, plan)
-        wire["done"] = {
-            "removed": done.removed,
-            "removed_bytes": done.removed_bytes,
-            "written_bytes": done.written_bytes,
-        }
-    return wire
+    if (known := _known(agent, arguments)) is not None:
+        return known
+    plan = {"dry_run": arguments.dry_run, "empty_below": arguments.empty_below, "drop_pins": arguments.drop_pins}
+    wanted = ChoreWanted(arguments.job or uuid.uuid4().hex, PRUNE.name, arguments=plan,
+                         auto_finalize=arguments.auto_finalize, auto_dismiss=arguments.auto_dismiss)  # fmt: skip
+    agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
+    return await agent.chores.begin(wanted)
 
 
 async def export(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
-    """Writes a snapshot into a new file on this host that a QEMU loads. Raises as `snapshot_files.export`."""
-    path = _path(arguments.file)
-    return await agent.snapshot_store.with_repository(lambda repository: _export(repository, arguments.name, path))
-
-
-def _export(repository: Repository, name: str, path: Path) -> dict[str, Any]:
-    from vmferry.agent import snapshot_files
-
-    return snapshot_files.export(repository, name, path)
+    """Writes a snapshot into a new file on this host that a QEMU loads. Returns the job at once. Raises UsageError,
+    UnknownSnapshot, Busy; the job fails as `snapshot_files.export` does."""
+    _require_path(arguments.file)
+    if (known := _known(agent, arguments)) is not None:
+        return known
+    wanted = _file_chore(EXPORT.name, arguments)
+    agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
+    await agent.snapshot_store.with_repository(lambda repository: _require_snapshot(repository, wanted.name))
+    return await agent.chores.begin(wanted)
 
 
 async def load(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
-    """Keeps a stream file of this host as a snapshot. Raises as `snapshot_files.load`."""
-    path, host = _path(arguments.file), agent.config.name
-    return await agent.snapshot_store.with_repository(lambda repository: _load(repository, path, arguments.name, host))
+    """Keeps a stream file of this host as a snapshot. Returns the job at once. Raises UsageError, RepositoryError when
+    the name is taken, Busy; the job fails as `snapshot_files.load` does."""
+    _require_path(arguments.file)
+    if (known := _known(agent, arguments)) is not None:
+        return known
+    wanted = _file_chore(IMPORT.name, arguments)
+    agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
+    await agent.snapshot_store.with_repository(lambda repository: _require_free(repository, wanted.name))
+    return await agent.chores.begin(wanted)
 
 
-def _load(repository: Repository, path: Path, name: str, host: str) -> dict[str, Any]:
-    from vmferry.agent import snapshot_files
+def _known(agent: Agent, arguments: JobWish) -> dict[str, Any] | None:
+    """The job, if it was asked for before."""
+    return agent.chores.status(job=arguments.job) if arguments.job else None
 
-    return snapshot_files.load(repository, path, name, host=host)
+
+def _file_chore(kind: str, arguments: FileArguments) -> ChoreWanted:
+    return ChoreWanted(arguments.job or uuid.uuid4().hex, kind, name=arguments.name, file=arguments.file,
+                       auto_dismiss=arguments.auto_dismiss)  # fmt: skip
 
 
-def _path(text: str) -> Path:
+def _require_snapshot(repository: Repository, name: str) -> None:
+    from vmferry.agent.snapshot_sink import find
+
+    find(repository, name)
+
+
+def _require_free(repository: Repository, name: str) -> None:
+    from vmferry.agent.snapshot_sink import check_name, require_free
+
+    check_name(name)
+    require_free(repository, name)
+
+
+def _require_path(text: str) -> None:
     if not os.path.isabs(text):
         raise UsageError(f"{text!r} is not a whole path: the agent has another folder than you")
-    return Path(text)

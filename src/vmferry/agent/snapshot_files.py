@@ -1,4 +1,4 @@
-"""Snapshots out of the repository into plain stream files of QEMU's, and back. Blocking: runs in the store's threads.
+"""Snapshots out of the repository into plain stream files of QEMU's, and back. Blocking: runs in the threads of chores.
 
 Rule 1: a file that exists is never written over, and a file that is not whole is not left.
 Rule 2: an import goes through the same endpoint as a save, so it refuses what a save would refuse.
@@ -10,15 +10,15 @@ import contextlib
 import os
 import socket
 import stat
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
-from vmferry.agent.snapshot_sink import SnapshotSink, check_name, find, require_free
+from vmferry.agent.snapshot_sink import SnapshotSink, find, require_free
+from vmferry.agent.wants import ChoreWanted
 from vmferry.core.facts import Fact
 from vmferry.engine.frozen import SnapshotWords, state_of, thaw
 from vmferry.engine.image import Pages
@@ -26,17 +26,28 @@ from vmferry.engine.incoming import Incoming
 from vmferry.engine.shared import IncomingOptions
 from vmferry.engine.stream_file import stream, was_running
 from vmferry.errors import UsageError
+from vmferry.store.manifest import Head
+from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
+
+if TYPE_CHECKING:
+    from vmferry.agent.chores import Watch
 
 _READ_BYTES = 1 << 20
 
 
-def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
+def part_of(path: Path, job: str) -> Path:
+    """Where the export of this job writes before it is whole: the next agent knows it, too."""
+    return path.with_name(f".{path.name}.{job}.part")
+
+
+def export(repository: Repository, wanted: ChoreWanted, watch: Watch) -> dict[str, Any]:
     """Writes the snapshot into a new file, durably. Raises UsageError when the file cannot be made, RepositoryError
-    when the snapshot cannot be read whole; then there is no file."""
-    info = find(repository, word)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    when the snapshot cannot be read whole, and what `watch` raises; then there is no file."""
+    path = Path(wanted.file)
+    info = find(repository, wanted.name)
+    part = part_of(path, wanted.job)
     with SnapshotReader(repository, info.snapshot) as reader:
         state = thaw(reader.device_state)
         blocks = [(block.name, block.size_bytes) for block in reader.head.blocks]
@@ -49,11 +60,13 @@ def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
             return reader.is_zero(block)
 
         size_bytes = 0
+        about = sum(int(np.count_nonzero(~zeros(name))) * PAGE_BYTES for name, _ in blocks) + len(reader.device_state)
         try:
             # A guest's memory has its keys and passwords: nobody else reads it.
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(fd, "wb") as file:
                 for buffers in stream(state, blocks, read, zeros):
+                    watch.tell(min(size_bytes, about), about)
                     for buffer in buffers:
                         size_bytes += file.write(bytes(buffer))
                 file.flush()
@@ -66,13 +79,13 @@ def export(repository: Repository, word: str, path: Path) -> dict[str, Any]:
             with contextlib.suppress(OSError):
                 part.unlink()
         name = reader.head.name
-    return {"snapshot": info.snapshot, "name": name, "file": str(path), "bytes": size_bytes, "machine": state.machine}
+    return {"snapshot": info.snapshot, "name": name, "bytes": size_bytes, "machine": state.machine}
 
 
-def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[str, Any]:
+def load(repository: Repository, wanted: ChoreWanted, watch: Watch, *, host: str) -> dict[str, Any]:
     """Keeps a stream file as a snapshot. Raises UsageError when there is no such file, RemoteProtocolError when it is
-    no whole stream, RepositoryError; nothing is kept then."""
-    check_name(name)
+    no whole stream, RepositoryError, and what `watch` raises; nothing is kept then."""
+    path, name = Path(wanted.file), wanted.name
     require_free(repository, name)
     sink = SnapshotSink(repository)
     incoming = Incoming(sink.image, options=IncomingOptions(end="end-of-input"), name="import")
@@ -80,12 +93,13 @@ def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[st
         # Not blocking: a pipe that nobody writes to would hold this thread for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise UsageError(f"{path} is no regular file")
             ours, theirs = socket.socketpair()
             incoming.take(ours)
             with theirs:
-                _pump(file.fileno(), theirs)
+                _pump(file.fileno(), theirs, found.st_size, watch)
                 ending = incoming.ledger.wait(
                     Fact.ALL_SENT, Fact.ERROR, Fact.LINK_LOST, timeout_s=limits.SNAPSHOT_FILE_S
                 )
@@ -94,19 +108,24 @@ def load(repository: Repository, path: Path, name: str, *, host: str) -> dict[st
         incoming.stop()
         state = state_of(sink.image)
         words = SnapshotWords(
-            vm="", host=host, job="", machine=state.machine, was_running=was_running(state), way="import"
+            vm="", host=host, job=wanted.job, machine=state.machine, was_running=was_running(state), way="import"
         )
+        watch.no_return()
         head = sink.commit(name, words)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}", cause=error) from error
     finally:
         incoming.stop()
         sink.abort()
+    return loaded(sink.snapshot, head)
+
+
+def loaded(snapshot: str, head: Head) -> dict[str, Any]:
+    """What is told of a stream file that was kept."""
     return {
-        "snapshot": sink.snapshot,
+        "snapshot": snapshot,
         "name": head.name,
-        "file": str(path),
-        "machine": state.machine,
+        "machine": head.metadata.get("machine"),
         "pages": head.counts.pages,
         "stored_bytes": head.counts.stored_bytes,
     }
@@ -120,9 +139,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _pump(fd: int, sock: socket.socket) -> None:
+def _pump(fd: int, sock: socket.socket, size_bytes: int, watch: Watch) -> None:
     """The file into the endpoint, and its end. An endpoint that gives up closes: it knows why."""
+    done = 0
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         while data := os.read(fd, _READ_BYTES):
+            watch.tell(done, size_bytes)
             sock.sendall(data)
+            done += len(data)
         sock.shutdown(socket.SHUT_WR)

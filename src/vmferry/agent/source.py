@@ -112,14 +112,7 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
         self.mirrors: tuple[Mirror, ...] = ()
-        self.mirror_speed = 0
-        """Bytes per second that each of them may send; 0: no limit."""
-        self.sent_in_rounds: dict[str, int] = {}
-        """By mirror: the bytes of all rounds that are over, as far as this agent has seen them."""
-        self.mirror_states: dict[str, dict[str, Any]] = {}
-        """What QEMU said of each of their jobs last, by its id."""
-        self.mirrors_stale = True
-        self.mirrors_polled_s = float("-inf")
+        self.copying = source_disks.Copying()
         self.tracking = Tracking(context.clock, context.clock.now_s())
         self.cancel_tries = 0
         self.memory: Memory | None = None
@@ -279,7 +272,7 @@ class SourceAttempt(AttemptLoop[Effect]):
                 else:
                     self._set_cpus()
             case "JOB_STATUS_CHANGE" if any(event.data.get("id") == mirror.job for mirror in self.mirrors):
-                self.mirrors_stale = True
+                self.copying.is_stale = True
             case "MIGRATION_PASS":
                 self.measured.passes = int(event.data.get("pass", 0))
                 self._polled_s = float("-inf")

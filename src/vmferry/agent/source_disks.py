@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -70,6 +71,20 @@ KNOWS_ZERO_SINCE: Final = (10, 1)
 """QEMU's target-is-zero: a fresh image is not read to find out that it is empty."""
 GOING_ON = (Disks.COPYING, Disks.READY)
 LIVE = (*GOING_ON, Disks.FAILED)
+
+
+@dataclass(slots=True)
+class Copying:
+    """What was last seen of an attempt's mirrors. Nothing of it is needed by an agent that begins anew."""
+
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What QEMU said of each of their jobs, by its id."""
+    is_stale: bool = True
+    polled_s: float = float("-inf")
+    speed: int = 0
+    """Bytes per second that each of them may send; 0: no limit."""
+    sent_in_rounds: dict[str, int] = field(default_factory=dict)
+    """By mirror: the bytes of all rounds that are over, as far as this agent has seen them."""
 
 
 def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
@@ -117,14 +132,14 @@ async def start(attempt: SourceAttempt) -> None:
         except QmpTimeout:
             await _yank(attempt, [mirror])
             raise
-    attempt.mirror_speed = _speed(attempt)
+    attempt.copying.speed = _speed(attempt)
     for mirror in attempt.mirrors:
         if mirror.since:
             await source_rounds.start(attempt, mirror)
         else:
             await _count_for_next_try(attempt, mirror)
-            await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, attempt.mirror_speed))
-    attempt.mirrors_stale = True
+            await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, attempt.copying.speed))
+    attempt.copying.is_stale = True
 
 
 async def _count_for_next_try(attempt: SourceAttempt, mirror: Mirror) -> None:
@@ -205,7 +220,7 @@ async def change_speed(attempt: SourceAttempt, bytes_per_s: int) -> None:
     """The job may send so much from now on. Raises QemuError."""
     if disks_of(attempt.facts) not in GOING_ON:
         return
-    attempt.mirror_speed = share = _share(attempt, bytes_per_s)
+    attempt.copying.speed = share = _share(attempt, bytes_per_s)
     for mirror in attempt.mirrors:
         try:
             await attempt.machine.execute("block-job-set-speed", {"device": mirror.job, "speed": share})
@@ -222,16 +237,16 @@ async def look(attempt: SourceAttempt) -> None:
     stands = disks_of(attempt.facts)
     if stands not in GOING_ON:
         return
-    if not attempt.mirrors_stale and attempt.clock.now_s() - attempt.mirrors_polled_s < POLL_S:
+    if not attempt.copying.is_stale and attempt.clock.now_s() - attempt.copying.polled_s < POLL_S:
         return
-    attempt.mirrors_polled_s = attempt.clock.now_s()
-    attempt.mirrors_stale = False
+    attempt.copying.polled_s = attempt.clock.now_s()
+    attempt.copying.is_stale = False
     try:
         _hear(attempt, await _jobs(attempt, at_pause=Fact.SWITCHOVER in attempt.facts))
         if stands is not Disks.READY and disks_of(attempt.facts) is Disks.READY:
             await _block_writes(attempt)
     except QemuError as error:
-        attempt.mirrors_stale = True
+        attempt.copying.is_stale = True
         log.info("job=%s vm=%s command=query-jobs result=%s", attempt.job, attempt.vm, error)
     attempt.context.publish("JOB_PROGRESS", attempt.brief())
 
@@ -244,8 +259,8 @@ async def _jobs(attempt: SourceAttempt, *, at_pause: bool) -> list[dict[str, Any
 
 def _hear(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> None:
     said = {str(job["id"]): job for job in jobs}
-    attempt.mirror_states = {m.job: said[m.job] for m in attempt.mirrors if m.job in said}
-    states = attempt.mirror_states.values()
+    attempt.copying.states = {m.job: said[m.job] for m in attempt.mirrors if m.job in said}
+    states = attempt.copying.states.values()
     attempt.tracking.disks_are_at(
         sum(int(job["current-progress"]) for job in states),
         sum(int(job["total-progress"]) for job in states),
@@ -353,7 +368,7 @@ async def _verify(attempt: SourceAttempt) -> None:
 
 async def _statuses(attempt: SourceAttempt) -> dict[str, str]:
     _hear(attempt, await _jobs(attempt, at_pause=True))
-    return {name: str(job["status"]) for name, job in attempt.mirror_states.items()}
+    return {name: str(job["status"]) for name, job in attempt.copying.states.items()}
 
 
 async def drop(attempt: SourceAttempt) -> None:
@@ -438,7 +453,7 @@ def wire(attempt: SourceAttempt) -> list[dict[str, Any]]:
     """Each mirror as a job of its own, in QEMU's words; bytes."""
     rows = []
     for mirror in attempt.mirrors:
-        job = attempt.mirror_states.get(mirror.job, {})
+        job = attempt.copying.states.get(mirror.job, {})
         rows.append(
             {
                 "id": public_id(attempt.job, mirror),

@@ -80,12 +80,12 @@ async def look(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]], *, at_pau
         last, job = found.pop(last_job(mirror), None), found.pop(mirror.job, None)
         if last is None and job is not None and job["status"] == "concluded" and not job.get("error"):
             await _end(attempt, mirror)
-            attempt.sent_in_rounds[mirror.job] = attempt.sent_in_rounds.get(mirror.job, 0) + int(
+            attempt.copying.sent_in_rounds[mirror.job] = attempt.copying.sent_in_rounds.get(mirror.job, 0) + int(
                 job["current-progress"]
             )
             job = None
         seen = last or job or await _between(attempt, mirror, left.get(fresh(mirror)), at_pause=at_pause)
-        found[mirror.job] = _with_all_rounds(seen, mirror, attempt.sent_in_rounds.get(mirror.job, 0))
+        found[mirror.job] = _with_all_rounds(seen, mirror, attempt.copying.sent_in_rounds.get(mirror.job, 0))
     return list(found.values())
 
 
@@ -144,8 +144,8 @@ async def _begin(attempt: SourceAttempt, mirror: Mirror, job: str) -> None:
         "auto-finalize": job != last_job(mirror),
         "auto-dismiss": False,
     }
-    if attempt.mirror_speed:
-        wanted["speed"] = attempt.mirror_speed
+    if attempt.copying.speed:
+        wanted["speed"] = attempt.copying.speed
     await attempt.machine.execute("blockdev-backup", wanted)
 
 

@@ -153,3 +153,21 @@ class SaveWanted:
     """Its QEMU's process (`ProcessIdentity`): no other one is acted on for this save."""
     auto_finalize: bool = True
     auto_dismiss: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ChoreWanted:
+    """A job about the repository that was asked for: the body of the journal's CHORE_WANTED entry."""
+
+    job: str
+    kind: str
+    """`core.job.CHORES`, by name."""
+    name: str = ""
+    """The snapshot's, as a person said it; '': all, or none in particular."""
+    file: str = ""
+    """The stream file of an export or import."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Of a prune."""
+    auto_finalize: bool = True
+    """False: a plan is shown, and waits for leave."""
+    auto_dismiss: bool = True

@@ -66,12 +66,12 @@ examples
 """
 JOB_EPILOG = """\
 verbs
-  cancel    the guest stays here, as long as nobody was told to run it there
+  cancel    the guest stays here, as long as nobody was told to run it there; a verify, prune, export or import ends
   pause     a postcopy: no page moves until it is resumed. A precopy cannot be paused: change max-bandwidth
   resume    a paused postcopy, also one whose channel broke, is joined again now
   change    options ('vmferry options') and policies, as 'vmferry set', and mode=postcopy
   complete  for kinds of jobs that wait for it; a migration does not
-  finalize  hand the guest over, where --no-auto-finalize made the job wait for this word
+  finalize  hand the guest over, or carry out a prune's plan, where --no-auto-finalize made the job wait for this word
   dismiss   the result of a concluded job is not shown any more
 
   A job takes a verb only in some states; 'vmferry jobs' shows which. All of them: docs/jobs.md.
@@ -129,11 +129,25 @@ examples
 """
 VERIFY_EPILOG = """\
 Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
-snapshots that need them. exit codes: 0 everything is whole;  25 something is damaged.
+snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs').
+
+exit codes
+  0 everything is whole;  12 cancelled;  25 something is damaged. All of them: 'vmferry exit-codes'.
 """
 PRUNE_EPILOG = """\
-Plans first, by looking at every snapshot, and then does exactly that. It waits for nobody: while somebody saves or
-restores it is refused (25, retry: yes). What is younger than an hour stays. It never touches a snapshot.
+Plans first, by looking at every snapshot, shows the plan, and asks. What is carried out is exactly the plan that was
+shown; if the repository has changed since (somebody saved, forgot or pruned) nothing is done, and a new plan is needed.
+In a script say --yes. To look first and decide later:
+
+  vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
+  vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
+
+It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
+stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
+
+exit codes
+  0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
+  repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
 """
 EXPORT_EPILOG = """\
 The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
@@ -435,13 +449,13 @@ def _add_snapshots(commands: Any) -> None:
     save.add_argument("--no-auto-dismiss", action="store_true",
                       help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
     _command(commands, "snapshots", "snapshot_cmd:snapshots", "list the snapshots of this host's repository")
-    verify = _command(commands, "verify", "snapshot_cmd:verify",
+    verify = _command(commands, "verify", "chore_cmd:verify",
                       "read every snapshot and name what is damaged; changes nothing",
                       epilog=VERIFY_EPILOG)  # fmt: skip
     verify.add_argument("name", nargs="?", metavar="NAME", help="tell only what concerns this snapshot")
     forget = _command(commands, "forget", "snapshot_cmd:forget", "take a snapshot away; 'prune' frees its room")
     forget.add_argument("name", metavar="NAME", help="its name or its id")
-    prune = _command(commands, "prune", "snapshot_cmd:prune", "free the room of what no snapshot needs",
+    prune = _command(commands, "prune", "chore_cmd:prune", "free the room of what no snapshot needs",
                      epilog=PRUNE_EPILOG)  # fmt: skip
     prune.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
     prune.add_argument("--empty-below", type=float, default=0.5, metavar="SHARE",
@@ -450,13 +464,20 @@ def _add_snapshots(commands: Any) -> None:
     prune.add_argument(
         "--drop-pins", metavar="HOST", help="HOST is lost for good: its guests need their snapshots no more"
     )
-    export = _command(commands, "export", "snapshot_cmd:export", "write a snapshot as a plain stream file of QEMU's",
+    prune.add_argument("--yes", action="store_true", help="carry the plan out without a question, for scripts")
+    prune.add_argument("--no-auto-finalize", action="store_true",
+                       help="show the plan, which waits for 'vmferry job finalize JOB', for an hour")  # fmt: skip
+    export = _command(commands, "export", "chore_cmd:export", "write a snapshot as a plain stream file of QEMU's",
                       epilog=EXPORT_EPILOG)  # fmt: skip
     export.add_argument("name", metavar="NAME", help="its name or its id")
     export.add_argument("file", metavar="FILE", help="a new file on the agent's host")
-    load = _command(commands, "import", "snapshot_cmd:load", "keep a plain stream file of QEMU's as a snapshot")
+    load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot")
     load.add_argument("file", metavar="FILE", help="a file on the agent's host")
     load.add_argument("name", metavar="NAME", help="the snapshot's")
+    for chore in (verify, prune, export, load):
+        chore.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
+        chore.add_argument("--no-auto-dismiss", action="store_true",
+                           help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
 
 
 def _add_rescue(commands: Any) -> None:

@@ -1,10 +1,9 @@
-"""`vmferry save`, `snapshots`, `verify`, `forget`, `prune`, `export`, `import`."""
+"""`vmferry save`, `snapshots`, `forget`."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,16 +12,12 @@ from typing import Any
 
 from vmferry.cli import client as agent_client
 from vmferry.cli import ending
-from vmferry.cli.main import report_error
 from vmferry.cli.render import ProgressLine, table, timeline_lines
-from vmferry.errors import RepositoryError
 from vmferry.qmp.blocking import BlockingClient
 from vmferry.units import format_size
 
 POLL_S = 0.5
 """If no event came for so long the agent is asked: those of another host are not heard here."""
-LONG_S = 6 * 3600.0
-"""Verifying, pruning, writing files: as long as the repository is large."""
 
 
 def save(arguments: Namespace) -> int:
@@ -99,78 +94,8 @@ def snapshots(arguments: Namespace) -> int:
     return 0
 
 
-def verify(arguments: Namespace) -> int:
-    """Reads everything. 0: all of it is whole."""
-    wire = _long(arguments, "snapshot-verify", {"name": arguments.name or ""})
-    error = None
-    if not wire["whole"]:
-        names = ", ".join(wire["damaged_snapshots"]) or "none"
-        error = RepositoryError(
-            f"{len(wire['problems'])} objects are damaged; snapshots that cannot be restored whole: {names}",
-            retry="no",
-            hint="forget these snapshots, prune with --empty-below 1, and save anew",
-        )
-    if arguments.json:
-        print(json.dumps(wire if error is None else {**wire, "error": error.to_wire()}))
-        return 0 if error is None else error.exit_code
-    for problem in wire["problems"]:
-        whom = ", ".join(problem["snapshots"]) or "no snapshot"
-        print(f"{problem['object']}: {problem['what']} (concerns {whom})")
-    read = format_size(wire["read_bytes"])
-    print(f"{wire['snapshots']} snapshots, {wire['packs']} packs, {wire['pages']} pages, {read} read")
-    if error is None:
-        return 0
-    sys.stdout.flush()
-    report_error(error, as_json=False)
-    return error.exit_code
-
-
 def forget(arguments: Namespace) -> int:
     """Takes a snapshot out of the list."""
     wire = agent_client.once(arguments.socket, "snapshot-forget", {"name": arguments.name})
     print(json.dumps(wire) if arguments.json else f"{arguments.name} is forgotten; 'vmferry prune' frees its room")
     return 0
-
-
-def prune(arguments: Namespace) -> int:
-    """Plans, and does it unless it is a dry run."""
-    wish = {"dry-run": arguments.dry_run, "empty-below": arguments.empty_below,
-            "drop-pins": arguments.drop_pins or ""}  # fmt: skip
-    wire = _long(arguments, "snapshot-prune", wish)
-    if arguments.json:
-        print(json.dumps(wire))
-        return 0
-    plan, done = wire["plan"], wire["done"]
-    for pin in wire["dropped_pins"]:
-        print(f"dropped: {pin['vm']} on {pin['host']} does not hold {pin['snapshot'][:12]} any more")
-    print(
-        f"plan: remove {plan['remove_packs']} packs, {plan['remove_indexes']} indexes and "
-        f"{plan['remove_leftovers']} left-overs, write {plan['rewrite_packs']} packs anew: about "
-        f"{format_size(plan['freed_bytes'])}"
-    )
-    if plan["too_young"]:
-        print(f"  {plan['too_young']} objects that nobody needs are younger than an hour and stay")
-    if done is not None:
-        print(f"done: {done['removed']} objects removed, {format_size(done['removed_bytes'])}")
-    return 0
-
-
-def export(arguments: Namespace) -> int:
-    """Writes a snapshot as a plain stream file of QEMU's."""
-    wish = {"name": arguments.name, "file": os.path.abspath(arguments.file)}
-    wire = _long(arguments, "snapshot-export", wish)
-    print(json.dumps(wire) if arguments.json else f"{wire['file']}: {format_size(wire['bytes'])}, {wire['machine']}")
-    return 0
-
-
-def load(arguments: Namespace) -> int:
-    """Keeps a plain stream file of QEMU's as a snapshot."""
-    wish = {"name": arguments.name, "file": os.path.abspath(arguments.file)}
-    wire = _long(arguments, "snapshot-import", wish)
-    print(json.dumps(wire) if arguments.json else f"{wire['file']} is kept as {wire['name']} ({wire['machine']})")
-    return 0
-
-
-def _long(arguments: Namespace, command: str, wish: dict[str, Any]) -> dict[str, Any]:
-    with agent_client.connect(arguments.socket) as client:
-        return dict(agent_client.execute(client, command, wish, deadline_s=LONG_S))

@@ -238,7 +238,50 @@ SAVE: Final = Kind(
     },
 )  # fmt: skip
 
-KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR, SAVE, RESTORE)}
+_CHORE_STATES: Final = _to(J.CREATED, J.RUNNING, J.WAITING, J.PENDING, J.ABORTING, J.CONCLUDED, J.NULL)
+
+
+def _chore(name: str, what: str, cancelled: str, **cells: Cell) -> Kind:
+    """A job about a repository: no guest is touched. `cells`: what it answers while it is pending, by verb."""
+    return Kind(
+        name,
+        what,
+        _CHORE_STATES,
+        verbs={
+            Verb.PAUSE: _refused("it cannot be paused; cancelled it can be begun anew"),
+            Verb.RESUME: _refused("it is not paused"),
+            Verb.COMPLETE: _refused("it completes by itself"),
+            Verb.CHANGE: _refused("nothing of it can be changed"),
+            Verb.FINALIZE: _refused("it does not wait for leave"),
+            Verb.DISMISS: _BEFORE_THE_END,
+        },
+        cells={
+            **{(Verb.CANCEL, j): _does(cancelled) for j in (J.CREATED, J.RUNNING, J.WAITING, J.PENDING)},
+            (Verb.CANCEL, J.ABORTING): _nothing("it is ending already"),
+            (Verb.CANCEL, J.CONCLUDED): _OVER,
+            (Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"),
+            **{(Verb(verb), J.PENDING): cell for verb, cell in cells.items()},
+        },
+    )
+
+
+VERIFY: Final = _chore("verify", "reads every snapshot and names what is damaged", "it reads no further")
+PRUNE: Final = _chore(
+    "prune",
+    "plans which objects no snapshot needs, and takes them away",
+    "nothing more is taken away; what was done stays done, and the next prune does the rest",
+    finalize=_does("what the plan shows is taken away, if the repository is still what it was planned for"),
+)
+EXPORT: Final = _chore("export", "writes a snapshot as a plain stream file of QEMU's", "the file is not made")
+IMPORT: Final = _chore(
+    "import",
+    "keeps a plain stream file of QEMU's as a snapshot",
+    "nothing is kept",
+    cancel=_refused("it is being kept; a snapshot can be forgotten ('vmferry forget')"),
+)
+CHORES: Final = (VERIFY, PRUNE, EXPORT, IMPORT)
+
+KINDS: Final[Mapping[str, Kind]] = {kind.name: kind for kind in (MIGRATE, INCOMING, MIRROR, SAVE, RESTORE, *CHORES)}
 """By QEMU's word, where QEMU has one. A new kind is one more row."""
 
 _QEMU_DOES: Final = _does("as in QEMU")

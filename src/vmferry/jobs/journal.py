@@ -77,6 +77,8 @@ class Entry(StrEnum):
     """A snapshot of a VM of this host was asked for."""
     SAVE_ACTS = "save-acts"
     """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
+    CHORE_WANTED = "chore-wanted"
+    """A job about the repository was asked for: verify, prune, export, import."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -179,52 +181,64 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "restore", entry.body)
             case Entry.SAVE_WANTED:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
-            case Entry.SAVE_ACTS if job:
-                job.did = str(entry.body.get("did", job.did))
-            case Entry.DISMISSED if job:
-                job.dismissed = True
-            case Entry.CANCEL_WANTED if job:
-                job.cancel_wanted = True
-            case Entry.CANCEL_REFUSED if job:
-                job.cancel_wanted = False
-            case Entry.POSTCOPY_WANTED if job:
-                job.postcopy_wanted = True
-            case Entry.FINALIZE_WANTED if job:
-                job.finalize_wanted = True
-            case Entry.PAUSED if job:
-                job.paused = bool(entry.body.get("paused"))
-            case Entry.OPTIONS_BEFORE if job:
-                job.options_before = {**entry.body, **job.options_before}
-            case Entry.MIRRORS if job:
-                job.mirrors = entry.body
-            case Entry.IMAGE_MADE if job:
-                job.images.update(entry.body)
-            case Entry.RECOVERY_WAY if job:
-                job.recovery_way = entry.body
-            case Entry.COMMITTED if job:
-                job.committed_generation = int(entry.body["generation"])
-            case Entry.STARTING if job:
-                job.starting = True
-            case Entry.RAN if job:
-                job.ran = True
-            case Entry.TURNED_BACK if job:
-                job.turned_back = True
-            case Entry.FENCED if job:
-                job.fenced = str(entry.body.get("text", "no reason was written down"))
-            case Entry.POLICY if job:
-                job.policy = {**job.policy, **entry.body}
-            case Entry.RENOUNCED if job:
-                job.renounced = True
-            case Entry.ENDED if job:
-                job.ended = entry.body
+            case Entry.CHORE_WANTED:
+                state.jobs[entry.subject] = JobState(entry.subject, "chore", entry.body)
+            case _ if job is not None:
+                _of_job(job, entry)
             case _:
                 pass  # an entry of a job whose beginning is not there any more: nothing to say
     return state
 
 
+def _of_job(job: JobState, entry: Written) -> None:
+    """What one more entry says of a job that has begun."""
+    match entry.kind:
+        case Entry.SAVE_ACTS:
+            job.did = str(entry.body.get("did", job.did))
+        case Entry.DISMISSED:
+            job.dismissed = True
+        case Entry.CANCEL_WANTED:
+            job.cancel_wanted = True
+        case Entry.CANCEL_REFUSED:
+            job.cancel_wanted = False
+        case Entry.POSTCOPY_WANTED:
+            job.postcopy_wanted = True
+        case Entry.FINALIZE_WANTED:
+            job.finalize_wanted = True
+        case Entry.PAUSED:
+            job.paused = bool(entry.body.get("paused"))
+        case Entry.OPTIONS_BEFORE:
+            job.options_before = {**entry.body, **job.options_before}
+        case Entry.MIRRORS:
+            job.mirrors = entry.body
+        case Entry.IMAGE_MADE:
+            job.images.update(entry.body)
+        case Entry.RECOVERY_WAY:
+            job.recovery_way = entry.body
+        case Entry.COMMITTED:
+            job.committed_generation = int(entry.body["generation"])
+        case Entry.STARTING:
+            job.starting = True
+        case Entry.RAN:
+            job.ran = True
+        case Entry.TURNED_BACK:
+            job.turned_back = True
+        case Entry.FENCED:
+            job.fenced = str(entry.body.get("text", "no reason was written down"))
+        case Entry.POLICY:
+            job.policy = {**job.policy, **entry.body}
+        case Entry.RENOUNCED:
+            job.renounced = True
+        case Entry.ENDED:
+            job.ended = entry.body
+        case _:
+            pass  # it says nothing of a job
+
+
 KEEP_ENDED_JOBS = 200
-"""Results of ended jobs that are kept over a restart; older ones are forgotten with their entries. Those that wait to
-be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them)."""
+"""Results of ended jobs that are kept over a restart, and as many of chores; older ones are forgotten with their
+entries. Those that wait to be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds
+them)."""
 
 
 class JournalStore(Protocol):
@@ -317,14 +331,18 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " (SELECT max(seq) FROM entry WHERE kind IN ('left','let-go') GROUP BY subject)"
         )
         db.execute("DELETE FROM entry WHERE kind='let-go'")
-        old = db.execute(
-            "SELECT subject FROM entry WHERE kind='ended' AND subject NOT IN"
-            " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted','save-wanted','restore-wanted')"
-            "  AND json_extract(body, '$.auto_dismiss') = 0"
-            "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
-            " ORDER BY seq DESC LIMIT -1 OFFSET ?",
-            (KEEP_ENDED_JOBS,),
-        ).fetchall()
+        old = []
+        for among in ("IN", "NOT IN"):  # a verify each hour must not push out what migrations prove
+            old += db.execute(
+                f"SELECT subject FROM entry WHERE kind='ended' AND subject {among}"
+                " (SELECT subject FROM entry WHERE kind='chore-wanted') AND subject NOT IN"
+                " (SELECT subject FROM entry WHERE kind IN"
+                "   ('wanted','place-wanted','save-wanted','restore-wanted','chore-wanted')"
+                "  AND json_extract(body, '$.auto_dismiss') = 0"
+                "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+                " ORDER BY seq DESC LIMIT -1 OFFSET ?",
+                (KEEP_ENDED_JOBS,),
+            ).fetchall()
         of_vms = "('kept','forgotten','blocked','unblocked','left')"
         db.executemany(f"DELETE FROM entry WHERE subject=? AND kind NOT IN {of_vms}", old)
         db.execute(

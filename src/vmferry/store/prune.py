@@ -25,7 +25,7 @@ Rule 4: before each single delete the deed looks whether its lock is still there
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,12 @@ from vmferry.store.repository import Repository
 from vmferry.store.source import PageSource
 
 _PAGES_AT_A_TIME = 4096
+OnBytes = Callable[[int, int], None]
+"""(done, of how many bytes); what it raises ends the work between two steps."""
+
+
+def _nobody(done: int, whole: int) -> None:
+    """Nobody looks on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +98,16 @@ def plan_prune(
     grace_s: float = STORE_PRUNE_GRACE_S,
     empty_below: float = 0.5,
     stale_s: float = STORE_LOCK_STALE_S,
+    on_bytes: OnBytes = _nobody,
 ) -> PrunePlan:
     """Looks, and changes nothing. Packs of which less than `empty_below` (0 to 1) is used are to be emptied.
+    `on_bytes` counts the manifests.
 
     Raises Damaged (rule 1), RepositoryBusy.
     """
     lock = repository.shared("plan a prune", stale_s=stale_s)
     try:
-        return _Planner(repository, lock, grace_s, empty_below).plan()
+        return _Planner(repository, lock, grace_s, empty_below).plan(on_bytes)
     finally:
         lock.release()
 
@@ -126,10 +134,13 @@ class _Planner:
         self._used = [np.zeros(index.rows, np.bool_) for index in self._source.indexes]
         self._needed: set[bytes] = set()
 
-    def plan(self) -> PrunePlan:
-        for snapshot in self._snapshots:
+    def plan(self, on_bytes: OnBytes) -> PrunePlan:
+        done, whole = 0, sum(entry.size_bytes for entry in self._snapshots.values())
+        for snapshot, manifest in self._snapshots.items():
             self._lock.renew_if_due()
+            on_bytes(done, whole)
             self._mark(snapshot)
+            done += manifest.size_bytes
         self._mark_bases()
         remove: list[Entry] = []
         empty: list[PackWork] = []
@@ -235,10 +246,12 @@ class _Planner:
         return work.entry.size_bytes * (rows - len(work.rows)) // rows
 
 
-def execute(repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_LOCK_STALE_S) -> Pruned:
+def execute(
+    repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_LOCK_STALE_S, on_bytes: OnBytes = _nobody
+) -> Pruned:
     """Does what the plan says. Raises PlanOutdated or RepositoryBusy: nothing was done.
 
-    After any other error a part was done (see the module's text), and another plan does the rest.
+    After any other error, also of `on_bytes`, a part was done (see the module's text), and another plan does the rest.
     """
     lock = repository.exclusive("prune", stale_s=stale_s)
     try:
@@ -247,22 +260,29 @@ def execute(repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_L
         now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
         if now != plan.seen:
             raise PlanOutdated("the repository is not any more what the plan was made for")
-        written = _empty_packs(repository, plan.empty_packs, lock) if plan.empty_packs else 0
+        emptied = sum(work.entry.size_bytes for work in plan.empty_packs)
         going = [
             *plan.remove_indexes, *plan.remove_packs, *(work.entry for work in plan.empty_packs),
             *plan.remove_leftovers,
         ]  # fmt: skip
+        done, whole = emptied, emptied + sum(entry.size_bytes for entry in going)
+        written = (
+            _empty_packs(repository, plan.empty_packs, lock, lambda n: on_bytes(n, whole)) if plan.empty_packs else 0
+        )
         for entry in going:
             lock.renew_if_due()
+            on_bytes(done, whole)
             lock.check()
             repository.backend.delete(entry.name)
+            done += entry.size_bytes
         return Pruned(len(going), sum(entry.size_bytes for entry in going), written)
     finally:
         lock.release()
 
 
-def _empty_packs(repository: Repository, works: Iterable[PackWork], lock: Lock) -> int:
-    """Writes the used pages of these packs into new ones; they are durable and known when this returns."""
+def _empty_packs(repository: Repository, works: Iterable[PackWork], lock: Lock, on_bytes: Callable[[int], None]) -> int:
+    """Writes the used pages of these packs into new ones; they are durable and known when this returns. `on_bytes` is
+    told how much of them is done; if it raises, new packs that no index names are left."""
     source = PageSource(repository)
     position: dict[bytes, int] = {}
     for index_id in repository.indexes():
@@ -273,9 +293,12 @@ def _empty_packs(repository: Repository, works: Iterable[PackWork], lock: Lock) 
         position[index_id] = len(source.indexes)
         source.add(index)
     packer = Packer(repository, lock.renew_if_due)
+    done = 0
     for work in works:
         k = position[work.index_id]
         index = source.indexes[k]
+        on_bytes(done)
+        done += work.entry.size_bytes
         for begin in range(0, len(work.rows), _PAGES_AT_A_TIME):
             rows = work.rows[begin : begin + _PAGES_AT_A_TIME]
             pages = source.read((rows + source.starts[k]).astype(np.uint32))

@@ -56,11 +56,12 @@ class Verdict:
         return frozenset(snapshot for problem in self.problems for snapshot in problem.snapshots)
 
 
-def verify(repository: Repository, on_pack: Callable[[int, int], None] = lambda done, of: None) -> Verdict:
-    """Reads everything. `on_pack` is told after each pack how many of how many are done. Raises RepositoryBusy."""
+def verify(repository: Repository, on_bytes: Callable[[int, int], None] = lambda done, of: None) -> Verdict:
+    """Reads everything. `on_bytes` is told after each pack how many bytes of how many are done; what it raises ends the
+    search. Raises RepositoryBusy."""
     lock = repository.shared("verify")
     try:
-        return _Search(repository, on_pack, lock.renew_if_due).run()
+        return _Search(repository, on_bytes, lock.renew_if_due).run()
     finally:
         lock.release()
 
@@ -68,8 +69,8 @@ def verify(repository: Repository, on_pack: Callable[[int, int], None] = lambda 
 class _Search:
     """The state of one search."""
 
-    def __init__(self, repository: Repository, on_pack: Callable[[int, int], None], renew: Callable[[], None]) -> None:
-        self._repository, self._on_pack, self._renew = repository, on_pack, renew
+    def __init__(self, repository: Repository, on_bytes: Callable[[int, int], None], renew: Callable[[], None]) -> None:
+        self._repository, self._on_bytes, self._renew = repository, on_bytes, renew
         self._packs = repository.packs()
         self._source = PageSource(repository)
         self._position: dict[bytes, int] = {}
@@ -87,14 +88,17 @@ class _Search:
             for number, pack_id in enumerate(index.pack_ids)
             if pack_id in self._packs
         ]
-        for done, (k, number, pack_id) in enumerate(work, 1):
+        done, whole = 0, sum(self._packs[pack_id].size_bytes for _, _, pack_id in work)
+        for k, number, pack_id in work:
             self._renew()
+            self._on_bytes(done, whole)
             named.add(pack_id)
             self._read_pack(k, number, pack_id)
-            self._on_pack(done, len(work))
+            done += self._packs[pack_id].size_bytes
         snapshots = self._repository.snapshot_ids()
         for snapshot in snapshots:
             self._renew()
+            self._on_bytes(done, whole)
             self._read_snapshot(snapshot)
         problems = [Problem(name, what, tuple(sorted(whose))) for name, (what, whose) in sorted(self._found.items())]
         return Verdict(

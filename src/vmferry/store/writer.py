@@ -92,19 +92,21 @@ class SnapshotWriter:
         self.put_some(block, np.arange(first, first + len(pages)), pages)
 
     def put_some(self, block: str, numbers: npt.NDArray[np.int64], pages: Pages) -> None:
-        """Pages with these numbers, one per row. As `put`."""
+        """Pages with these numbers, one per row; of a number that is there twice the last one counts. As `put`."""
         assert pages.shape == (len(numbers), PAGE_BYTES)
         table = self._tables[self._by_name[block]]
         self._lock.renew_if_due()
         is_zero = ~pages.view(np.uint64).any(axis=1) if pages.flags.c_contiguous else ~pages.any(axis=1)
-        table[numbers[is_zero]] = ZERO
         rows = np.flatnonzero(~is_zero)
         ids = self._repository.ids.of_some(pages, rows.tolist())
         found = self._known.find(ids)
         is_new = found == UNKNOWN
         if is_new.any():
             found[is_new] = self._add(block, numbers, pages, rows[is_new], ids[is_new])
-        table[numbers[rows]] = found
+        values = np.full(len(numbers), ZERO, np.uint32)
+        values[rows] = found
+        # One assignment in the order of the pages, zeros among them: with a page twice numpy leaves the last one.
+        table[numbers] = values
 
     def put_zeros(self, block: str, numbers: npt.NDArray[np.int64]) -> None:
         """These pages are zero: nothing has to be looked at. As `put`."""

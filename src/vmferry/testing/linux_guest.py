@@ -114,6 +114,12 @@ def build(cache: Path) -> LinuxGuest:
     return guest
 
 
+def worker() -> bytes:
+    """The program that lets a guest work beside its checks (`rdinit=/worker`): see guest/work/worker.c. Raises
+    HostToolError."""
+    return _compile([project_root() / "guest" / "work" / "worker.c"])
+
+
 def _files(cache: Path) -> LinuxGuest:
     home = cache / "linux-guest"
     return LinuxGuest(kernel=home / "vmlinuz", initrd=home / "initrd.gz")

@@ -402,6 +402,8 @@ def _family(endpoint: Endpoint) -> socket.AddressFamily:
 def _listen(endpoint: Endpoint) -> socket.socket:
     server = socket.socket(_family(endpoint), socket.SOCK_STREAM)
     try:
+        # A relay that ends and begins again has its address at once: what it cut lingers there for a minute.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(endpoint)
         server.listen(16)
     except OSError:

@@ -118,6 +118,7 @@ def test_what_the_next_agent_does(entries: tuple[Entry, ...], more: dict[str, An
 @pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("ran", [False, True])
 @pytest.mark.parametrize("kept", ["/vm", "", "/another"])
+@pytest.mark.proves("S55", "S58")
 def test_a_guest_that_may_have_run_is_never_taken_away(state: str, cancel: bool, ran: bool, kept: str) -> None:
     entries = (E.STARTING, *((E.RAN,) if ran else ()), *((E.CANCEL_WANTED,) if cancel else ()))
     label, attempt, _ = asyncio.run(row_of(*entries, qemu=state, kept=kept))

@@ -277,6 +277,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmferry.agent.rescue.settled", settled)
 
 
+@pytest.mark.proves("S39")
 async def test_a_lazy_restore_starts_the_guest_when_the_journal_keeps_it(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.begin()
@@ -343,6 +344,7 @@ async def test_a_qemu_with_other_memory_gets_nothing(tmp_path: Path) -> None:
     assert "migrate-incoming" not in bed.qemu.told
 
 
+@pytest.mark.proves("S12")
 async def test_a_cancel_does_not_wait_for_the_repository(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.begin(read=False)
@@ -353,6 +355,7 @@ async def test_a_cancel_does_not_wait_for_the_repository(tmp_path: Path) -> None
     assert bed.is_nothing_left()
 
 
+@pytest.mark.proves("S115")
 async def test_a_qemu_that_does_not_take_the_guest_is_told_in_its_own_words(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.begin()
@@ -370,6 +373,7 @@ async def loaded(bed: Bed) -> FakeFeed:
     return feed
 
 
+@pytest.mark.proves("S58")
 async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp_path: Path) -> None:
     """`cont` that is refused may have been the second one, and the guest may have run."""
     bed = Bed(tmp_path)
@@ -491,6 +495,7 @@ async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_aw
     assert bed.agent.gone == [bed.agent.vms["web1"]]
 
 
+@pytest.mark.proves("S93", "S94")
 async def test_trouble_pauses_the_job_and_its_end_resumes_it(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.begin()

@@ -75,6 +75,7 @@ async def test_a_guest_comes_back_although_all_threads_of_the_store_are_busy(mak
     assert (await ended(job))["outcome"] == "saved"
 
 
+@pytest.mark.proves("S12")
 async def test_with_pause_a_commit_that_hangs_can_be_cancelled(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ async def test_a_commit_whose_answer_is_lost_is_looked_for(
     await check_guest_runs(site)
 
 
+@pytest.mark.proves("S105")
 async def test_the_event_loop_never_waits_for_a_repository_that_is_opened(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ async def test_a_vm_is_not_free_before_its_end_is_durable(make_site: MakeSite, m
 async def test_a_job_id_is_used_once(make_site: MakeSite) -> None:
     site = await make_site()
     wire = await save(site, job="mine")
-    with pytest.raises(UsageError, match="that of a save"):
+    with pytest.raises(UsageError, match="that of another job"):
         await site.command("a", "vm-migrate", vm="g", destination="b", job="mine")
     attempt = await site.migrate()
     with pytest.raises(UsageError, match="that of another job"):

@@ -14,6 +14,7 @@ from tests.save_sites import (
     begin,
     begin_h,
     check_guest_runs,
+    chore,
     ended,
     names,
     repository,
@@ -114,6 +115,7 @@ DEATHS = [(version, *place) for version in ("7.2", "11.1") for place in PLACES i
 
 
 @pytest.mark.parametrize(("version", "way", "fact"), DEATHS)
+@pytest.mark.proves("S53", "S123")
 async def test_an_agent_that_dies_at_a_fact_leaves_a_guest_that_runs(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, version: str, way: str, fact: SaveFact
 ) -> None:
@@ -157,9 +159,9 @@ async def test_an_agent_that_dies_at_a_fact_leaves_a_guest_that_runs(
     assert names(site) == ["before", *(["two"] if committed else [])]
     (listed,) = await site.command("a", "query-jobs")
     assert (listed["id"], listed["status"]) == (job.job, "concluded")
-    wire = await site.command("a", "snapshot-verify")
+    wire = await chore(site, "snapshot-verify")
     assert wire["whole"]
-    plan = await site.command("a", "snapshot-prune", dry_run=True)
+    plan = await chore(site, "snapshot-prune", dry_run=True)
     assert plan["done"] is None
     assert (await save(site, "three"))["outcome"] == "saved"
 
@@ -265,6 +267,7 @@ async def test_a_qemu_that_dies_takes_its_guest_with_it(make_site: MakeSite, ste
     assert names(site) == []
 
 
+@pytest.mark.proves("S56")
 async def test_a_guest_that_cannot_be_started_is_told_as_held(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +283,7 @@ async def test_a_guest_that_cannot_be_started_is_told_as_held(
     await check_guest_runs(site)
 
 
+@pytest.mark.proves("S56")
 async def test_a_lock_that_is_free_again_in_time(make_site: MakeSite) -> None:
     site = await make_site()
     site.director.script("a", cont='Failed to get "write" lock')

@@ -15,6 +15,7 @@ from tests.save_sites import (
     begin,
     check_guest_runs,
     check_snapshot,
+    chore,
     ended,
     names,
     repository,
@@ -147,6 +148,7 @@ async def test_a_second_save_of_a_guest_refers_to_the_first(make_site: MakeSite)
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("S95")
 async def test_the_job_is_listed_until_it_is_dismissed_also_by_the_next_agent(make_site: MakeSite) -> None:
     site = await make_site()
     wire = await save(site, **KEPT)
@@ -170,6 +172,7 @@ async def test_the_same_job_again_is_the_same_save(make_site: MakeSite) -> None:
     assert again == wire
 
 
+@pytest.mark.proves("S97")
 async def test_it_waits_for_leave_with_the_guest_standing(make_site: MakeSite) -> None:
     site = await make_site()
     job = await begin(site, **HELD)
@@ -258,6 +261,7 @@ async def test_verbs_that_a_save_does_not_take(make_site: MakeSite) -> None:
 # --- blockers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.proves("S79")
 async def test_one_save_or_migration_at_a_time(make_site: MakeSite) -> None:
     site = await make_site()
     site.director.script("a", {"active": "hold"})
@@ -282,6 +286,7 @@ async def test_one_save_or_migration_at_a_time(make_site: MakeSite) -> None:
     await site.settle()
 
 
+@pytest.mark.proves("S79")
 async def test_a_person_can_hold_a_blocker_against_it(make_site: MakeSite) -> None:
     site = await make_site()
     await site.command("a", "blocker-add", vm="g", name="no", operation="snapshot", reason="secrets")
@@ -345,25 +350,25 @@ async def test_list_verify_forget_prune(make_site: MakeSite) -> None:
     wire = await save(site)
     (listed,) = (await site.command("a", "snapshots"))["snapshots"]
     assert (listed["name"], listed["vm"], listed["pages"]) == ("one", "g", 68)
-    assert (await site.command("a", "snapshot-verify", name="one"))["whole"]
+    assert (await chore(site, "snapshot-verify", name="one"))["whole"]
     with pytest.raises(UnknownSnapshot):
         await site.command("a", "snapshot-verify", name="nobody")
     with pytest.raises(UsageError):
-        await site.command("a", "snapshot-prune", empty_below=2.0)
+        await chore(site, "snapshot-prune", empty_below=2.0)
     for pack in (site.directory / "sa/repository/packs").rglob("*"):
         if pack.is_file():
             pack.chmod(0o600)
             data = bytearray(pack.read_bytes())
             data[len(data) // 2] ^= 1
             pack.write_bytes(data)
-    verdict = await site.command("a", "snapshot-verify")
+    verdict = await chore(site, "snapshot-verify")
     assert not verdict["whole"]
     assert verdict["damaged_snapshots"] == ["one"]
     assert {name for problem in verdict["problems"] for name in problem["snapshots"]} == {"one"}
     assert (await site.command("a", "snapshot-forget", name=wire["snapshot"]))["name"] == "one"
     with pytest.raises(UnknownSnapshot):
         await site.command("a", "snapshot-forget", name="one")
-    assert (await site.command("a", "snapshot-prune"))["plan"]["too_young"] == 1
+    assert (await chore(site, "snapshot-prune"))["plan"]["too_young"] == 1
 
 
 async def test_export_and_import_give_the_same_pages(make_site: MakeSite) -> None:
@@ -371,29 +376,29 @@ async def test_export_and_import_give_the_same_pages(make_site: MakeSite) -> Non
     await save(site)
     file = site.directory / "one.stream"
     with pytest.raises(UsageError, match="not a whole path"):
-        await site.command("a", "snapshot-export", name="one", file="one.stream")
-    wire = await site.command("a", "snapshot-export", name="one", file=str(file))
+        await chore(site, "snapshot-export", name="one", file="one.stream")
+    wire = await chore(site, "snapshot-export", name="one", file=str(file))
     assert wire["bytes"] == file.stat().st_size
     assert file.stat().st_mode & 0o777 == 0o600, "a guest's memory has its keys"
     os.mkfifo(site.directory / "pipe")
     with pytest.raises(UsageError, match="no regular file"):
-        await site.command("a", "snapshot-import", name="pipe", file=str(site.directory / "pipe"))
+        await chore(site, "snapshot-import", name="pipe", file=str(site.directory / "pipe"))
     with pytest.raises(UsageError, match="cannot be written"):
-        await site.command("a", "snapshot-export", name="one", file=str(file))
+        await chore(site, "snapshot-export", name="one", file=str(file))
     assert [each.name for each in site.directory.glob(".*.part")] == []
-    back = await site.command("a", "snapshot-import", name="two", file=str(file))
+    back = await chore(site, "snapshot-import", name="two", file=str(file))
     assert back["stored_bytes"] == 0, "every page is known"
     with SnapshotReader(repository(site), back["snapshot"]) as reader:
         assert [page[0] for page in reader.read("pc.ram", 0, 64)] == [fake_stream.page(n)[0] for n in range(64)]
         words = SnapshotWords.from_wire(reader.head.metadata)
     assert (words.way, words.definition, words.machine) == ("import", None, "pc-q35-7.2")
     with pytest.raises(RepositoryError, match="already"):
-        await site.command("a", "snapshot-import", name="two", file=str(file))
+        await chore(site, "snapshot-import", name="two", file=str(file))
     with pytest.raises(UsageError, match="cannot be read"):
-        await site.command("a", "snapshot-import", name="three", file=str(site.directory / "nowhere"))
+        await chore(site, "snapshot-import", name="three", file=str(site.directory / "nowhere"))
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(VmferryError):
-        await site.command("a", "snapshot-import", name="three", file=str(file))
+        await chore(site, "snapshot-import", name="three", file=str(file))
     assert names(site) == ["one", "two"]
 
 

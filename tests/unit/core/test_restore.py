@@ -69,6 +69,7 @@ def test_what_is_done_next(wish: RestoreWish, facts: tuple[F, ...], label: str) 
     assert next_row(log(*facts), wish).label == label
 
 
+@pytest.mark.proves("S58")
 def test_every_combination_of_facts_has_a_row_and_no_row_loses_a_guest() -> None:
     """A guest that may have run is never taken away, and none runs before the journal keeps it."""
     every = [fact for fact in F if fact is not F.WANTED]
@@ -113,6 +114,7 @@ def test_how_it_stands(facts: tuple[F, ...], state: J, word: str) -> None:
     assert (core.restore_state(log(*facts)), core.detail(log(*facts))) == (state, word)
 
 
+@pytest.mark.proves("S93")
 def test_the_states_follow_each_other_as_qemus_do() -> None:
     way = [F.WANTED, F.READ, F.LAUNCHED, F.LOADING, F.LOADED, F.KEPT, F.STARTING, F.STANDS, F.AGAIN, F.RAN,
            F.TROUBLE, F.MENDED, F.LOST, F.REJOINED, F.WHOLE, F.ENDED]  # fmt: skip

@@ -136,6 +136,7 @@ PLAY = [
 ]
 
 
+@pytest.mark.proves("S93", "S94")
 def test_a_save_as_its_job_shows_it() -> None:
     made, before = SaveLog(), save_job(SaveLog())
     assert (before, save_status(made)) == (J.UNDEFINED, "setup")
@@ -193,6 +194,7 @@ def test_a_cancel_is_too_late_once_the_commit_began() -> None:
     assert "forget" in str(may_cancel(log(F.KEPT), is_committing=True, stands=True))
 
 
+@pytest.mark.proves("S99")
 def test_the_kind_answers_every_verb_in_every_state() -> None:
     assert KINDS["save"] is SAVE
     for verb, state in itertools.product(Verb, SAVE.states):

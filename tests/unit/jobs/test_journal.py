@@ -132,12 +132,12 @@ def test_a_dismissed_job_says_so_and_still_proves_what_it_proved() -> None:
     assert (state.dismissed, state.ended) == (True, {"outcome": "source"})
 
 
-BEGINNINGS = (Entry.WANTED, Entry.PLACE_WANTED, Entry.SAVE_WANTED, Entry.RESTORE_WANTED)
+BEGINNINGS = (Entry.WANTED, Entry.PLACE_WANTED, Entry.SAVE_WANTED, Entry.RESTORE_WANTED, Entry.CHORE_WANTED)
 
 
 def test_each_kind_of_job_has_a_beginning_of_its_own() -> None:
     roles = [replay(entries((kind, "j1", {"vm": "web1"}))).jobs["j1"].role for kind in BEGINNINGS]
-    assert roles == ["source", "destination", "save", "restore"]
+    assert roles == ["source", "destination", "save", "restore", "chore"]
 
 
 def test_a_save_is_read_back_and_kept_until_it_is_dismissed() -> None:
@@ -193,7 +193,7 @@ def test_any_prefix_of_any_journal_can_be_replayed(rows: list[tuple[Entry, str, 
     """An agent may die between any two entries."""
     for length in range(len(rows) + 1):
         state = replay(entries(*rows[:length]))
-        assert all(job.role in ("source", "destination", "save", "restore") for job in state.jobs.values())
+        assert all(job.role in ("source", "destination", "save", "restore", "chore") for job in state.jobs.values())
 
 
 # --- on the disk ----------------------------------------------------------------------------------------
@@ -361,3 +361,19 @@ async def test_blockers_are_read_back_by_name_and_old_ones_dropped_at_the_start(
     await journal.append(Entry.FORGOTTEN, "web1", {})
     assert "web1" not in replay(journal.read()).blockers
     journal.close()
+
+
+async def test_chores_do_not_push_out_what_migrations_prove(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verify each hour is as many ended jobs in a week as an agent keeps."""
+    monkeypatch.setattr(journal_module, "KEEP_ENDED_JOBS", 2)
+    journal = Journal(path)
+    await journal.append(Entry.WANTED, "moved")
+    await journal.append(Entry.ENDED, "moved", {})
+    for number in range(4):
+        await journal.append(Entry.CHORE_WANTED, f"c{number}")
+        await journal.append(Entry.ENDED, f"c{number}", {})
+    journal.close()
+    journal = Journal(path)
+    left = replay(journal.read()).jobs
+    journal.close()
+    assert list(left) == ["moved", "c2", "c3"]

@@ -133,7 +133,7 @@ def test_a_whole_repository_is_found_whole() -> None:
         assert verdict.problems == ()
         assert (verdict.snapshots, verdict.packs, verdict.orphans) == (2, len(store.names("packs/")), 0)
         assert verdict.read_bytes == sum(entry.size_bytes for entry in store.backend.list("packs/"))
-        assert seen[-1] == (verdict.packs, verdict.packs)
+        assert seen[-1] == (verdict.read_bytes, verdict.read_bytes)
 
 
 def test_damage_names_the_snapshots_that_suffer_and_no_others() -> None:

@@ -46,6 +46,37 @@ def test_what_was_saved_comes_back(clock: ManualClock, key: PassPhrase | KeyFile
     assert len(store.names("index/")) > 1, "several indexes are what is tested here"
 
 
+@pytest.mark.parametrize("is_based", [False, True], ids=["first", "later"])
+def test_of_a_page_that_comes_twice_in_one_call_the_last_one_counts(store: Store, is_based: bool) -> None:
+    """Whatever the two are: new, known, zero, the same as each other, or little different from the base's."""
+    before = memory(64)
+    base = store.save(before)
+    now = touched(before, 16)
+    rng = np.random.default_rng(6)
+    fresh = rng.integers(0, 256, (2, PAGE_BYTES), dtype=np.uint8)
+    zero = np.zeros(PAGE_BYTES, np.uint8)
+    changed = next(n for n in range(10, 64) if not np.array_equal(before[n], now[n]))
+    pairs = [
+        (1, fresh[0], fresh[1]), (2, fresh[0], zero), (3, zero, fresh[0]), (4, before[9], fresh[1]),
+        (5, fresh[1], before[9]), (6, zero, zero), (7, fresh[0], fresh[0]), (changed, fresh[1], now[changed]),
+    ]  # fmt: skip
+    assert len({number for number, _, _ in pairs}) == len(pairs)
+    for number, _, last in pairs:
+        now[number] = last
+    numbers = np.array([n for n, _, _ in pairs] + [n for n, _, _ in reversed(pairs)])
+    content = np.stack([first for _, first, _ in pairs] + [last for _, _, last in reversed(pairs)])
+    with (
+        SnapshotReader(store.repository, base) as reader,
+        SnapshotWriter(store.repository, [Block(RAM, 64 * PAGE_BYTES)], base=reader if is_based else None) as writer,
+    ):
+        writer.put(RAM, 0, before)
+        others = np.setdiff1d(np.arange(64), numbers)
+        writer.put_some(RAM, np.concatenate([others, numbers]), np.concatenate([now[others], content]))
+        writer.commit("twice", device_state=b"devices of vm")
+    store.saved[writer.snapshot] = now
+    store.check(writer.snapshot)
+
+
 def test_zeros_are_not_stored_and_equal_pages_once(store: Store) -> None:
     pages = memory(400)
     distinct = len({page.tobytes() for page in pages} - {bytes(PAGE_BYTES)})
