@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from vmferry.core import disks
-from vmferry.core.disk_reports import DiskReport, DiskUse, LocalDisk, RoomReport
+from vmferry.core.disk_reports import DiskReport, DiskUse, LocalDisk, RoomReport, Since
 from vmferry.core.disks import Choice
 from vmferry.core.preflight import Weight
 from vmferry.errors import UsageError
-from vmferry.units import GIB
+from vmferry.units import GIB, MIB
 
 DISK = LocalDisk(id="disk0", path="/d/web.img", node="disk0", format="raw", virtual_bytes=8 * GIB, allocated_bytes=GIB)
 ROOM = RoomReport(path="/copies/web.img", folder="/copies", exists=False, folder_writable=True,
@@ -136,3 +136,59 @@ def test_the_note_says_what_how_large_and_where_to() -> None:
 def test_reports_are_values() -> None:
     assert DiskReport(exists=True) == DiskReport(exists=True)
     assert DiskUse("/a") == DiskUse("/a", read_only=False)
+
+
+CAME = Since("vmferry-since:j1:host-b", "j1", "host-b", is_origin=True, changed_bytes=MIB)
+TRIED = Since("vmferry-tried:j2:host-b", "j2", "host-b", is_origin=False, changed_bytes=2 * MIB)
+THERE = replace(ROOM, exists=True, left_bytes=8 * GIB)
+
+
+@pytest.mark.proves("S96", "S114")
+def test_a_bitmaps_name_says_since_when_and_where_the_other_image_is() -> None:
+    assert disks.parse_since(disks.since_name("j1", "host-b"), MIB) == CAME
+    assert disks.parse_since(disks.tried_name("j2", "host-b"), 2 * MIB) == TRIED
+    for strange in ("", "backup-1", "vmferry-since", "vmferry-since:j1", "vmferry-since::host-b", "other:j1:host-b"):
+        assert disks.parse_since(strange, 0) is None, strange
+
+
+@pytest.mark.proves("S114")
+def test_a_try_counts_before_the_arrival_and_other_hosts_do_not() -> None:
+    elsewhere = replace(TRIED, host="host-c")
+    assert disks.since_for([CAME, elsewhere, TRIED], "host-b") == TRIED
+    assert disks.since_for([CAME, elsewhere], "host-b") == CAME
+    assert disks.since_for([elsewhere], "host-b") is None
+
+
+@pytest.mark.proves("S96", "S114")
+def test_an_image_that_was_left_there_is_written_to_and_no_other_one() -> None:
+    disk = replace(DISK, since=CAME)
+    assert codes(disk, THERE) == []
+    assert codes(DISK, THERE) == ["disk-copy-exists"], "nobody counts what differs from it"
+    assert codes(disk, replace(THERE, left_bytes=None)) == ["disk-copy-exists"], "somebody has touched it"
+    assert codes(disk, replace(THERE, left_bytes=4 * GIB)) == ["disk-copy-exists"], "the disk has grown since"
+    assert codes(replace(disk, format="qcow2"), replace(THERE, has_tool=False)) == [], "nothing is made"
+    assert codes(disk, replace(THERE, free_bytes=MIB)) == [], "there is room for what changed"
+    assert codes(disk, replace(THERE, free_bytes=MIB - 1)) == ["disk-copy-room"]
+
+
+@pytest.mark.proves("S96", "S114")
+def test_who_wants_only_changes_to_go_hears_what_would_go_as_a_whole() -> None:
+    disk = replace(DISK, since=CAME)
+
+    def found(room: RoomReport | None) -> list[str]:
+        rooms = {} if room is None else {disk.path: room}
+        objections = disks.objections("host-a", "host-b", [disk], rooms, from_spec=True, only_changes=True)
+        return [objection.code for objection in objections]
+
+    assert found(THERE) == []
+    assert found(ROOM) == ["disk-not-left"]
+    assert found(replace(THERE, left_bytes=None)) == ["disk-not-left"]
+    assert found(None) == ["disk-copy-unreported"]
+
+
+@pytest.mark.proves("S96")
+def test_a_plan_says_how_much_is_sent() -> None:
+    (whole,) = disks.remarks([DISK], {DISK.path: ROOM})
+    assert "1.0 GiB are in use) is copied to /copies/web.img" in whole.message
+    (changed,) = disks.remarks([replace(DISK, since=CAME)], {DISK.path: THERE})
+    assert "1.0 MiB changed since both sides were equal) is sent to /copies/web.img" in changed.message
