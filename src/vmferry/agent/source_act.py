@@ -508,10 +508,9 @@ async def _clean_up(attempt: SourceAttempt) -> None:
         if not attempt.allows(Effect.CLEAN_UP):
             return
         outcome = attempt.row().outcome  # its QEMU may have died meanwhile: then it is not told that the guest runs
-    is_gone_for_good = attempt.machine.is_gone and outcome is not Outcome.DESTINATION
-    if Fact.DISKS_READY in attempt.facts and (Fact.CANCEL in attempt.facts or is_gone_for_good):
-        # There is no second try, or nobody counts for it any more. The copies are let go in time all the same.
-        with contextlib.suppress(VmferryError):
+    is_back = outcome is not Outcome.DESTINATION
+    if is_back and Fact.DISKS_READY in attempt.facts and not source_disks.are_copies_of_use(attempt):
+        with contextlib.suppress(VmferryError):  # they are let go in time all the same
             await attempt.ask("peer-forget-copies", deadline_s=READY_S)
     job_credentials.remove_job(attempt.job, attempt.context.job_directory)
     if attempt.measured.ended_s is None:

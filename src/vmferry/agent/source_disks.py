@@ -81,6 +81,8 @@ class Copying:
     """What QEMU said of each of their jobs, by its id."""
     is_stale: bool = True
     polled_s: float = float("-inf")
+    differs: bool = False
+    """Both sides were read, and are not equal."""
     speed: int = 0
     """Bytes per second that each of them may send; 0: no limit."""
     sent_in_rounds: dict[str, int] = field(default_factory=dict)
@@ -143,15 +145,23 @@ async def start(attempt: SourceAttempt) -> None:
 
 
 async def _count_for_next_try(attempt: SourceAttempt, mirror: Mirror) -> None:
-    """Before the mirror: what is written from here on is all that a copy can lack once it was whole. Trouble is a line
-    in the log: a second try would be like the first one. Only for images of plain bytes: of others a QEMU that was
-    killed may have had something in its memory that its file does not have."""
+    """Before the mirror: what is written from here on is all that a copy can lack once it was whole. Only for images of
+    plain bytes: of others a QEMU that was killed may have had something in its memory that its file does not have.
+    Raises QemuError."""
     if mirror.format != "raw":
         return
     await _forget_tries(attempt, mirror)
     name = tried_name(attempt.job, attempt.wanted.destination)
     add = {"node": mirror.node, "name": name, "granularity": limits.DISK_BITMAP_BYTES}
-    await source_rounds.unless_gone(attempt, "block-dirty-bitmap-add", add)
+    await attempt.machine.execute("block-dirty-bitmap-add", add)
+
+
+def are_copies_of_use(attempt: SourceAttempt) -> bool:
+    """Every disk was copied once, what was written since is counted, and somebody may try again. Not where the copy was
+    found to differ: what is wrong with it nobody knows."""
+    facts = attempt.facts
+    is_wanted = Fact.CANCEL not in facts and not attempt.machine.is_gone
+    return Fact.DISKS_READY in facts and is_wanted and not attempt.copying.differs
 
 
 async def _forget_tries(attempt: SourceAttempt, mirror: Mirror) -> None:
@@ -360,6 +370,7 @@ async def _verify(attempt: SourceAttempt) -> None:
         raise found
     for mirror in attempt.mirrors:
         if found.get(mirror.id) != ours[mirror.id]:
+            attempt.copying.differs = True
             text = f"{mirror.id} ({mirror.path}): the copy differs"
             attempt.note(Fact.DISK_FAILED, text=text, by="agent")
     took_ms = (attempt.clock.now_s() - began_s) * 1000
@@ -379,7 +390,7 @@ async def drop(attempt: SourceAttempt) -> None:
     await _yank(attempt, attempt.mirrors)
     await _cancel(attempt)
     await forget(attempt)
-    if Fact.DISKS_READY not in attempt.facts or Fact.CANCEL in attempt.facts:
+    if not are_copies_of_use(attempt):
         for mirror in attempt.mirrors:
             if not mirror.since:
                 await _forget_tries(attempt, mirror)

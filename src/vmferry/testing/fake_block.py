@@ -2,6 +2,9 @@
 
 Theory of operation
 -------------------
+A dirty bitmap is a number of bytes: what the script's `wrote` says counts as written by the guest, to each disk. A
+backup job sends what its bitmap has, as far as anybody can see: steps `round` of a script.
+
 An export is a name; a node of another QEMU's export is a connection that asked for the name and was let in. A mirror
 walks through QEMU's job states: running, then ready, from there (`block-job-cancel`) waiting, pending, and with
 `job-finalize` concluded. Steps of a script: `mirror` (the bulk) and `drain` (what is left when it shall end); `fail`
@@ -18,7 +21,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,14 @@ class Node:
     below: str = ""
     read_only: bool = False
     link: Link | None = None
+    bitmaps: dict[str, int] = field(default_factory=dict)
+    """Their names, and how many bytes each has."""
 
 
 class Job:
-    """One mirror."""
+    """One mirror, or one backup of what a bitmap has."""
+
+    kind, bulk = "mirror", "mirror"
 
     def __init__(self, state: State, job_id: str, target: Node, *, size_bytes: int) -> None:
         self.state, self.id, self.target, self.size_bytes = state, job_id, target, size_bytes
@@ -61,7 +68,7 @@ class Job:
     def wire(self) -> dict[str, Any]:
         """As query-jobs has it."""
         wire: dict[str, Any] = {
-            "id": self.id, "type": "mirror", "status": self.status,
+            "id": self.id, "type": self.kind, "status": self.status,
             "current-progress": self.done_bytes, "total-progress": self.size_bytes,
         }  # fmt: skip
         return {**wire, "error": self.error} if self.error else wire
@@ -70,15 +77,19 @@ class Job:
         """The bulk, then equal until it shall end; the end comes with `finalize` or an error."""
         self.be("running")
         try:
-            await self._step("mirror")
+            await self._step(self.bulk)
             self.done_bytes = self.size_bytes
-            self.be("ready")
-            await self._until(asyncio.ensure_future(self.is_ending.wait()))
-            await self._step("drain")
+            await self._stay()
             self.be("waiting")
             self.be("pending")
         except (StepFailed, LinkLost) as error:
             self.end(str(error) or "Input/output error")
+
+    async def _stay(self) -> None:
+        """Equal from here on, until it shall end."""
+        self.be("ready")
+        await self._until(asyncio.ensure_future(self.is_ending.wait()))
+        await self._step("drain")
 
     def end(self, error: str = "") -> None:
         """Over, with this error or none."""
@@ -110,6 +121,21 @@ class Job:
         cancelled.cancel()
 
 
+class Backup(Job):
+    """Ends when it is done; with `auto_finalize` by itself."""
+
+    kind, bulk = "backup", "round"
+    auto_finalize = True
+
+    async def _stay(self) -> None:
+        return
+
+    async def run(self) -> None:
+        await super().run()
+        if self.status == "pending" and self.auto_finalize:
+            self.end()
+
+
 class Block:
     """The block layer of one fake QEMU."""
 
@@ -117,6 +143,7 @@ class Block:
         self.state, self.nodes, self.drives = state, nodes, drives
         self.exports: dict[str, str] = {}
         self.jobs: dict[str, Job] = {}
+        self._written_bytes = 0
         self._stop_serving: Callable[[], None] | None = None
         self._clients: list[Link] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,6 +153,7 @@ class Block:
         method = getattr(self, "_do_" + name.replace("-", "_"), None)
         if method is None:
             raise NotImplementedError(name)
+        self._let_guest_write()
         return await method(arguments)
 
     def yank(self, node: str) -> None:
@@ -146,6 +174,7 @@ class Block:
     def _device(self, device: str, node: Node) -> dict[str, Any]:
         image = {"filename": self._file(node), "format": node.driver, "virtual-size": self._size(node)}
         inserted = {"node-name": node.name, "ro": node.read_only, "drv": node.driver, "image": image}
+        inserted |= _bitmaps(node)
         return {"device": "", "qdev": f"/machine/peripheral/{device}/virtio-backend", "inserted": inserted}
 
     def _file(self, node: Node) -> str:
@@ -163,9 +192,69 @@ class Block:
     async def _do_query_block_exports(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"id": n, "type": "nbd", "node-name": node, "shutting-down": False} for n, node in self.exports.items()]
 
+    async def _do_query_named_block_nodes(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        nodes = list(self.nodes.values())
+        return [{"node-name": n.name, "drv": n.driver, "ro": n.read_only, **_bitmaps(n)} for n in nodes]
+
+    # --- bitmaps ---
+
+    def _let_guest_write(self) -> None:
+        """What the script has it write that it has not written yet."""
+        more = int(self.state.script.get("wrote", 0)) - self._written_bytes
+        self._written_bytes += max(0, more)
+        for node in (self.nodes[name] for _, name in self.drives if more > 0):
+            node.bitmaps = {name: count + more for name, count in node.bitmaps.items()}
+
+    def _node_of(self, data: dict[str, Any]) -> Node:
+        node = self.nodes.get(str(data["node"]))
+        if node is None:
+            raise Refused(f"Cannot find device='' nor node-name='{data['node']}'")
+        return node
+
+    def _bitmap(self, data: dict[str, Any]) -> tuple[Node, str]:
+        node, name = self._node_of(data), str(data["name"])
+        if name not in node.bitmaps:
+            raise Refused(f"Dirty bitmap '{name}' not found")
+        return node, name
+
+    async def _do_block_dirty_bitmap_add(self, data: dict[str, Any]) -> None:
+        node, name = self._node_of(data), str(data["name"])
+        if name in node.bitmaps:
+            raise Refused(f"Bitmap already exists: {name}")
+        node.bitmaps[name] = 0
+
+    async def _do_block_dirty_bitmap_remove(self, data: dict[str, Any]) -> None:
+        node, name = self._bitmap(data)
+        del node.bitmaps[name]
+
+    async def _do_block_dirty_bitmap_clear(self, data: dict[str, Any]) -> None:
+        node, name = self._bitmap(data)
+        node.bitmaps[name] = 0
+
+    async def _do_block_dirty_bitmap_merge(self, data: dict[str, Any]) -> None:
+        node, target = self._bitmap({"node": data["node"], "name": data["target"]})
+        for each in data["bitmaps"]:
+            named = {"node": data["node"], "name": each} if isinstance(each, str) else each
+            where, name = self._bitmap(named)
+            node.bitmaps[target] = max(node.bitmaps[target], where.bitmaps[name])
+
+    async def _bitmaps_together(self, actions: list[dict[str, Any]]) -> None:
+        """All or none."""
+        before = {name: dict(node.bitmaps) for name, node in self.nodes.items()}
+        try:
+            for action in actions:
+                await self.run(str(action["type"]), action["data"])
+        except Refused:
+            for name, bitmaps in before.items():
+                self.nodes[name].bitmaps = bitmaps
+            raise
+
     async def _do_transaction(self, arguments: dict[str, Any]) -> None:
-        """External snapshots only; all or none, as QEMU does it."""
+        """External snapshots, or bitmaps; all or none, as QEMU does it."""
         actions = arguments["actions"]
+        if all(str(action["type"]).startswith("block-dirty-bitmap-") for action in actions):
+            await self._bitmaps_together(actions)
+            return
         for action in actions:
             assert action["type"] == "blockdev-snapshot-sync", action
             node, file = str(action["data"]["node-name"]), str(action["data"]["snapshot-file"])
@@ -234,6 +323,9 @@ class Block:
         name = str(arguments["node-name"])
         if name in self.nodes:
             raise Refused(f"Duplicate nodes with node-name='{name}'")
+        if arguments["driver"] == "raw":
+            self.nodes[name] = Node(name, "raw", below=str(arguments["file"]), read_only=bool(arguments["read-only"]))
+            return
         server = arguments["server"]
         link: Link | None = None
         try:
@@ -275,6 +367,24 @@ class Block:
         job.copy_mode = str(arguments.get("copy-mode", "background"))
         job.be("created")
         job.task = self._keep(job.run(), f"fake-{job_id}")
+
+    async def _do_blockdev_backup(self, arguments: dict[str, Any]) -> None:
+        job_id, target = str(arguments["job-id"]), self.nodes.get(str(arguments["target"]))
+        node, name = self._bitmap({"node": arguments["device"], "name": arguments["bitmap"]})
+        if target is None:
+            raise Refused(f"Cannot find device='{arguments['target']}' nor node-name='{arguments['target']}'")
+        if job_id in self.jobs:
+            raise Refused(f"Job ID '{job_id}' already in use")
+        job = self.jobs[job_id] = Backup(self.state, job_id, target, size_bytes=node.bitmaps[name])
+        job.auto_finalize = bool(arguments.get("auto-finalize", True))
+        job.be("created")
+        job.task = self._keep(job.run(), f"fake-{job_id}")
+
+    async def _do_human_monitor_command(self, arguments: dict[str, Any]) -> str:
+        """qemu-io's flush only."""
+        words = str(arguments["command-line"]).split()
+        assert (words[0], words[-1]) == ("qemu-io", "flush"), words
+        return "" if words[1] in self.nodes else f"Error: Cannot find device='' nor node-name='{words[1]}'\r\n"
 
     def _job(self, job_id: Any) -> Job:
         found = self.jobs.get(str(job_id))
@@ -331,6 +441,13 @@ class Block:
         self._tasks.discard(task)
         if not task.cancelled():
             task.result()
+
+
+def _bitmaps(node: Node) -> dict[str, Any]:
+    """As QEMU lists them; nothing where there are none."""
+    common = {"recording": True, "persistent": False, "busy": False, "granularity": 65536}
+    found = [{"name": name, "count": count, **common} for name, count in node.bitmaps.items()]
+    return {"dirty-bitmaps": found} if found else {}
 
 
 def nodes_of(texts: list[str]) -> dict[str, Node]:

@@ -74,7 +74,7 @@ class Commands:
                 return profile.version_info()
             case "query-kvm":
                 return {"enabled": False, "present": True}
-            case "query-pci" | "query-memory-devices" | "query-named-block-nodes":
+            case "query-pci" | "query-memory-devices":
                 return []
             case "query-memory-size-summary":
                 return {"base-memory": self._memory_bytes, "plugged-memory": 0}

@@ -10,7 +10,7 @@ import pytest
 
 from vmferry.agent import images
 from vmferry.agent.source import SourceAttempt
-from vmferry.agent.source_disks import DRAIN_S
+from vmferry.agent.source_disks import DRAIN_S, are_copies_of_use
 from vmferry.core.facts import Fact
 from vmferry.errors import PlanRefused, UsageError
 from vmferry.testing.fake_site import JumpClock, MakeSite, Site
@@ -32,12 +32,15 @@ class Moved:
         return await self.site.migrate(vm="d", disks="copy", **more)
 
     async def back_unharmed(self, attempt: SourceAttempt, *words: str) -> None:
-        """The guest runs on, nothing is left of the copies, and the error names what these words name."""
+        """The guest runs on, nothing is left of the copies but for a second try, and the error names what these words
+        name."""
         await self.site.settle()
         wire = attempt.wire()
         assert wire["outcome"] == "source", wire
         assert all(word in str(wire["error"]) for word in words), wire["error"]
-        assert not list(self.folder.iterdir()), "the images that the job made are gone"
+        is_whole = are_copies_of_use(attempt)
+        kept = sorted(self.folder.iterdir())
+        assert kept == (self.there if is_whole else []), "the images that the job made are gone, or whole"
         assert all(path.exists() for path in self.here)
         await self.site.check("a", "d")
 
@@ -285,7 +288,8 @@ async def test_an_agent_that_dies_at_any_step(make_site: MakeSite, host: str, fa
     outcome = ready.site.agents["a"].results[ready.site.attempt(vm="d").job]["outcome"]
     await ready.site.check("a" if outcome == "source" else "b", "d")
     names = sorted(path.name for path in ready.folder.iterdir())
-    assert names == ([] if outcome == "source" else ["d0.img", "d1.img"]), (outcome, names)
+    are_whole = outcome == "destination" or (host, fact) == ("a", Fact.STARTED)  # of use for a second try
+    assert names == (["d0.img", "d1.img"] if are_whole else []), (outcome, names)
     assert all(path.exists() for path in ready.here)
 
 
@@ -356,3 +360,100 @@ def test_a_file_of_another_is_not_taken_away(tmp_path: Path) -> None:
     found = path.stat()
     assert images.remove(str(path), (found.st_dev, found.st_ino), job="j")
     assert images.remove(str(path), (found.st_dev, found.st_ino), job="j"), "twice is once"
+
+
+BACK: dict[str, Any] = {"disk": ["disk0=copy", "disk1=copy"], "only-changes": True}
+
+
+async def gone(make_site: MakeSite, *versions: str) -> Moved:
+    """The guest is on b, and has written 5 MiB to each of its disks."""
+    ready = await moved(make_site, *versions)
+    attempt = await ready.migrate()
+    await ready.site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    ready.site.director.change("b", wrote=5 << 20)
+    return ready
+
+
+@pytest.mark.parametrize(("source", "destination"), [("7.2", "7.2"), ("11.1", "11.1")])
+@pytest.mark.proves("S96", "S114")
+async def test_a_guest_goes_back_in_rounds(make_site: MakeSite, source: str, destination: str) -> None:
+    """What it wrote over there, and no whole disk, into what it left."""
+    ready = await gone(make_site, source, destination)
+    origin = await ready.site.command("b", "vm-origin", vm="d")
+    assert (origin["host"], [disk["changed_bytes"] for disk in origin["disks"]]) == ("a", [5 << 20] * 2)
+    looks = [images.stamp(str(path)) for path in ready.here]
+    back = await ready.site.migrate("a", vm="d", **BACK)
+    await ready.site.settle()
+    wire = back.wire()
+    assert (wire["status"], wire["outcome"]) == ("completed", "destination"), wire
+    assert [row["current-progress"] for row in wire["disks"]] == [5 << 20] * 2
+    assert {row["type"] for row in wire["disks"]} == {"backup"}
+    assert [images.stamp(str(path)) for path in ready.here] == looks, "they are those that were left"
+    disks = ready.site.agents["a"].vms["d"].definition.disks
+    assert {disk.path for disk in disks} == {str(path) for path in ready.here}
+
+
+@pytest.mark.parametrize("fact", [Fact.DISKS_STARTED, Fact.DISKS_READY, Fact.STARTED, Fact.SWITCHOVER])
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+@pytest.mark.proves("S96", "S114", "S123")
+async def test_an_agent_that_dies_on_the_way_back_goes_on_with_the_rounds(
+    make_site: MakeSite, version: str, fact: Fact
+) -> None:
+    ready = await gone(make_site, version, version)
+    ready.site.crash_at("b", fact)
+    job = (await ready.site.migrate("a", vm="d", **BACK)).job
+    await ready.site.noted_by("b", fact)
+    await ready.site.restart("b")
+    await ready.site.settle()
+    outcome = ready.site.agents["b"].results[job]["outcome"]
+    await ready.site.check("b" if outcome == "source" else "a", "d")
+    assert all(path.exists() for path in ready.here), "what was left there is kept, whatever became of the try"
+    if outcome == "source":
+        again = await ready.site.migrate("a", vm="d", **BACK)
+        await ready.site.settle()
+        assert again.wire()["outcome"] == "destination", again.wire()
+
+
+@pytest.mark.parametrize("step", ["round"])
+@pytest.mark.parametrize("version", ["7.2", "11.1"])
+@pytest.mark.proves("S96", "S114")
+async def test_a_round_that_fails_leads_back_and_the_image_is_still_of_use(
+    make_site: MakeSite, version: str, step: str
+) -> None:
+    ready = await gone(make_site, version, version)
+    ready.site.director.script("b", {step: "fail"}, wrote=5 << 20)
+    failed = await ready.site.migrate("a", vm="d", **BACK)
+    await ready.site.settle()
+    assert failed.wire()["outcome"] == "source"
+    assert all(path.exists() for path in ready.here)
+    ready.site.director.script("b", wrote=5 << 20)
+    again = await ready.site.migrate("a", vm="d", **BACK)
+    await ready.site.settle()
+    assert again.wire()["outcome"] == "destination", again.wire()
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_what_somebody_has_touched_is_not_written_to(make_site: MakeSite) -> None:
+    ready = await gone(make_site, "11.1", "11.1")
+    ready.here[0].write_bytes(b"somebody's")
+    refused = await ready.site.migrate("a", vm="d", **BACK)
+    await ready.site.settle()
+    assert "touched" in str(refused.wire()["error"])
+    assert ready.here[0].read_bytes() == b"somebody's"
+    await ready.site.check("b", "d")
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_a_second_try_goes_in_rounds(make_site: MakeSite) -> None:
+    ready = await moved(make_site, "11.1", "11.1")
+    ready.site.director.script("a", {"drain": "fail"})
+    failed = await ready.migrate()
+    await ready.back_unharmed(failed)
+    ready.site.director.script("a", wrote=1 << 20)
+    again = await ready.migrate()
+    await ready.site.settle()
+    wire = again.wire()
+    assert wire["outcome"] == "destination", wire
+    assert [row["current-progress"] for row in wire["disks"]] == [1 << 20] * 2
+    assert len(list(ready.folder.iterdir())) == 2
