@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from vmferry.testing.contract_pairs import ROUNDS_WAITED, Pair, until
 from vmferry.testing.fake_profile import PROFILES
@@ -339,6 +340,54 @@ async def mirror_is_yanked(pair: Pair) -> None:
     assert await pair.source.run_state() == "running"
 
 
+async def rounds_send_what_a_bitmap_has(pair: Pair) -> None:
+    """A bitmap of the guest's disk is moved to a second node on top of it, and what it has is sent from there, while
+    the guest has its disk; a transaction is done whole or not at all; a backup job ends by itself or when it may."""
+    source = pair.source
+    await pair.target()
+    await source.execute("block-dirty-bitmap-add", {"node": "disk0", "name": "since", "granularity": 65536})
+    assert "already exists" in await source.refused("block-dirty-bitmap-add", {"node": "disk0", "name": "since"})
+    (device,) = [each for each in await source.execute("query-block") if each.get("inserted")]
+    (bitmap,) = device["inserted"]["dirty-bitmaps"]
+    assert (bitmap["name"], bitmap["count"], bitmap["recording"]) == ("since", 0, True)
+    reader = {"driver": "raw", "node-name": "reader", "file": "disk0", "read-only": True, "force-share": True}
+    await source.execute("blockdev-add", reader)
+    take: list[dict[str, Any]] = [
+        {
+            "type": "block-dirty-bitmap-add",
+            "data": {"node": "reader", "name": "round", "granularity": 65536, "disabled": True},
+        },
+        {
+            "type": "block-dirty-bitmap-merge",
+            "data": {"node": "reader", "target": "round", "bitmaps": [{"node": "disk0", "name": "since"}]},
+        },
+        {"type": "block-dirty-bitmap-clear", "data": {"node": "disk0", "name": "since"}},
+    ]
+    await source.execute("transaction", {"actions": take})
+    again = [{"type": "block-dirty-bitmap-add", "data": {"node": "disk0", "name": "more"}}, *take]
+    assert "already exists" in await source.refused("transaction", {"actions": again})
+    assert "not found" in await source.refused("block-dirty-bitmap-remove", {"node": "disk0", "name": "more"})
+    for job, ends in (("round-1", True), ("round-2", False)):
+        wanted = {
+            "job-id": job, "device": "reader", "target": "target", "sync": "bitmap", "bitmap": "round",
+            "bitmap-mode": "never", "auto-finalize": ends, "auto-dismiss": False,
+        }  # fmt: skip
+        await source.execute("blockdev-backup", wanted)
+        if not ends:
+            await source.until_job(job, "pending")
+            assert await source.execute("human-monitor-command", {"command-line": "qemu-io target flush"}) == ""
+            await source.execute("job-finalize", {"id": job})
+        ended = await source.until_job(job, "concluded")
+        assert ("error" in ended, ended["type"]) == (False, "backup"), ended
+        await source.execute("job-dismiss", {"id": job})
+    nodes = {node["node-name"]: node for node in await source.execute("query-named-block-nodes", {"flat": True})}
+    assert [bitmap["name"] for bitmap in nodes["reader"]["dirty-bitmaps"]] == ["round"]
+    await source.execute("blockdev-del", {"node-name": "reader"})
+    await source.execute("blockdev-del", {"node-name": "target"})
+    await source.execute("block-dirty-bitmap-remove", {"node": "disk0", "name": "since"})
+    assert await source.run_state() == "running"
+
+
 async def quit_is_told(pair: Pair) -> None:
     """SHUTDOWN, then the process ends with 0."""
     await pair.source.execute("quit")
@@ -370,6 +419,7 @@ CHECKS: dict[str, Check] = {
         mirror_is_given_up,
         mirror_without_its_peer,
         mirror_is_yanked,
+        rounds_send_what_a_bitmap_has,
         quit_is_told,
     )
 }

@@ -183,8 +183,8 @@ class Pair:
         """Where the destination may listen for the source's mirror."""
         raise NotImplementedError
 
-    async def mirror(self, *, job: str = "mirror-0") -> None:
-        """The destination serves its disk, and the source mirrors its own to it, as vmferry asks for it."""
+    async def target(self) -> None:
+        """The destination serves its disk, and the source has a node for it, as vmferry asks for it."""
         host, port = self.nbd_address()
         address = {"host": host, "port": str(port)}
         await self.destination.execute("nbd-server-start", {"addr": {"type": "inet", "data": address}})
@@ -192,6 +192,10 @@ class Pair:
         await self.destination.execute("block-export-add", export)
         target = {"driver": "nbd", "node-name": "target", "server": {"type": "inet", **address}, "export": "disk"}
         await self.source.execute("blockdev-add", {**target, "discard": "unmap", "detect-zeroes": "unmap"})
+
+    async def mirror(self, *, job: str = "mirror-0") -> None:
+        """And the source mirrors its own disk to it."""
+        await self.target()
         wanted = {
             "job-id": job, "device": "disk0", "target": "target", "sync": "full", "filter-node-name": "filter",
             "copy-mode": "write-blocking", "auto-finalize": False, "auto-dismiss": False,
