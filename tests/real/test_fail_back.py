@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vmferry.testing.hosts import NEWEST, OLDEST, Guests, MakePair, TwoAgents, boot, wait_true
+from vmferry.testing.hosts import NEWEST, OLDEST, QEMUS, Guests, MakePair, TwoAgents, boot, wait_true
+from vmferry.testing.qemus import image_tool
 
 pytestmark = pytest.mark.real
 
@@ -73,6 +75,37 @@ def test_a_guest_comes_back_with_what_changed_and_goes_again(
     assert again["outcome"] == "destination", again
     assert sent_bytes(again) < total * 0.05
     assert pair.running_on("web1") == ["host-b"]
+
+
+@pytest.mark.proves("S96", "S114")
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_a_qcow2_image_comes_back_and_is_whole(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
+    tool = str(image_tool(QEMUS[version]))
+    spec = Path(local(guests.linux()))
+    raw, image = tmp_path / "web1.img", tmp_path / "web1.qcow2"
+    subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image)], check=True)
+    text = spec.read_text().replace(str(raw), str(image)).replace("[[disk]]\n", '[[disk]]\nformat = "qcow2"\n')
+    spec.write_text(text)
+    pair.a.ok("run", str(spec))
+    with pair.a.console("web1") as console:
+        console.wait_walks(1, timeout_s=60, region="disk")
+    pair.a.ok("migrate", "web1", "host-b", *GONE, timeout_s=120)
+    folders = [pair.b.vm_directory("web1")]
+    with pair.b.console("web1") as console:
+        console.wait_walks(2, timeout_s=60, region="disk")
+    wire = pair.b.ok("fail-back", "web1", timeout_s=120)
+    assert (wire["outcome"], wire["disks"][0]["type"]) == ("destination", "backup"), wire
+    folders.append(pair.a.vm_directory("web1"))
+    with pair.a.console("web1") as console:
+        console.wait_walks(2, timeout_s=60, region="disk")
+    assert pair.judge(*folders).complaints() == []
+    pair.a.ok("stop", "web1", "--force")
+    subprocess.run([tool, "check", "-q", "-f", "qcow2", str(image)], check=True)
 
 
 @pytest.mark.proves("S96", "S114")

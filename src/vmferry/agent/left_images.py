@@ -10,20 +10,20 @@ that still looks so was not written to.
 
     1. switch: equal   2. bitmap there   3. the guest runs there   4. the QEMU here ends   5. LEFT is journalled
 
-Rule 1: an image whose looks have changed is nobody's base any more; it is only a file that is in the way.
-Rule 2: LEFT is written by the agent that has ended that QEMU itself: after a restart nobody can say what came between.
 A copy that was whole, of a move that failed, is kept for a while in the same way, with a bitmap from before the copy on
 the source (`tried_name`): what a second try sends is what was written since.
 
+Rule 1: an image whose looks have changed is nobody's base any more; it is only a file that is in the way.
+Rule 2: LEFT is written by the agent that has seen that QEMU end: after a restart nobody can say what came between.
 Rule 3: an image is taken away only if a person asked for that, it is what was written down, and the guest has run for
-        its time on the other host (`let_go`).
+        its time on the other host; or it is a copy of a try, whose time is over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,19 @@ class LeftImages:
         """By path; the newest."""
         self._tending: asyncio.Task[None] | None = None
 
-    def restore(self, bodies: Iterable[dict[str, Any]]) -> None:
-        """What the journal says."""
-        for body in bodies:
-            left = msgspec.convert(body, LeftImage)
-            self._left[left.path] = left
+    async def restore(self, bodies: Mapping[str, dict[str, Any]]) -> None:
+        """What the journal says, by path; of files that are gone, and of what cannot be read, nothing is kept. Raises
+        Unfit."""
+        for path, body in bodies.items():
+            try:
+                left = msgspec.convert(body, LeftImage)
+            except msgspec.ValidationError as error:
+                log.warning("image=%s journal=left result=%s", path, error)
+                continue
+            if self.agent.host.image_stamp(path) is None:
+                await self.agent.journal.append(Entry.LET_GO, path)
+            else:
+                self._left[path] = left
         self._tend()
 
     async def keep(self, attempt: SourceAttempt) -> None:
@@ -194,6 +202,9 @@ class LeftImages:
                 return
             if agent.host.remove_left_image(left.path, left.stamp):
                 log.info("vm=%s image=%s result=removed: its time is over", left.vm, left.path)
+            elif self._is_untouched(left):
+                log.info("vm=%s image=%s result=waits: a QEMU has it open", left.vm, left.path)
+                return
         await agent.journal.append(Entry.LET_GO, left.path)
         self._left.pop(left.path, None)
 

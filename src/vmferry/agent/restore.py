@@ -63,7 +63,7 @@ async def restore(agent: Agent) -> None:
     await asyncio.gather(*(_attach(agent, KeptVm.from_journal(body)) for body in state.vms.values()))
     for vm, held in state.blockers.items():
         agent.blockers.restore(vm, held.values())
-    agent.left_images.restore(state.left.values())
+    await agent.left_images.restore(state.left)
     # At once: a QEMU that waits for a page answers nothing, and each would be waited for.
     await asyncio.gather(*(restore_after.take_up(agent, job) for job in state.jobs.values() if job.role == "restore"))
     for job in state.jobs.values():

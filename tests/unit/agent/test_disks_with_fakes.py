@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from vmferry.agent import images
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_disks import DRAIN_S, are_copies_of_use
 from vmferry.core.facts import Fact
-from vmferry.errors import PlanRefused, UsageError
+from vmferry.errors import HostUnreachable, PlanRefused, UsageError
 from vmferry.testing.fake_site import JumpClock, MakeSite, Site
+from vmferry.vm.image_locks import ImageLocks
 
 PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1"), ("11.1", "7.2")]
 DISK = '[[disk]]\npath = "{path}"\nshared = false\n'
@@ -457,3 +460,70 @@ async def test_a_second_try_goes_in_rounds(make_site: MakeSite) -> None:
     assert wire["outcome"] == "destination", wire
     assert [row["current-progress"] for row in wire["disks"]] == [1 << 20] * 2
     assert len(list(ready.folder.iterdir())) == 2
+
+
+async def let_go(make_site: MakeSite, *, keep_ms: int = 0) -> Moved:
+    """The guest went, and what it left need not be kept longer than that."""
+    ready = await moved(make_site, "11.1", "11.1")
+    await ready.migrate(**{"keep-images-ms": keep_ms})
+    return ready
+
+
+@pytest.mark.proves("S114")
+async def test_what_a_guest_left_is_removed_when_it_runs_elsewhere(make_site: MakeSite) -> None:
+    ready = await let_go(make_site)
+    await ready.site.settle()
+    tending = ready.site.agents["a"].left_images._tending
+    assert tending is not None
+    await asyncio.wait_for(tending, 20)  # it ends when nothing is left to be let go
+    assert not any(path.exists() for path in ready.here)
+    assert all(path.exists() for path in ready.there)
+    plan = await ready.site.command("b", "vm-plan", vm="d", destination="a", **BACK)
+    assert [each["code"] for each in plan["objections"] if each["weight"] == "blocker"] == ["disk-not-left"] * 2
+
+
+@pytest.mark.parametrize("why", ["open", "changed", "another agent is away", "the guest stands"])
+@pytest.mark.proves("S114")
+async def test_what_a_guest_left_is_not_removed_on_ignorance(
+    make_site: MakeSite, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = await let_go(make_site, keep_ms=3_600_000)
+    await ready.site.settle()
+    agent = ready.site.agents["a"]
+    kept = agent.left_images
+    lefts = [replace(left, let_go_s=0.0) for left in kept._left.values()]
+    assert len(lefts) == 2
+    kept._left = {left.path: left for left in lefts}
+    match why:
+        case "open":
+            monkeypatch.setattr(images, "image_locks", lambda path: ImageLocks(frozenset({"write"}), frozenset(), ()))
+        case "changed":
+            for path in ready.here:
+                path.write_bytes(b"somebody's")
+        case "another agent is away":
+
+            def away(host: str) -> None:
+                raise HostUnreachable(f"{host} does not answer")
+
+            monkeypatch.setattr(agent.peers, "link", away)
+        case _:
+            await ready.site.agents["b"].vms["d"].require_machine().execute("stop")
+    for left in lefts:
+        await kept._try_let_go(left)
+    assert all(path.exists() for path in ready.here)
+    assert list(kept._left) == ([] if why == "changed" else [left.path for left in lefts])
+
+
+@pytest.mark.proves("S114", "S123")
+async def test_an_agent_that_begins_anew_knows_what_was_left(make_site: MakeSite) -> None:
+    ready = await let_go(make_site, keep_ms=3_600_000)
+    await ready.site.settle()
+    before = dict(ready.site.agents["a"].left_images._left)
+    assert len(before) == 2
+    ready.here[1].unlink()
+    await ready.site.restart("a")
+    assert ready.site.agents["a"].left_images._left == {
+        path: left for path, left in before.items() if path == str(ready.here[0])
+    }
+    await ready.site.restart("a")
+    assert len(ready.site.agents["a"].left_images._left) == 1
