@@ -55,7 +55,10 @@ from vmferry.core.saving import (
     awaits_leave,
     did,
     guest_of,
+    halt_of,
+    halted,
     may_cancel,
+    ran_at_instant,
     save_job,
     word_of,
 )
@@ -65,6 +68,7 @@ from vmferry.errors import (
     MigrationCancelled,
     MigrationFailed,
     QemuError,
+    Unfit,
     VmferryError,
 )
 from vmferry.jobs.journal import Entry
@@ -114,6 +118,7 @@ class SaveJob:
         self._wake = asyncio.Event()
         self.heard = asyncio.Event()
         self._is_back = False
+        self._has_written_halt = False
         self._sink: SnapshotSink | None = None
         self._incoming: Incoming | None = None
         self._cleaning: asyncio.Future[None] | None = None
@@ -318,6 +323,7 @@ class SaveJob:
                 case Word.WAITS:
                     await self._at_the_switchover()
                 case Word.GOING:
+                    await self._look_at_the_guest()
                     if self.counted.passes > limits.SAVE_PASSES_MAX and self.way == "precopy":
                         await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
             await self._pause(POLL_S)
@@ -342,6 +348,8 @@ class SaveJob:
 
     async def _until_whole(self, incoming: Incoming) -> None:
         """QEMU has sent everything; until all of it is here. Raises what the endpoint met."""
+        from vmferry.engine.frozen import run_state_of
+
         until_s = self.agent.clock.now_s() + limits.SAVE_WHOLE_S
         while not incoming.is_over:
             self._wake.clear()
@@ -353,6 +361,7 @@ class SaveJob:
         if not incoming.image.is_device_state_whole or incoming.error is not None:
             raise incoming.error or MigrationFailed(f"the state of {self.vm} did not come whole")
         self.note(SaveFact.WHOLE, by="endpoint")
+        self.note(SaveFact.INSTANT, text=run_state_of((*incoming.image.early, *incoming.image.devices)), by="endpoint")
 
     def _failure(self, info: dict[str, Any], incoming: Incoming) -> VmferryError:
         """What made QEMU give up: what this side met first, else QEMU's own words."""
@@ -435,7 +444,7 @@ class SaveJob:
             job=self.job,
             machine=self.kept.definition.machine,
             qemu_version="" if self.kept.machine is None else self.kept.machine.version_text,
-            was_running=self.wanted.running_before,
+            was_running=ran_at_instant(self.facts, before=self.wanted.running_before),
             way="background" if self.way == "background" else "precopy",
             definition=self.wanted.definition,
         )
@@ -457,6 +466,23 @@ class SaveJob:
         """Durable before QEMU is told anything that has to be undone: without it the next agent only ends the job."""
         await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"did": what.value})
 
+    async def _look_at_the_guest(self) -> None:
+        """Whether something else has stopped it: an internal error of QEMU has no event that says so."""
+        state = await self.kept.require_machine().run_state()
+        if guest_of(state) is Guest.OTHER:
+            self.note(SaveFact.HALTED, text=state, by="QEMU")
+        await self._write_halt()
+
+    async def _write_halt(self) -> None:
+        """Without this entry (a full disk) the next agent starts the guest, should this one die before the end."""
+        if self._has_written_halt or not halted(self.facts):
+            return
+        try:
+            await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"halted": halted(self.facts)})
+            self._has_written_halt = True
+        except Unfit as error:
+            log.warning("job=%s vm=%s save effect=keep-halt result=%s", self.job, self.vm, error)
+
     async def _migrate(self) -> None:
         """QEMU begins to send. Raises QmpCommandError: it did not begin, and if it sends, then for somebody else."""
         self.note(SaveFact.ACTS)
@@ -472,6 +498,7 @@ class SaveJob:
         """The guest is its own again when this returns, and QEMU's options are what they were; or the error says that
         it stands and why."""
         if not self._is_back:
+            await self._write_halt()
             trouble, row = await save_back.walk(self)
             self._is_back = True
             save_back.tell(self, row, trouble)
@@ -555,5 +582,8 @@ class SaveJob:
                 self._sink.spill()
         elif event.name == "RESUME":
             self.counted.resume_s = at_s
+        halt = halt_of(event.name, event.data)
+        if halt:
+            self.note(SaveFact.HALTED, text=halt, by="QEMU")
         self.heard.set()
         self._wake.set()

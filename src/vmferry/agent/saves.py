@@ -127,6 +127,8 @@ class Saves:
             save.note(SaveFact.ACTS, by="journal")
         elif state.did == Did.STOP.value:
             save.note(SaveFact.STOPPED, text="it may have been", by="journal")
+        if state.halted:
+            save.note(SaveFact.HALTED, text=state.halted, by="journal")
         if state.cancel_wanted:
             save.note(SaveFact.CANCEL, by="journal")
         self.begin(save)

@@ -20,7 +20,7 @@ Rule 2: what is thawed was checked: its encoding onto the wire cannot fail. What
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeVar
 
@@ -112,6 +112,18 @@ def state_of(image: Image) -> FrozenState:
         image.has_footers,
         image.ram_section_id,
     )
+
+
+_GLOBAL_STATE: Final = "globalstate"
+_RUN_STATE_AT: Final = 4
+
+
+def run_state_of(devices: Iterable[DeviceSection]) -> str:
+    """QEMU's run state when the stream was written, which it keeps in a section of its own; '' if it did not."""
+    for device in devices:
+        if device.idstr == _GLOBAL_STATE:
+            return to_text(device.body[_RUN_STATE_AT:].split(b"\0", 1)[0])
+    return ""
 
 
 def freeze(state: FrozenState) -> bytes:

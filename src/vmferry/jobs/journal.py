@@ -72,7 +72,8 @@ class Entry(StrEnum):
     SAVE_WANTED = "save-wanted"
     """A snapshot of a VM of this host was asked for."""
     SAVE_ACTS = "save-acts"
-    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
+    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`), or the run state into which something else
+    brought its guest meanwhile; the newest of each holds."""
     PLACE_WANTED = "place-wanted"
     """Destination: a place for the guest was asked for."""
     TURNED_BACK = "turned-back"
@@ -125,6 +126,8 @@ class JobState:
     turned_back: bool = False
     did: str = "nothing"
     """A save: what it may have told its QEMU (`saving.Did`)."""
+    halted: str = ""
+    """A save: the run state into which something else brought its guest."""
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -171,6 +174,7 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
             case Entry.SAVE_ACTS if job:
                 job.did = str(entry.body.get("did", job.did))
+                job.halted = str(entry.body.get("halted", job.halted))
             case Entry.DISMISSED if job:
                 job.dismissed = True
             case Entry.CANCEL_WANTED if job:

@@ -103,7 +103,7 @@ async def test_with_pause_the_guest_stands_until_its_snapshot_is_there(make_site
     whats = [row["what"] for row in wire["timeline"]]
     assert whats.index("stopped") < whats.index("started")
     assert whats.index("kept") < whats.index("RESUME")
-    assert check_snapshot(site, "one", way="precopy").was_running
+    assert check_snapshot(site, "one", way="precopy", run_state="paused").was_running
     await check_guest_runs(site)
 
 
@@ -118,7 +118,7 @@ async def test_a_paused_guest_stays_paused(make_site: MakeSite) -> None:
     assert (wire["outcome"], wire["way"]) == ("saved", "precopy")
     assert await machine.run_state() in ("paused", "postmigrate")
     assert site.director.running("g") == []
-    assert not check_snapshot(site, "one", way="precopy").was_running
+    assert not check_snapshot(site, "one", way="precopy", run_state="paused").was_running
     await machine.execute("cont")
     await check_guest_runs(site)
 
