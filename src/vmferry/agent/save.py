@@ -170,14 +170,15 @@ class SaveJob:
             self.agent.publish("JOB_STATUS_CHANGE", {**told, "status": state.value})
         self._wake.set()
 
-    def cancel(self) -> None:
-        """The guest goes on and nothing is kept. A second one changes nothing. Raises CancelRefused when it is late."""
-        if self.is_over or SaveFact.CANCEL in self.facts:
-            return
+    def want_cancel(self) -> bool:
+        """Whether a cancel would change something: the guest goes on, and nothing is kept. Raises CancelRefused when it
+        is late."""
+        if SaveFact.CANCEL in self.facts:
+            return False
         late = may_cancel(self.facts, is_committing=self.is_committing, stands=self.wanted.pause)
         if late is not None:
             raise CancelRefused(f"the save of {self.vm} cannot be cancelled any more: {late}", hint="")
-        self.note(SaveFact.CANCEL, by="person")
+        return not self.is_over
 
     def finalize(self) -> None:
         """A person's leave to take the guest's last state."""

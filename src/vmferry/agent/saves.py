@@ -25,7 +25,7 @@ from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
 from vmferry.core.saving import Did, SaveFact, Word, awaits_leave, save_status, word_of
-from vmferry.errors import PlanRefused, UsageError
+from vmferry.errors import CancelRefused, PlanRefused, UsageError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.vm.spawn import ProcessIdentity
 
@@ -91,6 +91,23 @@ class Saves:
     def has(self, job: str) -> bool:
         """Whether a save has this id, or had it."""
         return job in self.results or self.by_id(job) is not None
+
+    async def cancel(self, job: str) -> None:
+        """The guest goes on and nothing is kept. A second cancel changes nothing.
+
+        Raises CancelRefused once the snapshot is being committed, also if that came to be while the want was being
+        written: then CANCEL_REFUSED takes it back, so that the next agent keeps to what was said."""
+        save = self.by_id(job)
+        if save is None or not save.want_cancel():
+            return
+        await self._agent.journal.append(Entry.CANCEL_WANTED, job)
+        try:
+            is_new = save.want_cancel()
+        except CancelRefused:
+            await self._agent.journal.append(Entry.CANCEL_REFUSED, job)
+            raise
+        if is_new:
+            save.note(SaveFact.CANCEL, by="person")
 
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
