@@ -30,11 +30,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, images, job_events, rescue, restore_start
+from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
 from vmferry.agent.machine import Machine
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
-from vmferry.agent.restore_images import make_overlay
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
@@ -390,24 +389,11 @@ class RestoreAttempt:
     async def _launch(self) -> None:
         definition = VmDefinition.from_wire(self.wanted.definition)
         argv = definition.incoming_argv(self.runtime, self.agent.config.qemu)
-        await self._make_overlays()
-        self.use(await self.agent.launch(self.vm, argv, self.runtime))
-
-    async def _make_overlays(self) -> None:
-        overlays, qemu = self.wanted.overlays, self.agent.config.qemu
-        if not overlays:
-            return
-        # All of them have come to an end before one's failure is told: no file appears after UNDO.
-        made = await asyncio.gather(
-            *(make_overlay(each, job=self.job, qemu=qemu) for each in overlays), return_exceptions=True
+        layers = [overlays.Layer(each.path, each.backing, each.backing_format) for each in self.wanted.overlays]
+        await overlays.make_all(
+            layers, job=self.job, qemu=self.agent.config.qemu, journal=self.agent.journal, made=self.images
         )
-        for each in made:
-            if isinstance(each, BaseException):
-                raise each
-        self.images = {each.path: found for each, found in zip(overlays, made, strict=True) if isinstance(found, tuple)}
-        await self.agent.journal.append(Entry.IMAGE_MADE, self.job, {k: list(v) for k, v in self.images.items()})
-        for each_overlay in overlays:
-            images.publish(each_overlay.path, job=self.job)
+        self.use(await self.agent.launch(self.vm, argv, self.runtime))
 
     def _check(self, opened: Opened, lines: tuple[RamBlockLine, ...]) -> None:
         objection = block_objection(opened.reader.head.blocks, lines)

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
 from vmferry.agent import save_back, save_disks, save_report
+from vmferry.agent.images import Identity
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.save_back import CONT_S, RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.save_options import SaveOptions
@@ -98,6 +99,8 @@ class SaveJob:
     wanted: SaveWanted
     kept: KeptVm
     options_before: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Identity] = field(default_factory=dict)
+    """Files that the job made."""
     was_restored: bool = False
     hands_off: str = ""
     """Why nothing of the VM may be touched any more; empty: it may."""
@@ -122,6 +125,8 @@ class SaveJob:
         self._sink: SnapshotSink | None = None
         self._incoming: Incoming | None = None
         self._cleaning: asyncio.Future[None] | None = None
+        self.sizes: dict[str, int] = {}
+        """What the guest sees of its disks, by their new files."""
         self.disks_settled = not self.was_restored
         """Whether it is known, and durable, which files the guest's disks are now."""
         self._options = SaveOptions(self.wanted, self.options_before)
@@ -205,7 +210,8 @@ class SaveJob:
             else:
                 await self._whole_way()
             await self.give_back()
-            await self._settle_disks()
+            await save_disks.settle(self)
+            await save_disks.take_away(self)
             await self._clean_up()
             if self.was_restored or SaveFact.UNKNOWN in self.facts:
                 await self._look_for_it()
@@ -279,6 +285,7 @@ class SaveJob:
         self._check_cancel()
         await self._options.apply(machine, self._remember_options)
         self.note(SaveFact.CONFIGURED, text=self.way)
+        await save_disks.make(self)
         if self.wanted.pause:
             await self._stop("asked for")
         incoming, ours, theirs = self._endpoint(sink)
@@ -515,24 +522,6 @@ class SaveJob:
             and self.kept.generation == self.wanted.generation
             and (attempt is None or attempt.ended.is_set())
         )
-
-    async def _settle_disks(self) -> None:
-        """No end before it is known, and durable, which files the guest goes on in: a definition that names others lets
-        the next migration run its memory on a wrong disk."""
-        pause_s = RETRY_FIRST_S
-        while self.wanted.overlays and not self.disks_settled and self.is_ours():
-            if self.kept.machine is None or self.kept.machine.is_gone:
-                return
-            try:
-                if await save_disks.mend(self.agent, self.kept, self.wanted.overlays):
-                    listed = ", ".join(each.overlay for each in self.wanted.overlays)
-                    self.note(SaveFact.DISKS, text=listed)
-                    self.notes.append(f"{self.vm} goes on in {listed}")
-                self.disks_settled = True
-            except Exception as error:  # noqa: BLE001 - noqa: BLE001
-                log.warning("job=%s vm=%s save effect=settle-disks result=%r", self.job, self.vm, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RETRY_LAST_S)
 
     # --- the end ------------------------------------------------------------------------------------------
 

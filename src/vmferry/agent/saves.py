@@ -138,8 +138,9 @@ class Saves:
             log.warning("job=%s vm=%s save effect=none because=%s", state.job, wanted.vm, hands_off)
             kept = _as_it_was(wanted)
         save = SaveJob(
-            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off
-        )
+            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off,
+            images=msgspec.convert(state.images, dict[str, tuple[int, int]]),
+        )  # fmt: skip
         if state.did == Did.SEND.value:
             save.note(SaveFact.ACTS, by="journal")
         elif state.did == Did.STOP.value:

@@ -20,6 +20,12 @@ from typing import Any
 
 import vmferry
 
+_TOOL = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+printf 'QFI\\373' > "$2"
+"""
+"""A qemu-img that only makes images, of nothing but their first bytes."""
+
 
 @dataclass
 class Puppet:
@@ -84,6 +90,9 @@ class Director:
             f'exec {sys.executable} -sS -m vmferry.testing.fake_qemu "$@"\n'
         )
         path.chmod(0o755)
+        tool = self.directory / "qemu-img"
+        tool.write_text(_TOOL)
+        tool.chmod(0o755)
         return path
 
     # --- orders ---

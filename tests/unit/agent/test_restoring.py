@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from vmferry.agent import images, restoring
+from vmferry.agent import images, overlays, restoring
 from vmferry.agent.directories import make_directory
 from vmferry.agent.events import EVENTS
 from vmferry.agent.restore_definition import Overlay
@@ -263,7 +263,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def lines(machine: Any) -> tuple[RamBlockLine, ...]:
         return LINES
 
-    async def make(overlay: Overlay, *, job: str, qemu: str) -> images.Identity:
+    async def make(overlay: overlays.Layer, *, job: str, qemu: str) -> images.Identity:
         name = images.temporary(overlay.path, job)
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         found = os.stat(name)
@@ -273,7 +273,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
         return "completed"
 
     monkeypatch.setattr("vmferry.agent.guest_memory.block_lines", lines)
-    monkeypatch.setattr(restoring, "make_overlay", make)
+    monkeypatch.setattr(overlays, "make_overlay", make)
     monkeypatch.setattr("vmferry.agent.rescue.settled", settled)
 
 
