@@ -12,8 +12,9 @@ goes on in the new ones, which have the old ones underneath.
 A death between 2 and 3 leaves a guest that has disks that its definition does not know: the next agent asks QEMU which
 files it has open, and mends that (`mend`). Files in which no guest goes on are taken away again.
 
-Rule 1: what cannot be kept is refused before anything happens: disks that nobody said how to keep, files that exist, a
-        VM whose command line is not ours (it could not be started anywhere else with other disks).
+Rule 1: what cannot be kept is refused before anything happens: disks that nobody said how to keep, or that only QEMU
+        knows of, files that exist, a VM whose command line is not ours (it could not be started anywhere else with
+        other disks).
 Rule 2: a save that fails after the transaction leaves the guest in its new files: nothing is lost, and the chain is one
         file longer.
 """
@@ -54,6 +55,15 @@ async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
     """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps."""
     definition = kept.definition
     writable = definition.writable_paths()
+    opened = await _open_images(kept.require_machine())
+    unnamed = sorted(path for path, image in opened.items() if image.is_writable and path not in writable)
+    if unnamed:
+        raise PlanRefused(
+            f"{kept.name} writes to {', '.join(unnamed)}, which its definition does not name: no way keeps what its "
+            "QEMU was given later, or by other means",
+            side="source",
+            hint="take that disk out of the guest first (device_del on its monitor)",
+        )
     if not writable:
         return ()
     listed = ", ".join(writable)
@@ -73,7 +83,6 @@ async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
         )
     formats = {disk["path"]: disk.get("format", "raw") for disk in definition.spec["disk"]}
     numbers = {disk["path"]: number for number, disk in enumerate(definition.spec["disk"])}
-    opened = await _open_images(kept.require_machine())
     found = []
     for path in writable:
         if path.startswith("/dev/"):
@@ -95,6 +104,7 @@ class _Open(NamedTuple):
     node: str
     size_bytes: int
     """What the guest sees."""
+    is_writable: bool
 
 
 async def _open_images(machine: Machine) -> dict[str, _Open]:
@@ -105,7 +115,8 @@ async def _open_images(machine: Machine) -> dict[str, _Open]:
         if inserted and inserted.get("node-name"):
             image = inserted.get("image", {})
             path = str(image.get("filename", inserted.get("file", "")))
-            found[path] = _Open(str(inserted["node-name"]), int(image.get("virtual-size", 0)))
+            is_writable = not inserted.get("ro", False)
+            found[path] = _Open(str(inserted["node-name"]), int(image.get("virtual-size", 0)), is_writable)
     return found
 
 

@@ -56,6 +56,34 @@ async def test_writable_disks_are_refused_until_it_is_said_how(make_site: MakeSi
         await site.command("a", "vm-save", vm="h", name="two", disks="external-snapshot")
 
 
+@pytest.mark.parametrize("has_disk", [True, False], ids=["beside-one-that-is-named", "alone"])
+async def test_a_writable_disk_that_the_definition_does_not_name_is_refused(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, has_disk: bool
+) -> None:
+    """As after blockdev-add and device_add on the VM's own monitor."""
+    site, _ = await with_disk(make_site)
+    vm = "h" if has_disk else "g"
+    execute, plugged = Machine.execute, {"filename": "/srv/new.img", "virtual-size": 1 << 20}
+
+    async def plugging(self: Machine, command: str, *arguments: Any, **more: Any) -> Any:
+        answer = await execute(self, command, *arguments, **more)
+        if command == "query-block":
+            answer.append({"device": "", "inserted": {"node-name": "new", "ro": is_read_only, "image": plugged}})
+        return answer
+
+    is_read_only = False
+    monkeypatch.setattr(Machine, "execute", plugging)
+    wish: dict[str, Any] = {"vm": vm, "name": "one", "disks": "external-snapshot" if has_disk else "refuse"}
+    with pytest.raises(PlanRefused, match=r"/srv/new\.img, which its definition does not name"):
+        await site.command("a", "vm-save", **wish)
+    assert await site.command("a", "query-jobs") == []
+    is_read_only = True
+    await site.command("a", "vm-save", **wish)
+    job = site.agents["a"].saves.active(vm)
+    assert job is not None
+    assert (await ended(job))["outcome"] == "saved"
+
+
 async def test_disks_of_the_same_instant(make_site: MakeSite) -> None:
     site, image = await with_disk(make_site)
     wire = await ended(await begin_h(site))
