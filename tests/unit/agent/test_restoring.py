@@ -477,16 +477,23 @@ async def test_a_cont_without_an_answer_is_tried_again_and_never_undone(tmp_path
     assert bed.qemu.told.count("cont") == 2
 
 
-async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [False, True], ids=["lacks-pages", "has-just-got-its-last"])
+async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_away(
+    tmp_path: Path, is_whole: bool
+) -> None:
+    """Nor is it told as a guest that is here, with an exit code of 0."""
     bed = Bed(tmp_path)
     bed.begin()
     bed.qemu.state = "paused"
     (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
     await bed.until(F.RAN)
     assert bed.qemu.on_gone is not None
+    if is_whole:
+        FakeFeed.made[0].say(facts={Fact.PEER_ACK})
     bed.qemu.on_gone()
     ended = await bed.end()
     assert (ended["detail"], ended["error"]["guest"]) == ("lost", "lost")
+    assert "its QEMU ended" in ended["sentence"]
     assert bed.overlay.exists()
     assert bed.agent.gone == [bed.agent.vms["web1"]]
 
