@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 SAME_ADDRESS: Final = "same-address"
 """What `--accept` takes."""
-_MAC: Final = re.compile(r"\bmac=([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
+_MAC: Final = re.compile(r"\bmac(?:addr)?\"?\s*[=:]\s*\"?([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
+"""`mac=`, `macaddr=`, and as JSON has it."""
 _EXCLUSIVE: Final = re.compile(
     r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
 )
@@ -100,18 +101,24 @@ def identity_of(definition: VmDefinition, *, host: str) -> GuestIdentity:
         loud: list[str] = []
         taps: list[str] = []
         for index, card in enumerate(spec.network):
-            (loud if card.type in _ON_A_NETWORK else quiet).append(spec.mac_of(index))
+            (loud if card.type in _ON_A_NETWORK else quiet).append(spec.mac_of(index).lower())
             taps += [card.ifname] if card.ifname else []
-        named = [*taps, *_EXCLUSIVE.findall(" ".join(spec.extra_args))]
+        more = " ".join(spec.extra_args)
+        loud += _macs(more)  # whatever network such a card is on: it may be one that others are on
+        named = [*taps, *_EXCLUSIVE.findall(more)]
         return GuestIdentity(
             definition.name, host, spec.uuid or "", tuple(quiet), tuple(loud), writable, tuple(sorted(set(named)))
         )
     assert definition.adopted is not None, "a definition has a spec or a command line"
     args = [str(arg) for arg in definition.adopted["args"]]
     uuid = next((after for arg, after in itertools.pairwise(args) if arg in ("-uuid", "--uuid")), "")
-    macs = tuple(mac.lower() for mac in _MAC.findall(" ".join(args)))
+    macs = tuple(_macs(" ".join(args)))
     # Sockets of an adopted VM are put elsewhere when its command line is rewritten (`vm.rewrite`).
     return GuestIdentity(definition.name, host, uuid, (), macs, writable)
+
+
+def _macs(arguments: str) -> list[str]:
+    return [mac.lower() for mac in _MAC.findall(arguments)]
 
 
 def clashes(

@@ -162,22 +162,22 @@ class Restores:
             raise Busy(f"{at_work} restores are on their way on {self._agent.config.name} already", side="client")
 
     @contextlib.contextmanager
-    def promised(self, wanted: RestoreWanted, *, accept: Sequence[str]) -> Iterator[None]:
-        """While the order is being written, others see its guest. Raises PlanRefused, Busy.
+    def promised(self, job: str, mine: GuestIdentity) -> Iterator[None]:
+        """While the order is being checked and written, everybody who asks sees its guest. Raises Busy.
 
-        1. two restores ask whom they would clash with, and neither sees the other  2. both are written: two guests have
-        one address. So it is asked once more here, where nothing is awaited between the question and the promise."""
+        1. two restores, here or on two hosts, ask whom they would clash with, and neither sees the other  2. both are
+        written: two guests have one address. So each says first what it is about to be, and asks then: of two at least
+        one sees the other."""
         self.require_room()
-        host = self._agent.config.name
-        mine = identity_of(VmDefinition.from_wire(wanted.definition), host=host)
-        refused, _ = clashes(mine, [*local_identities(self._agent), *self._promised.values()], accept=accept)
-        if refused:
-            raise PlanRefused(f"{wanted.name} cannot be restored as {wanted.vm}: {'; '.join(refused)}", side="client")
-        self._promised[wanted.job] = mine
+        self._promised[job] = mine
         try:
             yield
         finally:
-            del self._promised[wanted.job]
+            del self._promised[job]
+
+    def promises(self, *, but: str = "") -> list[GuestIdentity]:
+        """What restores are about to be, one job's left out."""
+        return [each for job, each in self._promised.items() if job != but]
 
     # --- their life -----------------------------------------------------------------------------------------
 
@@ -443,8 +443,10 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
     if not vm_spec.is_name(vm):
         raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
     with agent.claims.hold(vm, "restored"):
-        wanted = await _wanted(agent, arguments, found, vm=vm, job=job)
-        with agent.restores.promised(wanted, accept=arguments.accept):
+        renewed = await _renewed(agent, arguments, found, vm=vm, job=job)
+        mine = identity_of(renewed.definition, host=agent.config.name)
+        with agent.restores.promised(job, mine):
+            wanted = await _wanted(agent, arguments, found, renewed, mine=mine, job=job)
             await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
             attempt = RestoreAttempt(agent, wanted)
             agent.restores.begin(attempt)
@@ -481,23 +483,28 @@ def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
     return _Found(own, info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
 
 
-async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> RestoreWanted:
-    """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
-    words = found.words
-    if words.definition is None:
+async def _renewed(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> Renewed:
+    """The VM that it would be. Raises PlanRefused, RepositoryError."""
+    if found.words.definition is None:
         raise PlanRefused(
             f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
         )
-    old = restore_trust.read_definition(words.definition, found.disks)
+    old = restore_trust.read_definition(found.words.definition, found.disks)
     await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
-    renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+    return renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+
+
+async def _wanted(
+    agent: Agent, arguments: RestoreArguments, found: _Found, renewed: Renewed, *, mine: GuestIdentity, job: str
+) -> RestoreWanted:
+    """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
+    vm = mine.vm
     _, (others, unasked), reasons = await asyncio.gather(
         vm_commands.free_name(agent, vm),
-        identities(agent),
+        identities(agent, but=job),
         asyncio.to_thread(disk_objections, found.disks),
     )
-    mine = identity_of(renewed.definition, host=agent.config.name)
     refused, notes = clashes(mine, others, accept=arguments.accept)
     lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy)
     refused = (*reasons, *refused, *lacks)
@@ -509,7 +516,7 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         snapshot=found.snapshot,
         name=found.head.name,
         lazy=arguments.lazy,
-        runs=words.was_running and not arguments.paused,
+        runs=found.words.was_running and not arguments.paused,
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
@@ -531,9 +538,9 @@ async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> tup
     return found, notes
 
 
-async def identities(agent: Agent) -> tuple[list[GuestIdentity], tuple[str, ...]]:
+async def identities(agent: Agent, *, but: str = "") -> tuple[list[GuestIdentity], tuple[str, ...]]:
     """(what every VM of this host and of those that answer could clash with, a note for each host that did not)."""
-    found = local_identities(agent)
+    found = local_identities(agent, but=but)
     notes = []
     answers = await asyncio.gather(
         *(link.call("peer-identities", {}, deadline_s=ASK_S) for link in agent.peers.links.values()),
@@ -561,14 +568,15 @@ def _known_members(answered: Any) -> list[Any]:
     return [{k: v for k, v in each.items() if k in known} if isinstance(each, dict) else each for each in found]
 
 
-def local_identities(agent: Agent) -> list[GuestIdentity]:
-    """Those of the VMs that run here, or are about to."""
+def local_identities(agent: Agent, *, but: str = "") -> list[GuestIdentity]:
+    """Those of the VMs that run here, or are about to, but for that of one job."""
     definitions = {
         kept.name: kept.definition for kept in agent.vms.values() if kept.machine and not kept.machine.is_gone
     }
     for attempt in agent.restores.at_work():
         definitions[attempt.vm] = VmDefinition.from_wire(attempt.wanted.definition)
-    return [identity_of(each, host=agent.config.name) for each in definitions.values()]
+    found = [identity_of(each, host=agent.config.name) for each in definitions.values()]
+    return [*found, *agent.restores.promises(but=but)]
 
 
 async def restore_status(agent: Agent, arguments: RestoreStatusArguments) -> dict[str, Any]:

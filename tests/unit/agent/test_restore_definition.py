@@ -98,6 +98,9 @@ def test_what_a_guest_could_clash_with() -> None:
         ("/run/x.sock", "tap7"),
     )
     assert GuestIdentity.from_wire({**found.to_wire(), "newer": 1}) == found
+    more = ["-device", "e1000,mac=52:54:00:AA:00:03", "-device", '{"driver": "e1000", "mac": "52:54:00:aa:00:04"}']
+    found = identity_of(definition(network=cards[:1], extra_args=more), host="host-a")
+    assert found.loud_macs == ("52:54:00:aa:00:03", "52:54:00:aa:00:04"), "nobody knows on which network they are"
     args = ("-uuid", UUID, "-device", "e1000,mac=52:54:00:AA:00:01")
     assert identity_of(adopted(*args), host="host-b") == GuestIdentity(
         "web1", "host-b", UUID, (), ("52:54:00:aa:00:01",), ()
