@@ -19,11 +19,11 @@ from vmferry.errors import RepositoryError, VmferryError
 from vmferry.vm.ram_blocks import RamBlockLine
 
 if TYPE_CHECKING:
+    from vmferry.agent.open_snapshots import HeldSnapshot
     from vmferry.engine.frozen import FrozenState
     from vmferry.engine.lazy import Touches, Trouble
     from vmferry.engine.outgoing import OutgoingOutcome
     from vmferry.store.manifest import Block
-    from vmferry.store.reader import SnapshotReader
 
 PAGE_BYTES = 4096
 
@@ -58,7 +58,7 @@ class Feed:
 
     def __init__(
         self,
-        reader: SnapshotReader,
+        reader: HeldSnapshot,
         state: FrozenState,
         *,
         lazy: bool,

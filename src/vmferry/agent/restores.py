@@ -6,8 +6,6 @@ Theory of operation
 free, are the stored disks what they were, does this host have the machine, whom would the guest clash with. Then the
 order is journalled, and a `RestoreAttempt` does the rest.
 
-A snapshot is opened once for all restores of it that are at work: its indexes and page tables are shared.
-
 Rule 1: what can be refused is refused by the command, in words, before anything is journalled or made.
 Rule 2: a guest that lacks pages is not moved and not saved (`blockers`): its QEMU could do neither.
 """
@@ -30,6 +28,7 @@ import msgspec
 from vmferry import limits
 from vmferry.agent import restore_trust, saves, vm_commands
 from vmferry.agent.job_book import JobInfo
+from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
     GuestIdentity,
@@ -41,7 +40,7 @@ from vmferry.agent.restore_definition import (
     renew,
 )
 from vmferry.agent.restore_feed import Feed
-from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted
+from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
 from vmferry.agent.vms import VmDefinition
 from vmferry.core import restore as core
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.manifest import Head
-    from vmferry.store.reader import SnapshotReader
     from vmferry.store.repository import Repository
 
 log = logging.getLogger("vmferry.agent")
@@ -97,17 +95,6 @@ class RestoreStatusArguments:
     host: str = ""
 
 
-@dataclass(slots=True)
-class _Shared:
-    """A snapshot that is open for some restores."""
-
-    opening: asyncio.Task[Opened]
-    users: int = 0
-    renewing: asyncio.Task[None] | None = None
-    """Its lock's one owner."""
-    is_over: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class Restores:
     """Owned by the agent."""
 
@@ -118,7 +105,7 @@ class Restores:
         self.results: dict[str, dict[str, Any]] = {}
         """Ended restores, by job."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
-        self._shared: dict[str, _Shared] = {}
+        self.snapshots = OpenSnapshots(agent, self.orders, on_new=self._retry)
         self._promised: dict[str, GuestIdentity] = {}
         """Of restores whose orders are being written, by job."""
 
@@ -216,7 +203,7 @@ class Restores:
         if kept is not None and self._agent.vms.get(attempt.vm) is kept:
             self._agent.hold(kept)
         if attempt.has_opened:
-            self.release(attempt.wanted.snapshot)
+            self.snapshots.release(attempt.wanted.snapshot)
         if attempt.wanted.lazy:
             self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
@@ -251,6 +238,12 @@ class Restores:
         if attempt.feed is not None:
             attempt.feed.source.retry()
 
+    def _retry(self, snapshot: str) -> None:
+        """What could not be read of this snapshot is tried again."""
+        for attempt in self.at_work():
+            if attempt.wanted.snapshot == snapshot and attempt.feed is not None:
+                attempt.feed.source.retry()
+
     async def close(self) -> None:
         """The agent ends: threads end, QEMUs wait for the next agent."""
         for attempt in list(self.at_work()):
@@ -258,70 +251,13 @@ class Restores:
                 await attempt.feed.stop()
             if attempt.machine is not None:
                 await attempt.machine.close()
-        for shared in self._shared.values():
-            if shared.opening.done() and not shared.opening.cancelled() and shared.opening.exception() is None:
-                await asyncio.to_thread(shared.opening.result().reader.close)
+        await self.snapshots.close()
 
     async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
         """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
         touches = feed.source.touches
         if wanted.lazy and len(touches) and not feed.order:
             await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
-
-    # --- open snapshots -------------------------------------------------------------------------------------
-
-    async def open(self, snapshot: str) -> Opened:
-        """The snapshot, read as far as it can be before its pages are; `release` gives it back. Raises
-        RepositoryError."""
-        shared = self._shared.get(snapshot)
-        if shared is None:
-            opening = asyncio.create_task(
-                self._agent.snapshot_store.with_repository(lambda repository: _open(repository, snapshot, self.orders)),
-                name=f"open-{snapshot[:8]}",
-            )
-            shared = self._shared[snapshot] = _Shared(opening)
-            self._agent.keep_task(opening)
-            shared.renewing = asyncio.create_task(self._renew(shared, snapshot), name=f"renew-{snapshot[:8]}")
-            self._agent.keep_task(shared.renewing)
-        shared.users += 1
-        try:
-            return await asyncio.shield(shared.opening)
-        except BaseException:
-            self.release(snapshot)
-            raise
-
-    def release(self, snapshot: str) -> None:
-        """Somebody who opened it does not need it any more."""
-        shared = self._shared.get(snapshot)
-        if shared is None:
-            return
-        shared.users -= 1
-        if shared.users <= 0:
-            del self._shared[snapshot]
-            shared.is_over.set()  # `_renew` closes it: a repository that hangs holds nobody up
-
-    async def _renew(self, shared: _Shared, snapshot: str) -> None:
-        """The one owner of an open snapshot's lock, whatever its restores do: a lock is no thread's but its owner's.
-
-        1. two restores of a snapshot renew its lock at once  2. each deletes what the other took for the lock
-        3. none is left, and another host may prune."""
-        await asyncio.wait({shared.opening})
-        if shared.opening.cancelled() or shared.opening.exception() is not None:
-            return
-        reader, run = shared.opening.result().reader, self._agent.snapshot_store.run
-        while not shared.is_over.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(limits.RESTORE_RENEW_S):
-                    await shared.is_over.wait()
-                    break
-            try:
-                await run(_keep_lock, reader)
-            except RepositoryError as error:
-                log.warning("snapshot=%s effect=renew-lock result=%s", snapshot, error)
-        try:
-            await run(reader.close)
-        except RepositoryError as error:  # its lock gets stale by itself
-            log.warning("snapshot=%s effect=close result=%s", snapshot, error)
 
     # --- pins -----------------------------------------------------------------------------------------------
 
@@ -349,35 +285,10 @@ class Restores:
                 return
 
 
-def _keep_lock(reader: SnapshotReader) -> None:
-    """In a thread. A lock that was lost is taken anew at once: pins kept the pages meanwhile."""
-    from vmferry.store.errors import LockLost
-
-    try:
-        reader.renew_if_due()
-    except LockLost as error:
-        log.warning("snapshot=%s effect=renew-lock result=%s; a new one is taken", reader.snapshot, error)
-        reader.lock_again()
-
-
 def _load_rooms() -> None:
     """In a thread."""
     for room in ("engine.frozen", "engine.lazy", "engine.outgoing", "store.reader", "store.local"):
         importlib.import_module(f"vmferry.{room}")
-
-
-def _open(repository: Repository, snapshot: str, orders: TouchOrders) -> Opened:
-    """In a thread of the store. Raises RepositoryError."""
-    from vmferry.engine.frozen import thaw
-    from vmferry.store.reader import SnapshotReader
-
-    reader = SnapshotReader(repository, snapshot)
-    try:
-        reader.require_sizes()
-        return Opened(reader, thaw(reader.device_state), orders.get(snapshot))
-    except BaseException:
-        reader.close()
-        raise
 
 
 def _info(attempt: RestoreAttempt) -> JobInfo:

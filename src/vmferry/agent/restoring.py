@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from vmferry import limits
 from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
 from vmferry.agent.machine import Machine
+from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -48,10 +49,7 @@ from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
-    from vmferry.engine.frozen import FrozenState
-    from vmferry.engine.lazy import Touches
     from vmferry.engine.outgoing import OutgoingOutcome
-    from vmferry.store.reader import SnapshotReader
 
 log = logging.getLogger("vmferry.agent")
 
@@ -78,15 +76,6 @@ class RestoreWanted:
     auto_dismiss: bool = True
     auto_finalize: bool = True
     wanted_s: float = 0.0
-
-
-@dataclasses.dataclass(slots=True)
-class Opened:
-    """A snapshot that was read as far as it can be before its pages are."""
-
-    reader: SnapshotReader
-    state: FrozenState
-    order: Touches | None
 
 
 class RestoreAttempt:
@@ -380,7 +369,7 @@ class RestoreAttempt:
     async def _read(self) -> Opened:
         """Raises RepositoryError when something is missing or damaged."""
         if self._opened is None:
-            self._opened = await self.agent.restores.open(self.wanted.snapshot)
+            self._opened = await self.agent.restores.snapshots.open(self.wanted.snapshot)
         if self.wanted.lazy and not self._is_pinned:
             await self.agent.restores.pin(self.wanted)
             self._is_pinned = True

@@ -17,9 +17,10 @@ import pytest
 from vmferry.agent import images, overlays, restoring
 from vmferry.agent.directories import make_directory
 from vmferry.agent.events import EVENTS
+from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Progress, block_objection
-from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted, trouble_text
+from vmferry.agent.restoring import RestoreAttempt, RestoreWanted, trouble_text
 from vmferry.agent.vm_commands import definition_of
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
@@ -151,7 +152,7 @@ class FakeAgent:
         self.journal = SimpleNamespace(append=self._append)
         self.host = SimpleNamespace(find_qemu=lambda directory: None)
         self.restores = SimpleNamespace(
-            open=self._open,
+            snapshots=SimpleNamespace(open=self._open),
             pin=self._pin,
             adopt=self._adopt,
             disown=self._disown,
