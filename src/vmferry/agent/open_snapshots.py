@@ -30,7 +30,7 @@ from vmferry.errors import RepositoryError
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.agent.touch_orders import TouchOrders
-    from vmferry.engine.frozen import FrozenState
+    from vmferry.engine.frozen import FrozenDisk, FrozenState
     from vmferry.engine.lazy import Touches
     from vmferry.store.reader import SnapshotReader
     from vmferry.store.repository import Repository
@@ -96,6 +96,7 @@ class Opened:
     reader: HeldSnapshot
     state: FrozenState
     order: Touches | None
+    disks: tuple[FrozenDisk, ...] = ()
 
 
 @dataclass(slots=True)
@@ -183,12 +184,13 @@ class OpenSnapshots:
 
 def _open(repository: Repository, snapshot: str, orders: TouchOrders) -> Opened:
     """In a thread of the store. Raises RepositoryError."""
-    from vmferry.engine.frozen import thaw
+    from vmferry.engine.frozen import FrozenDisk, thaw
 
     reader = HeldSnapshot(repository, snapshot)
     try:
         reader.require_sizes()
-        return Opened(reader, thaw(reader.device_state), orders.get(snapshot))
+        disks = tuple(FrozenDisk.from_wire(each) for each in reader.head.disks)
+        return Opened(reader, thaw(reader.device_state), orders.get(snapshot), disks)
     except BaseException:
         reader.close()
         raise

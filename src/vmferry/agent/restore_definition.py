@@ -34,7 +34,7 @@ from vmferry.units import format_size
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
-    from vmferry.engine.frozen import FrozenDisk
+    from vmferry.engine.frozen import FrozenDisk, FrozenImage
     from vmferry.vm.probe_qemu import QemuFacts
 
 SAME_ADDRESS: Final = "same-address"
@@ -204,20 +204,24 @@ def _named(definition: VmDefinition, name: str, moved: dict[str, DiskRef]) -> Vm
 
 
 def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
-    """What is wrong with the stored images, a sentence each: missing, or not what they were. Reads the file system."""
+    """What is wrong with the stored images and with what they lie on, a sentence each: missing, or not what they were.
+    Reads the file system."""
     found = []
     for disk in disks:
         if disk.way not in ("read-only", "external-snapshot"):
             continue
-        try:
-            seen = os.stat(disk.path)
-        except OSError as error:
-            found.append(f"the disk image {disk.path} of the snapshot is not there: {error.strerror}")
-            continue
-        if disk.path.startswith("/dev/"):
-            continue
-        if (seen.st_size, seen.st_mtime_ns) != (disk.size_bytes, disk.mtime_ns):
-            found.append(f"the disk image {disk.path} was changed since the snapshot was made")
+        images: list[FrozenDisk | FrozenImage] = [disk, *(disk.chain or ())]
+        for image in images:
+            where = "of the snapshot" if image is disk else f"under {disk.path}"
+            try:
+                seen = os.stat(image.path)
+            except OSError as error:
+                found.append(f"the disk image {image.path} {where} is not there: {error.strerror}")
+                continue
+            if image.path.startswith("/dev/"):
+                continue
+            if (seen.st_size, seen.st_mtime_ns) != (image.size_bytes, image.mtime_ns):
+                found.append(f"the disk image {image.path} {where} was changed since that was made")
     return tuple(found)
 
 

@@ -33,7 +33,7 @@ from vmferry import limits
 from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
 from vmferry.agent.machine import Machine
 from vmferry.agent.open_snapshots import Opened
-from vmferry.agent.restore_definition import Overlay
+from vmferry.agent.restore_definition import Overlay, disk_objections
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core import restore as core
@@ -364,6 +364,10 @@ class RestoreAttempt:
         opened = await reading
         self.note(F.READ)
         self._check(opened, lines)
+        # Once more: 1. the command looks at the stored images  2. somebody writes to one  3. QEMU opens it
+        changed = await asyncio.to_thread(disk_objections, opened.disks)
+        if changed:
+            raise PlanRefused(f"{self.vm}: {'; '.join(changed)}", side="client")
         self.note(F.LAUNCHED)
 
     async def _read(self) -> Opened:

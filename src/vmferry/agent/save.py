@@ -299,7 +299,6 @@ class SaveJob:
         self.note(SaveFact.STARTED)
         await self._follow(incoming)
         await self._until_whole(incoming)
-        self.disks = await save_disks.describe(self.wanted.definition, self.wanted.overlays)
 
     def _endpoint(self, sink: SnapshotSink) -> tuple[Incoming, socket.socket, socket.socket]:
         from vmferry.engine.incoming import Incoming
@@ -387,6 +386,8 @@ class SaveJob:
             outcome = await in_own_thread(f"save-end-{self.vm}", self._incoming.stop)
             if outcome.threads_left:
                 raise MigrationFailed(f"the endpoint of the save does not end: {', '.join(outcome.threads_left)}")
+        wanted = self.wanted  # nobody writes to these disks any more
+        self.disks = await save_disks.describe(wanted.definition, wanted.overlays, qemu=self.agent.config.qemu)
         self._check_cancel()
         self.is_committing = True
         work = functools.partial(sink.commit, self.wanted.name, self._words(), self.disks)

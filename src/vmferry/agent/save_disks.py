@@ -29,7 +29,7 @@ import stat
 import uuid
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from vmferry.agent import images, overlays
+from vmferry.agent import image_chain, images, overlays
 from vmferry.agent.machine import Machine
 from vmferry.agent.save_back import RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -259,19 +259,18 @@ async def mend(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> boo
     return bool(done)
 
 
-async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...]) -> list[FrozenDisk]:
-    """The guest's disks of that instant, for the manifest. Raises OSError when a file is gone."""
-    return await asyncio.to_thread(_describe, definition, {each.path: each for each in overlays})
+async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...], *, qemu: str) -> list[FrozenDisk]:
+    """The guest's disks of that instant, for the manifest. Raises OSError when a file is gone, Unfit when nobody can
+    say what one lies on."""
+    from vmferry.engine.frozen import FrozenDisk, FrozenImage
 
-
-def _describe(definition: dict[str, Any], overlays: dict[str, Overlay]) -> list[FrozenDisk]:
-    from vmferry.engine.frozen import FrozenDisk
-
+    by_path = {each.path: each for each in overlays}
     found = []
     for disk in definition["disks"]:
         path = str(disk["path"])
-        seen = os.stat(path)
-        over = overlays.get(path)
+        seen = await asyncio.to_thread(os.stat, path)
+        under = await image_chain.under(path, str(disk["format"]), qemu=qemu)
+        over = by_path.get(path)
         found.append(
             FrozenDisk(
                 path=path,
@@ -281,6 +280,7 @@ def _describe(definition: dict[str, Any], overlays: dict[str, Overlay]) -> list[
                 mtime_ns=seen.st_mtime_ns,
                 overlay="" if over is None else over.overlay,
                 node="" if over is None else over.node,
+                chain=None if under is None else tuple(FrozenImage(**dataclasses.asdict(each)) for each in under),
             )
         )
     return found

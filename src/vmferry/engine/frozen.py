@@ -220,10 +220,21 @@ went on in an overlay. `none`: the snapshot was imported, and nobody knows of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenImage:
+    """A file under a disk's own: it must stay untouched as well."""
+
+    path: str
+    format: str
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenDisk:
     """One disk of the guest as it was at the instant of the snapshot.
 
-    `path` is the file that holds it and must stay untouched: `size_bytes` and `mtime_ns` tell whether it did.
+    `path` is the file that holds it and must stay untouched: `size_bytes` and `mtime_ns` tell whether it did. So must
+    all that it lies on (`chain`).
     """
 
     path: str
@@ -235,6 +246,8 @@ class FrozenDisk:
     """Where the saved guest went on: its own, and no part of the snapshot."""
     node: str = ""
     """QEMU's node of the disk."""
+    chain: tuple[FrozenImage, ...] | None = None
+    """What it lies on, the nearest first; None: nobody knows."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values, for the manifest."""

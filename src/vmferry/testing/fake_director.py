@@ -21,10 +21,15 @@ from typing import Any
 import vmferry
 
 _TOOL = """#!/bin/sh
+if [ "$1" = info ]; then
+    while [ "$1" != -- ]; do shift; done
+    printf '[{"filename": "%s", "format": "qcow2"}]' "$2"
+    exit
+fi
 while [ "$1" != -- ]; do shift; done
 printf 'QFI\\373' > "$2"
 """
-"""A qemu-img that only makes images, of nothing but their first bytes."""
+"""A qemu-img that makes images of nothing but their first bytes, and says of each that it lies on nothing."""
 
 
 @dataclass

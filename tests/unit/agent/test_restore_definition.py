@@ -21,7 +21,7 @@ from vmferry.agent.restore_definition import (
 )
 from vmferry.agent.vm_commands import definition_of
 from vmferry.agent.vms import DiskRef, VmDefinition
-from vmferry.engine.frozen import FrozenDisk
+from vmferry.engine.frozen import FrozenDisk, FrozenImage
 from vmferry.errors import PlanRefused, SpecError
 from vmferry.vm import spec as vm_spec
 from vmferry.vm.probe_qemu import CpuModel, QemuFacts
@@ -139,6 +139,16 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
     assert disk_objections([same, frozen_disk("/dev/null"), frozen_disk("/not/there", way="none")]) == ()
     for other in (dataclasses.replace(same, size_bytes=4), dataclasses.replace(same, mtime_ns=1, way="read-only")):
         assert "was changed since" in disk_objections([other])[0]
+    base = tmp_path / "base.img"
+    base.write_bytes(b"base")
+    seen = os.stat(base)
+    under = FrozenImage(path=str(base), format="raw", size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns)
+    layered = dataclasses.replace(same, chain=(under,))
+    assert disk_objections([layered]) == ()
+    os.utime(base, ns=(1, 1))
+    assert disk_objections([layered]) == (f"the disk image {base} under {image} was changed since that was made",)
+    base.unlink()
+    assert f"{base} under {image} is not there" in disk_objections([layered])[0]
     image.unlink()
     assert "is not there" in disk_objections([same])[0]
 

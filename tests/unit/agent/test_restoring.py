@@ -25,6 +25,7 @@ from vmferry.agent.vm_commands import definition_of
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
+from vmferry.engine.frozen import FrozenDisk
 from vmferry.errors import QemuError, RepositoryError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.codec import Event
@@ -342,6 +343,17 @@ async def test_a_qemu_with_other_memory_gets_nothing(tmp_path: Path) -> None:
     assert "vga" in (await bed.end())["error"]["message"]
     assert bed.is_nothing_left()
     assert "migrate-incoming" not in bed.qemu.told
+
+
+async def test_an_image_that_is_changed_after_the_command_looked_ends_the_restore(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    stored = FrozenDisk(path="/nowhere/a.img", format="raw", way="external-snapshot", size_bytes=1, mtime_ns=2)
+    bed.opened.disks = (stored,)
+    bed.begin()
+    ended = await bed.end()
+    assert "/nowhere/a.img of the snapshot is not there" in ended["error"]["message"]
+    assert bed.is_nothing_left()
+    assert not FakeFeed.made
 
 
 async def test_a_cancel_does_not_wait_for_the_repository(tmp_path: Path) -> None:
