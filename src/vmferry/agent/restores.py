@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import restore_trust, saves, vm_commands
+from vmferry.agent import restore_trust, restored_disks, saves, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
@@ -40,6 +40,7 @@ from vmferry.agent.restore_definition import (
     renew,
 )
 from vmferry.agent.restore_feed import Feed
+from vmferry.agent.restored_disks import RestoredDisks
 from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
 from vmferry.agent.vms import VmDefinition
@@ -106,6 +107,7 @@ class Restores:
         """Ended restores, by job."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
         self.snapshots = OpenSnapshots(agent, self.orders, on_new=self._retry)
+        self.disks = RestoredDisks(agent, ask=identities)
         self._promised: dict[str, GuestIdentity] = {}
         """Of restores whose orders are being written, by job."""
 
@@ -199,6 +201,7 @@ class Restores:
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
         self.results[attempt.job] = result
+        self.disks.remember(restored_disks.of_job(attempt.wanted, attempt.images))
         kept = attempt.kept
         if kept is not None and self._agent.vms.get(attempt.vm) is kept:
             self._agent.hold(kept)

@@ -58,6 +58,8 @@ class Entry(StrEnum):
     """Source: its QEMU is about to be told to mirror these disks."""
     IMAGE_MADE = "image-made"
     """Destination: a file (device and inode) that is this job's, before it gets its name."""
+    IMAGES_GONE = "images-gone"
+    """Of a restore that is over: no file that it made is there any more."""
     RECOVERY_WAY = "recovery-way"
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
@@ -193,6 +195,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 job.mirrors = entry.body
             case Entry.IMAGE_MADE if job:
                 job.images.update(entry.body)
+            case Entry.IMAGES_GONE if job:
+                job.images = {}
             case Entry.RECOVERY_WAY if job:
                 job.recovery_way = entry.body
             case Entry.COMMITTED if job:
@@ -218,7 +222,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
 
 KEEP_ENDED_JOBS = 200
 """Results of ended jobs that are kept over a restart; older ones are forgotten with their entries. Those that wait to
-be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them)."""
+be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds them), nor are restores of which
+disks are left: nobody else knows whose they are."""
 
 
 class JournalStore(Protocol):
@@ -311,6 +316,9 @@ def _forget_old(db: sqlite3.Connection) -> None:
             " (SELECT subject FROM entry WHERE kind IN ('wanted','place-wanted','save-wanted','restore-wanted')"
             "  AND json_extract(body, '$.auto_dismiss') = 0"
             "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+            " AND subject NOT IN (SELECT subject FROM entry WHERE kind='image-made'"
+            "  AND subject IN (SELECT subject FROM entry WHERE kind='restore-wanted')"
+            "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='images-gone'))"
             " ORDER BY seq DESC LIMIT -1 OFFSET ?",
             (KEEP_ENDED_JOBS,),
         ).fetchall()
