@@ -33,6 +33,7 @@ from vmferry import limits
 from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
 from vmferry.agent.machine import Machine
 from vmferry.agent.open_snapshots import Opened
+from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.restore_definition import Overlay, disk_objections
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -412,14 +413,21 @@ class RestoreAttempt:
                 )
             self.note(F.LOADING)
             await machine.execute("migrate-incoming", arguments)
-            self.feed = Feed(
-                opened.reader, opened.state, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
-                name=f"restore-{self.job[:6]}", on_news=self._hear_feed,
+            feed = self.feed = await self._make_feed(
+                opened, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
+                name=f"restore-{self.job[:6]}",
             )  # fmt: skip
         except BaseException:
             ours.close()
             raise
-        self.feed.start(ours)
+        feed.start(ours)
+
+    async def _make_feed(self, opened: Opened, **more: Any) -> Feed:
+        loop = asyncio.get_running_loop()
+        return await in_own_thread(
+            f"{more['name']}-maps",
+            lambda: Feed(opened.reader, opened.state, loop=loop, on_news=self._hear_feed, **more),
+        )
 
     async def _keep(self) -> None:
         machine = self.machine
@@ -450,11 +458,10 @@ class RestoreAttempt:
         await machine.execute("migrate-recover", {"uri": f"unix:{path_there}"}, oob=True)
         ours = socket.socket(socket.AF_UNIX)
         try:
-            ours.connect(path_there)
-            feed = self.feed = Feed(
-                opened.reader, opened.state, lazy=True, page_bytes=sizes, broken=True,
-                name=f"restore-{self.job[:6]}-{self._rejoins}", on_news=self._hear_feed,
-            )  # fmt: skip
+            await asyncio.to_thread(ours.connect, path_there)
+            feed = self.feed = await self._make_feed(
+                opened, lazy=True, page_bytes=sizes, broken=True, name=f"restore-{self.job[:6]}-{self._rejoins}"
+            )
         except BaseException:
             ours.close()
             raise

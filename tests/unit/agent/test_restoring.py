@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +103,7 @@ class FakeFeed:
         self.failed: VmferryError | None = None
         self.has_rejoined = self.is_stopped = False
         self.outgoing = SimpleNamespace(saw_running=lambda: None)
+        assert threading.current_thread() is not threading.main_thread(), "maps of all pages: not on the event loop"
         self.is_broken, self.on_news = broken, on_news
         self.done: list[str] = []
         FakeFeed.made.append(self)
