@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, Any, Final
 from vmferry.agent.vms import DiskRef, VmDefinition
 from vmferry.core.preflight import QEMU_OVERHEAD_BYTES
 from vmferry.errors import PlanRefused, SpecError
+from vmferry.limits import RESTORE_OTHER_MEMORY_BYTES_MAX
 from vmferry.units import format_size
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
     from vmferry.engine.frozen import FrozenDisk, FrozenImage
+    from vmferry.store.manifest import Block
     from vmferry.vm.probe_qemu import QemuFacts
 
 SAME_ADDRESS: Final = "same-address"
@@ -212,17 +214,27 @@ def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
             continue
         images: list[FrozenDisk | FrozenImage] = [disk, *(disk.chain or ())]
         for image in images:
-            where = "of the snapshot" if image is disk else f"under {disk.path}"
+            name = f"the disk image {image.path}{'' if image is disk else f' under {disk.path}'}"
             try:
                 seen = os.stat(image.path)
             except OSError as error:
-                found.append(f"the disk image {image.path} {where} is not there: {error.strerror}")
+                found.append(f"{name} of the snapshot is not there: {error.strerror}")
                 continue
             if image.path.startswith("/dev/"):
                 continue
             if (seen.st_size, seen.st_mtime_ns) != (image.size_bytes, image.mtime_ns):
-                found.append(f"the disk image {image.path} {where} was changed since that was made")
+                found.append(f"{name} was changed since the snapshot was made")
     return tuple(found)
+
+
+def memory_objection(definition: VmDefinition, blocks: Sequence[Block]) -> str:
+    """Why the memory of a snapshot cannot be this guest's; '' if it can. Asked before a table of pages is read: a
+    forged one has some MB for a TiB of zeros."""
+    has = sum(block.size_bytes for block in blocks)
+    may_have = definition.memory_bytes + RESTORE_OTHER_MEMORY_BYTES_MAX
+    if has <= may_have:
+        return ""
+    return f"it has {format_size(has)} of memory, and its definition says {format_size(definition.memory_bytes)}"
 
 
 def host_objections(

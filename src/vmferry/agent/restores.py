@@ -37,6 +37,7 @@ from vmferry.agent.restore_definition import (
     disk_objections,
     host_objections,
     identity_of,
+    memory_objection,
     renew,
 )
 from vmferry.agent.restore_feed import Feed
@@ -405,6 +406,9 @@ async def _renewed(agent: Agent, arguments: RestoreArguments, found: _Found, *, 
         )
     old = restore_trust.read_definition(found.words.definition, found.disks)
     await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
+    objection = "" if restore_trust.powers(old) else memory_objection(old, found.head.blocks)
+    if objection:  # arguments that somebody vouched for may give a guest any memory
+        raise PlanRefused(f"{arguments.name} cannot be restored: {objection}", side="client")
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
     return renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
 

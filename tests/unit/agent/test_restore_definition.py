@@ -17,12 +17,14 @@ from vmferry.agent.restore_definition import (
     disk_objections,
     host_objections,
     identity_of,
+    memory_objection,
     renew,
 )
 from vmferry.agent.vm_commands import definition_of
 from vmferry.agent.vms import DiskRef, VmDefinition
 from vmferry.engine.frozen import FrozenDisk, FrozenImage
 from vmferry.errors import PlanRefused, SpecError
+from vmferry.store.manifest import Block
 from vmferry.vm import spec as vm_spec
 from vmferry.vm.probe_qemu import CpuModel, QemuFacts
 
@@ -146,11 +148,21 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
     layered = dataclasses.replace(same, chain=(under,))
     assert disk_objections([layered]) == ()
     os.utime(base, ns=(1, 1))
-    assert disk_objections([layered]) == (f"the disk image {base} under {image} was changed since that was made",)
+    assert disk_objections([layered]) == (
+        f"the disk image {base} under {image} was changed since the snapshot was made",
+    )
     base.unlink()
-    assert f"{base} under {image} is not there" in disk_objections([layered])[0]
+    assert f"{base} under {image} of the snapshot is not there" in disk_objections([layered])[0]
     image.unlink()
     assert "is not there" in disk_objections([same])[0]
+
+
+def test_a_snapshot_with_more_memory_than_its_guest_has_is_not_read() -> None:
+    mib = 1 << 20
+    blocks = [Block("pc.ram", 64 * mib, 4096), Block("vga.vram", 16 * mib, 4096)]
+    assert memory_objection(definition(), blocks) == ""
+    forged = [*blocks, Block("more", 1 << 40, 4096)]
+    assert "and its definition says 64" in memory_objection(definition(), forged)
 
 
 def facts(**more: Any) -> QemuFacts:
