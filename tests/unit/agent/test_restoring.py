@@ -513,6 +513,20 @@ async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_aw
     assert bed.agent.gone == [bed.agent.vms["web1"]]
 
 
+async def test_a_guest_that_a_person_stopped_does_not_come_back_with_the_end_of_its_restore(tmp_path: Path) -> None:
+    """1. `vmferry stop` takes it out of the VMs  2. its restore, which waited for pages, hears that it is gone."""
+    bed = Bed(tmp_path)
+    bed.begin()
+    bed.qemu.state = "paused"
+    (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
+    await bed.until(F.RAN)
+    assert bed.qemu.on_gone is not None
+    del bed.agent.vms["web1"]
+    bed.qemu.on_gone()
+    assert (await bed.end())["detail"] == "lost"
+    assert bed.agent.vms == {}
+
+
 async def test_trouble_pauses_the_job_and_its_end_resumes_it(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.begin()
