@@ -175,11 +175,12 @@ class RestoredDisks:
     async def remove_all(self, vm: str, paths: Iterable[str]) -> dict[str, list[str]]:
         """Those that were a VM's, which is gone from this host: what was removed, and what is kept and why."""
         told: dict[str, list[str]] = {"removed": [], "left": []}
-        wanted = set(paths)
-        for disk in await self.here():
-            if disk.vm == vm and disk.path in wanted:
-                why = await self.remove(disk)
-                told["left" if why else "removed"].append(f"{disk.path}: {why}" if why else disk.path)
+        mine = {disk.path: disk for disk in await self.here() if disk.vm == vm}
+        for path in paths:
+            why = f"no restore of {self._agent.config.name} made it for {vm}"
+            if path in mine:
+                why = await self.remove(mine[path])
+            told["left" if why else "removed"].append(f"{path}: {why}" if why else path)
         return told
 
     async def _forget_gone(self, job: str) -> None:

@@ -51,7 +51,7 @@ TRANSACTION_S: Final = 30.0
 """Flushes and makes a qcow2 file per disk."""
 
 
-async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
+async def plan(kept: KeptVm, name: str, disks: str, *, qemu: str) -> tuple[Overlay, ...]:
     """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps."""
     definition = kept.definition
     writable = definition.writable_paths()
@@ -80,6 +80,12 @@ async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
             "not be moved any more",
             side="source",
             hint="save it without writable disks, or start it from a spec",
+        )
+    if images.tool_of(qemu) is None:
+        raise PlanRefused(
+            f"there is no qemu-img to make the files in which {kept.name} would go on",
+            side="source",
+            hint="install qemu-utils",
         )
     formats = {disk["path"]: disk.get("format", "raw") for disk in definition.spec["disk"]}
     numbers = {disk["path"]: number for number, disk in enumerate(definition.spec["disk"])}

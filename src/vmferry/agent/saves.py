@@ -286,7 +286,7 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
             side="source",
             hint="say --pause: a guest that stands writes nothing",
         )
-    overlays = await save_disks.plan(kept, arguments.name, arguments.disks)
+    overlays = await save_disks.plan(kept, arguments.name, arguments.disks, qemu=agent.config.qemu)
     if arguments.way == "background":
         for is_so, why in (
             (arguments.pause, "with pause the guest stands anyway"),

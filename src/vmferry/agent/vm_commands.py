@@ -400,7 +400,7 @@ async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_S):
                     await restore.ended.wait()
-        paths = [disk.path for disk in kept.definition.disks]
+        paths = kept.definition.writable_paths()
         wire["disks"] = await agent.restores.disks.remove_all(arguments.vm, paths)
     return wire
 

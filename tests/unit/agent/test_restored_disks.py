@@ -41,7 +41,7 @@ class Bed:
         self.vms: dict[str, Any] = {}
         self.agent: Any = _made(
             restores=SimpleNamespace(at_work=list, by_id=self.jobs.get),
-            config=SimpleNamespace(qemu="/nowhere/qemu"),
+            config=SimpleNamespace(name="host-a", qemu="/nowhere/qemu"),
             vms=self.vms,
             journal=SimpleNamespace(append=self._append),
             snapshot_store=SimpleNamespace(with_repository=self._with_repository),
@@ -179,8 +179,9 @@ async def test_one_of_a_restore_at_work_stays(bed: Bed) -> None:
 
 
 async def test_disks_go_with_a_guest_that_is_stopped_for_good(bed: Bed) -> None:
-    assert await bed.disks.remove_all("web9", [str(bed.path)]) == {"removed": [], "left": []}
-    assert await bed.disks.remove_all("web2", ["/another"]) == {"removed": [], "left": []}
+    for vm, path in (("web9", str(bed.path)), ("web2", "/another")):
+        told = await bed.disks.remove_all(vm, [path])
+        assert told == {"removed": [], "left": [f"{path}: no restore of host-a made it for {vm}"]}
     bed.head(path=str(bed.path))
     told = await bed.disks.remove_all("web2", [str(bed.path)])
     assert told == {"removed": [], "left": [f"{bed.path}: the snapshot tuesday needs it"]}

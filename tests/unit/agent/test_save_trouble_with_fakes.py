@@ -22,6 +22,7 @@ from tests.save_sites import (
     with_disk,
 )
 from vmferry import limits
+from vmferry.agent import images
 from vmferry.agent.machine import Machine
 from vmferry.agent.save import SaveJob
 from vmferry.agent.snapshot_sink import SnapshotSink, find
@@ -40,7 +41,9 @@ F = SaveFact
 # --- disks ----------------------------------------------------------------------------------------------------
 
 
-async def test_writable_disks_are_refused_until_it_is_said_how(make_site: MakeSite) -> None:
+async def test_writable_disks_are_refused_until_it_is_said_how(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site, image = await with_disk(make_site)
     with pytest.raises(PlanRefused, match=f"writes to {image}") as caught:
         await site.command("a", "vm-save", vm="h", name="one")
@@ -50,6 +53,9 @@ async def test_writable_disks_are_refused_until_it_is_said_how(make_site: MakeSi
     (site.directory / "h-disk0.one.qcow2").write_bytes(b"somebody's")
     with pytest.raises(PlanRefused, match="exists already"):
         await site.command("a", "vm-save", vm="h", name="one", disks="external-snapshot")
+    monkeypatch.setattr(images, "tool_of", lambda qemu: None)
+    with pytest.raises(PlanRefused, match="no qemu-img"):
+        await site.command("a", "vm-save", vm="h", name="two", disks="external-snapshot")
     kept = site.agents["a"].vms["h"]
     object.__setattr__(kept.definition, "spec", None)
     with pytest.raises(PlanRefused, match="not started from a spec"):
