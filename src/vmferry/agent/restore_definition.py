@@ -238,12 +238,13 @@ def memory_objection(definition: VmDefinition, blocks: Sequence[Block]) -> str:
 
 
 def host_objections(
-    definition: VmDefinition, facts: QemuFacts, *, available_bytes: int | None
+    definition: VmDefinition, facts: QemuFacts, *, available_bytes: int | None, saved_by: str = ""
 ) -> tuple[list[str], list[str]]:
     """(what a host lacks for this guest, what should be known), a sentence each: as a migration's plan looks at it.
 
     Args:
         available_bytes: memory that the host has left; None: not known.
+        saved_by: the version of the QEMU that the guest comes from, as the snapshot has it; '': not known.
     """
     found: list[str] = []
     notes: list[str] = []
@@ -259,6 +260,11 @@ def host_objections(
         found.append(f"this host's QEMU does not know the CPU model {model}")
     elif models.get(model):
         found.append(f"this host's CPU lacks what the model {model} promises: {', '.join(models[model] or ())}")
+    elif models and model != "max" and models.get(model) is None:
+        notes.append(f"this host's QEMU does not say whether its CPU has all features of the model {model}")
+    here = ".".join(map(str, facts.version))
+    if model == "max" and definition.accel == "tcg" and saved_by not in ("", here):
+        notes.append(f"it has the CPU model max, which differs between QEMU {saved_by} and {here}")
     needed = definition.memory_bytes + QEMU_OVERHEAD_BYTES
     if available_bytes is not None and available_bytes < needed:
         found.append(f"it needs {format_size(needed)} of memory and this host has {format_size(available_bytes)} left")

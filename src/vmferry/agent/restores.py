@@ -424,7 +424,7 @@ async def _wanted(
         asyncio.to_thread(disk_objections, found.disks),
     )
     refused, notes = clashes(mine, others, accept=arguments.accept)
-    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy)
+    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy, saved_by=found.words.qemu_version)
     refused = (*reasons, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
@@ -444,13 +444,16 @@ async def _wanted(
     )
 
 
-async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> tuple[Sequence[str], Sequence[str]]:
+async def _host_objections(
+    agent: Agent, renewed: Renewed, *, lazy: bool, saved_by: str
+) -> tuple[Sequence[str], Sequence[str]]:
     """(what this host lacks, what should be known), a sentence each."""
     try:
         facts = await agent.planner.qemu_facts()
     except QemuError as error:
         return [error.message], []
-    found, notes = host_objections(renewed.definition, facts, available_bytes=agent.host.memory_available_bytes())
+    available = agent.host.memory_available_bytes()
+    found, notes = host_objections(renewed.definition, facts, available_bytes=available, saved_by=saved_by)
     if lazy and agent.planner.userfaultfd() is False:
         found.append("this host's kernel lets no guest run before its memory is here (userfaultfd); leave out --lazy")
     return found, notes

@@ -192,6 +192,24 @@ def test_what_a_host_lacks_for_a_guest(change: dict[str, Any], asked: dict[str, 
     assert [words in each for each in found] == ([True] if words else [])
 
 
+@pytest.mark.parametrize(
+    ("cpu", "saved_by", "words"),
+    [
+        ("max", "7.2.22", ""),
+        ("max", "", ""),
+        ("max", "6.2.0", "differs between QEMU 6.2.0 and 7.2.22"),
+        ("qemu64", "6.2.0", ""),
+        ("Quiet-Server", "7.2.22", "does not say whether its CPU has all features"),
+    ],
+)
+def test_what_of_its_cpu_nobody_can_say(cpu: str, saved_by: str, words: str) -> None:
+    models = {"tcg": (CpuModel("qemu64", (), True), CpuModel("Quiet-Server", None, True))}
+    old = dataclasses.replace(definition(), cpu=cpu)
+    found, notes = host_objections(old, facts(cpus=models), available_bytes=None, saved_by=saved_by)
+    assert found == []
+    assert [words in each for each in notes] == ([True] if words else [])
+
+
 def test_a_cpu_that_is_the_hosts_is_a_note() -> None:
     kvm = facts(cpus={"kvm": (CpuModel("host", (), False),)})
     found, notes = host_objections(
