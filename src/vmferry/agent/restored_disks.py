@@ -119,11 +119,16 @@ class RestoredDisks:
 
     async def take_up(self, state: JobState) -> None:
         """What the journal says of a restore that has ended. If nothing of it is left, the journal may forget it."""
-        wanted = msgspec.convert(state.body, RestoreWanted)
-        found = of_job(wanted, msgspec.convert(state.images, dict[str, tuple[int, int]]))
-        self.remember(found)
-        if found:
-            await self._forget_gone(state.job)
+        if not state.images:
+            return
+        try:
+            wanted = msgspec.convert(state.body, RestoreWanted)
+            made = msgspec.convert(state.images, dict[str, tuple[int, int]])
+        except msgspec.ValidationError as error:  # another version's: no reason not to start
+            log.warning("job=%s effect=look-for-disks result=%s", state.job, error)
+            return
+        self.remember(of_job(wanted, made))
+        await self._forget_gone(state.job)
 
     def remember(self, disks: Iterable[RestoredDisk]) -> None:
         """Those of a restore that is over."""
@@ -234,7 +239,10 @@ async def listed(agent: Agent, arguments: Any) -> list[dict[str, Any]]:
     disks = agent.restores.disks
     found, needs = [], await disks.look()
     for disk in needs.here:
-        size = await asyncio.to_thread(os.stat, disk.path)
+        try:
+            size = await asyncio.to_thread(os.lstat, disk.path)
+        except FileNotFoundError:  # it went meanwhile
+            continue
         wire = {key: value for key, value in dataclasses.asdict(disk).items() if key != "identity"}
         found.append({**wire, "allocated_bytes": size.st_blocks * 512, "needed": await disks.why_kept(disk, needs)})
     return found

@@ -119,6 +119,15 @@ async def test_one_that_is_gone_or_another_file_is_not_listed_and_not_touched(tm
     assert bed.path.read_bytes() == b"somebody's"
 
 
+async def test_a_journal_of_another_version_keeps_no_agent_from_starting(bed: Bed) -> None:
+    state = bed.state()
+    state.body = {"vm": "web2"}
+    fresh = RestoredDisks(bed.agent, ask=bed._ask)
+    await fresh.take_up(state)
+    assert await fresh.here() == []
+    assert bed.entries == []
+
+
 async def test_one_of_a_vm_that_is_kept_stays(bed: Bed) -> None:
     """Also of a VM whose QEMU has ended: it may be wanted again."""
     disks = (DiskRef(str(bed.path), False, False, "raw"),)
