@@ -17,12 +17,13 @@ Rule 2: only the file that the job made is taken away: by its device and inode.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmferry.agent")
 
+IN_USE: Final = "a process has it open"
 Ask = Callable[["Agent"], Awaitable[tuple[list[GuestIdentity], tuple[str, ...]]]]
 """What all hosts' VMs have, and a sentence for each host that did not say."""
 
@@ -73,6 +75,18 @@ class RestoredDisk:
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == self.identity
+
+    def is_gone(self) -> bool:
+        """Whether it is known not to be there any more. A folder that is not mounted says nothing of it."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                return os.stat(os.path.dirname(self.path)).st_dev == self.identity[0]
+            return False
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) != self.identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,24 +158,28 @@ class RestoredDisks:
     async def look(self) -> Needs:
         """Who needs which file."""
         agent = self._agent
-        files = {}
-        for kept in agent.vms.values():
-            files[kept.name] = await _files_of(kept.definition, qemu=agent.config.qemu)
+        files: dict[str, set[str]] = {}
+        unasked: list[str] = []
+        for kept in list(agent.vms.values()):
+            files[kept.name] = await _files_of(kept.definition, qemu=agent.config.qemu, unasked=unasked)
         elsewhere, silent = await self._ask(agent)
-        under: dict[str, str] | None = None
+        unasked += silent
+        under: dict[str, str] = {}
         try:
             under = await agent.snapshot_store.with_repository(_under_snapshots)
         except RepositoryError as error:
-            silent = (*silent, f"whether a snapshot needs it is not known: {error}")
-        return Needs(tuple(await self.here()), files, tuple(elsewhere), under or {}, silent)
+            unasked.append(f"whether a snapshot needs it is not known: {error}")
+        return Needs(tuple(await self.here()), files, tuple(elsewhere), under, tuple(unasked))
 
     async def why_kept(self, disk: RestoredDisk, needs: Needs, *, force: bool = False) -> str:
         """Who needs it; '' if nobody does, as far as can be seen."""
         if self._agent.restores.by_id(disk.job) is not None:
             return "its restore is at work"
-        if await asyncio.to_thread(_is_open, disk.path):
-            return "a process has it open"
-        return needs.why(disk.path, force=force)
+        is_open = await asyncio.to_thread(_is_open, disk.path)
+        if is_open:
+            return IN_USE
+        why = needs.why(disk.path, force=force)
+        return why or ("" if is_open is not None or force else "nobody can say whether a process has it open")
 
     async def remove(self, disk: RestoredDisk, *, force: bool = False) -> str:
         """Takes it away. Why it was not, or ''."""
@@ -169,10 +187,11 @@ class RestoredDisks:
         if why:
             return why
         try:
-            if not await asyncio.to_thread(images.remove, disk.path, disk.identity, job=disk.job):
-                return "it is another file by now"
+            why = await asyncio.to_thread(_unlink, disk, force=force)
         except OSError as error:
-            return str(error.strerror)
+            why = str(error.strerror)
+        if why:
+            return why
         log.info("image=%s vm=%s job=%s result=removed", disk.path, disk.vm, disk.job)
         await self._forget_gone(disk.job)
         return ""
@@ -191,7 +210,7 @@ class RestoredDisks:
     async def _forget_gone(self, job: str) -> None:
         """Nothing of a job is left: the journal need not keep it for that."""
         mine = [each for each in self._ended.values() if each.job == job]
-        if await asyncio.to_thread(lambda: any(each.is_there() for each in mine)):
+        if not await asyncio.to_thread(lambda: all(each.is_gone() for each in mine)):
             return
         for each in mine:
             del self._ended[each.path]
@@ -201,23 +220,46 @@ class RestoredDisks:
             log.warning("job=%s entry=images-gone result=%s", job, error)
 
 
-async def _files_of(definition: VmDefinition, *, qemu: str) -> set[str]:
-    """The images of a VM and what they lie on, as far as that can be read."""
+async def _files_of(definition: VmDefinition, *, qemu: str, unasked: list[str]) -> set[str]:
+    """The images of a VM and what they lie on. Where that cannot be read, `unasked` gets a sentence."""
     found = set()
     for disk in definition.disks:
         found.add(disk.path)
+        under, why = None, "there is no qemu-img"
         try:
-            found |= {each.path for each in await image_chain.under(disk.path, disk.format, qemu=qemu) or ()}
+            under = await image_chain.under(disk.path, disk.format, qemu=qemu)
         except (VmferryError, OSError) as error:
-            log.info("vm=%s image=%s effect=look-under result=%s", definition.name, disk.path, error)
+            why = str(error)
+        if under is None:
+            unasked.append(f"what {disk.path} of {definition.name} lies on is not known: {why}")
+        found |= {each.path for each in under or ()}
     return found
 
 
-def _is_open(path: str) -> bool:
+def _is_open(path: str) -> bool | None:
+    """Whether a process has the image, on any host that shares its locks; None: nobody can say."""
     try:
-        return image_locks.in_use(path) != frozenset()  # None: nobody can say
+        used = image_locks.in_use(path)
     except OSError:
-        return True
+        return None
+    return None if used is None else bool(used)
+
+
+def _unlink(disk: RestoredDisk, *, force: bool) -> str:
+    """In a thread. Why it was not taken away, or ''. No QEMU can begin to write to it meanwhile. Raises OSError."""
+    lock = None
+    try:
+        lock = image_locks.WriteLock.take(disk.path)
+        if lock is None:
+            return IN_USE
+    except OSError:
+        if not force:
+            raise
+    try:
+        return "" if images.remove(disk.path, disk.identity, job=disk.job) else "it is another file by now"
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _under_snapshots(repository: Repository) -> dict[str, str]:

@@ -18,6 +18,7 @@ from vmferry.agent.restoring import RestoreWanted
 from vmferry.agent.vms import DiskRef
 from vmferry.errors import Busy, RepositoryError, UsageError
 from vmferry.jobs.journal import Entry, JobState
+from vmferry.vm import image_locks
 from vmferry.vm.image_locks import USES_BASE
 
 JOB = "1f" * 16
@@ -133,6 +134,47 @@ async def test_one_of_a_vm_that_is_kept_stays(bed: Bed) -> None:
     disks = (DiskRef(str(bed.path), False, False, "raw"),)
     bed.vms["web2"] = SimpleNamespace(name="web2", definition=SimpleNamespace(name="web2", disks=disks))
     await bed.refused("web2 needs it", force=True)
+
+
+async def test_one_that_a_kept_vms_disk_may_lie_on_stays(bed: Bed) -> None:
+    disks = (DiskRef("/images/top.qcow2", False, False, "qcow2"),)
+    bed.vms["web9"] = SimpleNamespace(name="web9", definition=SimpleNamespace(name="web9", disks=disks))
+    await bed.refused("/images/top.qcow2 of web9 lies on is not known")
+
+
+async def test_a_folder_that_is_not_mounted_says_nothing_of_what_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "disks"
+    folder.mkdir()
+    bed = Bed(folder)
+    state = bed.state()
+    folder.rename(tmp_path / "away")
+    await bed.disks.take_up(state)
+    assert await restored_disks.listed(bed.agent, None) == []
+    assert bed.entries == [], "the journal keeps the job"
+    (tmp_path / "away").rename(folder)
+    assert await bed.needed() == ""
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_where_locks_tell_nothing_a_person_has_to_say_so(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    monkeypatch.setattr(image_locks, "in_use", lambda path: None)
+    if not force:
+        await bed.refused("nobody can say whether a process has it open")
+    else:
+        await restored_disks.remove(bed.agent, RemoveArguments(path=str(bed.path), force=True))
+        assert not bed.path.exists()
+
+
+async def test_one_that_a_qemu_opens_at_the_last_moment_stays(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_locks, "in_use", lambda path: frozenset())
+    lock = image_locks.WriteLock.take(str(bed.path))
+    assert lock is not None
+    with pytest.raises(Busy, match="a process has it open"):
+        await restored_disks.remove(bed.agent, RemoveArguments(path=str(bed.path), force=True))
+    assert bed.path.exists()
+    lock.release()
 
 
 async def test_one_under_another_restores_stays(bed: Bed, tmp_path: Path) -> None:
