@@ -84,7 +84,7 @@ async def check_guest_runs(site: Site) -> None:
     assert site.agents["a"].saves.active("g") is None
 
 
-def check_snapshot(site: Site, name: str, *, way: str) -> SnapshotWords:
+def check_snapshot(site: Site, name: str, *, way: str, run_state: str = "running") -> SnapshotWords:
     """The repository has it, with the last version of every page."""
     found = repository(site)
     info = find(found, name)
@@ -94,7 +94,7 @@ def check_snapshot(site: Site, name: str, *, way: str) -> SnapshotWords:
         assert [page.tobytes() for page in pages] == [fake_stream.page(number) for number in range(64)]
         assert not np.any(reader.read("pc.bios", 0, 4))
         state = thaw(reader.device_state)
-        assert {each.idstr: each.body for each in state.devices} == fake_stream.DEVICES
+        assert {each.idstr: each.body for each in state.devices} == fake_stream.devices(run_state)
         words = SnapshotWords.from_wire(reader.head.metadata)
     assert (words.vm, words.host, words.way) == ("g", "a", way)
     assert words.machine == "pc-q35-7.2"

@@ -61,6 +61,8 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/restore_feed.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/restore_feed.py", "vmferry.wire"): _STORES,
     ("late-import", f"{AGENT}/restore_feed.py", "numpy"): _STORES,
+    ("late-import", f"{AGENT}/open_snapshots.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/open_snapshots.py", "vmferry.store"): _STORES,
     ("late-import", f"{AGENT}/restores.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/restores.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/restores.py", "vmferry.store"): _STORES,

@@ -393,6 +393,11 @@ RESTORE_TICK_S = 0.5
 # How often the owner of an open snapshot's lock looks whether it is time to renew it.
 RESTORE_RENEW_S = 10.0
 
+# Memory of a guest that is not its RAM: video memory, firmware, tables. The largest video memory is 512 MiB. A snapshot
+# that says more than that beside the RAM of its definition is not of that guest; its page tables, which take 8 bytes
+# per page in the agent, are not read then.
+RESTORE_OTHER_MEMORY_BYTES_MAX = 1 << 30
+
 # Between two tries to take a pin away from a repository that does not answer, at most.
 RESTORE_UNPIN_MAX_S = 60.0
 

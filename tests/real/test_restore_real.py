@@ -474,3 +474,9 @@ def test_what_was_saved_on_the_older_qemu_is_restored_on_the_newer(
     assert b"\nE " not in there.read_bytes()
     before = serial.read_bytes()
     wait_true(lambda: len(serial.read_bytes()) > len(before), why="the guest that was saved goes on, too")
+    (disk,) = pair.b.ok("disks")["disks"]
+    assert (disk["vm"], disk["name"]) == ("web2", "monday")
+    assert "has it open" in disk["needed"]
+    pair.b.refused("disks", "--remove", disk["path"], code=9)
+    assert pair.b.ok("stop", "web2", "--force", "--remove-disks")["disks"] == {"removed": [disk["path"]], "left": []}
+    assert not Path(disk["path"]).exists()

@@ -86,18 +86,18 @@ def _brief(agent: Agent, job: str) -> dict[str, Any]:
 
 
 async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
-    """The guest stays. Raises CancelRefused after the grant, JobRefused for a job that is its source's."""
+    """The guest stays. Raises CancelRefused after the grant, or the commit of a save; JobRefused for a job that is its
+    source's, and for a restore whose guest may have run."""
     _, attempt = _asked(agent, arguments.id, Verb.CANCEL)
-    save, chore = agent.saves.by_id(arguments.id), agent.chores.by_id(arguments.id)
+    chore = agent.chores.by_id(arguments.id)
     if attempt is not None:
         await cancel(agent, attempt)
     elif agent.restores.by_id(arguments.id) is not None:
         await agent.restores.cancel(arguments.id)
-    elif save is not None:
-        await agent.journal.append(Entry.CANCEL_WANTED, arguments.id)
-        save.cancel()
     elif chore is not None:
         chore.cancel()
+    else:
+        await agent.saves.cancel(arguments.id)
     return _brief(agent, arguments.id)
 
 

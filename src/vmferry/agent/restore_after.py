@@ -43,6 +43,7 @@ async def take_up(agent: Agent, state: JobState) -> None:
     if state.ended is not None:
         agent.restores.results[state.job] = state.ended
         agent.jobs.remember(RESTORE.name, state)
+        await agent.restores.disks.take_up(state)
         return
     wanted = msgspec.convert(state.body, RestoreWanted)
     attempt = RestoreAttempt(agent, wanted)

@@ -30,16 +30,19 @@ from typing import TYPE_CHECKING, Any, Final
 from vmferry.agent.vms import DiskRef, VmDefinition
 from vmferry.core.preflight import QEMU_OVERHEAD_BYTES
 from vmferry.errors import PlanRefused, SpecError
+from vmferry.limits import RESTORE_OTHER_MEMORY_BYTES_MAX
 from vmferry.units import format_size
 from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
-    from vmferry.engine.frozen import FrozenDisk
+    from vmferry.engine.frozen import FrozenDisk, FrozenImage
+    from vmferry.store.manifest import Block
     from vmferry.vm.probe_qemu import QemuFacts
 
 SAME_ADDRESS: Final = "same-address"
 """What `--accept` takes."""
-_MAC: Final = re.compile(r"\bmac=([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
+_MAC: Final = re.compile(r"\bmac(?:addr)?\"?\s*[=:]\s*\"?([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
+"""`mac=`, `macaddr=`, and as JSON has it."""
 _EXCLUSIVE: Final = re.compile(
     r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
 )
@@ -100,18 +103,24 @@ def identity_of(definition: VmDefinition, *, host: str) -> GuestIdentity:
         loud: list[str] = []
         taps: list[str] = []
         for index, card in enumerate(spec.network):
-            (loud if card.type in _ON_A_NETWORK else quiet).append(spec.mac_of(index))
+            (loud if card.type in _ON_A_NETWORK else quiet).append(spec.mac_of(index).lower())
             taps += [card.ifname] if card.ifname else []
-        named = [*taps, *_EXCLUSIVE.findall(" ".join(spec.extra_args))]
+        more = " ".join(spec.extra_args)
+        loud += _macs(more)  # whatever network such a card is on: it may be one that others are on
+        named = [*taps, *_EXCLUSIVE.findall(more)]
         return GuestIdentity(
             definition.name, host, spec.uuid or "", tuple(quiet), tuple(loud), writable, tuple(sorted(set(named)))
         )
     assert definition.adopted is not None, "a definition has a spec or a command line"
     args = [str(arg) for arg in definition.adopted["args"]]
     uuid = next((after for arg, after in itertools.pairwise(args) if arg in ("-uuid", "--uuid")), "")
-    macs = tuple(mac.lower() for mac in _MAC.findall(" ".join(args)))
+    macs = tuple(_macs(" ".join(args)))
     # Sockets of an adopted VM are put elsewhere when its command line is rewritten (`vm.rewrite`).
     return GuestIdentity(definition.name, host, uuid, (), macs, writable)
+
+
+def _macs(arguments: str) -> list[str]:
+    return [mac.lower() for mac in _MAC.findall(arguments)]
 
 
 def clashes(
@@ -197,30 +206,45 @@ def _named(definition: VmDefinition, name: str, moved: dict[str, DiskRef]) -> Vm
 
 
 def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
-    """What is wrong with the stored images, a sentence each: missing, or not what they were. Reads the file system."""
+    """What is wrong with the stored images and with what they lie on, a sentence each: missing, or not what they were.
+    Reads the file system."""
     found = []
     for disk in disks:
         if disk.way not in ("read-only", "external-snapshot"):
             continue
-        try:
-            seen = os.stat(disk.path)
-        except OSError as error:
-            found.append(f"the disk image {disk.path} of the snapshot is not there: {error.strerror}")
-            continue
-        if disk.path.startswith("/dev/"):
-            continue
-        if (seen.st_size, seen.st_mtime_ns) != (disk.size_bytes, disk.mtime_ns):
-            found.append(f"the disk image {disk.path} was changed since the snapshot was made")
+        images: list[FrozenDisk | FrozenImage] = [disk, *(disk.chain or ())]
+        for image in images:
+            name = f"the disk image {image.path}{'' if image is disk else f' under {disk.path}'}"
+            try:
+                seen = os.stat(image.path)
+            except OSError as error:
+                found.append(f"{name} of the snapshot is not there: {error.strerror}")
+                continue
+            if image.path.startswith("/dev/"):
+                continue
+            if (seen.st_size, seen.st_mtime_ns) != (image.size_bytes, image.mtime_ns):
+                found.append(f"{name} was changed since the snapshot was made")
     return tuple(found)
 
 
+def memory_objection(definition: VmDefinition, blocks: Sequence[Block]) -> str:
+    """Why the memory of a snapshot cannot be this guest's; '' if it can. Asked before a table of pages is read: a
+    forged one has some MB for a TiB of zeros."""
+    has = sum(block.size_bytes for block in blocks)
+    may_have = definition.memory_bytes + RESTORE_OTHER_MEMORY_BYTES_MAX
+    if has <= may_have:
+        return ""
+    return f"it has {format_size(has)} of memory, and its definition says {format_size(definition.memory_bytes)}"
+
+
 def host_objections(
-    definition: VmDefinition, facts: QemuFacts, *, available_bytes: int | None
+    definition: VmDefinition, facts: QemuFacts, *, available_bytes: int | None, saved_by: str = ""
 ) -> tuple[list[str], list[str]]:
     """(what a host lacks for this guest, what should be known), a sentence each: as a migration's plan looks at it.
 
     Args:
         available_bytes: memory that the host has left; None: not known.
+        saved_by: the version of the QEMU that the guest comes from, as the snapshot has it; '': not known.
     """
     found: list[str] = []
     notes: list[str] = []
@@ -236,6 +260,11 @@ def host_objections(
         found.append(f"this host's QEMU does not know the CPU model {model}")
     elif models.get(model):
         found.append(f"this host's CPU lacks what the model {model} promises: {', '.join(models[model] or ())}")
+    elif models and model != "max" and models.get(model) is None:
+        notes.append(f"this host's QEMU does not say whether its CPU has all features of the model {model}")
+    here = ".".join(map(str, facts.version))
+    if model == "max" and definition.accel == "tcg" and saved_by not in ("", here):
+        notes.append(f"it has the CPU model max, which differs between QEMU {saved_by} and {here}")
     needed = definition.memory_bytes + QEMU_OVERHEAD_BYTES
     if available_bytes is not None and available_bytes < needed:
         found.append(f"it needs {format_size(needed)} of memory and this host has {format_size(available_bytes)} left")

@@ -125,8 +125,13 @@ async def undo(attempt: RestoreAttempt) -> None:
     if F.KEPT in attempt.log:
         await agent.journal.append(Entry.FORGOTTEN, attempt.vm)
         agent.restores.disown(attempt)
-    remove_directory(Path(wanted.directory), keep_logs=False)
-    for overlay in wanted.overlays:
+    await asyncio.to_thread(_remove_files, attempt)
+    attempt.note(F.UNDONE)
+
+
+def _remove_files(attempt: RestoreAttempt) -> None:
+    """In a thread: a folder may be on a network."""
+    remove_directory(Path(attempt.wanted.directory), keep_logs=False)
+    for overlay in attempt.wanted.overlays:
         if not images.remove(overlay.path, attempt.images.get(overlay.path), job=attempt.job):
             log.warning("job=%s image=%s result=left: it is not this job's", attempt.job, overlay.path)
-    attempt.note(F.UNDONE)

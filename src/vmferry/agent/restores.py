@@ -6,8 +6,6 @@ Theory of operation
 free, are the stored disks what they were, does this host have the machine, whom would the guest clash with. Then the
 order is journalled, and a `RestoreAttempt` does the rest.
 
-A snapshot is opened once for all restores of it that are at work: its indexes and page tables are shared.
-
 Rule 1: what can be refused is refused by the command, in words, before anything is journalled or made.
 Rule 2: a guest that lacks pages is not moved and not saved (`blockers`): its QEMU could do neither.
 """
@@ -28,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import restore_trust, saves, vm_commands
+from vmferry.agent import restore_trust, restored_disks, saves, vm_commands
 from vmferry.agent.job_book import JobInfo
+from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
     GuestIdentity,
@@ -38,10 +37,12 @@ from vmferry.agent.restore_definition import (
     disk_objections,
     host_objections,
     identity_of,
+    memory_objection,
     renew,
 )
 from vmferry.agent.restore_feed import Feed
-from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted
+from vmferry.agent.restored_disks import RestoredDisks
+from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
 from vmferry.agent.vms import VmDefinition
 from vmferry.core import restore as core
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.store.manifest import Head
-    from vmferry.store.reader import SnapshotReader
     from vmferry.store.repository import Repository
 
 log = logging.getLogger("vmferry.agent")
@@ -97,17 +97,6 @@ class RestoreStatusArguments:
     host: str = ""
 
 
-@dataclass(slots=True)
-class _Shared:
-    """A snapshot that is open for some restores."""
-
-    opening: asyncio.Task[Opened]
-    users: int = 0
-    renewing: asyncio.Task[None] | None = None
-    """Its lock's one owner."""
-    is_over: asyncio.Event = field(default_factory=asyncio.Event)
-
-
 class Restores:
     """Owned by the agent."""
 
@@ -118,7 +107,8 @@ class Restores:
         self.results: dict[str, dict[str, Any]] = {}
         """Ended restores, by job."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
-        self._shared: dict[str, _Shared] = {}
+        self.snapshots = OpenSnapshots(agent, self.orders, on_new=self._retry)
+        self.disks = RestoredDisks(agent, ask=identities)
         self._promised: dict[str, GuestIdentity] = {}
         """Of restores whose orders are being written, by job."""
 
@@ -166,22 +156,22 @@ class Restores:
             raise Busy(f"{at_work} restores are on their way on {self._agent.config.name} already", side="client")
 
     @contextlib.contextmanager
-    def promised(self, wanted: RestoreWanted, *, accept: Sequence[str]) -> Iterator[None]:
-        """While the order is being written, others see its guest. Raises PlanRefused, Busy.
+    def promised(self, job: str, mine: GuestIdentity) -> Iterator[None]:
+        """While the order is being checked and written, everybody who asks sees its guest. Raises Busy.
 
-        1. two restores ask whom they would clash with, and neither sees the other  2. both are written: two guests have
-        one address. So it is asked once more here, where nothing is awaited between the question and the promise."""
+        1. two restores, here or on two hosts, ask whom they would clash with, and neither sees the other  2. both are
+        written: two guests have one address. So each says first what it is about to be, and asks then: of two at least
+        one sees the other."""
         self.require_room()
-        host = self._agent.config.name
-        mine = identity_of(VmDefinition.from_wire(wanted.definition), host=host)
-        refused, _ = clashes(mine, [*local_identities(self._agent), *self._promised.values()], accept=accept)
-        if refused:
-            raise PlanRefused(f"{wanted.name} cannot be restored as {wanted.vm}: {'; '.join(refused)}", side="client")
-        self._promised[wanted.job] = mine
+        self._promised[job] = mine
         try:
             yield
         finally:
-            del self._promised[wanted.job]
+            del self._promised[job]
+
+    def promises(self, *, but: str = "") -> list[GuestIdentity]:
+        """What restores are about to be, one job's left out."""
+        return [each for job, each in self._promised.items() if job != but]
 
     # --- their life -----------------------------------------------------------------------------------------
 
@@ -216,11 +206,12 @@ class Restores:
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
         self.results[attempt.job] = result
+        self.disks.remember(restored_disks.of_job(attempt.wanted, attempt.images))
         kept = attempt.kept
         if kept is not None and self._agent.vms.get(attempt.vm) is kept:
             self._agent.hold(kept)
         if attempt.has_opened:
-            self.release(attempt.wanted.snapshot)
+            self.snapshots.release(attempt.wanted.snapshot)
         if attempt.wanted.lazy:
             self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
@@ -255,6 +246,12 @@ class Restores:
         if attempt.feed is not None:
             attempt.feed.source.retry()
 
+    def _retry(self, snapshot: str) -> None:
+        """What could not be read of this snapshot is tried again."""
+        for attempt in self.at_work():
+            if attempt.wanted.snapshot == snapshot and attempt.feed is not None:
+                attempt.feed.source.retry()
+
     async def close(self) -> None:
         """The agent ends: threads end, QEMUs wait for the next agent."""
         for attempt in list(self.at_work()):
@@ -262,70 +259,13 @@ class Restores:
                 await attempt.feed.stop()
             if attempt.machine is not None:
                 await attempt.machine.close()
-        for shared in self._shared.values():
-            if shared.opening.done() and not shared.opening.cancelled() and shared.opening.exception() is None:
-                await asyncio.to_thread(shared.opening.result().reader.close)
+        await self.snapshots.close()
 
     async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
         """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
         touches = feed.source.touches
         if wanted.lazy and len(touches) and not feed.order:
             await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
-
-    # --- open snapshots -------------------------------------------------------------------------------------
-
-    async def open(self, snapshot: str) -> Opened:
-        """The snapshot, read as far as it can be before its pages are; `release` gives it back. Raises
-        RepositoryError."""
-        shared = self._shared.get(snapshot)
-        if shared is None:
-            opening = asyncio.create_task(
-                self._agent.snapshot_store.with_repository(lambda repository: _open(repository, snapshot, self.orders)),
-                name=f"open-{snapshot[:8]}",
-            )
-            shared = self._shared[snapshot] = _Shared(opening)
-            self._agent.keep_task(opening)
-            shared.renewing = asyncio.create_task(self._renew(shared, snapshot), name=f"renew-{snapshot[:8]}")
-            self._agent.keep_task(shared.renewing)
-        shared.users += 1
-        try:
-            return await asyncio.shield(shared.opening)
-        except BaseException:
-            self.release(snapshot)
-            raise
-
-    def release(self, snapshot: str) -> None:
-        """Somebody who opened it does not need it any more."""
-        shared = self._shared.get(snapshot)
-        if shared is None:
-            return
-        shared.users -= 1
-        if shared.users <= 0:
-            del self._shared[snapshot]
-            shared.is_over.set()  # `_renew` closes it: a repository that hangs holds nobody up
-
-    async def _renew(self, shared: _Shared, snapshot: str) -> None:
-        """The one owner of an open snapshot's lock, whatever its restores do: a lock is no thread's but its owner's.
-
-        1. two restores of a snapshot renew its lock at once  2. each deletes what the other took for the lock
-        3. none is left, and another host may prune."""
-        await asyncio.wait({shared.opening})
-        if shared.opening.cancelled() or shared.opening.exception() is not None:
-            return
-        reader, run = shared.opening.result().reader, self._agent.snapshot_store.run
-        while not shared.is_over.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(limits.RESTORE_RENEW_S):
-                    await shared.is_over.wait()
-                    break
-            try:
-                await run(_keep_lock, reader)
-            except RepositoryError as error:
-                log.warning("snapshot=%s effect=renew-lock result=%s", snapshot, error)
-        try:
-            await run(reader.close)
-        except RepositoryError as error:  # its lock gets stale by itself
-            log.warning("snapshot=%s effect=close result=%s", snapshot, error)
 
     # --- pins -----------------------------------------------------------------------------------------------
 
@@ -353,35 +293,10 @@ class Restores:
                 return
 
 
-def _keep_lock(reader: SnapshotReader) -> None:
-    """In a thread. A lock that was lost is taken anew at once: pins kept the pages meanwhile."""
-    from vmferry.store.errors import LockLost
-
-    try:
-        reader.renew_if_due()
-    except LockLost as error:
-        log.warning("snapshot=%s effect=renew-lock result=%s; a new one is taken", reader.snapshot, error)
-        reader.lock_again()
-
-
 def _load_rooms() -> None:
     """In a thread."""
     for room in ("engine.frozen", "engine.lazy", "engine.outgoing", "store.reader", "store.local"):
         importlib.import_module(f"vmferry.{room}")
-
-
-def _open(repository: Repository, snapshot: str, orders: TouchOrders) -> Opened:
-    """In a thread of the store. Raises RepositoryError."""
-    from vmferry.engine.frozen import thaw
-    from vmferry.store.reader import SnapshotReader
-
-    reader = SnapshotReader(repository, snapshot)
-    try:
-        reader.require_sizes()
-        return Opened(reader, thaw(reader.device_state), orders.get(snapshot))
-    except BaseException:
-        reader.close()
-        raise
 
 
 def _info(attempt: RestoreAttempt) -> JobInfo:
@@ -447,8 +362,10 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
     if not vm_spec.is_name(vm):
         raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
     with agent.claims.hold(vm, "restored"):
-        wanted = await _wanted(agent, arguments, found, vm=vm, job=job)
-        with agent.restores.promised(wanted, accept=arguments.accept):
+        renewed = await _renewed(agent, arguments, found, vm=vm, job=job)
+        mine = identity_of(renewed.definition, host=agent.config.name)
+        with agent.restores.promised(job, mine):
+            wanted = await _wanted(agent, arguments, found, renewed, mine=mine, job=job)
             await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
             attempt = RestoreAttempt(agent, wanted)
             agent.restores.begin(attempt)
@@ -485,25 +402,33 @@ def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
     return _Found(own, info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
 
 
-async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> RestoreWanted:
-    """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
-    words = found.words
-    if words.definition is None:
+async def _renewed(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> Renewed:
+    """The VM that it would be. Raises PlanRefused, RepositoryError."""
+    if found.words.definition is None:
         raise PlanRefused(
             f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
         )
-    old = restore_trust.read_definition(words.definition, found.disks)
+    old = restore_trust.read_definition(found.words.definition, found.disks)
     await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
+    objection = "" if restore_trust.powers(old) else memory_objection(old, found.head.blocks)
+    if objection:  # arguments that somebody vouched for may give a guest any memory
+        raise PlanRefused(f"{arguments.name} cannot be restored: {objection}", side="client")
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
-    renewed = renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+    return renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+
+
+async def _wanted(
+    agent: Agent, arguments: RestoreArguments, found: _Found, renewed: Renewed, *, mine: GuestIdentity, job: str
+) -> RestoreWanted:
+    """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
+    vm = mine.vm
     _, (others, unasked), reasons = await asyncio.gather(
         vm_commands.free_name(agent, vm),
-        identities(agent),
+        identities(agent, but=job),
         asyncio.to_thread(disk_objections, found.disks),
     )
-    mine = identity_of(renewed.definition, host=agent.config.name)
     refused, notes = clashes(mine, others, accept=arguments.accept)
-    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy)
+    lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy, saved_by=found.words.qemu_version)
     refused = (*reasons, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
@@ -513,7 +438,7 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
         snapshot=found.snapshot,
         name=found.head.name,
         lazy=arguments.lazy,
-        runs=words.was_running and not arguments.paused,
+        runs=found.words.was_running and not arguments.paused,
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
@@ -523,21 +448,24 @@ async def _wanted(agent: Agent, arguments: RestoreArguments, found: _Found, *, v
     )
 
 
-async def _host_objections(agent: Agent, renewed: Renewed, *, lazy: bool) -> tuple[Sequence[str], Sequence[str]]:
+async def _host_objections(
+    agent: Agent, renewed: Renewed, *, lazy: bool, saved_by: str
+) -> tuple[Sequence[str], Sequence[str]]:
     """(what this host lacks, what should be known), a sentence each."""
     try:
         facts = await agent.planner.qemu_facts()
     except QemuError as error:
         return [error.message], []
-    found, notes = host_objections(renewed.definition, facts, available_bytes=agent.host.memory_available_bytes())
+    available = agent.host.memory_available_bytes()
+    found, notes = host_objections(renewed.definition, facts, available_bytes=available, saved_by=saved_by)
     if lazy and agent.planner.userfaultfd() is False:
         found.append("this host's kernel lets no guest run before its memory is here (userfaultfd); leave out --lazy")
     return found, notes
 
 
-async def identities(agent: Agent) -> tuple[list[GuestIdentity], tuple[str, ...]]:
+async def identities(agent: Agent, *, but: str = "") -> tuple[list[GuestIdentity], tuple[str, ...]]:
     """(what every VM of this host and of those that answer could clash with, a note for each host that did not)."""
-    found = local_identities(agent)
+    found = local_identities(agent, but=but)
     notes = []
     answers = await asyncio.gather(
         *(link.call("peer-identities", {}, deadline_s=ASK_S) for link in agent.peers.links.values()),
@@ -565,14 +493,15 @@ def _known_members(answered: Any) -> list[Any]:
     return [{k: v for k, v in each.items() if k in known} if isinstance(each, dict) else each for each in found]
 
 
-def local_identities(agent: Agent) -> list[GuestIdentity]:
-    """Those of the VMs that run here, or are about to."""
+def local_identities(agent: Agent, *, but: str = "") -> list[GuestIdentity]:
+    """Those of the VMs that run here, or are about to, but for that of one job."""
     definitions = {
         kept.name: kept.definition for kept in agent.vms.values() if kept.machine and not kept.machine.is_gone
     }
     for attempt in agent.restores.at_work():
         definitions[attempt.vm] = VmDefinition.from_wire(attempt.wanted.definition)
-    return [identity_of(each, host=agent.config.name) for each in definitions.values()]
+    found = [identity_of(each, host=agent.config.name) for each in definitions.values()]
+    return [*found, *agent.restores.promises(but=but)]
 
 
 async def restore_status(agent: Agent, arguments: RestoreStatusArguments) -> dict[str, Any]:

@@ -30,11 +30,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, images, job_events, rescue, restore_start
+from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
 from vmferry.agent.machine import Machine
-from vmferry.agent.restore_definition import Overlay
+from vmferry.agent.open_snapshots import Opened
+from vmferry.agent.own_threads import in_own_thread
+from vmferry.agent.restore_definition import Overlay, disk_objections
 from vmferry.agent.restore_feed import Feed, Progress, block_objection
-from vmferry.agent.restore_images import make_overlay
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
@@ -49,10 +50,7 @@ from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
-    from vmferry.engine.frozen import FrozenState
-    from vmferry.engine.lazy import Touches
     from vmferry.engine.outgoing import OutgoingOutcome
-    from vmferry.store.reader import SnapshotReader
 
 log = logging.getLogger("vmferry.agent")
 
@@ -79,15 +77,6 @@ class RestoreWanted:
     auto_dismiss: bool = True
     auto_finalize: bool = True
     wanted_s: float = 0.0
-
-
-@dataclasses.dataclass(slots=True)
-class Opened:
-    """A snapshot that was read as far as it can be before its pages are."""
-
-    reader: SnapshotReader
-    state: FrozenState
-    order: Touches | None
 
 
 class RestoreAttempt:
@@ -376,12 +365,16 @@ class RestoreAttempt:
         opened = await reading
         self.note(F.READ)
         self._check(opened, lines)
+        # Once more: 1. the command looks at the stored images  2. somebody writes to one  3. QEMU opens it
+        changed = await asyncio.to_thread(disk_objections, opened.disks)
+        if changed:
+            raise PlanRefused(f"{self.vm}: {'; '.join(changed)}", side="client")
         self.note(F.LAUNCHED)
 
     async def _read(self) -> Opened:
         """Raises RepositoryError when something is missing or damaged."""
         if self._opened is None:
-            self._opened = await self.agent.restores.open(self.wanted.snapshot)
+            self._opened = await self.agent.restores.snapshots.open(self.wanted.snapshot)
         if self.wanted.lazy and not self._is_pinned:
             await self.agent.restores.pin(self.wanted)
             self._is_pinned = True
@@ -390,24 +383,11 @@ class RestoreAttempt:
     async def _launch(self) -> None:
         definition = VmDefinition.from_wire(self.wanted.definition)
         argv = definition.incoming_argv(self.runtime, self.agent.config.qemu)
-        await self._make_overlays()
-        self.use(await self.agent.launch(self.vm, argv, self.runtime))
-
-    async def _make_overlays(self) -> None:
-        overlays, qemu = self.wanted.overlays, self.agent.config.qemu
-        if not overlays:
-            return
-        # All of them have come to an end before one's failure is told: no file appears after UNDO.
-        made = await asyncio.gather(
-            *(make_overlay(each, job=self.job, qemu=qemu) for each in overlays), return_exceptions=True
+        layers = [overlays.Layer(each.path, each.backing, each.backing_format) for each in self.wanted.overlays]
+        await overlays.make_all(
+            layers, job=self.job, qemu=self.agent.config.qemu, journal=self.agent.journal, made=self.images
         )
-        for each in made:
-            if isinstance(each, BaseException):
-                raise each
-        self.images = {each.path: found for each, found in zip(overlays, made, strict=True) if isinstance(found, tuple)}
-        await self.agent.journal.append(Entry.IMAGE_MADE, self.job, {k: list(v) for k, v in self.images.items()})
-        for each_overlay in overlays:
-            images.publish(each_overlay.path, job=self.job)
+        self.use(await self.agent.launch(self.vm, argv, self.runtime))
 
     def _check(self, opened: Opened, lines: tuple[RamBlockLine, ...]) -> None:
         objection = block_objection(opened.reader.head.blocks, lines)
@@ -433,14 +413,21 @@ class RestoreAttempt:
                 )
             self.note(F.LOADING)
             await machine.execute("migrate-incoming", arguments)
-            self.feed = Feed(
-                opened.reader, opened.state, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
-                name=f"restore-{self.job[:6]}", on_news=self._hear_feed,
+            feed = self.feed = await self._make_feed(
+                opened, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
+                name=f"restore-{self.job[:6]}",
             )  # fmt: skip
         except BaseException:
             ours.close()
             raise
-        self.feed.start(ours)
+        feed.start(ours)
+
+    async def _make_feed(self, opened: Opened, **more: Any) -> Feed:
+        loop = asyncio.get_running_loop()
+        return await in_own_thread(
+            f"{more['name']}-maps",
+            lambda: Feed(opened.reader, opened.state, loop=loop, on_news=self._hear_feed, **more),
+        )
 
     async def _keep(self) -> None:
         machine = self.machine
@@ -471,11 +458,10 @@ class RestoreAttempt:
         await machine.execute("migrate-recover", {"uri": f"unix:{path_there}"}, oob=True)
         ours = socket.socket(socket.AF_UNIX)
         try:
-            ours.connect(path_there)
-            feed = self.feed = Feed(
-                opened.reader, opened.state, lazy=True, page_bytes=sizes, broken=True,
-                name=f"restore-{self.job[:6]}-{self._rejoins}", on_news=self._hear_feed,
-            )  # fmt: skip
+            await asyncio.to_thread(ours.connect, path_there)
+            feed = self.feed = await self._make_feed(
+                opened, lazy=True, page_bytes=sizes, broken=True, name=f"restore-{self.job[:6]}-{self._rejoins}"
+            )
         except BaseException:
             ours.close()
             raise

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
 from vmferry.agent import save_back, save_disks, save_report
+from vmferry.agent.images import Identity
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.save_back import CONT_S, RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.save_options import SaveOptions
@@ -55,7 +56,10 @@ from vmferry.core.saving import (
     awaits_leave,
     did,
     guest_of,
+    halt_of,
+    halted,
     may_cancel,
+    ran_at_instant,
     save_job,
     word_of,
 )
@@ -65,6 +69,7 @@ from vmferry.errors import (
     MigrationCancelled,
     MigrationFailed,
     QemuError,
+    Unfit,
     VmferryError,
 )
 from vmferry.jobs.journal import Entry
@@ -94,6 +99,8 @@ class SaveJob:
     wanted: SaveWanted
     kept: KeptVm
     options_before: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Identity] = field(default_factory=dict)
+    """Files that the job made."""
     was_restored: bool = False
     hands_off: str = ""
     """Why nothing of the VM may be touched any more; empty: it may."""
@@ -114,9 +121,12 @@ class SaveJob:
         self._wake = asyncio.Event()
         self.heard = asyncio.Event()
         self._is_back = False
+        self._has_written_halt = False
         self._sink: SnapshotSink | None = None
         self._incoming: Incoming | None = None
         self._cleaning: asyncio.Future[None] | None = None
+        self.sizes: dict[str, int] = {}
+        """What the guest sees of its disks, by their new files."""
         self.disks_settled = not self.was_restored
         """Whether it is known, and durable, which files the guest's disks are now."""
         self._options = SaveOptions(self.wanted, self.options_before)
@@ -165,14 +175,15 @@ class SaveJob:
             self.agent.publish("JOB_STATUS_CHANGE", {**told, "status": state.value})
         self._wake.set()
 
-    def cancel(self) -> None:
-        """The guest goes on and nothing is kept. A second one changes nothing. Raises CancelRefused when it is late."""
-        if self.is_over or SaveFact.CANCEL in self.facts:
-            return
+    def want_cancel(self) -> bool:
+        """Whether a cancel would change something: the guest goes on, and nothing is kept. Raises CancelRefused when it
+        is late."""
+        if SaveFact.CANCEL in self.facts:
+            return False
         late = may_cancel(self.facts, is_committing=self.is_committing, stands=self.wanted.pause)
         if late is not None:
             raise CancelRefused(f"the save of {self.vm} cannot be cancelled any more: {late}", hint="")
-        self.note(SaveFact.CANCEL, by="person")
+        return not self.is_over
 
     def finalize(self) -> None:
         """A person's leave to take the guest's last state."""
@@ -199,7 +210,8 @@ class SaveJob:
             else:
                 await self._whole_way()
             await self.give_back()
-            await self._settle_disks()
+            await save_disks.settle(self)
+            await save_disks.take_away(self)
             await self._clean_up()
             if self.was_restored or SaveFact.UNKNOWN in self.facts:
                 await self._look_for_it()
@@ -273,6 +285,7 @@ class SaveJob:
         self._check_cancel()
         await self._options.apply(machine, self._remember_options)
         self.note(SaveFact.CONFIGURED, text=self.way)
+        await save_disks.make(self)
         if self.wanted.pause:
             await self._stop("asked for")
         incoming, ours, theirs = self._endpoint(sink)
@@ -286,7 +299,6 @@ class SaveJob:
         self.note(SaveFact.STARTED)
         await self._follow(incoming)
         await self._until_whole(incoming)
-        self.disks = await save_disks.describe(self.wanted.definition, self.wanted.overlays)
 
     def _endpoint(self, sink: SnapshotSink) -> tuple[Incoming, socket.socket, socket.socket]:
         from vmferry.engine.incoming import Incoming
@@ -318,6 +330,7 @@ class SaveJob:
                 case Word.WAITS:
                     await self._at_the_switchover()
                 case Word.GOING:
+                    await self._look_at_the_guest()
                     if self.counted.passes > limits.SAVE_PASSES_MAX and self.way == "precopy":
                         await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
             await self._pause(POLL_S)
@@ -342,6 +355,8 @@ class SaveJob:
 
     async def _until_whole(self, incoming: Incoming) -> None:
         """QEMU has sent everything; until all of it is here. Raises what the endpoint met."""
+        from vmferry.engine.frozen import run_state_of
+
         until_s = self.agent.clock.now_s() + limits.SAVE_WHOLE_S
         while not incoming.is_over:
             self._wake.clear()
@@ -353,6 +368,7 @@ class SaveJob:
         if not incoming.image.is_device_state_whole or incoming.error is not None:
             raise incoming.error or MigrationFailed(f"the state of {self.vm} did not come whole")
         self.note(SaveFact.WHOLE, by="endpoint")
+        self.note(SaveFact.INSTANT, text=run_state_of((*incoming.image.early, *incoming.image.devices)), by="endpoint")
 
     def _failure(self, info: dict[str, Any], incoming: Incoming) -> VmferryError:
         """What made QEMU give up: what this side met first, else QEMU's own words."""
@@ -370,6 +386,8 @@ class SaveJob:
             outcome = await in_own_thread(f"save-end-{self.vm}", self._incoming.stop)
             if outcome.threads_left:
                 raise MigrationFailed(f"the endpoint of the save does not end: {', '.join(outcome.threads_left)}")
+        wanted = self.wanted  # nobody writes to these disks any more
+        self.disks = await save_disks.describe(wanted.definition, wanted.overlays, qemu=self.agent.config.qemu)
         self._check_cancel()
         self.is_committing = True
         work = functools.partial(sink.commit, self.wanted.name, self._words(), self.disks)
@@ -435,7 +453,7 @@ class SaveJob:
             job=self.job,
             machine=self.kept.definition.machine,
             qemu_version="" if self.kept.machine is None else self.kept.machine.version_text,
-            was_running=self.wanted.running_before,
+            was_running=ran_at_instant(self.facts, before=self.wanted.running_before),
             way="background" if self.way == "background" else "precopy",
             definition=self.wanted.definition,
         )
@@ -457,6 +475,23 @@ class SaveJob:
         """Durable before QEMU is told anything that has to be undone: without it the next agent only ends the job."""
         await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"did": what.value})
 
+    async def _look_at_the_guest(self) -> None:
+        """Whether something else has stopped it: an internal error of QEMU has no event that says so."""
+        state = await self.kept.require_machine().run_state()
+        if guest_of(state) is Guest.OTHER:
+            self.note(SaveFact.HALTED, text=state, by="QEMU")
+        await self._write_halt()
+
+    async def _write_halt(self) -> None:
+        """Without this entry (a full disk) the next agent starts the guest, should this one die before the end."""
+        if self._has_written_halt or not halted(self.facts):
+            return
+        try:
+            await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"halted": halted(self.facts)})
+            self._has_written_halt = True
+        except Unfit as error:
+            log.warning("job=%s vm=%s save effect=keep-halt result=%s", self.job, self.vm, error)
+
     async def _migrate(self) -> None:
         """QEMU begins to send. Raises QmpCommandError: it did not begin, and if it sends, then for somebody else."""
         self.note(SaveFact.ACTS)
@@ -472,6 +507,7 @@ class SaveJob:
         """The guest is its own again when this returns, and QEMU's options are what they were; or the error says that
         it stands and why."""
         if not self._is_back:
+            await self._write_halt()
             trouble, row = await save_back.walk(self)
             self._is_back = True
             save_back.tell(self, row, trouble)
@@ -487,24 +523,6 @@ class SaveJob:
             and self.kept.generation == self.wanted.generation
             and (attempt is None or attempt.ended.is_set())
         )
-
-    async def _settle_disks(self) -> None:
-        """No end before it is known, and durable, which files the guest goes on in: a definition that names others lets
-        the next migration run its memory on a wrong disk."""
-        pause_s = RETRY_FIRST_S
-        while self.wanted.overlays and not self.disks_settled and self.is_ours():
-            if self.kept.machine is None or self.kept.machine.is_gone:
-                return
-            try:
-                if await save_disks.mend(self.agent, self.kept, self.wanted.overlays):
-                    listed = ", ".join(each.overlay for each in self.wanted.overlays)
-                    self.note(SaveFact.DISKS, text=listed)
-                    self.notes.append(f"{self.vm} goes on in {listed}")
-                self.disks_settled = True
-            except Exception as error:  # noqa: BLE001 - noqa: BLE001
-                log.warning("job=%s vm=%s save effect=settle-disks result=%r", self.job, self.vm, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, RETRY_LAST_S)
 
     # --- the end ------------------------------------------------------------------------------------------
 
@@ -555,5 +573,8 @@ class SaveJob:
                 self._sink.spill()
         elif event.name == "RESUME":
             self.counted.resume_s = at_s
+        halt = halt_of(event.name, event.data)
+        if halt:
+            self.note(SaveFact.HALTED, text=halt, by="QEMU")
         self.heard.set()
         self._wake.set()

@@ -13,12 +13,14 @@ from vmferry.core.saving import (
     BackRow,
     BackView,
     Guest,
+    Halted,
     Owed,
     Qemu,
     SaveFact,
     Word,
     did,
     guest_of,
+    halted,
     row_of,
     word_of,
 )
@@ -73,7 +75,9 @@ def tell(job: SaveJob, row: BackRow, trouble: str) -> None:
         case Back.DONE:
             job.note(SaveFact.RESUMED, text=row.why)
         case Back.LEAVE:
-            job.notes.append(f"the save left {job.vm} as it is: {row.why}")
+            state = halted(job.facts)
+            was = f" (its run state was {state})" if state else ""
+            job.notes.append(f"the save left {job.vm} as it is: {row.why}{was}")
             job.note(SaveFact.LEFT, text=job.hands_off or row.why)
         case _:
             error = _stands(job, trouble)
@@ -102,4 +106,4 @@ async def _look(job: SaveJob) -> BackView:
         state = guest_of(await machine.run_state())
     except QemuError:
         return BackView(Qemu.GONE if machine.is_gone else Qemu.SILENT, Word.IDLE, Guest.OTHER, owed, done)
-    return BackView(Qemu.ANSWERS, word, state, owed, done)
+    return BackView(Qemu.ANSWERS, word, state, owed, done, Halted.YES if halted(job.facts) else Halted.NO)

@@ -7,12 +7,14 @@ the switchover, when the guest stands and its writes are flushed, all of its wri
 transaction. The old image files are what the disks were at that instant, and nobody writes to them any more; the guest
 goes on in the new ones, which have the old ones underneath.
 
-    1. the new files are in the journal, with the save        2. the transaction        3. the definition in the journal
+    1. the new files are made, while the guest runs, and journalled: nobody else's, and no link is followed (`overlays`)
+    2. the transaction        3. the definition in the journal
 A death between 2 and 3 leaves a guest that has disks that its definition does not know: the next agent asks QEMU which
-files it has open, and mends that (`mend`).
+files it has open, and mends that (`mend`). Files in which no guest goes on are taken away again.
 
-Rule 1: what cannot be kept is refused before anything happens: disks that nobody said how to keep, files that exist, a
-        VM whose command line is not ours (it could not be started anywhere else with other disks).
+Rule 1: what cannot be kept is refused before anything happens: disks that nobody said how to keep, or that only QEMU
+        knows of, files that exist, a VM whose command line is not ours (it could not be started anywhere else with
+        other disks).
 Rule 2: a save that fails after the transaction leaves the guest in its new files: nothing is lost, and the chain is one
         file longer.
 """
@@ -23,14 +25,17 @@ import asyncio
 import dataclasses
 import logging
 import os
+import stat
 import uuid
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from vmferry.agent import image_chain, images, overlays
 from vmferry.agent.machine import Machine
+from vmferry.agent.save_back import RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import Overlay
 from vmferry.core.saving import SaveFact
-from vmferry.errors import PlanRefused, Unfit
+from vmferry.errors import PlanRefused, QemuError, Unfit
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
 
@@ -46,10 +51,19 @@ TRANSACTION_S: Final = 30.0
 """Flushes and makes a qcow2 file per disk."""
 
 
-async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
+async def plan(kept: KeptVm, name: str, disks: str, *, qemu: str) -> tuple[Overlay, ...]:
     """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps."""
     definition = kept.definition
     writable = definition.writable_paths()
+    opened = await _open_images(kept.require_machine())
+    unnamed = sorted(path for path, image in opened.items() if image.is_writable and path not in writable)
+    if unnamed:
+        raise PlanRefused(
+            f"{kept.name} writes to {', '.join(unnamed)}, which its definition does not name: no way keeps what its "
+            "QEMU was given later, or by other means",
+            side="source",
+            hint="take that disk out of the guest first (device_del on its monitor)",
+        )
     if not writable:
         return ()
     listed = ", ".join(writable)
@@ -67,39 +81,104 @@ async def plan(kept: KeptVm, name: str, disks: str) -> tuple[Overlay, ...]:
             side="source",
             hint="save it without writable disks, or start it from a spec",
         )
+    if images.tool_of(qemu) is None:
+        raise PlanRefused(
+            f"there is no qemu-img to make the files in which {kept.name} would go on",
+            side="source",
+            hint="install qemu-utils",
+        )
     formats = {disk["path"]: disk.get("format", "raw") for disk in definition.spec["disk"]}
     numbers = {disk["path"]: number for number, disk in enumerate(definition.spec["disk"])}
-    nodes = await _open_images(kept.require_machine())
     found = []
     for path in writable:
         if path.startswith("/dev/"):
             raise PlanRefused(f"{path} is a device, and no new file can be put on top of it here", side="source")
-        if path not in nodes:
+        if path not in opened:
             raise PlanRefused(f"{kept.name}: its QEMU has no disk {path} open", side="source", retry="no")
         # Not after the image's own name: that would grow with each snapshot.
         overlay = os.path.join(os.path.dirname(path), f"{kept.name}-disk{numbers[path]}.{name}.qcow2")
         if await asyncio.to_thread(os.path.lexists, overlay):
             raise PlanRefused(f"{overlay}, where the guest would go on, exists already", side="source")
         node = f"disk{numbers[path]}-{uuid.uuid4().hex[:12]}"  # QEMU takes 31 characters, and each name once
-        found.append(Overlay(nodes[path], path, str(formats[path]), overlay, node))
+        found.append(Overlay(opened[path].node, path, str(formats[path]), overlay, node))
     return tuple(found)
 
 
-async def _open_images(machine: Machine) -> dict[str, str]:
-    """The images at the top of the guest's disks: path to QEMU's node."""
+class _Open(NamedTuple):
+    """An image that QEMU has open at the top of a disk."""
+
+    node: str
+    size_bytes: int
+    """What the guest sees."""
+    is_writable: bool
+
+
+async def _open_images(machine: Machine) -> dict[str, _Open]:
+    """By path."""
     found = {}
     for device in await machine.execute("query-block"):
         inserted = device.get("inserted")
         if inserted and inserted.get("node-name"):
-            found[str(inserted.get("image", {}).get("filename", inserted.get("file", "")))] = str(inserted["node-name"])
+            image = inserted.get("image", {})
+            path = str(image.get("filename", inserted.get("file", "")))
+            is_writable = not inserted.get("ro", False)
+            found[path] = _Open(str(inserted["node-name"]), int(image.get("virtual-size", 0)), is_writable)
     return found
+
+
+async def make(job: SaveJob) -> None:
+    """The new files, empty. The guest is as it was, and runs. Raises Unfit, QemuError."""
+    if not job.wanted.overlays:
+        return
+    job.sizes = await _sizes(job)
+    layers = [
+        overlays.Layer(each.overlay, each.path, each.format, job.sizes[each.overlay]) for each in job.wanted.overlays
+    ]
+    agent = job.agent
+    await overlays.make_all(layers, job=job.job, qemu=agent.config.qemu, journal=agent.journal, made=job.images)
+
+
+async def _sizes(job: SaveJob) -> dict[str, int]:
+    """What each new file has to be like; the image under it is open at the top of its disk. Raises QemuError."""
+    opened = await _open_images(job.kept.require_machine())
+    found = {}
+    for each in job.wanted.overlays:
+        image = opened.get(each.path)
+        if image is None or image.node != each.node:
+            raise QemuError(f"{job.vm} has not {each.path} on its disk any more", retry="yes")
+        found[each.overlay] = image.size_bytes
+    return found
+
+
+async def _check(job: SaveJob) -> None:
+    """The last look before the transaction; QEMU takes the files as they are. Raises QemuError."""
+    for path, size in (await _sizes(job)).items():
+        if size != job.sizes[path]:
+            raise QemuError(f"a disk of {job.vm} got another size while it was saved", retry="yes")
+        found = await asyncio.to_thread(os.lstat, path)
+        # A link may have got the number of the file that it replaced; nobody else can make a file of this user's.
+        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+        if not is_ours or (found.st_dev, found.st_ino) != job.images.get(path):
+            raise QemuError(f"{path}, where {job.vm} would go on, is not the file that was made for it", retry="yes")
+
+
+async def take_away(job: SaveJob) -> None:
+    """The new files, where it is known that no guest goes on in them. Trouble is a line in the log."""
+    if SaveFact.DISKS in job.facts or not job.disks_settled:
+        return
+    for path, identity in job.images.items():
+        try:
+            await asyncio.to_thread(images.remove, path, identity, job=job.job)
+        except OSError as error:
+            log.warning("job=%s vm=%s image=%s effect=remove result=%s", job.job, job.vm, path, error)
 
 
 async def switch(job: SaveJob) -> None:
     """All writable disks go on in new files, in one transaction.
 
-    Raises QmpCommandError: then none does. After another QemuError nobody knows; the save asks before it ends."""
+    Raises QmpCommandError: then none does. After another error nobody knows; the save asks before it ends."""
     machine = job.kept.require_machine()
+    await _check(job)
     actions = [
         {
             "type": "blockdev-snapshot-sync",
@@ -108,6 +187,7 @@ async def switch(job: SaveJob) -> None:
                 "snapshot-file": each.overlay,
                 "snapshot-node-name": each.overlay_node,
                 "format": "qcow2",
+                "mode": "existing",
             },
         }
         for each in job.wanted.overlays
@@ -150,6 +230,25 @@ def with_overlays(definition: VmDefinition, overlays: tuple[Overlay, ...]) -> Vm
     return dataclasses.replace(definition, spec=spec, disks=disks)
 
 
+async def settle(job: SaveJob) -> None:
+    """No end before it is known, and durable, which files the guest goes on in: a definition that names others lets the
+    next migration run its memory on a wrong disk."""
+    pause_s = RETRY_FIRST_S
+    while job.wanted.overlays and not job.disks_settled and job.is_ours():
+        if job.kept.machine is None or job.kept.machine.is_gone:
+            return
+        try:
+            if await mend(job.agent, job.kept, job.wanted.overlays):
+                listed = ", ".join(each.overlay for each in job.wanted.overlays)
+                job.note(SaveFact.DISKS, text=listed)
+                job.notes.append(f"{job.vm} goes on in {listed}")
+            job.disks_settled = True
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is asked again
+            log.warning("job=%s vm=%s save effect=settle-disks result=%r", job.job, job.vm, error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, RETRY_LAST_S)
+
+
 async def mend(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> bool:
     """After a restart, or an answer that was lost: if the guest goes on in the new files, its definition says so,
     durably. Whether it does.
@@ -166,28 +265,28 @@ async def mend(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> boo
     return bool(done)
 
 
-async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...]) -> list[FrozenDisk]:
-    """The guest's disks of that instant, for the manifest. Raises OSError when a file is gone."""
-    return await asyncio.to_thread(_describe, definition, {each.path: each for each in overlays})
+async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...], *, qemu: str) -> list[FrozenDisk]:
+    """The guest's disks of that instant, for the manifest. Raises OSError when a file is gone, Unfit when nobody can
+    say what one lies on."""
+    from vmferry.engine.frozen import FrozenDisk, FrozenImage
 
-
-def _describe(definition: dict[str, Any], overlays: dict[str, Overlay]) -> list[FrozenDisk]:
-    from vmferry.engine.frozen import FrozenDisk
-
+    by_path = {each.path: each for each in overlays}
     found = []
     for disk in definition["disks"]:
         path = str(disk["path"])
-        stat = os.stat(path)
-        over = overlays.get(path)
+        seen = await asyncio.to_thread(os.stat, path)
+        under = await image_chain.under(path, str(disk["format"]), qemu=qemu)
+        over = by_path.get(path)
         found.append(
             FrozenDisk(
                 path=path,
                 format=str(disk["format"]),
                 way="read-only" if over is None else "external-snapshot",
-                size_bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
+                size_bytes=seen.st_size,
+                mtime_ns=seen.st_mtime_ns,
                 overlay="" if over is None else over.overlay,
                 node="" if over is None else over.node,
+                chain=None if under is None else tuple(FrozenImage(**dataclasses.asdict(each)) for each in under),
             )
         )
     return found

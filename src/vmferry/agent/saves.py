@@ -25,7 +25,7 @@ from vmferry.core import hazards
 from vmferry.core.blockers import Operation
 from vmferry.core.job import KINDS, SAVE, Answer, Verb, answer
 from vmferry.core.saving import Did, SaveFact, Word, awaits_leave, save_status, word_of
-from vmferry.errors import PlanRefused, UsageError
+from vmferry.errors import CancelRefused, PlanRefused, UsageError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.vm.spawn import ProcessIdentity
 
@@ -92,6 +92,23 @@ class Saves:
         """Whether a save has this id, or had it."""
         return job in self.results or self.by_id(job) is not None
 
+    async def cancel(self, job: str) -> None:
+        """The guest goes on and nothing is kept. A second cancel changes nothing.
+
+        Raises CancelRefused once the snapshot is being committed, also if that came to be while the want was being
+        written: then CANCEL_REFUSED takes it back, so that the next agent keeps to what was said."""
+        save = self.by_id(job)
+        if save is None or not save.want_cancel():
+            return
+        await self._agent.journal.append(Entry.CANCEL_WANTED, job)
+        try:
+            is_new = save.want_cancel()
+        except CancelRefused:
+            await self._agent.journal.append(Entry.CANCEL_REFUSED, job)
+            raise
+        if is_new:
+            save.note(SaveFact.CANCEL, by="person")
+
     def begin(self, save: SaveJob) -> None:
         """Registers it and runs it."""
         self._jobs[save.vm] = save
@@ -121,12 +138,15 @@ class Saves:
             log.warning("job=%s vm=%s save effect=none because=%s", state.job, wanted.vm, hands_off)
             kept = _as_it_was(wanted)
         save = SaveJob(
-            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off
-        )
+            self._agent, wanted, kept, options_before=state.options_before, was_restored=True, hands_off=hands_off,
+            images=msgspec.convert(state.images, dict[str, tuple[int, int]]),
+        )  # fmt: skip
         if state.did == Did.SEND.value:
             save.note(SaveFact.ACTS, by="journal")
         elif state.did == Did.STOP.value:
             save.note(SaveFact.STOPPED, text="it may have been", by="journal")
+        if state.halted:
+            save.note(SaveFact.HALTED, text=state.halted, by="journal")
         if state.cancel_wanted:
             save.note(SaveFact.CANCEL, by="journal")
         self.begin(save)
@@ -267,7 +287,7 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
             side="source",
             hint="say --pause: a guest that stands writes nothing",
         )
-    overlays = await save_disks.plan(kept, arguments.name, arguments.disks)
+    overlays = await save_disks.plan(kept, arguments.name, arguments.disks, qemu=agent.config.qemu)
     if arguments.way == "background":
         for is_so, why in (
             (arguments.pause, "with pause the guest stands anyway"),

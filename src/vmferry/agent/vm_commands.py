@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class StopArguments:
 
     vm: str
     force: bool = False
+    remove_disks: bool = False
+    """The disks that its restore made go with it; those that somebody else needs stay, and are told."""
 
 
 async def free_name(agent: Agent, name: str) -> None:
@@ -390,7 +393,16 @@ async def stop_vm(agent: Agent, arguments: StopArguments) -> dict[str, Any]:
                     f"{arguments.vm} did not power down within {STOP_S:g} s", hint="say --force to end it at once"
                 )
     await forget(agent, kept)
-    return {"vm": arguments.vm, "stopped": True}
+    wire: dict[str, Any] = {"vm": arguments.vm, "stopped": True}
+    if arguments.remove_disks:
+        restore = agent.restores.active(arguments.vm)
+        if restore is not None:  # it ends with its guest, and has written that down
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_S):
+                    await restore.ended.wait()
+        paths = kept.definition.writable_paths()
+        wire["disks"] = await agent.restores.disks.remove_all(arguments.vm, paths)
+    return wire
 
 
 async def forget(agent: Agent, kept: KeptVm) -> None:

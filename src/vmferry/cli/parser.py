@@ -102,6 +102,14 @@ examples
   vmferry restore monday --lazy
   vmferry restore monday --as web2 --on host-b --lazy
 """
+DISKS_EPILOG = """\
+What a restored guest writes goes into files of its own, which stay when the guest has ended: it may be wanted again.
+'vmferry stop NAME --remove-disks' ends a guest for good, together with them.
+
+examples
+  vmferry disks
+  vmferry disks --remove /var/lib/vmferry/disks/web2-1f0c9a3e-0.qcow2
+"""
 SAVE_EPILOG = """\
 ways
   background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
@@ -293,6 +301,8 @@ def _add_vm_commands(commands: Any) -> None:
     stop = _command(commands, "stop", "vm_cmd:stop", "power a VM down")
     stop.add_argument("vm", metavar="NAME")
     stop.add_argument("--force", action="store_true", help="end its QEMU at once")
+    stop.add_argument("--remove-disks", action="store_true",
+                      help="the disks that its restore made go with it, for good; others stay")  # fmt: skip
 
 
 def _add_wish(parser: Any) -> None:
@@ -392,6 +402,12 @@ def _add_migration_commands(commands: Any) -> None:
 
 
 def _add_restore(commands: Any) -> None:
+    disks = _command(commands, "disks", "vm_cmd:disks", "list the disks that restores made here, and who needs them",
+                     epilog=DISKS_EPILOG)  # fmt: skip
+    disks.add_argument("--remove", metavar="DISK", help="take this one away, for good; one that is needed stays")
+    disks.add_argument("--force", action="store_true",
+                       help="with --remove: also if a host or the repository cannot be asked whether it is needed "
+                       "there")  # fmt: skip
     restore = _command(commands, "restore", "restore_cmd:restore", "bring a guest back from a snapshot",
                        epilog=RESTORE_EPILOG)  # fmt: skip
     restore.add_argument("snapshot", metavar="NAME", help="the snapshot's name, or its id")

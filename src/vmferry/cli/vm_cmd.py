@@ -80,6 +80,37 @@ def status(arguments: Namespace) -> int:
 
 def stop(arguments: Namespace) -> int:
     """Ends a VM."""
-    wire = agent_client.once(arguments.socket, "vm-stop", {"vm": arguments.vm, "force": arguments.force})
-    print(json.dumps(wire) if arguments.json else f"{arguments.vm} is stopped")
+    wish = {"vm": arguments.vm, "force": arguments.force, "remove-disks": arguments.remove_disks}
+    wire = agent_client.once(arguments.socket, "vm-stop", wish)
+    if arguments.json:
+        print(json.dumps(wire))
+        return 0
+    print(f"{arguments.vm} is stopped")
+    told = wire.get("disks") or {}
+    for what, word in (("removed", "removed"), ("left", "stays")):
+        for line in told.get(what, ()):
+            print(f"  {word}: {line}")
+    return 0
+
+
+def disks(arguments: Namespace) -> int:
+    """The disks that restores made on the agent's host; or one is taken away."""
+    if arguments.remove:
+        wish = {"path": arguments.remove, "force": arguments.force}
+        wire = agent_client.once(arguments.socket, "restored-disk-remove", wish)
+        print(json.dumps(wire) if arguments.json else f"{arguments.remove} is removed")
+        return 0
+    found = agent_client.once(arguments.socket, "restored-disks")
+    if arguments.json:
+        print(json.dumps({"disks": found}))
+        return 0
+    if not found:
+        print("no restore has left a disk here")
+        return 0
+    rows = [
+        (each["path"], each["vm"], each["name"], format_size(each["allocated_bytes"]), each["needed"] or "nobody")
+        for each in found
+    ]
+    for line in table(("DISK", "VM", "SNAPSHOT", "SIZE", "NEEDED"), rows):
+        print(line)
     return 0

@@ -225,7 +225,7 @@ def restore_state(log: RestoreLog) -> JobStatus:
 def detail(log: RestoreLog) -> str:
     """One word for people, finer than the job's state."""
     words: Sequence[tuple[str, bool]] = (
-        ("completed", F.WHOLE in log and F.RAN in log),
+        ("completed", has_won(log)),
         ("cancelled", log.is_given_up and F.CANCEL in log),
         ("failed", log.is_given_up),
         ("lost", F.GONE in log),
@@ -250,8 +250,8 @@ def reason(log: RestoreLog) -> str:
 
 
 def has_won(log: RestoreLog) -> bool:
-    """It ended with the guest here."""
-    return F.WHOLE in log and F.RAN in log
+    """It ended with the guest here, which is so only while its QEMU is there."""
+    return F.WHOLE in log and F.RAN in log and F.GONE not in log
 
 
 def cancel_refusal(log: RestoreLog) -> str | None:

@@ -26,15 +26,22 @@ guest stands, and row B-cont starts it: nobody but the save has stopped it (peop
 So a save acts only on the very process that it began with, while nobody else has a job for the VM, and only as far as
 its journal proves that it has acted itself (`Did`): that is written down before `stop` and `migrate` are sent.
 
+Nor does it start a guest that something else has stopped meanwhile. QEMU's run state hides that in the end:
+
+    1. the guest panics (or shuts down, or its disk is full): `guest-panicked`   2. QEMU sends what is left of it
+    3. `postmigrate`, as of any guest that was sent
+So what is heard on the way is a fact (HALTED), and what the stream says of the instant that is kept another (INSTANT).
+
 Rule 1: a fact is recorded once, and says what was seen or asked; the job's state is computed from facts.
 Rule 2: exactly one row matches; tests walk every combination.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Final
+from typing import Any, Final
 
 from vmferry.core.job import JobStatus as J
 from vmferry.core.table import Pattern, find, pattern
@@ -62,6 +69,10 @@ class SaveFact(StrEnum):
     """QEMU was told to send its state to this agent."""
     STANDS = "stands"
     """The guest stopped for what is left; its disks are quiet."""
+    HALTED = "halted"
+    """Something else than the save stopped the guest: a panic, a shutdown, a disk (text: QEMU's run state)."""
+    INSTANT = "instant"
+    """What QEMU's run state was at the instant that is kept, as its stream has it (text; '': it does not say)."""
     DISKS = "disks"
     """The images of that instant are not written to any more: the guest goes on in new files (text: which)."""
     WHOLE = "whole"
@@ -223,6 +234,43 @@ def guest_of(run_state: str) -> Guest:
     return _RUN_STATES.get(run_state, Guest.OTHER)
 
 
+_HALTS: Final = {
+    "GUEST_PANICKED": ("guest-panicked", ("pause", "poweroff")),
+    "BLOCK_IO_ERROR": ("io-error", ("stop",)),
+    "WATCHDOG": ("watchdog", ("pause",)),
+}
+"""Event -> the run state that follows, and the actions with which it does."""
+
+
+def halt_of(event: str, data: Mapping[str, Any]) -> str:
+    """The run state into which the guest falls with this event of its QEMU; '' for any other event."""
+    if event == "SHUTDOWN":  # QEMU ends then, unless it was told not to (-no-shutdown)
+        return "shutdown"
+    state, actions = _HALTS.get(event, ("", ()))
+    return state if data.get("action") in actions else ""
+
+
+def _said(log: SaveLog, fact: SaveFact) -> str:
+    entry = log.entry(fact)
+    return "" if entry is None else entry.text
+
+
+def halted(log: SaveLog) -> str:
+    """The run state into which something else than the save has brought the guest; '' if nothing has. The stream is
+    right where it speaks of the guest's last instant; a background save's speaks of an earlier one."""
+    instant = _said(log, SaveFact.INSTANT)
+    if instant and _said(log, SaveFact.CONFIGURED) != "background":
+        return instant if guest_of(instant) is Guest.OTHER else ""
+    return _said(log, SaveFact.HALTED)
+
+
+def ran_at_instant(log: SaveLog, *, before: bool) -> bool:
+    """Whether the guest ran at the instant that is kept, or would have but for the save. `before`: it did as that
+    began."""
+    instant = _said(log, SaveFact.INSTANT)
+    return before and (guest_of(instant) is not Guest.OTHER if instant else not halted(log))
+
+
 # --- the way back ---------------------------------------------------------------------------------------------
 
 
@@ -260,6 +308,13 @@ class Owed(Enum):
     NO = "no"
 
 
+class Halted(Enum):
+    """Whether something else than the save has stopped the guest."""
+
+    YES = "yes"
+    NO = "no"
+
+
 class Back(Enum):
     """What is done for the guest."""
 
@@ -283,6 +338,7 @@ class BackView:
     guest: Guest
     owed: Owed
     did: Did
+    halted: Halted = Halted.NO
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -328,15 +384,27 @@ ROWS: Final[tuple[BackRow, ...]] = (
     ),
     BackRow(
         "B-cont",
-        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES),
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES, halted=Halted.NO),
         Back.CONT,
         "the guest stands although it ran before, and nobody but the save has stopped it",
     ),
     BackRow(
         "B-cont-sent",
-        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=_ENDED, guest=Guest.SENT, owed=Owed.YES),
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=_ENDED, guest=Guest.SENT, owed=Owed.YES, halted=Halted.NO),
         Back.CONT,
         "the guest was sent to this agent only, and it ran before",
+    ),
+    BackRow(
+        "B-halted",
+        pattern(qemu=Qemu.ANSWERS, did=_ACTED, word=_ENDED, guest=Guest.STANDS, owed=Owed.YES, halted=Halted.YES),
+        Back.LEAVE,
+        "something else than the save stopped the guest on the way, and it is not the save's to start it",
+    ),
+    BackRow(
+        "B-halted-sent",
+        pattern(qemu=Qemu.ANSWERS, did=Did.SEND, word=_ENDED, guest=Guest.SENT, owed=Owed.YES, halted=Halted.YES),
+        Back.LEAVE,
+        "something else than the save stopped the guest on the way, and it is not the save's to start it",
     ),
     BackRow(
         "B-as-before",

@@ -20,7 +20,7 @@ Rule 2: what is thawed was checked: its encoding onto the wire cannot fail. What
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeVar
 
@@ -112,6 +112,18 @@ def state_of(image: Image) -> FrozenState:
         image.has_footers,
         image.ram_section_id,
     )
+
+
+_GLOBAL_STATE: Final = "globalstate"
+_RUN_STATE_AT: Final = 4
+
+
+def run_state_of(devices: Iterable[DeviceSection]) -> str:
+    """QEMU's run state when the stream was written, which it keeps in a section of its own; '' if it did not."""
+    for device in devices:
+        if device.idstr == _GLOBAL_STATE:
+            return to_text(device.body[_RUN_STATE_AT:].split(b"\0", 1)[0])
+    return ""
 
 
 def freeze(state: FrozenState) -> bytes:
@@ -208,10 +220,21 @@ went on in an overlay. `none`: the snapshot was imported, and nobody knows of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenImage:
+    """A file under a disk's own: it must stay untouched as well."""
+
+    path: str
+    format: str
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenDisk:
     """One disk of the guest as it was at the instant of the snapshot.
 
-    `path` is the file that holds it and must stay untouched: `size_bytes` and `mtime_ns` tell whether it did.
+    `path` is the file that holds it and must stay untouched: `size_bytes` and `mtime_ns` tell whether it did. So must
+    all that it lies on (`chain`).
     """
 
     path: str
@@ -223,6 +246,8 @@ class FrozenDisk:
     """Where the saved guest went on: its own, and no part of the snapshot."""
     node: str = ""
     """QEMU's node of the disk."""
+    chain: tuple[FrozenImage, ...] | None = None
+    """What it lies on, the nearest first; None: nobody knows."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values, for the manifest."""

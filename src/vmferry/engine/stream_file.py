@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.engine.frozen import FrozenState
+from vmferry.engine.frozen import FrozenState, run_state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.wire.encode import encode
 from vmferry.wire.events import (
@@ -44,8 +44,6 @@ ReadPages = Callable[[str, int, int], Pages]
 """(block, first, count) -> pages."""
 ZeroPages = Callable[[str], npt.NDArray[np.bool_]]
 """block -> which of its pages are zero."""
-_GLOBAL_STATE: Final = "globalstate"
-_RUN_STATE_AT: Final = 4
 
 
 def stream(
@@ -104,8 +102,4 @@ def _encoded(*events: Event) -> list[Encoded]:
 
 def was_running(state: FrozenState) -> bool:
     """Whether the guest ran when it was saved, as far as the state tells: QEMU keeps the word for it in a section."""
-    for device in state.devices:
-        if device.idstr == _GLOBAL_STATE:
-            word = device.body[_RUN_STATE_AT:].split(b"\0", 1)[0]
-            return word == b"running"
-    return True
+    return run_state_of(state.devices) in ("", "running")

@@ -43,9 +43,9 @@ class Entry(StrEnum):
     WANTED = "wanted"
     """Source: a migration was asked for."""
     CANCEL_WANTED = "cancel-wanted"
-    """Source: its cancel was asked for, and could be accepted when this was written."""
+    """Source, restore, save: its cancel was asked for, and could be accepted when this was written."""
     CANCEL_REFUSED = "cancel-refused"
-    """Source: it was too late when that had been written. The person hears so; the cancel never acts."""
+    """Of the same: it was too late when that had been written. The person hears so; the cancel never acts."""
     POSTCOPY_WANTED = "postcopy-wanted"
     """Source: the switch to postcopy was asked for by hand."""
     FINALIZE_WANTED = "finalize-wanted"
@@ -62,6 +62,8 @@ class Entry(StrEnum):
     """An image that a guest left on this host when it went with its disks, and what it looked like then."""
     LET_GO = "let-go"
     """It was taken away, or is something else now."""
+    IMAGES_GONE = "images-gone"
+    """Of a restore that is over: no file that it made is there any more."""
     RECOVERY_WAY = "recovery-way"
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
@@ -76,7 +78,8 @@ class Entry(StrEnum):
     SAVE_WANTED = "save-wanted"
     """A snapshot of a VM of this host was asked for."""
     SAVE_ACTS = "save-acts"
-    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`); the newest holds."""
+    """What the VM's QEMU is about to be told for a snapshot (`saving.Did`), or the run state into which something else
+    brought its guest meanwhile; the newest of each holds."""
     CHORE_WANTED = "chore-wanted"
     """A job about the repository was asked for: verify, prune, export, import."""
     PLACE_WANTED = "place-wanted"
@@ -131,6 +134,8 @@ class JobState:
     turned_back: bool = False
     did: str = "nothing"
     """A save: what it may have told its QEMU (`saving.Did`)."""
+    halted: str = ""
+    """A save: the run state into which something else brought its guest."""
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -195,6 +200,7 @@ def _of_job(job: JobState, entry: Written) -> None:
     match entry.kind:
         case Entry.SAVE_ACTS:
             job.did = str(entry.body.get("did", job.did))
+            job.halted = str(entry.body.get("halted", job.halted))
         case Entry.DISMISSED:
             job.dismissed = True
         case Entry.CANCEL_WANTED:
@@ -213,6 +219,8 @@ def _of_job(job: JobState, entry: Written) -> None:
             job.mirrors = entry.body
         case Entry.IMAGE_MADE:
             job.images.update(entry.body)
+        case Entry.IMAGES_GONE:
+            job.images = {}
         case Entry.RECOVERY_WAY:
             job.recovery_way = entry.body
         case Entry.COMMITTED:
@@ -238,7 +246,7 @@ def _of_job(job: JobState, entry: Written) -> None:
 KEEP_ENDED_JOBS = 200
 """Results of ended jobs that are kept over a restart, and as many of chores; older ones are forgotten with their
 entries. Those that wait to be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds
-them)."""
+them), nor are restores of which disks are left: nobody else knows whose they are."""
 
 
 class JournalStore(Protocol):
@@ -340,6 +348,9 @@ def _forget_old(db: sqlite3.Connection) -> None:
                 "   ('wanted','place-wanted','save-wanted','restore-wanted','chore-wanted')"
                 "  AND json_extract(body, '$.auto_dismiss') = 0"
                 "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
+                " AND subject NOT IN (SELECT subject FROM entry WHERE kind='image-made'"
+                "  AND subject IN (SELECT subject FROM entry WHERE kind='restore-wanted')"
+                "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='images-gone'))"
                 " ORDER BY seq DESC LIMIT -1 OFFSET ?",
                 (KEEP_ENDED_JOBS,),
             ).fetchall()

@@ -260,12 +260,11 @@ class Block:
             node, file = str(action["data"]["node-name"]), str(action["data"]["snapshot-file"])
             if node not in self.nodes:
                 raise Refused(f"Cannot find device='' nor node-name='{node}'")
-            if Path(file) in Path(file).parent.iterdir():
-                raise Refused(f"{file}: it exists")
+            assert action["data"]["mode"] == "existing", "QEMU would truncate whatever is there"
+            _require_file(file)
         await self.state.step("transaction")
         for data in (action["data"] for action in actions):
             name, node = str(data["snapshot-node-name"]), str(data["node-name"])
-            os.close(os.open(str(data["snapshot-file"]), os.O_CREAT | os.O_WRONLY, 0o600))
             self.nodes[name] = Node(name, "qcow2", filename=str(data["snapshot-file"]))
             self.drives = tuple((device, name if drive == node else drive) for device, drive in self.drives)
 
@@ -448,6 +447,11 @@ def _bitmaps(node: Node) -> dict[str, Any]:
     common = {"recording": True, "persistent": False, "busy": False, "granularity": 65536}
     found = [{"name": name, "count": count, **common} for name, count in node.bitmaps.items()]
     return {"dirty-bitmaps": found} if found else {}
+
+
+def _require_file(path: str) -> None:
+    if not Path(path).is_file():
+        raise Refused(f"Could not open '{path}': No such file or directory")
 
 
 def nodes_of(texts: list[str]) -> dict[str, Node]:

@@ -20,6 +20,17 @@ from typing import Any
 
 import vmferry
 
+_TOOL = """#!/bin/sh
+if [ "$1" = info ]; then
+    while [ "$1" != -- ]; do shift; done
+    printf '[{"filename": "%s", "format": "qcow2"}]' "$2"
+    exit
+fi
+while [ "$1" != -- ]; do shift; done
+printf 'QFI\\373' > "$2"
+"""
+"""A qemu-img that makes images of nothing but their first bytes, and says of each that it lies on nothing."""
+
 
 @dataclass
 class Puppet:
@@ -84,6 +95,9 @@ class Director:
             f'exec {sys.executable} -sS -m vmferry.testing.fake_qemu "$@"\n'
         )
         path.chmod(0o755)
+        tool = self.directory / "qemu-img"
+        tool.write_text(_TOOL)
+        tool.chmod(0o755)
         return path
 
     # --- orders ---

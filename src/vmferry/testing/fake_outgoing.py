@@ -182,7 +182,7 @@ class Outgoing:
         self.stopped_s = None  # from here on an end does not concern the guest
         await self._or_end(self._memory())
         await self._step("converge")
-        self._the_link().send("device")
+        self._the_link().send("device", run_state=before)
         await self.state.step("completed", lost=self.ended)
         state.set_word("completed")
 
@@ -190,7 +190,7 @@ class Outgoing:
         state, link = self.state, self._the_link()
         state.set_word("device")
         await self._step("device")
-        link.send("device")
+        link.send("device", run_state=self._run_state_before)
         await self._result()
 
     async def _postcopy(self) -> None:

@@ -10,7 +10,8 @@ does what the script says there:
 * `die`: SIGKILL to itself;
 * `fail`: an error of its own, as a broken device gives it;
 * `silent`: the monitor answers nothing in-band until the channel is gone, and this step waits for that;
-* `{"show": WORD}`: the status becomes WORD, and then as `hold`.
+* `{"show": WORD}`: the status becomes WORD, and then as `hold`;
+* `{"halt": STATE}`: the guest stops by itself, with this run state and QEMU's event for it if there is one.
 
 Other keys of a script: `cont` (refuse it with this text), `refuse` and `wrong` (option to text, option to the value
 that is read back), `dirty` (memory never converges), `cancel` (`failed`: as 7.2 does at times), `relock` (a source
@@ -33,6 +34,12 @@ from typing import Any
 
 from vmferry.testing.fake_outside import Outside, OwnProcess
 from vmferry.testing.fake_profile import Profile
+
+_HALTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "guest-panicked": ("GUEST_PANICKED", {"action": "pause"}),
+    "io-error": ("BLOCK_IO_ERROR", {"device": "", "node-name": "disk0", "operation": "write", "action": "stop"}),
+    "shutdown": ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}),
+}
 
 
 class Refused(Exception):
@@ -156,6 +163,13 @@ class State:
             self.director.tell({"running": False})
             self.emit("STOP", None)
 
+    def halt(self, state: str) -> None:
+        """As when the guest panics, shuts down, or cannot write; an internal error of QEMU has no event of its own."""
+        event = _HALTS.get(state)
+        if event is not None:
+            self.emit(*event)
+        self.set_run_state(state)
+
     def set_word(self, word: str) -> None:
         """The status, with its event if events are on."""
         self.word = word
@@ -181,6 +195,8 @@ class State:
             assert lost is not None, f"{name} cannot be silent"
             await lost.wait()
             self.audible.set()
+        elif isinstance(action, dict) and "halt" in action:
+            self.halt(str(action["halt"]))
         elif isinstance(action, dict):
             self.set_word(str(action["show"]))
             await self._held(name, lost)

@@ -17,7 +17,7 @@ from vmferry.testing.fake_link import Link, LinkLost, SocketLink
 SPEAKS: Final = frozenset({"vmferry-save"})
 PAGE_BYTES: Final = 4096
 BLOCKS: Final = {"pc.ram": 64 * PAGE_BYTES, "pc.bios": 4 * PAGE_BYTES}
-DEVICES: Final = {"timer": b"\x01\x02\x03\x04", "cpu": b"state of the cpu"}
+_DEVICES: Final = {"timer": b"\x01\x02\x03\x04", "cpu": b"state of the cpu"}
 _RAM_SECTION, _EOS, _PAGE, _ZERO, _SIZE, _CONTINUE = 2, 0x10, 0x08, 0x02, 0x04, 0x20
 _FLAGS = struct.Struct(">Q")
 _SHUT, _PONG = 1, 2
@@ -49,7 +49,7 @@ class StreamLink(Link):
                     self._writer.write(_part(0x02, _pages(first=True)))
                 self._sent_all = True
             case "device":
-                self._writer.write(_part(0x03, _pages(first=False)) + _devices())
+                self._writer.write(_part(0x03, _pages(first=False)) + _devices(str(more["run_state"])))
             case _:
                 raise AssertionError(f"{kind} is no part of a save")
 
@@ -114,10 +114,16 @@ def _pages(*, first: bool) -> bytes:
     return text
 
 
-def _devices() -> bytes:
+def devices(run_state: str) -> dict[str, bytes]:
+    """Sections and their bodies; in one of them QEMU says what its run state is."""
+    word = run_state.encode()
+    return {**_DEVICES, "globalstate": struct.pack(">I", len(word) + 1) + word.ljust(100, b"\0")}
+
+
+def _devices(run_state: str) -> bytes:
     text = b""
     described = []
-    for number, (name, body) in enumerate(DEVICES.items(), 3):
+    for number, (name, body) in enumerate(devices(run_state).items(), 3):
         text += b"\x04" + struct.pack(">I", number) + _name(name) + struct.pack(">II", 0, 1) + body + _footer(number)
         field = {"name": "data", "type": "buffer", "size": len(body)}
         described.append({"name": name, "instance_id": 0, "vmsd_name": name, "version": 1, "fields": [field]})

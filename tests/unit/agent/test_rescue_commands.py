@@ -144,6 +144,17 @@ async def test_while_a_tool_is_at_work_the_table_rests_and_nobody_else_begins() 
     assert made.published == [("RESCUE", {"vm": "web1", "bytes": 1})]
 
 
+@pytest.mark.parametrize(("register", "words"), [("saves", "being saved"), ("restores", "being restored")])
+async def test_a_guest_that_a_save_or_a_restore_has_in_hand_is_not_rescued(register: str, words: str) -> None:
+    """A guest that lacks pages is led nowhere: its restore brings them."""
+    made = FakeAgent(*COMMITTED)
+    getattr(made, register).active = lambda vm: SimpleNamespace(job="1f" * 16)
+    with pytest.raises(Busy, match=words):
+        async with rescue_commands.at_work(made.agent, "web1"):
+            pass
+    assert not made.attempt.is_held_back
+
+
 async def test_a_vm_that_is_not_here_is_unknown() -> None:
     with pytest.raises(UnknownVm):
         await rescue_commands.bring_back(FakeAgent().agent, RescueArguments(vm="web1"))

@@ -17,12 +17,14 @@ from vmferry.agent.restore_definition import (
     disk_objections,
     host_objections,
     identity_of,
+    memory_objection,
     renew,
 )
 from vmferry.agent.vm_commands import definition_of
 from vmferry.agent.vms import DiskRef, VmDefinition
-from vmferry.engine.frozen import FrozenDisk
+from vmferry.engine.frozen import FrozenDisk, FrozenImage
 from vmferry.errors import PlanRefused, SpecError
+from vmferry.store.manifest import Block
 from vmferry.vm import spec as vm_spec
 from vmferry.vm.probe_qemu import CpuModel, QemuFacts
 
@@ -98,6 +100,9 @@ def test_what_a_guest_could_clash_with() -> None:
         ("/run/x.sock", "tap7"),
     )
     assert GuestIdentity.from_wire({**found.to_wire(), "newer": 1}) == found
+    more = ["-device", "e1000,mac=52:54:00:AA:00:03", "-device", '{"driver": "e1000", "mac": "52:54:00:aa:00:04"}']
+    found = identity_of(definition(network=cards[:1], extra_args=more), host="host-a")
+    assert found.loud_macs == ("52:54:00:aa:00:03", "52:54:00:aa:00:04"), "nobody knows on which network they are"
     args = ("-uuid", UUID, "-device", "e1000,mac=52:54:00:AA:00:01")
     assert identity_of(adopted(*args), host="host-b") == GuestIdentity(
         "web1", "host-b", UUID, (), ("52:54:00:aa:00:01",), ()
@@ -136,8 +141,28 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
     assert disk_objections([same, frozen_disk("/dev/null"), frozen_disk("/not/there", way="none")]) == ()
     for other in (dataclasses.replace(same, size_bytes=4), dataclasses.replace(same, mtime_ns=1, way="read-only")):
         assert "was changed since" in disk_objections([other])[0]
+    base = tmp_path / "base.img"
+    base.write_bytes(b"base")
+    seen = os.stat(base)
+    under = FrozenImage(path=str(base), format="raw", size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns)
+    layered = dataclasses.replace(same, chain=(under,))
+    assert disk_objections([layered]) == ()
+    os.utime(base, ns=(1, 1))
+    assert disk_objections([layered]) == (
+        f"the disk image {base} under {image} was changed since the snapshot was made",
+    )
+    base.unlink()
+    assert f"{base} under {image} of the snapshot is not there" in disk_objections([layered])[0]
     image.unlink()
     assert "is not there" in disk_objections([same])[0]
+
+
+def test_a_snapshot_with_more_memory_than_its_guest_has_is_not_read() -> None:
+    mib = 1 << 20
+    blocks = [Block("pc.ram", 64 * mib, 4096), Block("vga.vram", 16 * mib, 4096)]
+    assert memory_objection(definition(), blocks) == ""
+    forged = [*blocks, Block("more", 1 << 40, 4096)]
+    assert "and its definition says 64" in memory_objection(definition(), forged)
 
 
 def facts(**more: Any) -> QemuFacts:
@@ -165,6 +190,24 @@ def test_what_a_host_lacks_for_a_guest(change: dict[str, Any], asked: dict[str, 
     found, notes = host_objections(old, facts(), **{"available_bytes": 1 << 40, **asked})
     assert notes == []
     assert [words in each for each in found] == ([True] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "saved_by", "words"),
+    [
+        ("max", "7.2.22", ""),
+        ("max", "", ""),
+        ("max", "6.2.0", "differs between QEMU 6.2.0 and 7.2.22"),
+        ("qemu64", "6.2.0", ""),
+        ("Quiet-Server", "7.2.22", "does not say whether its CPU has all features"),
+    ],
+)
+def test_what_of_its_cpu_nobody_can_say(cpu: str, saved_by: str, words: str) -> None:
+    models = {"tcg": (CpuModel("qemu64", (), True), CpuModel("Quiet-Server", None, True))}
+    old = dataclasses.replace(definition(), cpu=cpu)
+    found, notes = host_objections(old, facts(cpus=models), available_bytes=None, saved_by=saved_by)
+    assert found == []
+    assert [words in each for each in notes] == ([True] if words else [])
 
 
 def test_a_cpu_that_is_the_hosts_is_a_note() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +9,11 @@ from typing import Any
 import pytest
 
 from vmferry import limits
-from vmferry.agent.restore_definition import GuestIdentity
-from vmferry.agent.restores import RestoreArguments, Restores, find, identities, restore
-from vmferry.agent.restoring import RestoreWanted
-from vmferry.agent.vm_commands import definition_of
-from vmferry.errors import Busy, PlanRefused, RepositoryError, UsageError, VmferryError
+from vmferry.agent.restore_definition import GuestIdentity, clashes
+from vmferry.agent.restores import RestoreArguments, Restores, find, identities, local_identities, restore
+from vmferry.errors import Busy, RepositoryError, UsageError, VmferryError
 from vmferry.store.memory import MemoryStore
 from vmferry.store.repository import Repository
-from vmferry.vm import spec as vm_spec
 
 FOUND = SimpleNamespace(snapshot="5" * 32, repository="a" * 32)
 
@@ -43,7 +39,7 @@ def agent_with(**peers: Peer) -> Any:
         peers=SimpleNamespace(links=peers, link=peers.__getitem__),
         snapshot_store=SimpleNamespace(with_repository=with_repository),
         vms={},
-        restores=SimpleNamespace(at_work=list, status=lambda job: None),
+        restores=SimpleNamespace(at_work=list, status=lambda job: None, promises=lambda but="": []),
     )
 
 
@@ -85,25 +81,24 @@ async def test_a_host_that_was_not_asked_is_named(answer: Any) -> None:
     assert note.startswith("b was not asked")
 
 
-def wanted(job: str, vm: str) -> RestoreWanted:
-    spec = {"name": vm, "memory": "64M",
-            "network": [{"type": "tap", "ifname": f"tap-{vm}", "mac": "52:54:00:00:00:02"}]}  # fmt: skip
-    definition = definition_of(vm_spec.pin(vm_spec.from_wire(spec), machine="pc-q35-7.2", accel="tcg"))
-    return RestoreWanted(job=job, vm=vm, snapshot="5" * 32, name="monday", lazy=True, runs=True,
-                         definition=definition.to_wire(), directory=f"/{vm}")  # fmt: skip
+MINE, OTHERS = (GuestIdentity(f"web{n}", "host-a", loud_macs=("52:54:00:00:00:02",)) for n in (1, 2))
 
 
 async def test_two_restores_at_once_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on two hosts: what is promised is what another host hears."""
     agent = agent_with()
     held = agent.restores = Restores(agent)
-    with held.promised(wanted("1f" * 16, "web1"), accept=()):
-        await asyncio.sleep(0)
-        with pytest.raises(PlanRefused, match="same address"), held.promised(wanted("2f" * 16, "web2"), accept=()):
-            pass
-        with held.promised(wanted("2f" * 16, "web2"), accept=("same-address",)):
-            pass
+    with held.promised("1f" * 16, MINE):
+        assert await identities(agent, but="1f" * 16) == ([], ())
+        with held.promised("2f" * 16, OTHERS):
+            assert local_identities(agent) == [MINE, OTHERS]
+            found, _ = await identities(agent, but="2f" * 16)
+            assert found == [MINE]
+            refused, _ = clashes(OTHERS, found)
+            assert "same address" in refused[0]
         monkeypatch.setattr(limits, "RESTORES_MAX", 1)
-        with pytest.raises(Busy), held.promised(wanted("2f" * 16, "web2"), accept=("same-address",)):
+        with pytest.raises(Busy), held.promised("2f" * 16, OTHERS):
             pass
-    with held.promised(wanted("2f" * 16, "web2"), accept=()):
+    assert local_identities(agent) == []
+    with held.promised("2f" * 16, OTHERS):
         pass

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +15,18 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from vmferry.agent import images, restoring
+from vmferry.agent import images, overlays, restoring
 from vmferry.agent.directories import make_directory
 from vmferry.agent.events import EVENTS
+from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.restore_definition import Overlay
 from vmferry.agent.restore_feed import Progress, block_objection
-from vmferry.agent.restoring import Opened, RestoreAttempt, RestoreWanted, trouble_text
+from vmferry.agent.restoring import RestoreAttempt, RestoreWanted, trouble_text
 from vmferry.agent.vm_commands import definition_of
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
+from vmferry.engine.frozen import FrozenDisk
 from vmferry.errors import QemuError, RepositoryError, VmferryError
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.codec import Event
@@ -100,6 +103,7 @@ class FakeFeed:
         self.failed: VmferryError | None = None
         self.has_rejoined = self.is_stopped = False
         self.outgoing = SimpleNamespace(saw_running=lambda: None)
+        assert threading.current_thread() is not threading.main_thread(), "maps of all pages: not on the event loop"
         self.is_broken, self.on_news = broken, on_news
         self.done: list[str] = []
         FakeFeed.made.append(self)
@@ -151,7 +155,7 @@ class FakeAgent:
         self.journal = SimpleNamespace(append=self._append)
         self.host = SimpleNamespace(find_qemu=lambda directory: None)
         self.restores = SimpleNamespace(
-            open=self._open,
+            snapshots=SimpleNamespace(open=self._open),
             pin=self._pin,
             adopt=self._adopt,
             disown=self._disown,
@@ -263,7 +267,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def lines(machine: Any) -> tuple[RamBlockLine, ...]:
         return LINES
 
-    async def make(overlay: Overlay, *, job: str, qemu: str) -> images.Identity:
+    async def make(overlay: overlays.Layer, *, job: str, qemu: str) -> images.Identity:
         name = images.temporary(overlay.path, job)
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         found = os.stat(name)
@@ -273,7 +277,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
         return "completed"
 
     monkeypatch.setattr("vmferry.agent.guest_memory.block_lines", lines)
-    monkeypatch.setattr(restoring, "make_overlay", make)
+    monkeypatch.setattr(overlays, "make_overlay", make)
     monkeypatch.setattr("vmferry.agent.rescue.settled", settled)
 
 
@@ -342,6 +346,17 @@ async def test_a_qemu_with_other_memory_gets_nothing(tmp_path: Path) -> None:
     assert "vga" in (await bed.end())["error"]["message"]
     assert bed.is_nothing_left()
     assert "migrate-incoming" not in bed.qemu.told
+
+
+async def test_an_image_that_is_changed_after_the_command_looked_ends_the_restore(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    stored = FrozenDisk(path="/nowhere/a.img", format="raw", way="external-snapshot", size_bytes=1, mtime_ns=2)
+    bed.opened.disks = (stored,)
+    bed.begin()
+    ended = await bed.end()
+    assert "/nowhere/a.img of the snapshot is not there" in ended["error"]["message"]
+    assert bed.is_nothing_left()
+    assert not FakeFeed.made
 
 
 @pytest.mark.proves("S12")
@@ -481,18 +496,39 @@ async def test_a_cont_without_an_answer_is_tried_again_and_never_undone(tmp_path
     assert bed.qemu.told.count("cont") == 2
 
 
-async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_whole", [False, True], ids=["lacks-pages", "has-just-got-its-last"])
+async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_away(
+    tmp_path: Path, is_whole: bool
+) -> None:
+    """Nor is it told as a guest that is here, with an exit code of 0."""
     bed = Bed(tmp_path)
     bed.begin()
     bed.qemu.state = "paused"
     (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
     await bed.until(F.RAN)
     assert bed.qemu.on_gone is not None
+    if is_whole:
+        FakeFeed.made[0].say(facts={Fact.PEER_ACK})
     bed.qemu.on_gone()
     ended = await bed.end()
     assert (ended["detail"], ended["error"]["guest"]) == ("lost", "lost")
+    assert "its QEMU ended" in ended["sentence"]
     assert bed.overlay.exists()
     assert bed.agent.gone == [bed.agent.vms["web1"]]
+
+
+async def test_a_guest_that_a_person_stopped_does_not_come_back_with_the_end_of_its_restore(tmp_path: Path) -> None:
+    """1. `vmferry stop` takes it out of the VMs  2. its restore, which waited for pages, hears that it is gone."""
+    bed = Bed(tmp_path)
+    bed.begin()
+    bed.qemu.state = "paused"
+    (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
+    await bed.until(F.RAN)
+    assert bed.qemu.on_gone is not None
+    del bed.agent.vms["web1"]
+    bed.qemu.on_gone()
+    assert (await bed.end())["detail"] == "lost"
+    assert bed.agent.vms == {}
 
 
 @pytest.mark.proves("S93", "S94")

@@ -200,20 +200,19 @@ async def test_a_transaction_whose_answer_was_lost_is_asked_for_before_the_end(
 ) -> None:
     """1. the transaction is sent  2. its answer is lost  3. the guest goes on in the new file."""
     site, _ = await with_disk(make_site)
-    execute, silent = Machine.execute, 2
+    execute, silent, is_sent = Machine.execute, 2, False
 
     async def losing(self: Machine, command: str, *arguments: Any, **more: Any) -> Any:
-        nonlocal silent
+        nonlocal silent, is_sent
         answer = await execute(self, command, *arguments, **more)
-        if command == "transaction" or (command == "query-block" and job is not None and silent):
+        is_sent = is_sent or command == "transaction"
+        if command == "transaction" or (command == "query-block" and is_sent and silent):
             silent -= command == "query-block"
             raise QemuError("no answer in time")
         return answer
 
-    job = None
     monkeypatch.setattr(Machine, "execute", losing)
-    job = await begin_h(site)
-    wire = await ended(job)
+    wire = await ended(await begin_h(site))
     assert (wire["outcome"], silent) == ("none", 0)
     over = str(site.directory / "h-disk0.one.qcow2")
     assert site.agents["a"].vms["h"].definition.writable_paths() == (over,)

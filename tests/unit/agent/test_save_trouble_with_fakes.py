@@ -23,6 +23,8 @@ from tests.save_sites import (
     with_disk,
 )
 from vmferry import limits
+from vmferry.agent import images
+from vmferry.agent.machine import Machine
 from vmferry.agent.save import SaveJob
 from vmferry.agent.snapshot_sink import SnapshotSink, find
 from vmferry.core.saving import SaveFact
@@ -30,6 +32,7 @@ from vmferry.engine.frozen import FrozenDisk, SnapshotWords
 from vmferry.errors import (
     PlanRefused,
 )
+from vmferry.qmp.errors import QmpCommandError
 from vmferry.store.errors import StorePermanent
 from vmferry.store.local import LocalFolder
 from vmferry.testing.fake_site import SETTLE_S, MakeSite
@@ -39,7 +42,9 @@ F = SaveFact
 # --- disks ----------------------------------------------------------------------------------------------------
 
 
-async def test_writable_disks_are_refused_until_it_is_said_how(make_site: MakeSite) -> None:
+async def test_writable_disks_are_refused_until_it_is_said_how(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site, image = await with_disk(make_site)
     with pytest.raises(PlanRefused, match=f"writes to {image}") as caught:
         await site.command("a", "vm-save", vm="h", name="one")
@@ -49,10 +54,41 @@ async def test_writable_disks_are_refused_until_it_is_said_how(make_site: MakeSi
     (site.directory / "h-disk0.one.qcow2").write_bytes(b"somebody's")
     with pytest.raises(PlanRefused, match="exists already"):
         await site.command("a", "vm-save", vm="h", name="one", disks="external-snapshot")
+    monkeypatch.setattr(images, "tool_of", lambda qemu: None)
+    with pytest.raises(PlanRefused, match="no qemu-img"):
+        await site.command("a", "vm-save", vm="h", name="two", disks="external-snapshot")
     kept = site.agents["a"].vms["h"]
     object.__setattr__(kept.definition, "spec", None)
     with pytest.raises(PlanRefused, match="not started from a spec"):
         await site.command("a", "vm-save", vm="h", name="two", disks="external-snapshot")
+
+
+@pytest.mark.parametrize("has_disk", [True, False], ids=["beside-one-that-is-named", "alone"])
+async def test_a_writable_disk_that_the_definition_does_not_name_is_refused(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, has_disk: bool
+) -> None:
+    """As after blockdev-add and device_add on the VM's own monitor."""
+    site, _ = await with_disk(make_site)
+    vm = "h" if has_disk else "g"
+    execute, plugged = Machine.execute, {"filename": "/srv/new.img", "virtual-size": 1 << 20}
+
+    async def plugging(self: Machine, command: str, *arguments: Any, **more: Any) -> Any:
+        answer = await execute(self, command, *arguments, **more)
+        if command == "query-block":
+            answer.append({"device": "", "inserted": {"node-name": "new", "ro": is_read_only, "image": plugged}})
+        return answer
+
+    is_read_only = False
+    monkeypatch.setattr(Machine, "execute", plugging)
+    wish: dict[str, Any] = {"vm": vm, "name": "one", "disks": "external-snapshot" if has_disk else "refuse"}
+    with pytest.raises(PlanRefused, match=r"/srv/new\.img, which its definition does not name"):
+        await site.command("a", "vm-save", **wish)
+    assert await site.command("a", "query-jobs") == []
+    is_read_only = True
+    await site.command("a", "vm-save", **wish)
+    job = site.agents["a"].saves.active(vm)
+    assert job is not None
+    assert (await ended(job))["outcome"] == "saved"
 
 
 async def test_disks_of_the_same_instant(make_site: MakeSite) -> None:
@@ -81,15 +117,58 @@ async def test_disks_of_the_same_instant(make_site: MakeSite) -> None:
     await site.check("a", "h")
 
 
-async def test_a_transaction_that_fails_changes_no_disk(make_site: MakeSite) -> None:
+async def test_a_transaction_that_fails_changes_no_disk(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     site, image = await with_disk(make_site)
+    execute = Machine.execute
+
+    async def refusing(self: Machine, command: str, *arguments: Any, **more: Any) -> Any:
+        if command == "transaction":
+            raise QmpCommandError(command, "GenericError", "no room", peer="QEMU")
+        return await execute(self, command, *arguments, **more)
+
+    monkeypatch.setattr(Machine, "execute", refusing)
+    wire = await ended(await begin_h(site))
+    assert "no room" in wire["error"]["message"]
+    assert site.agents["a"].vms["h"].definition.writable_paths() == (str(image),)
+    assert not (site.directory / "h-disk0.one.qcow2").exists(), "what nobody goes on in is taken away"
+    await site.check("a", "h")
+
+
+async def test_a_link_where_the_guest_would_go_on_is_not_followed(make_site: MakeSite) -> None:
+    """1. the name is free as the save begins  2. somebody lays a link there, to what he may not write himself."""
+    site, image = await with_disk(make_site)
+    others = site.directory / "others"
+    others.write_bytes(b"somebody's")
+    over = site.directory / "h-disk0.one.qcow2"
     site.director.script("a", {"active": "hold"})
     job = await begin_h(site)
     await site.director.reached("a", "active")
-    (site.directory / "h-disk0.one.qcow2").write_bytes(b"somebody's")
+    assert (over.stat().st_mode & 0o777, over.is_symlink()) == (0o600, False), "made before the guest stops"
+    over.unlink()
+    over.symlink_to(others)
     site.director.go("a", "active")
     wire = await ended(job)
-    assert "exists" in wire["error"]["message"]
+    assert "not the file that was made for it" in wire["error"]["message"]
+    assert others.read_bytes() == b"somebody's"
+    assert site.agents["a"].vms["h"].definition.writable_paths() == (str(image),)
+    await site.check("a", "h")
+
+
+async def test_new_files_of_an_agent_that_died_before_they_were_used_are_taken_away(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, image = await with_disk(make_site)
+    over = site.directory / "h-disk0.one.qcow2"
+    site.director.script("a", {"active": "hold"})
+    await begin_h(site)
+    await site.director.reached("a", "active")
+    await site.stop("a")
+    assert over.exists()
+    await site.restart("a")
+    again = site.agents["a"].saves.active("h")
+    assert again is not None
+    await ended(again)
+    assert not over.exists()
     assert site.agents["a"].vms["h"].definition.writable_paths() == (str(image),)
     await site.check("a", "h")
 

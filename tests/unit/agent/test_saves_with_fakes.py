@@ -37,6 +37,7 @@ from vmferry.errors import (
     UsageError,
     VmferryError,
 )
+from vmferry.jobs.journal import Entry
 from vmferry.store.errors import UnknownSnapshot
 from vmferry.store.reader import SnapshotReader
 from vmferry.testing import fake_stream
@@ -104,7 +105,7 @@ async def test_with_pause_the_guest_stands_until_its_snapshot_is_there(make_site
     whats = [row["what"] for row in wire["timeline"]]
     assert whats.index("stopped") < whats.index("started")
     assert whats.index("kept") < whats.index("RESUME")
-    assert check_snapshot(site, "one", way="precopy").was_running
+    assert check_snapshot(site, "one", way="precopy", run_state="paused").was_running
     await check_guest_runs(site)
 
 
@@ -119,7 +120,7 @@ async def test_a_paused_guest_stays_paused(make_site: MakeSite) -> None:
     assert (wire["outcome"], wire["way"]) == ("saved", "precopy")
     assert await machine.run_state() in ("paused", "postmigrate")
     assert site.director.running("g") == []
-    assert not check_snapshot(site, "one", way="precopy").was_running
+    assert not check_snapshot(site, "one", way="precopy", run_state="paused").was_running
     await machine.execute("cont")
     await check_guest_runs(site)
 
@@ -245,6 +246,40 @@ async def test_a_cancel_that_comes_too_late_is_refused(make_site: MakeSite, monk
         await site.command("a", "job-cancel", id=job.job)
     go.set()
     assert (await ended(job))["outcome"] == "saved"
+
+
+async def test_a_cancel_that_became_too_late_while_it_was_written_is_refused_for_good(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. CANCEL_WANTED is being written  2. the commit is done  3. CANCEL_REFUSED, and the person hears so."""
+    site = await make_site()
+    journal = site.agents["a"].journal
+    append, asked, go = journal.append, asyncio.Event(), asyncio.Event()
+
+    async def appending(kind: Entry, subject: str, body: Any = None) -> None:
+        if kind is Entry.CANCEL_WANTED:
+            asked.set()
+            await go.wait()
+        await append(kind, subject, body)
+
+    monkeypatch.setattr(journal, "append", appending)
+    site.director.script("a", {"active": "hold"})
+    job = await begin(site, **PRECOPY)
+    await site.director.reached("a", "active")
+    cancel = asyncio.create_task(site.command("a", "job-cancel", id=job.job))
+    async with asyncio.timeout(SETTLE_S):
+        await asked.wait()
+    site.director.go("a", "active")
+    assert (await ended(job))["outcome"] == "saved"
+    go.set()
+    with pytest.raises(CancelRefused, match="vmferry forget"):
+        await cancel
+    kinds = [each.kind for each in await asyncio.to_thread(journal.read) if each.subject == job.job]
+    assert kinds[-2:] == [Entry.CANCEL_WANTED, Entry.CANCEL_REFUSED]
+    await site.restart("a")
+    known = site.agents["a"].saves.status(job=job.job)
+    assert known is not None
+    assert known["outcome"] == "saved"
 
 
 async def test_verbs_that_a_save_does_not_take(make_site: MakeSite) -> None:

@@ -158,3 +158,5 @@ def test_a_log_remembers_when_and_what_first() -> None:
     assert found.with_fact(F.READ, text="again") is found
     assert core.has_won(log(F.WHOLE, F.RAN))
     assert not core.has_won(log(F.WHOLE))
+    lost = log(F.WHOLE, F.RAN, F.GONE)
+    assert (core.has_won(lost), core.detail(lost)) == (False, "lost"), "whole it was, and its QEMU ended"

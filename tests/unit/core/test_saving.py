@@ -13,6 +13,7 @@ from vmferry.core.saving import (
     BackView,
     Did,
     Guest,
+    Halted,
     Owed,
     Qemu,
     SaveFact,
@@ -21,7 +22,10 @@ from vmferry.core.saving import (
     awaits_leave,
     did,
     guest_of,
+    halt_of,
+    halted,
     may_cancel,
+    ran_at_instant,
     row_of,
     save_job,
     save_status,
@@ -29,7 +33,7 @@ from vmferry.core.saving import (
 )
 
 F, J = SaveFact, JobStatus
-VIEWS = [BackView(*answers) for answers in itertools.product(Qemu, Word, Guest, Owed, Did)]
+VIEWS = [BackView(*answers) for answers in itertools.product(Qemu, Word, Guest, Owed, Did, Halted)]
 
 
 def log(*facts: SaveFact) -> SaveLog:
@@ -50,6 +54,7 @@ def test_a_guest_is_started_only_if_it_ran_and_nobody_sends_it(view: BackView) -
     row = row_of(view)
     if row.do is Back.CONT:
         assert view.owed is Owed.YES
+        assert view.halted is Halted.NO, "what a panic or a shutdown has stopped is not a save's to start"
         assert view.word in (Word.IDLE, Word.DONE)
         assert view.qemu is Qemu.ANSWERS
         assert (view.guest, view.did) in {
@@ -58,9 +63,9 @@ def test_a_guest_is_started_only_if_it_ran_and_nobody_sends_it(view: BackView) -
     if row.do in (Back.DONE, Back.LEAVE) and view.qemu is Qemu.ANSWERS:
         if view.did is Did.SEND:
             left_standing = view.guest in (Guest.STANDS, Guest.SENT) and view.owed is Owed.YES
-            assert not left_standing, "a save never leaves a guest stopped that ran"
+            assert not left_standing or view.halted is Halted.YES, "a save never leaves a guest stopped that ran"
             assert view.word in (Word.IDLE, Word.DONE), "nor a migration going on"
-        if view.did is Did.STOP and view.word is Word.IDLE:
+        if view.did is Did.STOP and view.word is Word.IDLE and view.halted is Halted.NO:
             assert (view.guest, view.owed) != (Guest.STANDS, Owed.YES), "a save never leaves a guest stopped that ran"
     if row.do is Back.CANCEL:
         assert view.word in (Word.GOING, Word.WAITS)
@@ -105,6 +110,49 @@ def test_qemus_words(status: str | None, word: Word) -> None:
 )
 def test_run_states(state: str, guest: Guest) -> None:
     assert guest_of(state) is guest
+
+
+@pytest.mark.parametrize(
+    ("event", "data", "state"),
+    [
+        ("GUEST_PANICKED", {"action": "pause"}, "guest-panicked"),
+        ("GUEST_PANICKED", {"action": "poweroff"}, "guest-panicked"),
+        ("GUEST_PANICKED", {"action": "run"}, ""),
+        ("BLOCK_IO_ERROR", {"action": "stop"}, "io-error"),
+        ("BLOCK_IO_ERROR", {"action": "report"}, ""),
+        ("WATCHDOG", {"action": "pause"}, "watchdog"),
+        ("WATCHDOG", {"action": "reset"}, ""),
+        ("SHUTDOWN", {"guest": True}, "shutdown"),
+        ("STOP", {}, ""),
+    ],
+)
+def test_events_with_which_a_guest_stops_by_itself(event: str, data: dict[str, str], state: str) -> None:
+    assert halt_of(event, data) == state
+
+
+@pytest.mark.parametrize(
+    ("way", "heard", "instant", "by", "ran"),
+    [
+        ("precopy", "", "running", "", True),
+        ("precopy", "", "paused", "", True),
+        ("precopy", "", "internal-error", "internal-error", False),
+        ("precopy", "io-error", "", "io-error", False),
+        ("precopy", "io-error", "running", "", True),
+        ("background", "io-error", "running", "io-error", True),
+        ("precopy", "", "", "", True),
+    ],
+)
+def test_what_stopped_a_guest_and_whether_it_ran_at_the_instant(
+    way: str, heard: str, instant: str, by: str, ran: bool
+) -> None:
+    """The stream is right about its own instant: one that went on after it was heard to stop runs. Of a background
+    save that instant is long over when the guest stops."""
+    made = SaveLog().with_fact(F.CONFIGURED, text=way)
+    for fact, text in ((F.HALTED, heard), (F.INSTANT, instant)):
+        made = made.with_fact(fact, text=text) if text else made
+    assert halted(made) == by
+    assert ran_at_instant(made, before=True) is ran
+    assert not ran_at_instant(made, before=False)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_blocks_are_those_of_the_stream(kept: Kept) -> None:
 def bytes_of_a_guest(*, asks: bool) -> Iterator[bytes]:
     yield fake_stream._header("pc-q35-7.2", asks=asks) + fake_stream._setup()
     yield fake_stream._part(0x02, fake_stream._pages(first=True))
-    yield fake_stream._part(0x03, fake_stream._pages(first=False)) + fake_stream._devices()
+    yield fake_stream._part(0x03, fake_stream._pages(first=False)) + fake_stream._devices("running")
 
 
 def received(kept: Kept, *, asks: bool) -> tuple[Incoming, bytes]:
@@ -133,7 +133,7 @@ def test_a_whole_guest_streams_through(kept: Kept, asks: bool) -> None:
     assert ram == {number: fake_stream.page(number) for number in range(64)}
     assert {number for block, number in kept.pages if block == "pc.bios"} == set(range(4))
     assert incoming.image.is_device_state_whole
-    assert {each.idstr: each.body for each in incoming.image.devices} == fake_stream.DEVICES
+    assert {each.idstr: each.body for each in incoming.image.devices} == fake_stream.devices("running")
 
 
 def test_a_sink_that_fails_sends_the_source_back_to_its_guest() -> None:

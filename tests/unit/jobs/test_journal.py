@@ -337,6 +337,27 @@ async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch
     assert replay(left).vms == before.vms
 
 
+async def test_a_restore_of_which_disks_are_left_is_not_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "KEEP_ENDED_JOBS", 0)
+    journal = Journal(path)
+    for job in ("left", "gone", "without"):
+        await journal.append(Entry.RESTORE_WANTED, job, {"auto_dismiss": True})
+        if job != "without":
+            await journal.append(Entry.IMAGE_MADE, job, {"/a": [1, 2]})
+        await journal.append(Entry.ENDED, job, {})
+    await journal.append(Entry.IMAGES_GONE, "gone")
+    assert replay(journal.read()).jobs["gone"].images == {}
+    await journal.append(Entry.PLACE_WANTED, "place")
+    await journal.append(Entry.IMAGE_MADE, "place", {"/a": [1, 2]})
+    await journal.append(Entry.ENDED, "place", {})
+    journal.close()
+    journal = Journal(path)
+    jobs = replay(journal.read()).jobs
+    journal.close()
+    assert list(jobs) == ["left"]
+    assert jobs["left"].images == {"/a": [1, 2]}
+
+
 def test_the_folder_is_private(path: Path) -> None:
     Journal(path).close()
     assert os.stat(path.parent).st_mode & 0o777 == 0o700

@@ -1,0 +1,78 @@
+"""What an image lies on: every file that a QEMU opens with it.
+
+A stored disk is right only if nothing under it was changed, so each file of its chain is recorded with its size and its
+time of change. qemu-img reads the chain, as QEMU itself does; it takes no lock, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vmferry.agent.images import tool_of
+from vmferry.errors import Unfit
+from vmferry.limits import IMAGE_TOOL_S
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One file of a chain, as it is now."""
+
+    path: str
+    format: str
+    size_bytes: int
+    mtime_ns: int
+
+
+async def under(path: str, format: str, *, qemu: str) -> tuple[Image, ...] | None:
+    """The files under an image, the nearest first; None: there is no qemu-img to say so.
+
+    Raises Unfit when it does not, OSError when one of them is gone."""
+    if format in ("raw", "file"):
+        return ()
+    program = tool_of(qemu)
+    if program is None:
+        return None
+    found = []
+    for above, image in _pairs(await _asked(program, path, format)):
+        data = ((above.get("format-specific") or {}).get("data") or {}).get("data-file")
+        if data:
+            found.append(await _seen(os.path.join(os.path.dirname(str(above["filename"])), str(data)), "raw"))
+        if image is not None:
+            found.append(await _seen(str(image["filename"]), str(image["format"])))
+    return tuple(found)
+
+
+def _pairs(images: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Each image with the one under it."""
+    return list(zip(images, [*images[1:], None], strict=True))
+
+
+async def _seen(path: str, format: str) -> Image:
+    found = await asyncio.to_thread(os.stat, path)
+    return Image(path, format, found.st_size, found.st_mtime_ns)
+
+
+async def _asked(program: str, path: str, format: str) -> list[dict[str, Any]]:
+    process = await asyncio.create_subprocess_exec(
+        program, "info", "-U", "--backing-chain", "--output=json", "-f", format, "--", path,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(IMAGE_TOOL_S):
+            answer, complaints = await process.communicate()
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        if isinstance(error, TimeoutError):
+            raise Unfit(f"qemu-img did not say within {IMAGE_TOOL_S:g} s what {path} lies on") from error
+        raise
+    if process.returncode != 0:
+        words = " ".join(complaints.decode(errors="replace").split())
+        raise Unfit(f"qemu-img cannot say what {path} lies on: {words}")
+    return list(json.loads(answer))
