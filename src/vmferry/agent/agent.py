@@ -269,6 +269,7 @@ class Agent:
             machine=machine,
         )
         self.vms[attempt.vm] = kept  # at once: the source tells people now that it is here
+        await self.left_images.forget(disk.path for disk in attempt.place.disks)
         await self.blockers.take_along(attempt.vm, attempt.place.blockers)
         await self.journal.append(Entry.KEPT, attempt.vm, kept.to_journal())
 

@@ -72,11 +72,11 @@ class DestinationAttempt(AttemptLoop[DestinationEffect]):
         self.offer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.policy = place.policy
         self.images: dict[str, tuple[int, int]] = {}
+        """Files that this job made: path to device and inode; journalled."""
         self.image_stamps: dict[str, Stamp | None] = {}
         """What the place's images looked like when its QEMU ended under our eyes."""
         self.has_whole_copies = False
         """The source has said that every disk was copied once; what a next try can begin with, should this one fail."""
-        """Files that this job made: path to device and inode; journalled."""
         self.freezer: Freezes | None = None
         """While it is there the guest's CPUs are stopped from outside."""
         self.is_renounced = False

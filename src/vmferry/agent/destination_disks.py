@@ -107,6 +107,9 @@ async def serve(attempt: DestinationAttempt) -> dict[str, Any]:
         name = export_name(attempt.job, disk.id)
         wanted = {"type": "nbd", "id": name, "name": name, "node-name": node, "writable": True}
         await machine.execute("block-export-add", wanted)
+        # From here on it is locked. 1. it was looked at  2. somebody else writes to it  3. this QEMU opens it
+        if disk.left_by and disk.format == "raw" and not attempt.context.is_left_image(disk.path, disk.left_by):
+            raise Unfit(f"{disk.path} was changed since the guest left it here", side="destination")
         exports[disk.id] = name
     return {"host": host, "port": port, "exports": exports}
 

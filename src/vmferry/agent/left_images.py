@@ -15,15 +15,15 @@ the source (`tried_name`): what a second try sends is what was written since.
 
 Rule 1: an image whose looks have changed is nobody's base any more; it is only a file that is in the way.
 Rule 2: LEFT is written by the agent that has seen that QEMU end: after a restart nobody can say what came between.
-Rule 3: an image is taken away only if a person asked for that, it is what was written down, and the guest has run for
-        its time on the other host; or it is a copy of a try, whose time is over.
+Rule 3: an image is taken away only if it is what was written down, no guest of this host has it, its time is over, and
+        either a person asked for that and the guest runs on the other host, or it is the copy of a try.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,34 +75,43 @@ class LeftImages:
         self.agent = agent
         self._left: dict[str, LeftImage] = {}
         """By path; the newest."""
+        self._unwanted: set[str] = set()
+        """Jobs that were cancelled: their copies are of no use."""
         self._tending: asyncio.Task[None] | None = None
 
-    async def restore(self, bodies: Mapping[str, dict[str, Any]]) -> None:
-        """What the journal says, by path; of files that are gone, and of what cannot be read, nothing is kept. Raises
-        Unfit."""
+    def restore(self, bodies: Mapping[str, dict[str, Any]]) -> None:
+        """What the journal says, by path. What cannot be read is a line in the log; a file that is not there now may be
+        in a folder that is mounted later, and is nobody's base until the next start."""
         for path, body in bodies.items():
             try:
                 left = msgspec.convert(body, LeftImage)
             except msgspec.ValidationError as error:
                 log.warning("image=%s journal=left result=%s", path, error)
                 continue
-            if self.agent.host.image_stamp(path) is None:
-                await self.agent.journal.append(Entry.LET_GO, path)
-            else:
+            if self.agent.host.image_stamp(path) is not None:
                 self._left[path] = left
-        self._tend()
 
     async def keep(self, attempt: SourceAttempt) -> None:
         """The guest went, and its QEMU here has just been ended. Trouble is a line in the log: it only means that the
-        disks would have to come back as a whole."""
+        disks would have to come back as a whole.
+
+        From the switch on nobody has the images locked: only one that looks as it did before the order to start was
+        sent is what the guest left."""
         wanted = attempt.wanted
         now_s = self.agent.clock.wall_s()
         let_go_s = None if wanted.keep_images_s is None else now_s + wanted.keep_images_s
         for mirror in attempt.mirrors:
-            stamp = self.agent.host.image_stamp(mirror.path)
-            if stamp is not None and mirror.size_bytes:
+            stamp = attempt.copying.at_switch.get(mirror.path)
+            if stamp is None or not mirror.size_bytes or not attempt.machine.is_gone:
+                continue
+            try:
+                await self.agent.host.sync_image(mirror.path)
+            except OSError as error:
+                log.info("vm=%s image=%s result=no base: %s", attempt.vm, mirror.path, error)
+                continue
+            if self.agent.host.image_stamp(mirror.path) == stamp:
                 await self._write(_left(attempt, mirror, stamp, let_go_s))
-        self._tend()
+        self.tend()
 
     async def keep_tried(self, attempt: DestinationAttempt, disk: PlacedDisk, stamp: Stamp) -> bool:
         """The whole copy of a disk, of a place that failed. False: it could not be kept."""
@@ -122,8 +131,10 @@ class LeftImages:
         except OSError as error:
             log.info("vm=%s image=%s result=not kept: %s", left.vm, left.path, error)
             return False
+        if left.job in self._unwanted:  # that took a while, and somebody cancelled the move
+            return False
         await self._write(left)
-        self._tend()
+        self.tend()
         return self._left.get(left.path) is left
 
     def is_whole(self, path: str, job: str) -> bool:
@@ -157,18 +168,31 @@ class LeftImages:
         return self.agent.host.image_stamp(left.path) == left.stamp
 
     def _is_awaited(self, left: LeftImage) -> bool:
-        """The guest is on its way back into it, or is here."""
+        """The guest is on its way back into it, or is here, or another one has it."""
         places = (place for place in self.agent.places.values() if not place.ended.is_set())
-        return left.vm in self.agent.vms or any(left.path == disk.path for each in places for disk in each.place.disks)
+        return (
+            left.vm in self.agent.vms
+            or self._is_used(left)
+            or any(left.path == disk.path for each in places for disk in each.place.disks)
+        )
 
     async def forget_tries(self, job: str) -> None:
         """That move was cancelled. Trouble is a line in the log: their time comes."""
+        self._unwanted.add(job)
         for left in [each for each in self._left.values() if each.is_tried and each.job == job]:
             await self._try_let_go(left)
 
+    async def forget(self, paths: Iterable[str]) -> None:
+        """A guest is here that has these images: they are its disks, and nothing that was left. Raises Unfit."""
+        for path in paths:
+            if path in self._left:
+                await self.agent.journal.append(Entry.LET_GO, path)
+                del self._left[path]
+
     # --- letting go -------------------------------------------------------------------------------------------
 
-    def _tend(self) -> None:
+    def tend(self) -> None:
+        """Lets go in time of what is not to be kept for ever."""
         is_tended = self._tending is not None and not self._tending.done()
         if not is_tended and any(left.let_go_s is not None for left in self._left.values()):
             self._tending = asyncio.create_task(self._let_go_in_time(), name="left-images")
@@ -177,9 +201,22 @@ class LeftImages:
     async def _let_go_in_time(self) -> None:
         while due := [left for left in self._left.values() if left.let_go_s is not None]:
             for left in due:
-                if self.agent.clock.wall_s() >= (left.let_go_s or 0.0):
+                if self._is_used(left):
+                    await self._try_forget(left)
+                elif self.agent.clock.wall_s() >= (left.let_go_s or 0.0):
                     await self._try_let_go(left)
             await asyncio.sleep(LOOK_S)
+
+    def _is_used(self, left: LeftImage) -> bool:
+        """A VM of this host has it as a disk, and is not the one that is just leaving."""
+        staying = (kept for kept in self.agent.vms.values() if not kept.is_leaving)
+        return any(left.path == disk.path for kept in staying for disk in kept.definition.disks)
+
+    async def _try_forget(self, left: LeftImage) -> None:
+        try:
+            await self.forget([left.path])
+        except Unfit as error:
+            log.info("vm=%s image=%s journal=let-go result=%s", left.vm, left.path, error)
 
     async def _try_let_go(self, left: LeftImage) -> None:
         try:

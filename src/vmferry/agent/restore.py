@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry.agent import machine as machines
-from vmferry.agent import pins_after, restore_after
+from vmferry.agent import pins_after, restore_after, source_disks
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
 from vmferry.agent.plan import taken_over
@@ -63,7 +63,7 @@ async def restore(agent: Agent) -> None:
     await asyncio.gather(*(_attach(agent, KeptVm.from_journal(body)) for body in state.vms.values()))
     for vm, held in state.blockers.items():
         agent.blockers.restore(vm, held.values())
-    await agent.left_images.restore(state.left)
+    agent.left_images.restore(state.left)
     # At once: a QEMU that waits for a page answers nothing, and each would be waited for.
     await asyncio.gather(*(restore_after.take_up(agent, job) for job in state.jobs.values() if job.role == "restore"))
     for job in state.jobs.values():
@@ -77,6 +77,7 @@ async def restore(agent: Agent) -> None:
             agent.chores.restore(job)
         else:
             await _destination(agent, job, state)
+    agent.left_images.tend()  # not before: a place may be what an image is kept for
     _remove_left_overs(agent)
     pins_after.begin(agent, state.jobs.values())
 
@@ -173,6 +174,7 @@ def _take_mirrors_over(attempt: SourceAttempt, job: JobState, word: str | None) 
     attempt.plan = taken_over(job.mirrors)
     names = ", ".join(mirror.id for mirror in attempt.mirrors)
     attempt.note(Fact.DISKS_WANTED, text=names, by="journal")
+    attempt.copying.speed = source_disks.speed(attempt)
     attempt.note(Fact.DISKS_STARTED, by="journal")
     return word in NOT_BEGUN and job.committed_generation is None and not attempt.machine.is_gone
 

@@ -90,6 +90,7 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
         case Effect.SEND_GRANT:
             if Fact.GRANT_SENT not in attempt.facts and attempt.plan is not None:
                 attempt.stamps = fences.stamps(attempt.plan.fence_paths)
+            source_disks.stamp_images(attempt)
             attempt.note(Fact.GRANT_SENT)  # before the send: from here on it may have arrived
             attempt.set_readings(target_answers=False)  # and until it is answered nobody knows what is so there
             attempt.hear_target(await attempt.ask_facts("peer-grant", deadline_s=GRANT_S))

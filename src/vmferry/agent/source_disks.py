@@ -34,6 +34,7 @@ import msgspec
 
 from vmferry import limits
 from vmferry.agent import source_rounds
+from vmferry.agent.images import Stamp
 from vmferry.agent.observe import Finding, mirror_findings
 from vmferry.agent.plan_disks import counted, inserted_by_path
 from vmferry.agent.wants import Mirror
@@ -81,6 +82,8 @@ class Copying:
     """What QEMU said of each of their jobs, by its id."""
     is_stale: bool = True
     polled_s: float = float("-inf")
+    at_switch: dict[str, Stamp | None] = field(default_factory=dict)
+    """What the images looked like when QEMU had given them away, and before the destination was told to start."""
     differs: bool = False
     """Both sides were read, and are not equal."""
     speed: int = 0
@@ -134,7 +137,7 @@ async def start(attempt: SourceAttempt) -> None:
         except QmpTimeout:
             await _yank(attempt, [mirror])
             raise
-    attempt.copying.speed = _speed(attempt)
+    attempt.copying.speed = speed(attempt)
     for mirror in attempt.mirrors:
         if mirror.since:
             await source_rounds.start(attempt, mirror)
@@ -154,6 +157,12 @@ async def _count_for_next_try(attempt: SourceAttempt, mirror: Mirror) -> None:
     name = tried_name(attempt.job, attempt.wanted.destination)
     add = {"node": mirror.node, "name": name, "granularity": limits.DISK_BITMAP_BYTES}
     await attempt.machine.execute("block-dirty-bitmap-add", add)
+
+
+def stamp_images(attempt: SourceAttempt) -> None:
+    """QEMU has given its images away, and the destination does not run the guest yet: what comes to them from here on
+    is somebody else's."""
+    attempt.copying.at_switch = {m.path: attempt.context.host.image_stamp(m.path) for m in attempt.mirrors}
 
 
 def are_copies_of_use(attempt: SourceAttempt) -> bool:
@@ -211,7 +220,7 @@ def _job(attempt: SourceAttempt, mirror: Mirror, speed: int) -> dict[str, Any]:
     return job
 
 
-def _speed(attempt: SourceAttempt) -> int:
+def speed(attempt: SourceAttempt) -> int:
     """Each mirror's share of what the job may send, in bytes per second; 0: no limit. Memory comes after the bulk of
     the disks, so they have all of it until then."""
     return _share(attempt, int(attempt.wanted.options.get("max-bandwidth", 0)))
@@ -312,6 +321,7 @@ async def drain(attempt: SourceAttempt) -> None:
     1. all are asked to end and come to `pending`, in which nothing is left to write  2. one fails instead: the others
     still wait, and are given up with it  3. all are there: they are let go, which cannot fail any more."""
     machine, waiting = attempt.machine, {"pending", "concluded"}
+    await source_rounds.hurry(attempt)
     statuses, asked = await _statuses(attempt), set[str]()
     end_s = attempt.clock.now_s() + DRAIN_S
     while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):
@@ -345,7 +355,10 @@ async def drain(attempt: SourceAttempt) -> None:
 
 async def _ask_for_end(attempt: SourceAttempt, mirror: Mirror) -> None:
     if mirror.since:
-        await source_rounds.begin_last(attempt, mirror)
+        try:
+            await source_rounds.begin_last(attempt, mirror)
+        except QmpCommandError as error:  # it would be refused again, and the guest stands meanwhile
+            attempt.note(Fact.DISK_FAILED, text=f"{mirror.id} ({mirror.path}): {error}", by="source QEMU")
     else:
         await attempt.machine.execute("block-job-cancel", {"device": mirror.job})
 
@@ -394,6 +407,9 @@ async def drop(attempt: SourceAttempt) -> None:
         for mirror in attempt.mirrors:
             if not mirror.since:
                 await _forget_tries(attempt, mirror)
+            elif attempt.copying.differs:  # what the bitmap says of that image was just shown to be wrong
+                gone = {"node": mirror.node, "name": mirror.since}
+                await source_rounds.unless_gone(attempt, "block-dirty-bitmap-remove", gone)
     attempt.note(Fact.DISKS_DROPPED)
 
 
@@ -437,13 +453,15 @@ async def forget(attempt: SourceAttempt) -> None:
     something is gone already."""
     for mirror in attempt.mirrors:
         await source_rounds.unless_gone(attempt, "job-dismiss", {"id": mirror.job})
+        if mirror.since:
+            await source_rounds.forget(attempt, mirror)
     await _close_targets(attempt)
 
 
 async def _close_targets(attempt: SourceAttempt) -> None:
     for mirror in attempt.mirrors:
         if mirror.since:
-            await source_rounds.forget(attempt, mirror)
+            await source_rounds.unless_gone(attempt, "blockdev-del", {"node-name": source_rounds.reader(mirror)})
         await source_rounds.unless_gone(attempt, "blockdev-del", {"node-name": mirror.target})
 
 

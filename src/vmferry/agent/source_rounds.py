@@ -96,20 +96,34 @@ def _with_all_rounds(job: dict[str, Any], mirror: Mirror, sent_bytes: int) -> di
 
 async def _between(attempt: SourceAttempt, mirror: Mirror, left_bytes: int | None, *, at_pause: bool) -> dict[str, Any]:
     """No round is under way: whether one is due. What this disk's copy looks like, as a job."""
+    if await _give_back(attempt, mirror):
+        left_bytes = (await _left_bytes(attempt)).get(fresh(mirror))
     seen = {"id": mirror.job, "type": "backup", "current-progress": 0, "total-progress": left_bytes or 0}
     if left_bytes is None:  # somebody took the bitmap away: nobody knows what is left
         return {**seen, "status": "concluded", "error": "what has changed is not counted any more"}
+    if at_pause and left_bytes > limits.DISK_ROUND_PAUSE_BYTES:  # the guest would stand for as long as that takes
+        return {**seen, "status": "concluded", "error": "the guest writes faster than its disk is sent"}
     is_known = attempt.facts.entry(Fact.DISK_READY, mirror.number) is not None
     is_near = left_bytes <= limits.DISK_ROUND_READY_BYTES
     if at_pause or (is_near and not is_known) or left_bytes <= limits.DISK_ROUND_BYTES:
         return {**seen, "status": "ready"}
-    await _begin(attempt, mirror, mirror.job)
+    try:
+        await _begin(attempt, mirror, mirror.job)
+    except QmpCommandError as error:
+        return {**seen, "status": "concluded", "error": str(error)}
     return {**seen, "status": "running"}
 
 
 async def begin_last(attempt: SourceAttempt, mirror: Mirror) -> None:
     """The guest is paused, and no round is under way: what is left is all that there will be. Raises QemuError."""
     await _begin(attempt, mirror, last_job(mirror))
+
+
+async def hurry(attempt: SourceAttempt) -> None:
+    """The guest is paused: a round that is under way may send as fast as it can."""
+    for mirror in attempt.mirrors:
+        if mirror.since:
+            await unless_gone(attempt, "block-job-set-speed", {"device": mirror.job, "speed": 0})
 
 
 async def flush(attempt: SourceAttempt, mirror: Mirror) -> None:
@@ -144,18 +158,19 @@ async def _begin(attempt: SourceAttempt, mirror: Mirror, job: str) -> None:
         "auto-finalize": job != last_job(mirror),
         "auto-dismiss": False,
     }
-    if attempt.copying.speed:
+    if attempt.copying.speed and job != last_job(mirror):  # the guest waits for that one
         wanted["speed"] = attempt.copying.speed
     await attempt.machine.execute("blockdev-backup", wanted)
 
 
-async def _give_back(attempt: SourceAttempt, mirror: Mirror) -> None:
-    """A round that an agent took, and died before it was sent."""
+async def _give_back(attempt: SourceAttempt, mirror: Mirror) -> bool:
+    """A round that was taken and not sent: an agent died between, or QEMU refused. False: there is none."""
     if not await _has_round(attempt, mirror):
-        return
+        return False
     back = {"node": mirror.node, "target": fresh(mirror), "bitmaps": [{"node": reader(mirror), "name": ROUND}]}
     await attempt.machine.execute("block-dirty-bitmap-merge", back)
     await attempt.machine.execute("block-dirty-bitmap-remove", {"node": reader(mirror), "name": ROUND})
+    return True
 
 
 async def _has_round(attempt: SourceAttempt, mirror: Mirror) -> bool:
@@ -172,10 +187,10 @@ async def _end(attempt: SourceAttempt, mirror: Mirror) -> None:
 
 
 async def forget(attempt: SourceAttempt, mirror: Mirror) -> None:
-    """Nothing of the rounds is left in QEMU but what counts since the guest came. Raises QemuError other than that
-    something is gone already."""
+    """Nothing of the rounds is left in QEMU but their reader, and what counts since the guest came. Not before the
+    attempt is over: the last job proves that the disk is equal. Raises QemuError other than that something is gone
+    already."""
     await unless_gone(attempt, "job-dismiss", {"id": last_job(mirror)})
-    await unless_gone(attempt, "blockdev-del", {"node-name": reader(mirror)})
     await unless_gone(attempt, "block-dirty-bitmap-remove", {"node": mirror.node, "name": fresh(mirror)})
 
 

@@ -527,3 +527,34 @@ async def test_an_agent_that_begins_anew_knows_what_was_left(make_site: MakeSite
     }
     await ready.site.restart("a")
     assert len(ready.site.agents["a"].left_images._left) == 1
+
+
+@pytest.mark.proves("S114")
+async def test_what_a_second_try_has_filled_is_the_guests_disk_and_no_copy_any_more(make_site: MakeSite) -> None:
+    """Else: 1. the guest writes nothing to it  2. it is stopped  3. the copy's time is over: its disk is deleted."""
+    ready = await moved(make_site, "11.1", "11.1")
+    ready.site.director.script("a", {"drain": "fail"})
+    await ready.back_unharmed(await ready.migrate())
+    there = ready.site.agents["b"].left_images
+    assert sorted(there._left) == [str(path) for path in ready.there]
+    ready.site.director.script("a")
+    again = await ready.migrate()
+    await ready.site.settle()
+    assert again.wire()["outcome"] == "destination"
+    assert there._left == {}
+    await ready.site.restart("b")
+    assert ready.site.agents["b"].left_images._left == {}
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_a_base_that_was_read_and_differs_is_none_any_more(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = await gone(make_site, "11.1", "11.1")
+    monkeypatch.setattr(images, "digest", lambda path: path)
+    failed = await ready.site.migrate("a", vm="d", **{**BACK, "verify-disks": True})
+    await ready.site.settle()
+    assert "the copy differs" in str(failed.wire()["error"])
+    await ready.site.check("b", "d")
+    with pytest.raises(PlanRefused, match="did not come here with its disks"):
+        await ready.site.command("b", "vm-origin", vm="d")
