@@ -161,6 +161,9 @@ class Host(Protocol):
     def memory_available_bytes(self) -> int:
         """Room for guests."""
 
+    def cpu(self) -> str | None:
+        """Which CPU it has: equal on two hosts if a guest sees no difference. None: not known."""
+
     def has_userfaultfd(self) -> bool | None:
         """Whether the kernel lets a guest run before its memory is here; None: not known."""
 
@@ -268,6 +271,9 @@ class LocalHost:
 
     def memory_available_bytes(self) -> int:
         return probe_host.memory().available_bytes
+
+    def cpu(self) -> str | None:
+        return probe_host.cpu()
 
     def has_userfaultfd(self) -> bool | None:
         return probe_host.userfaultfd().works

@@ -196,6 +196,7 @@ class Planner:
             agent_version=__version__,
             qemu_binary=config.qemu,
             memory_available_bytes=agent.host.memory_available_bytes(),
+            host_cpu=agent.host.cpu(),
             userfaultfd=self.userfaultfd(),
             disks={disk.path: _disk_report(disk, config.name) for disk in disks},
             vms=frozenset(agent.vms) | frozenset(p.vm for p in agent.places.values() if not p.ended.is_set()),

@@ -200,6 +200,25 @@ def parse_meminfo(text: str) -> Memory:
     return Memory(kib["MemTotal"] * 1024, kib.get("MemAvailable", kib.get("MemFree", 0)) * 1024)
 
 
+def cpu() -> str | None:
+    """Which CPU this host has, with all that it can do: equal on two hosts if a guest sees no difference. None: the
+    kernel does not say."""
+    try:
+        return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+    except OSError:
+        return None
+
+
+def parse_cpuinfo(text: str) -> str | None:
+    """The text of /proc/cpuinfo -> its first CPU's model and flags."""
+    first = text.partition("\n\n")[0]
+    fields = {name.strip(): rest.strip() for name, _, rest in (line.partition(":") for line in first.splitlines())}
+    model, flags = fields.get("model name"), fields.get("flags")
+    if not model or not flags:
+        return None
+    return f"{model} [{' '.join(sorted(flags.split()))}]"
+
+
 def free_port(first: int, last: int, *, address: str = "::") -> int | None:
     """A TCP port in `first`..`last` that can be bound now, or None; for 0 one that the kernel chooses. It may be taken
     a moment later."""

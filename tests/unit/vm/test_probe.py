@@ -167,3 +167,11 @@ async def test_a_program_that_is_no_qemu(tmp_path: Path) -> None:
         await probe_qemu.qemu_facts("/bin/false")
     usable = await probe_host.kvm_boot("/no/such/qemu")
     assert usable.works is None
+
+
+def test_the_cpu_is_its_model_and_what_it_can_do() -> None:
+    text = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: sse2 avx\n\nprocessor\t: 1\nmodel name\t: other\n"
+    assert probe_host.parse_cpuinfo(text) == "AMD EPYC [avx sse2]"
+    assert probe_host.parse_cpuinfo(text.replace("sse2 avx", "avx sse2")) == "AMD EPYC [avx sse2]"
+    assert probe_host.parse_cpuinfo("processor\t: 0\n") is None, "another architecture"
+    assert probe_host.cpu() == probe_host.cpu()

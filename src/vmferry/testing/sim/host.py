@@ -375,6 +375,9 @@ class SimHost:
     def memory_available_bytes(self) -> int:
         return MEMORY_BYTES
 
+    def cpu(self) -> str | None:
+        return "simulated"
+
     def has_userfaultfd(self) -> bool | None:
         return True
 
