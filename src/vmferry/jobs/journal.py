@@ -239,8 +239,8 @@ def _of_job(job: JobState, entry: Written) -> None:
             job.renounced = True
         case Entry.ENDED:
             job.ended = entry.body
-        case _:
-            pass  # it says nothing of a job
+        case _:  # pragma: no cover
+            pass  # every kind is there, above or in `replay`
 
 
 KEEP_ENDED_JOBS = 200

@@ -125,6 +125,14 @@ def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
     assert state.jobs["j2"].images == {"/a": [1, 2], "/b": [1, 3]}
 
 
+@pytest.mark.proves("S114", "S123")
+def test_what_guests_left_is_read_back_until_it_is_let_go() -> None:
+    first, newer = {"job": "j1"}, {"job": "j2"}
+    rows = [(Entry.LEFT, "/a.img", first), (Entry.LEFT, "/b.img", first), (Entry.LEFT, "/a.img", newer)]
+    assert replay(entries(*rows)).left == {"/a.img": newer, "/b.img": first}
+    assert replay(entries(*rows, (Entry.LET_GO, "/a.img", {}))).left == {"/b.img": first}
+
+
 def test_a_dismissed_job_says_so_and_still_proves_what_it_proved() -> None:
     """A place that was not released asks whether it is wanted: what the job ended with answers that."""
     ended = (Entry.ENDED, "j1", {"outcome": "source"})
