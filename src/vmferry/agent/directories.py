@@ -1,7 +1,12 @@
-"""Runtime directories of VMs: made when a QEMU starts, removed when nothing of it is left."""
+"""Runtime directories of VMs: made when a QEMU starts, removed when nothing of it is left.
+
+Rule 1: one that goes while it is looked at is gone, and no trouble: a restore that is undone takes its own away in a
+        thread.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 
@@ -12,19 +17,21 @@ def make_directory(path: str) -> None:
 
 def remove_directory(directory: Path, *, keep_logs: bool) -> None:
     """Removes a runtime directory of ours: sockets always, logs unless they are to be kept."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if keep_logs and path.suffix == ".log":
-            continue
-        path.unlink(missing_ok=True)
-    if not any(directory.iterdir()):
-        directory.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        for path in directory.iterdir():
+            if keep_logs and path.suffix == ".log":
+                continue
+            path.unlink(missing_ok=True)
+        if not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def holds_only_logs(directory: Path) -> bool:
-    """Nothing else is left of what was there."""
-    return all(entry.suffix == ".log" for entry in directory.iterdir())
+    """Nothing else is left of what was there; nothing at all of one that is gone."""
+    try:
+        return all(entry.suffix == ".log" for entry in directory.iterdir())
+    except FileNotFoundError:
+        return True
 
 
 LOG_DIRECTORIES_KEPT = 50
@@ -34,6 +41,13 @@ LOG_DIRECTORIES_KEPT = 50
 def prune_logs(root: Path) -> None:
     """Forgets the logs of VMs that left long ago."""
     only_logs = [path for path in root.iterdir() if path.is_dir() and holds_only_logs(path)]
-    only_logs.sort(key=lambda path: path.stat().st_mtime)
+    only_logs.sort(key=_changed_s)
     for path in only_logs[:-LOG_DIRECTORIES_KEPT]:
         remove_directory(path, keep_logs=False)
+
+
+def _changed_s(directory: Path) -> float:
+    try:
+        return directory.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
