@@ -15,17 +15,11 @@ import pytest
 
 from vmferry.testing.hosts import PAIRS, QEMUS, Guests, MakePair, TwoAgents, boot, stopped, wait_true
 from vmferry.testing.qemus import image_tool
+from vmferry.testing.specs import with_local_disks
 
 pytestmark = pytest.mark.real
 
 MIB = 1 << 20
-
-
-def local(spec: str, more: str = "") -> str:
-    """The same spec with its disk local to the host."""
-    path = Path(spec)
-    path.write_text(path.read_text().replace("[[disk]]\n", "[[disk]]\nshared = false\n") + more)
-    return spec
 
 
 @pytest.mark.proves("S96", "S114")
@@ -37,7 +31,7 @@ def test_a_guest_goes_with_its_disk_and_loses_nothing(
     folder = tmp_path / "there"
     folder.mkdir()
     pair = make_pair(source, destination, flags_b=["--disk-dir", str(folder)])
-    spec = local(guests.linux())
+    spec = with_local_disks(guests.linux())
     image = tmp_path / "web1.img"
     pair.a.ok("run", spec)
     with pair.a.console("web1") as console:
@@ -79,7 +73,7 @@ def test_disks_of_both_formats_are_equal_at_the_switch_with_a_guest_that_writes(
     cdrom.write_bytes(os.urandom(MIB))
     more = f'[[disk]]\npath = "{second}"\nshared = false\n'
     more += f'[[disk]]\npath = "{cdrom}"\ncdrom = true\ninterface = "ide"\nshared = false\n'
-    pair.a.ok("run", local(guests.linux(), more))
+    pair.a.ok("run", with_local_disks(guests.linux(), more))
     with pair.a.console("web1") as console:
         console.wait_ready(timeout_s=60)
         console.wait_walks(1, timeout_s=60, region="disk")
@@ -115,7 +109,7 @@ def test_qcow2_goes_as_qcow2(
     options = ["-o", "cluster_size=131072"]
     subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", *options, str(raw), str(image)], check=True)
     more = f'[[disk]]\npath = "{image}"\nformat = "qcow2"\nshared = false\n'
-    boot(pair.a, local(guests.boot(), more))
+    boot(pair.a, with_local_disks(guests.boot(), more))
     assert "only raw" in str(pair.a.refused("migrate", "web1", "host-b", "--disks", "copy", "--verify-disks", code=8))
     wire = pair.a.ok("migrate", "web1", "host-b", "--disks", "copy", "--mode", "precopy", timeout_s=120)
     assert wire["outcome"] == "destination", wire
@@ -130,7 +124,7 @@ def test_qcow2_goes_as_qcow2(
     assert abs(copied.stat().st_blocks - image.stat().st_blocks) <= image.stat().st_blocks * 0.05
     subprocess.run([tool, "create", "-q", "-f", "qcow2", "-b", str(image), "-F", "qcow2", str(top)], check=True)
     more = f'[[disk]]\npath = "{top}"\nformat = "qcow2"\nshared = false\n'
-    boot(pair.a, local(guests.boot("web2"), more))
+    boot(pair.a, with_local_disks(guests.boot("web2"), more))
     assert str(image) in str(pair.a.refused("migrate", "web2", "host-b", "--disks", "copy", code=8))
 
 
@@ -144,7 +138,7 @@ def moving(make_pair: MakePair, guests: Guests, tmp_path: Path, version: str) ->
     pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
     big = tmp_path / "big.img"
     big.write_bytes(os.urandom(16 * MIB))
-    boot(pair.a, local(guests.boot(), f'[[disk]]\npath = "{big}"\nshared = false\n'))
+    boot(pair.a, with_local_disks(guests.boot(), f'[[disk]]\npath = "{big}"\nshared = false\n'))
     job = str(pair.a.ok("migrate", "web1", "host-b", *SLOW_DISKS)["job"])
     wait_true(lambda: copied_bytes(pair, job) > MIB, why="the disk is on its way")
     return pair, folder, job
@@ -246,7 +240,7 @@ def test_whoever_dies_when_the_disks_are_handed_over_the_guest_has_one_disk(
     folder = tmp_path / "there"
     folder.mkdir()
     pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
-    pair.a.ok("run", local(guests.linux()))
+    pair.a.ok("run", with_local_disks(guests.linux()))
     with pair.a.console("web1") as console:
         console.wait_walks(1, timeout_s=60, region="disk")
     words = ("--disks", "copy", "--mode", "precopy", "--no-auto-finalize", "--no-auto-dismiss", "--detach")

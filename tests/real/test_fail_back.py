@@ -12,6 +12,7 @@ import pytest
 
 from vmferry.testing.hosts import NEWEST, OLDEST, QEMUS, Guests, MakePair, TwoAgents, boot, wait_true
 from vmferry.testing.qemus import image_tool
+from vmferry.testing.specs import with_local_disks
 
 pytestmark = pytest.mark.real
 
@@ -19,21 +20,19 @@ MIB = 1 << 20
 GONE = ("--disks", "copy", "--mode", "precopy")
 
 
-def local(spec: str, more: str = "") -> str:
-    """The same spec with its disk local to the host."""
-    path = Path(spec)
-    path.write_text(path.read_text().replace("[[disk]]\n", "[[disk]]\nshared = false\n") + more)
-    return spec
+def apart(make_pair: MakePair, tmp_path: Path, *versions: str) -> tuple[TwoAgents, Path]:
+    """Two agents, of which host-b has its disks in a folder of its own, and that folder."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    return make_pair(*versions, flags_b=["--disk-dir", str(folder)]), folder
 
 
 def gone(make_pair: MakePair, guests: Guests, tmp_path: Path, source: str, destination: str) -> TwoAgents:
     """A Linux guest that writes to its disk all the time has gone to host-b with it, and with a large one."""
-    folder = tmp_path / "there"
-    folder.mkdir()
-    pair = make_pair(source, destination, flags_b=["--disk-dir", str(folder)])
+    pair, _ = apart(make_pair, tmp_path, source, destination)
     second = tmp_path / "second.img"
     second.write_bytes(os.urandom(64 * MIB))
-    pair.a.ok("run", local(guests.linux(), f'[[disk]]\npath = "{second}"\nshared = false\n'))
+    pair.a.ok("run", with_local_disks(guests.linux(), f'[[disk]]\npath = "{second}"\nshared = false\n'))
     with pair.a.console("web1") as console:
         console.wait_ready(timeout_s=60)
         console.wait_walks(1, timeout_s=60, region="disk")
@@ -82,11 +81,9 @@ def test_a_guest_comes_back_with_what_changed_and_goes_again(
 def test_a_qcow2_image_comes_back_and_is_whole(
     version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "there"
-    folder.mkdir()
-    pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
+    pair, _ = apart(make_pair, tmp_path, version)
     tool = str(image_tool(QEMUS[version]))
-    spec = Path(local(guests.linux()))
+    spec = Path(with_local_disks(guests.linux()))
     raw, image = tmp_path / "web1.img", tmp_path / "web1.qcow2"
     subprocess.run([tool, "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image)], check=True)
     text = spec.read_text().replace(str(raw), str(image)).replace("[[disk]]\n", '[[disk]]\nformat = "qcow2"\n')
@@ -166,10 +163,8 @@ def over(pair: TwoAgents) -> bool:
 def test_the_images_left_are_removed_when_their_time_is_over(
     make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "there"
-    folder.mkdir()
-    pair = make_pair(NEWEST, flags_b=["--disk-dir", str(folder)])
-    boot(pair.a, local(guests.boot()))
+    pair, _ = apart(make_pair, tmp_path, NEWEST)
+    boot(pair.a, with_local_disks(guests.boot()))
     image = tmp_path / "web1.img"
     pair.a.ok("migrate", "web1", "host-b", *GONE, "--source-disks", "remove", "--grace", "3s", timeout_s=120)
     assert image.exists()
@@ -188,12 +183,10 @@ def test_a_second_try_sends_what_was_written_since_the_first(
     version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
     """The first one breaks when the disks are there and the memory is on its way."""
-    folder = tmp_path / "there"
-    folder.mkdir()
-    pair = make_pair(version, flags_b=["--disk-dir", str(folder)])
+    pair, folder = apart(make_pair, tmp_path, version)
     second = tmp_path / "second.img"
     second.write_bytes(os.urandom(64 * MIB))
-    pair.a.ok("run", local(guests.linux(), f'[[disk]]\npath = "{second}"\nshared = false\n'))
+    pair.a.ok("run", with_local_disks(guests.linux(), f'[[disk]]\npath = "{second}"\nshared = false\n'))
     with pair.a.console("web1") as console:
         console.wait_ready(timeout_s=60)
     folders = [pair.a.vm_directory("web1")]
@@ -218,10 +211,8 @@ def test_a_second_try_sends_what_was_written_since_the_first(
 
 @pytest.mark.proves("S114")
 def test_a_cancel_keeps_no_copy(make_pair: MakePair, guests: Guests, tmp_path: Path) -> None:
-    folder = tmp_path / "there"
-    folder.mkdir()
-    pair = make_pair(NEWEST, flags_b=["--disk-dir", str(folder)])
-    boot(pair.a, local(guests.boot()))
+    pair, folder = apart(make_pair, tmp_path, NEWEST)
+    boot(pair.a, with_local_disks(guests.boot()))
     pair.a.ok("migrate", "web1", "host-b", *GONE, "--set", "max-bandwidth=1M", "--detach")
     wait_true(lambda: "fact=started" in pair.a.log(), why="memory moves")
     pair.a.ok("cancel", "web1")

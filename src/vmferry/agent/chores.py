@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import saves
+from vmferry.agent import job_events, saves
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.wants import ChoreWanted
@@ -145,13 +145,11 @@ class Chore:
             return
         self.revision += 1
         log.info("job=%s %s fact=%s by=%s text=%r", self.job, self.kind, fact, by, text)
-        told = {"id": self.job, "type": self.kind, "vm": ""}
-        self.agent.publish(
-            "JOB_FACT", {**told, "fact": fact.value, "round": 0, "text": text, "by": by, "revision": self.revision}
-        )
         failed = ChoreFact.DONE not in self.facts and (self.error is not None or ChoreFact.CANCEL in self.facts)
-        for state in path(was, self.state, failed=failed):
-            self.agent.publish("JOB_STATUS_CHANGE", {**told, "status": state.value})
+        job_events.tell_fact(
+            self.agent, self.kind, {"fact": fact.value, "round": 0, "text": text, "by": by},
+            job=self.job, vm="", revision=self.revision, states=path(was, self.state, failed=failed),
+        )  # fmt: skip
 
     def hear(self, fact: ChoreFact, text: str, plan: dict[str, Any] | None) -> None:
         """Its thread says so."""

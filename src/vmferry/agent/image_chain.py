@@ -7,15 +7,12 @@ time of change. qemu-img reads the chain, as QEMU itself does; it takes no lock,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-from vmferry.agent.images import tool_of
-from vmferry.errors import Unfit
-from vmferry.limits import IMAGE_TOOL_S
+from vmferry.agent.images import run_tool, tool_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +55,5 @@ async def _seen(path: str, format: str) -> Image:
 
 
 async def _asked(program: str, path: str, format: str) -> list[dict[str, Any]]:
-    process = await asyncio.create_subprocess_exec(
-        program, "info", "-U", "--backing-chain", "--output=json", "-f", format, "--", path,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(IMAGE_TOOL_S):
-            answer, complaints = await process.communicate()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            raise Unfit(f"qemu-img did not say within {IMAGE_TOOL_S:g} s what {path} lies on") from error
-        raise
-    if process.returncode != 0:
-        words = " ".join(complaints.decode(errors="replace").split())
-        raise Unfit(f"qemu-img cannot say what {path} lies on: {words}")
-    return list(json.loads(answer))
+    words = ("info", "-U", "--backing-chain", "--output=json", "-f", format, "--", path)
+    return list(json.loads(await run_tool(program, *words, what=f"say what {path} lies on")))

@@ -28,7 +28,7 @@ import struct
 from pathlib import Path
 
 from vmferry.core.disk_reports import RoomReport
-from vmferry.errors import Unfit
+from vmferry.errors import Side, Unfit
 from vmferry.limits import IMAGE_TOOL_S
 from vmferry.pki.job_credentials import tag
 from vmferry.vm.image_locks import image_locks
@@ -50,6 +50,29 @@ def tool_of(qemu: str) -> str | None:
     program = shutil.which(qemu) or qemu
     beside = Path(program).with_name("qemu-img")
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("qemu-img")
+
+
+async def run_tool(program: str, *words: str, what: str, side: Side | None = None) -> bytes:
+    """What qemu-img prints. Raises Unfit, with its words, when it does not `what` ("make /a.img"); it is not running
+    then, nor after a cancel."""
+    process = await asyncio.create_subprocess_exec(
+        program, *words,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(IMAGE_TOOL_S):
+            answer, complaints = await process.communicate()
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        if isinstance(error, TimeoutError):
+            raise Unfit(f"qemu-img did not {what} within {IMAGE_TOOL_S:g} s", side=side) from error
+        raise
+    if process.returncode != 0:
+        text = " ".join(complaints.decode(errors="replace").split())
+        raise Unfit(f"qemu-img cannot {what}: {text}", side=side)
+    return answer
 
 
 def room(path: str, *, qemu: str) -> RoomReport:
@@ -102,22 +125,8 @@ async def _create(name: str, *, size_bytes: int, format: str, options: tuple[str
     if program is None:
         raise Unfit("there is no qemu-img to make an image with", side="destination", hint="install qemu-utils")
     more = ("-o", ",".join(options)) if options else ()
-    process = await asyncio.create_subprocess_exec(
-        program, "create", "-q", "-f", format, *more, "--", name, str(size_bytes),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(IMAGE_TOOL_S):
-            _, complaints = await process.communicate()
-    except BaseException as error:
-        process.kill()
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            raise Unfit(f"qemu-img did not make {name} within {IMAGE_TOOL_S:g} s", side="destination") from error
-        raise
-    if process.returncode != 0:
-        words = " ".join(complaints.decode(errors="replace").split())
-        raise Unfit(f"qemu-img cannot make {name}: {words}", side="destination")
+    words = ("create", "-q", "-f", format, *more, "--", name, str(size_bytes))
+    await run_tool(program, *words, what=f"make {name}", side="destination")
 
 
 def publish(path: str, *, job: str) -> None:

@@ -9,6 +9,7 @@ Rule 1: a job's revision grows with every one of these events but the first kind
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vmferry.agent.context import Context
@@ -17,23 +18,26 @@ from vmferry.core.job import JobStatus, Kind, way
 
 
 def tell(context: Context, kind: Kind, *, job: str, vm: str, revision: int, before: FactLog, after: FactLog) -> None:
-    """A fact was added: what it was, and each state that it led the job through."""
+    """A fact of a migration was added: what it was, and each state that it led the job through."""
     entry = after.entries[-1]
-    context.publish(
-        "JOB_FACT",
-        {
-            "id": job,
-            "type": kind.name,
-            "vm": vm,
-            "fact": entry.fact.value,
-            "round": entry.round,
-            "text": entry.text,
-            "by": entry.by,
-            "revision": revision,
-        },
-    )
-    for state in way(kind, before, after):
-        tell_state(context, kind.name, job=job, vm=vm, state=state)
+    said = {"fact": entry.fact.value, "round": entry.round, "text": entry.text, "by": entry.by}
+    tell_fact(context, kind.name, said, job=job, vm=vm, revision=revision, states=way(kind, before, after))
+
+
+def tell_fact(
+    context: Context,
+    kind: str,
+    said: dict[str, Any],
+    *,
+    job: str,
+    vm: str,
+    revision: int,
+    states: Iterable[JobStatus],
+) -> None:
+    """A fact of a job of any kind was added: `said` (fact, round, text, by), and the states that it led through."""
+    context.publish("JOB_FACT", {"id": job, "type": kind, "vm": vm, **said, "revision": revision})
+    for state in states:
+        tell_state(context, kind, job=job, vm=vm, state=state)
 
 
 def tell_state(context: Context, kind: str, *, job: str, vm: str, state: JobStatus) -> None:

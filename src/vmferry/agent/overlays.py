@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmferry.agent import images
-from vmferry.agent.images import Identity, temporary, tool_of
+from vmferry.agent.images import Identity, run_tool, temporary, tool_of
 from vmferry.errors import Unfit
 from vmferry.jobs.journal import Entry, JournalStore
-from vmferry.limits import IMAGE_TOOL_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +75,4 @@ async def _create(program: str, layer: Layer, name: str) -> None:
     if layer.size_bytes is not None:
         words.append("-u")  # the image under it is a running guest's: it is not opened
     words += ["--", name, *([] if layer.size_bytes is None else [str(layer.size_bytes)])]
-    process = await asyncio.create_subprocess_exec(
-        program, *words,
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(IMAGE_TOOL_S):
-            _, complaints = await process.communicate()
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        if isinstance(error, TimeoutError):
-            raise Unfit(f"qemu-img did not make {layer.path} within {IMAGE_TOOL_S:g} s") from error
-        raise
-    if process.returncode != 0:
-        text = " ".join(complaints.decode(errors="replace").split())
-        raise Unfit(f"qemu-img cannot make {layer.path}: {text}")
+    await run_tool(program, *words, what=f"make {layer.path}")

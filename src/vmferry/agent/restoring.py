@@ -141,12 +141,12 @@ class RestoreAttempt:
         if self.log is before:
             return
         self.revision += 1
-        told = {"id": self.job, "type": RESTORE.name, "vm": self.vm, "fact": fact.value, "round": round_no,
-                "text": text, "by": "agent", "revision": self.revision}  # fmt: skip
-        self.agent.publish("JOB_FACT", told)
         failed = fact in (F.CANCEL, F.FAILED, F.GONE)
-        for state in path(core.restore_state(before), core.restore_state(self.log), failed=failed):
-            job_events.tell_state(self.agent, RESTORE.name, job=self.job, vm=self.vm, state=state)
+        job_events.tell_fact(
+            self.agent, RESTORE.name, {"fact": fact.value, "round": round_no, "text": text, "by": "agent"},
+            job=self.job, vm=self.vm, revision=self.revision,
+            states=path(core.restore_state(before), core.restore_state(self.log), failed=failed),
+        )  # fmt: skip
         self.agent.publish("RESTORE", self.brief())
         self._news.set()
 

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import save_back, save_disks, save_report
+from vmferry.agent import job_events, save_back, save_disks, save_report
 from vmferry.agent.images import Identity
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.save_back import CONT_S, RETRY_FIRST_S, RETRY_LAST_S
@@ -166,13 +166,11 @@ class SaveJob:
             return
         self.revision += 1
         log.info("job=%s vm=%s save fact=%s by=%s text=%r", self.job, self.vm, fact, by, text)
-        told = {"id": self.job, "type": SAVE.name, "vm": self.vm}
-        self.agent.publish(
-            "JOB_FACT", {**told, "fact": fact.value, "round": 0, "text": text, "by": by, "revision": self.revision}
-        )
         failed = self.error is not None or SaveFact.CANCEL in self.facts
-        for state in path(was, self.state, failed=failed):
-            self.agent.publish("JOB_STATUS_CHANGE", {**told, "status": state.value})
+        job_events.tell_fact(
+            self.agent, SAVE.name, {"fact": fact.value, "round": 0, "text": text, "by": by},
+            job=self.job, vm=self.vm, revision=self.revision, states=path(was, self.state, failed=failed),
+        )  # fmt: skip
         self._wake.set()
 
     def want_cancel(self) -> bool:

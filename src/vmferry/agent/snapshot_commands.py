@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,24 +163,24 @@ async def prune(agent: Agent, arguments: PruneArguments) -> dict[str, Any]:
 async def export(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
     """Writes a snapshot into a new file on this host that a QEMU loads. Returns the job at once. Raises UsageError,
     UnknownSnapshot, Busy; the job fails as `snapshot_files.export` does."""
-    _require_path(arguments.file)
-    if (known := _known(agent, arguments)) is not None:
-        return known
-    wanted = _file_chore(EXPORT.name, arguments)
-    agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
-    await agent.snapshot_store.with_repository(lambda repository: _require_snapshot(repository, wanted.name))
-    return await agent.chores.begin(wanted)
+    return await _begin_with_file(agent, EXPORT.name, arguments, _require_snapshot)
 
 
 async def load(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
     """Keeps a stream file of this host as a snapshot. Returns the job at once. Raises UsageError, RepositoryError when
     the name is taken, Busy; the job fails as `snapshot_files.load` does."""
+    return await _begin_with_file(agent, IMPORT.name, arguments, _require_free)
+
+
+async def _begin_with_file(
+    agent: Agent, kind: str, arguments: FileArguments, require: Callable[[Repository, str], None]
+) -> dict[str, Any]:
     _require_path(arguments.file)
     if (known := _known(agent, arguments)) is not None:
         return known
-    wanted = _file_chore(IMPORT.name, arguments)
+    wanted = _file_chore(kind, arguments)
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
-    await agent.snapshot_store.with_repository(lambda repository: _require_free(repository, wanted.name))
+    await agent.snapshot_store.with_repository(lambda repository: require(repository, wanted.name))
     return await agent.chores.begin(wanted)
 
 

@@ -74,9 +74,7 @@ async def look(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]], *, at_pau
     """QEMU's jobs -> the same, with one for each disk that goes in rounds, as a mirror's would be; the next round
     begins where it is due (`at_pause`: never). Raises QemuError."""
     found = {str(job["id"]): job for job in jobs}
-    rounds = [mirror for mirror in attempt.mirrors if mirror.since]
-    left = await _left_bytes(attempt) if rounds else {}
-    for mirror in rounds:
+    for mirror in (each for each in attempt.mirrors if each.since):
         last, job = found.pop(last_job(mirror), None), found.pop(mirror.job, None)
         if last is None and job is not None and job["status"] == "concluded" and not job.get("error"):
             await _end(attempt, mirror)
@@ -84,7 +82,7 @@ async def look(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]], *, at_pau
                 job["current-progress"]
             )
             job = None
-        seen = last or job or await _between(attempt, mirror, left.get(fresh(mirror)), at_pause=at_pause)
+        seen = last or job or await _between(attempt, mirror, at_pause=at_pause)
         found[mirror.job] = _with_all_rounds(seen, mirror, attempt.copying.sent_in_rounds.get(mirror.job, 0))
     return list(found.values())
 
@@ -94,10 +92,9 @@ def _with_all_rounds(job: dict[str, Any], mirror: Mirror, sent_bytes: int) -> di
     return {**job, **bytes_of, "id": mirror.job}
 
 
-async def _between(attempt: SourceAttempt, mirror: Mirror, left_bytes: int | None, *, at_pause: bool) -> dict[str, Any]:
+async def _between(attempt: SourceAttempt, mirror: Mirror, *, at_pause: bool) -> dict[str, Any]:
     """No round is under way: whether one is due. What this disk's copy looks like, as a job."""
-    if await _give_back(attempt, mirror):
-        left_bytes = (await _left_bytes(attempt)).get(fresh(mirror))
+    left_bytes = await _give_back(attempt, mirror)
     seen = {"id": mirror.job, "type": "backup", "current-progress": 0, "total-progress": left_bytes or 0}
     if left_bytes is None:  # somebody took the bitmap away: nobody knows what is left
         return {**seen, "status": "concluded", "error": "what has changed is not counted any more"}
@@ -135,7 +132,7 @@ async def flush(attempt: SourceAttempt, mirror: Mirror) -> None:
 
 
 async def _begin(attempt: SourceAttempt, mirror: Mirror, job: str) -> None:
-    await _give_back(attempt, mirror)
+    """There is no `round`: `_between` has just looked, or nothing was begun yet."""
     where = {"node": reader(mirror), "name": ROUND}
     add = {**where, "granularity": limits.DISK_BITMAP_BYTES, "disabled": True}
     take = {"node": reader(mirror), "target": ROUND, "bitmaps": [{"node": mirror.node, "name": fresh(mirror)}]}
@@ -163,21 +160,16 @@ async def _begin(attempt: SourceAttempt, mirror: Mirror, job: str) -> None:
     await attempt.machine.execute("blockdev-backup", wanted)
 
 
-async def _give_back(attempt: SourceAttempt, mirror: Mirror) -> bool:
-    """A round that was taken and not sent: an agent died between, or QEMU refused. False: there is none."""
-    if not await _has_round(attempt, mirror):
-        return False
+async def _give_back(attempt: SourceAttempt, mirror: Mirror) -> int | None:
+    """Gives a round back that was taken and not sent: an agent died between, or QEMU refused. The bytes that no round
+    has taken then; None: nobody counts them."""
+    counts = await _counts(attempt)
+    if (reader(mirror), ROUND) not in counts:
+        return counts.get((mirror.node, fresh(mirror)))
     back = {"node": mirror.node, "target": fresh(mirror), "bitmaps": [{"node": reader(mirror), "name": ROUND}]}
     await attempt.machine.execute("block-dirty-bitmap-merge", back)
     await attempt.machine.execute("block-dirty-bitmap-remove", {"node": reader(mirror), "name": ROUND})
-    return True
-
-
-async def _has_round(attempt: SourceAttempt, mirror: Mirror) -> bool:
-    for node in await attempt.machine.execute("query-named-block-nodes", {"flat": True}, deadline_s=ASK_S):
-        if node["node-name"] == reader(mirror):
-            return any(bitmap.get("name") == ROUND for bitmap in node.get("dirty-bitmaps") or ())
-    return False
+    return (await _counts(attempt)).get((mirror.node, fresh(mirror)))
 
 
 async def _end(attempt: SourceAttempt, mirror: Mirror) -> None:
@@ -194,13 +186,14 @@ async def forget(attempt: SourceAttempt, mirror: Mirror) -> None:
     await unless_gone(attempt, "block-dirty-bitmap-remove", {"node": mirror.node, "name": fresh(mirror)})
 
 
-async def _left_bytes(attempt: SourceAttempt) -> dict[str, int]:
-    """What each bitmap of the guest's disks has. Raises QemuError."""
-    found: dict[str, int] = {}
-    for device in await attempt.machine.execute("query-block", deadline_s=ASK_S):
-        for bitmap in (device.get("inserted") or {}).get("dirty-bitmaps") or ():
-            found[str(bitmap.get("name", ""))] = int(bitmap["count"])
-    return found
+async def _counts(attempt: SourceAttempt) -> dict[tuple[str, str], int]:
+    """The bytes of each bitmap, by its node and its name. Raises QemuError."""
+    nodes = await attempt.machine.execute("query-named-block-nodes", {"flat": True}, deadline_s=ASK_S)
+    return {
+        (str(node["node-name"]), str(bitmap.get("name", ""))): int(bitmap["count"])
+        for node in nodes
+        for bitmap in node.get("dirty-bitmaps") or ()
+    }
 
 
 async def _together(attempt: SourceAttempt, *actions: tuple[str, dict[str, Any]]) -> None:

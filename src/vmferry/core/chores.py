@@ -17,11 +17,11 @@ Rule 2: what was done counts: a cancel that came as the last step was being done
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from vmferry.core.job import JobStatus as J
+from vmferry.core.once import OnceLog
 
 
 class ChoreFact(StrEnum):
@@ -47,33 +47,7 @@ class ChoreFact(StrEnum):
     CLEANUP = "cleanup"
 
 
-@dataclass(frozen=True, slots=True)
-class ChoreEntry:
-    """One fact."""
-
-    fact: ChoreFact
-    text: str = ""
-    at_s: float = 0.0
-    """Wall time, for the reader of a timeline."""
-    by: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ChoreLog:
-    """An append-only log of facts."""
-
-    entries: tuple[ChoreEntry, ...] = ()
-    _known: frozenset[ChoreFact] = field(default_factory=frozenset, compare=False, repr=False)
-
-    def with_fact(self, fact: ChoreFact, *, text: str = "", at_s: float = 0.0, by: str = "") -> ChoreLog:
-        """The log with one more fact, or this very log if it is recorded already."""
-        if fact in self._known:
-            return self
-        return ChoreLog((*self.entries, ChoreEntry(fact, text, at_s, by)), self._known | {fact})
-
-    def __contains__(self, fact: ChoreFact) -> bool:
-        return fact in self._known
-
+ChoreLog = OnceLog[ChoreFact]
 
 _F: Final = ChoreFact
 _STATES: Final[tuple[tuple[ChoreFact, J], ...]] = (

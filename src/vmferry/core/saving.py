@@ -39,11 +39,12 @@ Rule 2: exactly one row matches; tests walk every combination.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, Final
 
 from vmferry.core.job import JobStatus as J
+from vmferry.core.once import OnceLog
 from vmferry.core.table import Pattern, find, pattern
 
 
@@ -93,36 +94,7 @@ class SaveFact(StrEnum):
     CLEANUP = "cleanup"
 
 
-@dataclass(frozen=True, slots=True)
-class SaveEntry:
-    """One fact."""
-
-    fact: SaveFact
-    text: str = ""
-    at_s: float = 0.0
-    """Wall time, for the reader of a timeline."""
-    by: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SaveLog:
-    """An append-only log of facts."""
-
-    entries: tuple[SaveEntry, ...] = ()
-    _known: frozenset[SaveFact] = field(default_factory=frozenset, compare=False, repr=False)
-
-    def with_fact(self, fact: SaveFact, *, text: str = "", at_s: float = 0.0, by: str = "") -> SaveLog:
-        """The log with one more fact, or this very log if it is recorded already."""
-        if fact in self._known:
-            return self
-        return SaveLog((*self.entries, SaveEntry(fact, text, at_s, by)), self._known | {fact})
-
-    def __contains__(self, fact: SaveFact) -> bool:
-        return fact in self._known
-
-    def entry(self, fact: SaveFact) -> SaveEntry | None:
-        """The entry, or None."""
-        return next((entry for entry in self.entries if entry.fact is fact), None)
+SaveLog = OnceLog[SaveFact]
 
 
 def awaits_leave(log: SaveLog) -> bool:

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from vmferry.errors import Unfit
 
@@ -157,6 +157,16 @@ class Replayed:
     """Images that guests left here, by path."""
 
 
+ROLES: Final = {
+    Entry.WANTED: "source",
+    Entry.PLACE_WANTED: "destination",
+    Entry.RESTORE_WANTED: "restore",
+    Entry.SAVE_WANTED: "save",
+    Entry.CHORE_WANTED: "chore",
+}
+"""What begins a job, and the role that its job has here."""
+
+
 def replay(entries: Iterable[Written]) -> Replayed:
     """Entries in order -> what holds now. Pure."""
     state = Replayed()
@@ -178,16 +188,8 @@ def replay(entries: Iterable[Written]) -> Replayed:
                 state.left[entry.subject] = entry.body
             case Entry.LET_GO:
                 state.left.pop(entry.subject, None)
-            case Entry.WANTED:
-                state.jobs[entry.subject] = JobState(entry.subject, "source", entry.body)
-            case Entry.PLACE_WANTED:
-                state.jobs[entry.subject] = JobState(entry.subject, "destination", entry.body)
-            case Entry.RESTORE_WANTED:
-                state.jobs[entry.subject] = JobState(entry.subject, "restore", entry.body)
-            case Entry.SAVE_WANTED:
-                state.jobs[entry.subject] = JobState(entry.subject, "save", entry.body)
-            case Entry.CHORE_WANTED:
-                state.jobs[entry.subject] = JobState(entry.subject, "chore", entry.body)
+            case kind if kind in ROLES:
+                state.jobs[entry.subject] = JobState(entry.subject, ROLES[kind], entry.body)
             case _ if job is not None:
                 _of_job(job, entry)
             case _:

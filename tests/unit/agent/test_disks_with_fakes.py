@@ -418,14 +418,11 @@ async def test_an_agent_that_dies_on_the_way_back_goes_on_with_the_rounds(
         assert again.wire()["outcome"] == "destination", again.wire()
 
 
-@pytest.mark.parametrize("step", ["round"])
 @pytest.mark.parametrize("version", ["7.2", "11.1"])
 @pytest.mark.proves("S96", "S114")
-async def test_a_round_that_fails_leads_back_and_the_image_is_still_of_use(
-    make_site: MakeSite, version: str, step: str
-) -> None:
+async def test_a_round_that_fails_leads_back_and_the_image_is_still_of_use(make_site: MakeSite, version: str) -> None:
     ready = await gone(make_site, version, version)
-    ready.site.director.script("b", {step: "fail"}, wrote=5 << 20)
+    ready.site.director.script("b", {"round": "fail"}, wrote=5 << 20)
     failed = await ready.site.migrate("a", vm="d", **BACK)
     await ready.site.settle()
     assert failed.wire()["outcome"] == "source"

@@ -33,8 +33,6 @@ class Qemu:
             raise QmpCommandError(command, "GenericError", "the sizes differ", peer="qemu")
         listed = {node: [{"name": n, "count": c} for n, c in found.items()] for node, found in self.bitmaps.items()}
         match command:
-            case "query-block":
-                return [{"inserted": {"node-name": "g0", "dirty-bitmaps": listed["g0"]}}]
             case "query-named-block-nodes":
                 return [{"node-name": node, "dirty-bitmaps": found} for node, found in listed.items()]
             case "block-dirty-bitmap-merge":
