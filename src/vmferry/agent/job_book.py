@@ -18,14 +18,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import job_events
+from vmferry.agent import job_events, mirror_jobs
 from vmferry.agent.destination import DestinationAttempt
+from vmferry.agent.mirror_jobs import MirrorJob
 from vmferry.agent.source import SourceAttempt
 from vmferry.core.facts import Fact, awaits_leave
 from vmferry.core.job import (
     INCOMING,
     KINDS,
     MIGRATE,
+    MIRROR,
+    MIRROR_REASONS,
     Answer,
     JobStatus,
     Verb,
@@ -58,7 +61,7 @@ class JobInfo:
     peer: str = ""
     """The host that has the other job of the same id."""
     detail: str = ""
-    """QEMU's migration status; the job's state is coarser."""
+    """QEMU's migration status, which the job's state is coarser than; of a mirror the image that is copied."""
     coarse: str = ""
     reason: str = ""
     """Why it is paused or pending."""
@@ -108,7 +111,8 @@ class JobBook:
     def infos(self) -> list[JobInfo]:
         """Every job that is listed, the oldest first as far as that is known."""
         listed = [self._ended_info(ended) for ended in self._ended.values()]
-        listed += [self._source_info(attempt) for attempt in self._sources()]
+        for attempt in self._sources():
+            listed += [self._source_info(attempt), *(mirror_info(each) for each in mirror_jobs.listed(attempt))]
         listed += self.agent.restores.infos()
         listed += self.agent.saves.infos()
         listed += self.agent.chores.infos()
@@ -124,6 +128,11 @@ class JobBook:
     def attempt(self, job: str) -> SourceAttempt | None:
         """The running migration away from here with this id."""
         return next((attempt for attempt in self._sources() if attempt.job == job), None)
+
+    def mirror(self, job: str) -> MirrorJob | None:
+        """The mirror with this id, of a migration that is at work."""
+        listed = (each for attempt in self._sources() for each in mirror_jobs.listed(attempt))
+        return next((each for each in listed if each.id == job), None)
 
     def _sources(self) -> Iterator[SourceAttempt]:
         return (attempt for attempt in self.agent.attempts.values() if not attempt.ended.is_set())
@@ -241,6 +250,28 @@ class JobBook:
             verbs=_verbs(ended.kind, JobStatus.CONCLUDED),
             result=result,
         )
+
+
+def mirror_info(job: MirrorJob) -> JobInfo:
+    """One disk's job, also when it is not listed any more."""
+    attempt, state, word = job.attempt, job.state, job.word
+    failed = attempt.facts.entry(Fact.DISK_FAILED)
+    is_of_this = failed is not None and failed.text.startswith(f"{job.mirror.id} ")
+    return JobInfo(
+        id=job.id,
+        type=MIRROR.name,
+        status=state,
+        current_progress=int(word.get("current-progress", 0)),
+        total_progress=int(word.get("total-progress", job.mirror.size_bytes)),
+        error=str(word.get("error", "")) or (failed.text if failed is not None and is_of_this else None),
+        vm=attempt.vm,
+        peer=attempt.wanted.destination,
+        detail=job.mirror.path,
+        reason=MIRROR_REASONS.get(state, ""),
+        auto_finalize=False,
+        verbs=_verbs(MIRROR.name, state),
+        revision=attempt.revision,
+    )
 
 
 def _reason(state: JobStatus, attempt: SourceAttempt, *, waits: bool) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vmferry.agent import source_disks
-from vmferry.agent.job_book import JobInfo
+from vmferry.agent import mirror_jobs, source_disks
+from vmferry.agent.job_book import JobInfo, mirror_info
+from vmferry.agent.mirror_jobs import MirrorJob
 from vmferry.agent.source import SourceAttempt
 from vmferry.core import policy as policies
 from vmferry.core.blockers import Operation
@@ -88,6 +89,8 @@ def _brief(agent: Agent, job: str) -> dict[str, Any]:
 async def job_cancel(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """The guest stays. Raises CancelRefused after the grant, or the commit of a save; JobRefused for a job that is its
     source's, and for a restore whose guest may have run."""
+    if (mirror := agent.jobs.mirror(arguments.id)) is not None:
+        return await _of_mirror(agent, mirror, Verb.CANCEL)
     _, attempt = _asked(agent, arguments.id, Verb.CANCEL)
     chore = agent.chores.by_id(arguments.id)
     if attempt is not None:
@@ -126,7 +129,10 @@ async def cancel(agent: Agent, attempt: SourceAttempt) -> None:
 
 
 async def job_pause(agent: Agent, arguments: JobId) -> dict[str, Any]:
-    """No page of a postcopy moves until it is resumed. Raises JobRefused for a precopy: QEMU has no pause for it."""
+    """No page of a postcopy moves until it is resumed, no more of a disk is copied. Raises JobRefused for a precopy:
+    QEMU has no pause for it."""
+    if (mirror := agent.jobs.mirror(arguments.id)) is not None:
+        return await _of_mirror(agent, mirror, Verb.PAUSE)
     info, attempt = _asked(agent, arguments.id, Verb.PAUSE)
     if attempt is not None:
         reason = pause_refusal(source_status(attempt.facts))
@@ -137,7 +143,9 @@ async def job_pause(agent: Agent, arguments: JobId) -> dict[str, Any]:
 
 
 async def job_resume(agent: Agent, arguments: JobId) -> dict[str, Any]:
-    """A paused postcopy is joined again, now. Raises JobRefused for a job that is not paused."""
+    """A paused postcopy is joined again, a paused disk copied on. Raises JobRefused for a job that is not paused."""
+    if (mirror := agent.jobs.mirror(arguments.id)) is not None:
+        return await _of_mirror(agent, mirror, Verb.RESUME)
     _, attempt = _asked(agent, arguments.id, Verb.RESUME)
     if attempt is not None:
         await attempt.try_again()
@@ -167,6 +175,8 @@ async def job_finalize(agent: Agent, arguments: JobId) -> dict[str, Any]:
 
 async def job_dismiss(agent: Agent, arguments: JobId) -> dict[str, Any]:
     """The result of a concluded job is not shown any more. Raises JobRefused for one that is not over."""
+    if (mirror := agent.jobs.mirror(arguments.id)) is not None:
+        return await _of_mirror(agent, mirror, Verb.DISMISS)
     info, _ = _asked(agent, arguments.id, Verb.DISMISS)
     await agent.jobs.dismiss(info)
     return {"id": info.id, "type": info.type, "status": JobStatus.NULL.value}
@@ -174,13 +184,11 @@ async def job_dismiss(agent: Agent, arguments: JobId) -> dict[str, Any]:
 
 async def job_change(agent: Agent, arguments: ChangeArguments) -> dict[str, Any]:
     """Changes what of a job may change now. Raises OptionLocked naming the window, JobRefused, UsageError."""
+    if (mirror := agent.jobs.mirror(arguments.id)) is not None:
+        return await _change_mirror(agent, mirror, arguments)
     info, attempt = _asked(agent, arguments.id, Verb.CHANGE)
-    if arguments.type != info.type:
-        raise UsageError(f"job {info.id} is a {info.type} and no {arguments.type}")
+    config = _config_of(arguments, info)
     assert attempt is not None, "only a source's job takes changes, and one that is at work has an attempt"
-    members = ("downtime_limit", "max_bandwidth", "max_postcopy_bandwidth")
-    named = {name.replace("_", "-"): getattr(arguments, name) for name in members}
-    config = {**arguments.config, **{name: value for name, value in named.items() if value is not None}}
     if arguments.mode not in ("", Mode.POSTCOPY):
         raise UsageError(f"a job that runs may change its mode to {Mode.POSTCOPY} only, not to {arguments.mode!r}")
     agent.blockers.require(info.vm, Operation.SET)
@@ -189,6 +197,41 @@ async def job_change(agent: Agent, arguments: ChangeArguments) -> dict[str, Any]
     if arguments.mode:
         await start_postcopy(agent, attempt)
     return _brief(agent, arguments.id)
+
+
+async def _of_mirror(agent: Agent, mirror: MirrorJob, verb: Verb) -> dict[str, Any]:
+    """A verb for the job of a disk. Raises JobRefused, QemuError; CancelRefused of its migration."""
+    _, does = _answered(agent, mirror.id, verb)
+    match verb:
+        case Verb.CANCEL if does:
+            await cancel(agent, mirror.attempt)
+        case Verb.PAUSE if does:
+            await mirror_jobs.pause(mirror)
+        case Verb.RESUME if does:
+            await mirror_jobs.resume(mirror)
+        case Verb.DISMISS if does:
+            mirror_jobs.dismiss(mirror)
+    return mirror_info(mirror).to_wire()
+
+
+def _config_of(arguments: ChangeArguments, info: JobInfo) -> dict[str, Any]:
+    """The options that are given by QEMU's names. Raises UsageError for a job of another type."""
+    if arguments.type != info.type:
+        raise UsageError(f"job {info.id} is a {info.type} and no {arguments.type}")
+    members = ("downtime_limit", "max_bandwidth", "max_postcopy_bandwidth")
+    named = {name.replace("_", "-"): getattr(arguments, name) for name in members}
+    return {**arguments.config, **{name: value for name, value in named.items() if value is not None}}
+
+
+async def _change_mirror(agent: Agent, mirror: MirrorJob, arguments: ChangeArguments) -> dict[str, Any]:
+    """Raises UsageError for anything but how fast it may be; JobRefused, QemuError."""
+    info, _ = _answered(agent, mirror.id, Verb.CHANGE)
+    values, changes = split_settings(arguments.settings, _config_of(arguments, info))
+    if set(values) != {"max-bandwidth"} or changes or arguments.mode:
+        raise UsageError(f"of job {mirror.id} only max-bandwidth can change", hint="all else is its migration's")
+    agent.blockers.require(mirror.attempt.vm, Operation.SET)
+    await mirror_jobs.change_speed(mirror, int(values["max-bandwidth"]))
+    return mirror_info(mirror).to_wire()
 
 
 def policy_changes(given: Mapping[str, str]) -> dict[str, Any]:

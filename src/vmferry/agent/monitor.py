@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import control
+from vmferry.agent import control, mirror_jobs
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.vms import KeptVm
 from vmferry.core import monitor as core_monitor
@@ -140,7 +140,14 @@ class Monitor:
         back = self._agent.restores.active(self.kept.name)
         return back is not None and RestoreFact.RAN not in back.log
 
+    def _is_a_mirrors(self, job: Any) -> bool:
+        """Whether this is QEMU's own name of a job that has another one here: a mirror's of the migration."""
+        attempt = self._attempt()
+        return attempt is not None and any(job in mirror_jobs.qemu_jobs(mirror) for mirror in attempt.mirrors)
+
     def _on_event(self, event: Event) -> None:
+        if event.name == "JOB_STATUS_CHANGE" and self._is_a_mirrors(event.data.get("id")):
+            return  # told under its own name (`mirror_jobs.tell`)
         if event.name != "MIGRATION" or (self._attempt() is None and not self._is_saved):
             self._server.broadcast(event.name, event.data, timestamp_us=event.timestamp_us)
 
@@ -266,13 +273,14 @@ class Monitor:
         return [info.to_wire() for info in self._agent.jobs.infos() if info.vm == self.kept.name]
 
     async def query_jobs(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        """QEMU's own, and vmferry's of this VM."""
-        return [*await self._machine.execute("query-jobs"), *self._jobs()]
+        """QEMU's own, and vmferry's of this VM; mirrors of a migration are among the latter."""
+        theirs = await self._machine.execute("query-jobs")
+        return [*(job for job in theirs if not self._is_a_mirrors(job["id"])), *self._jobs()]
 
     async def job(self, command: Command) -> Any:
         """A verb: vmferry's for its own jobs, QEMU's for all others but the mirrors of a migration."""
         attempt = self._attempt()
-        if attempt is not None and command.arguments.get("id") in {mirror.job for mirror in attempt.mirrors}:
+        if attempt is not None and self._is_a_mirrors(command.arguments.get("id")):
             raise self._busy(command, attempt)
         if command.arguments.get("id") not in {job["id"] for job in self._jobs()}:
             return await self._pass(command)

@@ -17,7 +17,7 @@ import msgspec
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import fences, reconnect, source_disks, way_back
+from vmferry.agent import fences, mirror_jobs, reconnect, source_disks, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
@@ -531,6 +531,7 @@ async def _clean_up(attempt: SourceAttempt) -> None:
         attempt.tracking.finish()
     attempt.note(Fact.CLEANUP)
     attempt.ended.set()
+    mirror_jobs.tell_ended(attempt)
     try:
         await attempt.context.journal.append(Entry.ENDED, attempt.job, attempt.wire())
     except Unfit as error:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import source_rounds
+from vmferry.agent import mirror_jobs, source_rounds
 from vmferry.agent.images import Stamp
 from vmferry.agent.observe import Finding, mirror_findings
 from vmferry.agent.plan_disks import counted, inserted_by_path
@@ -41,6 +41,7 @@ from vmferry.agent.wants import Mirror
 from vmferry.core.disks import tried_name
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
+from vmferry.core.job import JobStatus
 from vmferry.core.view import Disks, disks_of
 from vmferry.errors import MigrationFailed, QemuError, Unfit
 from vmferry.jobs.journal import Entry
@@ -90,6 +91,10 @@ class Copying:
     """Bytes per second that each of them may send; 0: no limit."""
     sent_in_rounds: dict[str, int] = field(default_factory=dict)
     """By mirror: the bytes of all rounds that are over, as far as this agent has seen them."""
+    told: dict[str, JobStatus] = field(default_factory=dict)
+    """By mirror: the state of its job that was told last."""
+    dismissed: set[str] = field(default_factory=set)
+    """Mirrors that are not listed any more."""
 
 
 def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
@@ -110,11 +115,6 @@ def mirrors_of(attempt: SourceAttempt) -> tuple[Mirror, ...]:
         )
         for number, disk in enumerate(attempt.plan.copies, start=1)
     )
-
-
-def public_id(job: str, mirror: Mirror) -> str:
-    """The mirror's id for people: `<job>-disk-<n>`, n from 0 as in the disk's own id."""
-    return f"{job}-{mirror.id.replace('disk', 'disk-', 1)}"
 
 
 async def start(attempt: SourceAttempt) -> None:
@@ -145,6 +145,7 @@ async def start(attempt: SourceAttempt) -> None:
             await _count_for_next_try(attempt, mirror)
             await attempt.machine.execute("blockdev-mirror", _job(attempt, mirror, attempt.copying.speed))
     attempt.copying.is_stale = True
+    mirror_jobs.tell(attempt)
 
 
 async def _count_for_next_try(attempt: SourceAttempt, mirror: Mirror) -> None:
@@ -291,6 +292,7 @@ def _hear(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> None:
         name = f"{mirror.id} ({mirror.path})"
         words.append((mirror.number, name, job.get("status"), str(job.get("error", ""))))
     _note(attempt, mirror_findings(words, attempt.facts))
+    mirror_jobs.tell(attempt)
 
 
 def _note(attempt: SourceAttempt, findings: Iterable[Finding]) -> None:
@@ -359,8 +361,11 @@ async def _ask_for_end(attempt: SourceAttempt, mirror: Mirror) -> None:
             await source_rounds.begin_last(attempt, mirror)
         except QmpCommandError as error:  # it would be refused again, and the guest stands meanwhile
             attempt.note(Fact.DISK_FAILED, text=f"{mirror.id} ({mirror.path}): {error}", by="source QEMU")
-    else:
-        await attempt.machine.execute("block-job-cancel", {"device": mirror.job})
+        return
+    if attempt.copying.states[mirror.job]["status"] == "standby":
+        # 1. a person pauses it  2. it has just become ready, and stands by  3. all are ready, the guest is paused
+        await source_rounds.unless_gone(attempt, "job-resume", {"id": mirror.job})
+    await attempt.machine.execute("block-job-cancel", {"device": mirror.job})
 
 
 def _ending_job(mirror: Mirror) -> str:
@@ -425,6 +430,9 @@ async def _cancel(attempt: SourceAttempt) -> None:
                 log.info("job=%s vm=%s command=job-cancel result=%s", attempt.job, attempt.vm, error)
         await asyncio.sleep(DRAIN_POLL_S)
         jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
+    ours = {mirror.job for mirror in attempt.mirrors}
+    attempt.copying.states |= {str(job["id"]): job for job in jobs if job["id"] in ours}
+    mirror_jobs.tell(attempt)
 
 
 def _unfinished(attempt: SourceAttempt, jobs: Iterable[dict[str, Any]]) -> list[str]:
@@ -485,7 +493,7 @@ def wire(attempt: SourceAttempt) -> list[dict[str, Any]]:
         job = attempt.copying.states.get(mirror.job, {})
         rows.append(
             {
-                "id": public_id(attempt.job, mirror),
+                "id": mirror_jobs.public_id(attempt.job, mirror),
                 "disk": mirror.id,
                 "path": mirror.path,
                 "type": "backup" if mirror.since else "mirror",

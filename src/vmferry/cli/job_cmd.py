@@ -12,7 +12,9 @@ from vmferry.errors import UsageError
 from vmferry.units import format_size
 
 SHOWN_ID = 12
-"""So much of an id tells jobs apart; any beginning that only one job has is understood."""
+"""So much of an id tells jobs apart; any beginning that only one job has is understood. Of the job of a disk its end is
+shown and said too: '-disk-0'."""
+_DISK = "-disk-"
 
 
 def jobs(arguments: Namespace) -> int:
@@ -27,7 +29,7 @@ def jobs(arguments: Namespace) -> int:
     heads = ("JOB", "VM", "TYPE", "STATE", "DETAIL", "PROGRESS", "LEFT", "TAKES")
     rows = [
         (
-            job["id"][:SHOWN_ID],
+            short(job["id"]),
             job["vm"],
             job["type"],
             job["status"],
@@ -43,13 +45,28 @@ def jobs(arguments: Namespace) -> int:
     for job in listed:
         for word in ("reason", "error"):
             if job.get(word):
-                print(f"{job['id'][:SHOWN_ID]}: {job[word]}")
+                print(f"{short(job['id'])}: {job[word]}")
     return 0
 
 
+def short(job: str) -> str:
+    """An id as it is shown."""
+    whole, disk, number = job.partition(_DISK)
+    return whole[:SHOWN_ID] + disk + number
+
+
+def _begins(job: str, word: str) -> bool:
+    """Whether a person may mean this job: the beginning of its id, and the end of it if it is a disk's."""
+    (whole, _, number), (said, _, wanted) = job.partition(_DISK), word.partition(_DISK)
+    return len(said) >= 4 and whole.startswith(said) and number == wanted
+
+
 def _progress(job: dict[str, Any]) -> str:
-    if job.get("percent") is None or not job["total-progress"]:
+    if not job["total-progress"]:
         return ""
+    if job.get("percent") is None:
+        is_disk = _DISK in job["id"]
+        return f"{format_size(job['current-progress'])} of {format_size(job['total-progress'])}" if is_disk else ""
     wrong = f" ± {job['percent-error']}" if job.get("percent-error") else ""
     return f"{job['percent']}{wrong} % of {format_size(job['total-progress'])}"
 
@@ -61,12 +78,12 @@ def _left(job: dict[str, Any]) -> str:
 
 
 def find(listed: list[dict[str, Any]], word: str) -> str:
-    """The id of the job that a person means: by its id, the beginning of it, or its VM. Raises UsageError if that is
-    more than one; a word that fits none is left to the agent to refuse."""
+    """The id of the job that a person means: by its id, the beginning of it, or its VM (then not a disk's). Raises
+    UsageError if that is more than one; a word that fits none is left to the agent to refuse."""
     for fits in (
         [job for job in listed if job["id"] == word],
-        [job for job in listed if job["vm"] == word],
-        [job for job in listed if len(word) >= 4 and job["id"].startswith(word)],
+        [job for job in listed if job["vm"] == word and _DISK not in job["id"]],
+        [job for job in listed if _begins(job["id"], word)],
     ):
         ids = sorted({job["id"] for job in fits})
         if len(ids) > 1:
@@ -86,6 +103,7 @@ def act(arguments: Namespace) -> int:
         wish: dict[str, Any] = {"id": job}
         if changes:
             modes = [text.partition("=")[2] for text in changes if text.startswith("mode=")]
+            wish |= {"type": "mirror"} if _DISK in job else {}
             wish |= {"settings": [text for text in changes if not text.startswith("mode=")]}
             wish |= {"mode": modes[-1]} if modes else {}
         wire = agent_client.execute(client, f"job-{arguments.verb}", wish)

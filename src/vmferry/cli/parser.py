@@ -67,8 +67,9 @@ examples
 JOB_EPILOG = """\
 verbs
   cancel    the guest stays here, as long as nobody was told to run it there; a verify, prune, export or import ends
-  pause     a postcopy: no page moves until it is resumed. A precopy cannot be paused: change max-bandwidth
-  resume    a paused postcopy, also one whose channel broke, is joined again now
+  pause     a postcopy: no page moves until it is resumed. A precopy cannot be paused: change max-bandwidth.
+            A disk (JOB-disk-0) that goes along: no more of it is copied, and its migration waits
+  resume    a paused postcopy, also one whose channel broke, is joined again now; a paused disk is copied on
   change    options ('vmferry options') and policies, as 'vmferry set', and mode=postcopy
   complete  for kinds of jobs that wait for it; a migration does not
   finalize  hand the guest over, or carry out a prune's plan, where --no-auto-finalize made the job wait for this word

@@ -27,6 +27,7 @@ from typing import Final
 from vmferry.core.facts import Fact, FactLog, open_round, wants_pause
 from vmferry.core.migration_status import MigrationStatus as S
 from vmferry.core.status import destination_status, source_status
+from vmferry.core.view import Disks, disks_of
 
 
 class JobStatus(StrEnum):
@@ -191,8 +192,39 @@ INCOMING: Final = Kind(
     verbs=dict.fromkeys(Verb, ELSEWHERE) | {Verb.DISMISS: _BEFORE_THE_END},
     cells={(Verb.DISMISS, J.CONCLUDED): _does("its result is not shown any more"), (Verb.CANCEL, J.CONCLUDED): _OVER},
 )
-MIRROR: Final = Kind("mirror", "copies a disk and keeps the copy up to date", frozenset(J) - {J.UNDEFINED})
-"""Exactly QEMU's table."""
+_TOGETHER: Final = _refused("its migration ends it, with its other disks and its memory: all of them or none")
+MIRROR: Final = Kind(
+    "mirror",
+    "copies a disk for a migration and keeps the copy up to date; its id is that one's with '-disk-0' and so on behind",
+    frozenset(J) - {J.UNDEFINED},
+    verbs={
+        Verb.PAUSE: _refused("its disk is copied; from here on its migration needs it as it goes"),
+        Verb.RESUME: _refused("it is not paused"),
+        Verb.COMPLETE: _TOGETHER,
+        Verb.FINALIZE: _TOGETHER,
+        Verb.DISMISS: _BEFORE_THE_END,
+    },
+    cells={
+        **{(Verb.CANCEL, j): _does("its whole migration is cancelled: disks and memory go together or not at all")
+           for j in sorted(VERBS[Verb.CANCEL])},
+        (Verb.CANCEL, J.ABORTING): _nothing("it is being given up already"),
+        (Verb.CANCEL, J.CONCLUDED): _refused("it is over; what goes on is its migration, which can be cancelled"),
+        (Verb.PAUSE, J.RUNNING): _does("nothing more of its disk is sent until it is resumed; its migration waits"),
+        (Verb.PAUSE, J.PAUSED): _nothing("it is paused"),
+        (Verb.RESUME, J.PAUSED): _does("its disk is sent on"),
+        (Verb.RESUME, J.STANDBY): _does("its disk is kept up to date again"),
+        **{(Verb.CHANGE, j): _does("max-bandwidth of this disk alone, until that of its migration changes")
+           for j in sorted(VERBS[Verb.CHANGE])},
+        (Verb.DISMISS, J.CONCLUDED): _does("it is not listed any more; its migration goes on"),
+    },
+)  # fmt: skip
+MIRROR_REASONS: Final[Mapping[J, str]] = {
+    J.PAUSED: "a person paused it",
+    J.STANDBY: "a person paused it",
+    J.READY: "its disk is copied and is kept up to date until all of the guest is there",
+    J.PENDING: "it waits for the others of its migration",
+}
+"""Why a mirror is where it is, for people."""
 RESTORE: Final = Kind(
     "restore",
     "brings a guest back from a snapshot",
@@ -358,6 +390,18 @@ def destination_job(log: FactLog) -> J:
     if Fact.PREPARE not in log:
         return J.UNDEFINED
     return J.CONCLUDED if Fact.CLEANUP in log else DESTINATION_STATES[destination_status(log)]
+
+
+def mirror_job(word: str | None, log: FactLog) -> J:
+    """The state of the job of a disk's mirror. `word`: what QEMU said of it last, None before and after it was there. A
+    word that nobody here knows is no state."""
+    if word in set(J):
+        return J(word)
+    if word is not None or Fact.DISKS_STARTED not in log:
+        return J.UNDEFINED
+    if Fact.DISKS_DROPPED in log:
+        return J.NULL
+    return {Disks.SETTLED: J.CONCLUDED, Disks.FAILED: J.ABORTING}.get(disks_of(log), J.CREATED)
 
 
 def pause_reason(log: FactLog) -> str:

@@ -317,6 +317,25 @@ async def mirror_is_given_up(pair: Pair) -> None:
     assert pair.source.seen == []
 
 
+async def mirror_is_paused(pair: Pair) -> None:
+    """One that is ready stands by until it is resumed; it is not asked to end meanwhile, but can be cancelled."""
+    await pair.mirror()
+    await pair.source.until_job("mirror-0", "ready")
+    assert await pair.source.refused("job-resume", {"id": "mirror-0"})
+    await pair.source.execute("job-pause", {"id": "mirror-0"})
+    await pair.source.until_job("mirror-0", "standby")
+    assert await pair.source.refused("job-pause", {"id": "mirror-0"})
+    assert "paused" in await pair.source.refused("block-job-cancel", {"device": "mirror-0"})
+    await pair.source.execute("job-resume", {"id": "mirror-0"})
+    await pair.source.until_job("mirror-0", "ready")
+    await pair.source.execute("job-pause", {"id": "mirror-0"})
+    await pair.source.until_job("mirror-0", "standby")
+    await pair.source.execute("job-cancel", {"id": "mirror-0"})
+    ended = await pair.source.until_job("mirror-0", "concluded")
+    assert ended["error"]
+    assert await pair.source.run_state() == "running"
+
+
 async def mirror_without_its_peer(pair: Pair) -> None:
     """One whose destination is gone cannot end well, and the guest does not notice."""
     await pair.mirror()
@@ -417,6 +436,7 @@ CHECKS: dict[str, Check] = {
         descriptors_are_named,
         mirror_ends_equal,
         mirror_is_given_up,
+        mirror_is_paused,
         mirror_without_its_peer,
         mirror_is_yanked,
         rounds_send_what_a_bitmap_has,

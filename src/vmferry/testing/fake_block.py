@@ -58,6 +58,9 @@ class Job:
         self.copy_mode = "background"
         self.is_cancelled = asyncio.Event()
         self.is_ending = asyncio.Event()
+        self.may_go_on = asyncio.Event()
+        """Not set while a person has paused it."""
+        self.may_go_on.set()
         self.task: asyncio.Task[None] | None = None
 
     def be(self, status: str) -> None:
@@ -78,12 +81,31 @@ class Job:
         self.be("running")
         try:
             await self._step(self.bulk)
+            await self._until(asyncio.ensure_future(self.may_go_on.wait()))
+            if self.is_cancelled.is_set():
+                raise LinkLost("Operation canceled")
             self.done_bytes = self.size_bytes
             await self._stay()
             self.be("waiting")
             self.be("pending")
         except (StepFailed, LinkLost) as error:
             self.end(str(error) or "Input/output error")
+
+    def pause(self) -> None:
+        """As a person wants it. Raises Refused."""
+        paused = {"running": "paused", "ready": "standby"}.get(self.status)
+        if paused is None:
+            why = "is paused already" if not self.may_go_on.is_set() else f"in state '{self.status}' cannot be paused"
+            raise Refused(f"Job '{self.id}' {why}")
+        self.may_go_on.clear()
+        self.be(paused)
+
+    def resume(self) -> None:
+        """Ends a pause. Raises Refused."""
+        if self.may_go_on.is_set():
+            raise Refused("Can't resume a job that was not paused")
+        self.may_go_on.set()
+        self.be("running" if self.status == "paused" else "ready")
 
     async def _stay(self) -> None:
         """Equal from here on, until it shall end."""
@@ -403,6 +425,8 @@ class Block:
     async def _do_block_job_cancel(self, arguments: dict[str, Any]) -> None:
         """Without force: the end of a mirror that is ready; before, a cancel like any other."""
         job = self._job(arguments["device"])
+        if not job.may_go_on.is_set() and not arguments.get("force"):
+            raise Refused(f"The block job for device '{job.id}' is currently paused")
         if job.status == "ready" and not arguments.get("force"):
             job.is_ending.set()
         else:
@@ -417,6 +441,12 @@ class Block:
         job.is_cancelled.set()
         if job.status == "pending":
             job.end("Operation canceled")
+
+    async def _do_job_pause(self, arguments: dict[str, Any]) -> None:
+        self._job(arguments["id"]).pause()
+
+    async def _do_job_resume(self, arguments: dict[str, Any]) -> None:
+        self._job(arguments["id"]).resume()
 
     async def _do_job_finalize(self, arguments: dict[str, Any]) -> None:
         job = self._job(arguments["id"])

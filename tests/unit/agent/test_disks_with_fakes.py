@@ -197,7 +197,8 @@ async def test_disks_count_in_the_job_and_its_bandwidth_is_theirs_until_the_memo
     await ready.site.director.reached("a", "mirror")
     await ready.site.until_row(attempt, "P-copying")
     await ready.site.until(lambda: attempt.tracking.disks[1] == 2 * (3 << 20))
-    (job,) = await ready.site.command("a", "query-jobs")
+    job, *mirrors = await ready.site.command("a", "query-jobs")
+    assert [each["current-progress"] for each in mirrors] == [0, 0]
     memory = attempt.kept.definition.memory_bytes
     assert (job["current-progress"], job["total-progress"]) == (0, 2 * (3 << 20) + memory)
     await ready.site.command("a", "job-change", id=attempt.job, max_bandwidth=8 << 20)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.unit.agent.conftest import make_site  # noqa: F401 - the fixture
-from vmferry.cli.job_cmd import find
+from vmferry.cli.job_cmd import find, short
 from vmferry.cli.main import main
 from vmferry.cli.render import time_left
 from vmferry.errors import UsageError
@@ -66,6 +66,14 @@ def test_a_job_is_meant_by_its_id_the_beginning_of_it_or_its_vm() -> None:
     assert find(listed, "none") == "none"
     with pytest.raises(UsageError, match="any of 2"):
         find(listed, "abcd")
+
+
+def test_a_disks_job_is_meant_by_the_end_of_its_id_only() -> None:
+    listed = [{"id": f"abcd1234abcd1234{disk}", "vm": "web1"} for disk in ("", "-disk-0", "-disk-1")]
+    assert find(listed, "web1") == find(listed, "abcd1") == "abcd1234abcd1234"
+    assert find(listed, "abcd1-disk-1") == find(listed, short(listed[2]["id"])) == "abcd1234abcd1234-disk-1"
+    assert find(listed, "abcd1-disk-2") == "abcd1-disk-2", "the agent refuses it"
+    assert [short(each["id"]) for each in listed] == ["abcd1234abcd", "abcd1234abcd-disk-0", "abcd1234abcd-disk-1"]
 
 
 @pytest.mark.parametrize("words", [("job", "change", "web1"), ("job", "cancel", "web1", "a=b")])

@@ -14,6 +14,7 @@ from vmferry.core.job import (
     MEANINGS,
     MIGRATE,
     MIRROR,
+    MIRROR_REASONS,
     MOVES,
     OURS,
     PAUSABLE,
@@ -27,6 +28,7 @@ from vmferry.core.job import (
     destination_job,
     docs_markdown,
     may_follow,
+    mirror_job,
     path,
     pause_reason,
     pause_refusal,
@@ -172,10 +174,40 @@ def test_every_kind_answers_every_verb_in_every_state(kind: Kind) -> None:
     assert answer(kind, Verb.DISMISS, J.CONCLUDED).answer is Answer.DOES, "what stays until it is dismissed can be"
 
 
-@pytest.mark.proves("S92", "S99")
-def test_a_mirror_takes_exactly_what_qemu_takes() -> None:
-    for verb, state in product(Verb, J):
-        assert (answer(MIRROR, verb, state).answer is Answer.DOES) == (state in VERBS[verb])
+@pytest.mark.proves("S92", "S96", "S99")
+def test_a_mirror_takes_what_qemu_takes_but_what_is_its_migrations_to_say() -> None:
+    does = {(v, j) for v, j in product(Verb, J) if answer(MIRROR, v, j).answer is Answer.DOES}
+    qemus = {(verb, state) for verb, states in VERBS.items() for state in states}
+    assert does <= qemus
+    assert qemus - does == {
+        (Verb.COMPLETE, J.READY), (Verb.FINALIZE, J.PENDING),  # all of them or none
+        (Verb.PAUSE, J.CREATED), (Verb.PAUSE, J.READY), (Verb.PAUSE, J.STANDBY),  # its migration needs it
+        (Verb.PAUSE, J.PAUSED),  # nothing is left to do
+        (Verb.RESUME, J.CREATED), (Verb.RESUME, J.RUNNING), (Verb.RESUME, J.READY),
+    }  # fmt: skip
+    assert "migration" in answer(MIRROR, Verb.COMPLETE, J.READY).why
+    assert set(MIRROR_REASONS) <= MIRROR.states
+
+
+@pytest.mark.proves("S92", "S114")
+@pytest.mark.parametrize(
+    ("word", "facts", "state"),
+    [
+        (None, (), J.UNDEFINED),
+        ("running", (Fact.DISKS_STARTED,), J.RUNNING),
+        ("standby", (Fact.DISKS_STARTED,), J.STANDBY),
+        ("a word of a later QEMU", (Fact.DISKS_STARTED,), J.UNDEFINED),
+        (None, (Fact.DISKS_STARTED,), J.CREATED),
+        (None, (Fact.DISKS_STARTED, Fact.DISK_FAILED), J.ABORTING),
+        (None, (Fact.DISKS_STARTED, Fact.DISKS_DRAINED), J.CONCLUDED),
+        (None, (Fact.DISKS_STARTED, Fact.DISKS_DROPPED), J.NULL),
+        ("concluded", (Fact.DISKS_STARTED, Fact.DISKS_DROPPED), J.CONCLUDED),
+    ],
+)
+def test_a_mirrors_state_is_qemus_word_and_without_one_what_the_facts_leave(
+    word: str | None, facts: tuple[Fact, ...], state: JobStatus
+) -> None:
+    assert mirror_job(word, log(Fact.DISKS_WANTED, *facts)) is state
 
 
 @pytest.mark.proves("S97", "S98", "S99")
