@@ -13,7 +13,6 @@ import asyncio
 import dataclasses
 import functools
 import logging
-import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +24,7 @@ from vmferry.agent import (
     blockers,
     inspection,
     job_commands,
+    job_ids,
     rescue_commands,
     restored_disks,
     restores,
@@ -130,15 +130,14 @@ class JobArguments:
 
 async def migrate(agent: Agent, arguments: MigrateArguments) -> dict[str, Any]:
     """Wants a migration. Returns the job at once; events tell how it goes."""
-    job = arguments.job or uuid.uuid4().hex
+    job = job_ids.wanted(arguments.job)
     existing = agent.attempts.get(arguments.vm)
     if existing is not None and existing.job == job:
         return existing.brief()
-    if job in agent.results:
+    if _is_over_here(agent, arguments):
         return agent.results[job]
-    if agent.saves.has(job) or agent.chores.has(job):
-        raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
-    with agent.claims.hold(arguments.vm, "sent somewhere"):
+    job_ids.require_new(agent, job)
+    with agent.claims.hold(arguments.vm, "sent somewhere"), agent.claims.hold(f"job {job}", "begun"):
         wanted = await wanted_from(agent, arguments, job)
         kept = agent.vms[arguments.vm]
         await agent.journal.append(Entry.WANTED, job, msgspec.to_builtins(wanted))
@@ -431,6 +430,8 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
     vm = getattr(decoded, "vm", "")
     if row.at_vm and not vm and not getattr(decoded, "job", ""):
         raise UsageError(f"{name} needs the name of a VM", hint="'vmferry ls' shows every VM on every known host")
+    if isinstance(decoded, MigrateArguments) and row.body is migrate and _is_over_here(agent, decoded):
+        return agent.results[decoded.job]  # the guest may be elsewhere by now, and the answer is here
     if row.at_vm and vm and forward:
         host = await _where(agent, vm, of_job=row.of_job)
         if host is not None:
@@ -447,6 +448,11 @@ async def handle(agent: Agent, name: str, arguments: dict[str, Any], *, forward:
                 f"{place.place.source}",
             )
     return await row.body(agent, decoded)
+
+
+def _is_over_here(agent: Agent, wish: MigrateArguments) -> bool:
+    """Whether this repeats what ended here: the client did not hear of it."""
+    return bool(wish.job) and agent.results.get(wish.job, {}).get("vm") == wish.vm
 
 
 def decode(command: str, kind: type, arguments: dict[str, Any]) -> Any:

@@ -120,6 +120,7 @@ async def _report(agent: Agent, who: str | None, arguments: dict[str, Any]) -> A
 async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Makes a place. Idempotent by job; the answer is the offer. Raises what makes it impossible."""
     vm, place = str(arguments["vm"]), agent.places.get(str(arguments["job"]))
+    _refuse_other(agent, who, arguments, place)
     if place is None:
         with agent.claims.hold(vm, "awaited", side="destination"):
             place = await _new_place(agent, who, arguments)
@@ -129,6 +130,19 @@ async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
         # The refusal is told when nothing is left of the place: who hears it may ask for another one at once.
         await place.until(Fact.CLEANUP, deadline_s=RELEASE_WAIT_S)
         raise
+
+
+def _refuse_other(agent: Agent, who: str | None, arguments: dict[str, Any], place: DestinationAttempt | None) -> None:
+    """What one place says is never said of another: its guest would be taken for one that ran here."""
+    vm, source = str(arguments["vm"]), who or str(arguments["source"])
+    if place is not None and (place.vm, place.place.source) != (vm, source):
+        raise Busy(
+            f"{agent.config.name} has job {place.job} for {place.vm} from {place.place.source}, and none for {vm} from "
+            f"{source}",
+            side="source",
+            retry="no",
+            hint="begin the migration anew, without an id of your own",
+        )
 
 
 async def _new_place(agent: Agent, who: str | None, arguments: dict[str, Any]) -> DestinationAttempt:

@@ -274,3 +274,57 @@ async def test_a_command_that_waits_for_the_journal_ends_with_its_agent(make_sit
     await agent.close()
     with pytest.raises(asyncio.CancelledError):
         await asked
+
+
+# --- ids of jobs ----------------------------------------------------------------------------------------------
+
+ID = "1f" * 16
+
+
+@pytest.mark.parametrize("job", ["nightly", "../" + "a" * 29, "1F" * 16, ID + "0"])
+async def test_an_id_of_a_job_is_32_digits(make_site: MakeSite, job: str) -> None:
+    """Parts of it become names of folders, and of bitmaps in QEMU."""
+    site = await make_site()
+    with pytest.raises(UsageError, match="32 hexadecimal digits"):
+        await site.command("a", "vm-migrate", vm="g", destination="b", job=job)
+    assert site.agents["a"].attempts == {}
+
+
+@pytest.mark.proves("S117")
+async def test_an_id_belongs_to_one_job_of_one_vm(make_site: MakeSite) -> None:
+    """Another VM of the same id would be told that its guest runs over there."""
+    site = await make_site()
+    await site.run_vm("h")
+    first = await site.command("a", "vm-migrate", vm="g", destination="b", job=ID)
+    with pytest.raises(UsageError, match="that of another job"):
+        await site.command("a", "vm-migrate", vm="h", destination="b", job=ID)
+    await site.settle()
+    again = await site.command("a", "vm-migrate", vm="g", destination="b", job=ID)
+    assert (first["job"], again["vm"], again["outcome"]) == (ID, "g", "destination"), "a repeated request"
+    with pytest.raises(UsageError, match="that of another job"):
+        await site.command("a", "vm-migrate", vm="h", destination="b", job=ID)
+    await site.check("a", "h")
+    await site.check("b", "g")
+
+
+@pytest.mark.proves("S117")
+async def test_of_two_vms_that_want_one_id_at_the_same_moment_one_has_it(make_site: MakeSite) -> None:
+    site = await make_site()
+    await site.run_vm("h")
+    answers = await asked_twice(*(site.command("a", "vm-migrate", vm=vm, destination="b", job=ID) for vm in ("g", "h")))
+    assert len(refusals(answers)) == 1
+    assert [attempt.job for attempt in site.agents["a"].attempts.values()] == [ID]
+    await site.settle()
+
+
+@pytest.mark.proves("S117")
+async def test_a_place_is_not_given_to_another_vm_or_another_host(make_site: MakeSite) -> None:
+    site = await make_site()
+    prepare = peer_commands.COMMANDS["peer-prepare"]
+    await prepare(site.agents["b"], "a", place(site, ID))
+    for who, vm in (("c", "g"), ("a", "h")):
+        with pytest.raises(Busy, match=f"has job {ID} for g from a, and none for {vm} from {who}"):
+            await prepare(site.agents["b"], who, {**place(site, ID), "vm": vm})
+    assert list(site.agents["b"].places) == [ID]
+    order = {"job": ID, "generation": 2}
+    assert (await site.agents["a"].peers.link("b").call("peer-release", order))["gone"]

@@ -152,15 +152,15 @@ async def test_a_vm_is_not_free_before_its_end_is_durable(make_site: MakeSite, m
 
 async def test_a_job_id_is_used_once(make_site: MakeSite) -> None:
     site = await make_site()
-    wire = await save(site, job="mine")
+    wire = await save(site, job="3e" * 16)
     with pytest.raises(UsageError, match="that of another job"):
-        await site.command("a", "vm-migrate", vm="g", destination="b", job="mine")
+        await site.command("a", "vm-migrate", vm="g", destination="b", job="3e" * 16)
     attempt = await site.migrate()
     with pytest.raises(UsageError, match="that of another job"):
         await site.command("a", "vm-save", vm="g", name="two", job=attempt.job)
     await site.until(lambda: attempt.ended.is_set())
     await site.settle()
-    assert wire["job"] == "mine"
+    assert wire["job"] == "3e" * 16
 
 
 async def test_setting_pages_aside_leaves_room_for_the_journal(

@@ -267,7 +267,7 @@ class Injector:
     def migrate(self, source: str, **more: Any) -> Answer:
         """Asks for a migration away from the host."""
         self._jobs_made += 1
-        self.job = f"job{self._jobs_made}"
+        self.job = f"{self._jobs_made:032x}"
         other = HOSTS[1 - HOSTS.index(source)]
         if self.disks:
             more["disks"] = self.disks
