@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import threading
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -203,7 +204,11 @@ class LocalHost:
         )
 
     async def image_digest(self, path: str) -> str:
-        return await asyncio.to_thread(images.digest, path)
+        stop = threading.Event()
+        try:
+            return await asyncio.to_thread(images.digest, path, stop)
+        finally:
+            stop.set()  # whoever waited for it may be cancelled; a thread cannot
 
     def publish_image(self, path: str, job: str) -> None:
         images.publish(path, job=job)

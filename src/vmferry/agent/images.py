@@ -25,6 +25,7 @@ import os
 import shutil
 import stat
 import struct
+import threading
 from pathlib import Path
 
 from vmferry.core.disk_reports import RoomReport
@@ -184,8 +185,9 @@ def remove_left(path: str, looks: Stamp) -> bool:
     return True
 
 
-def digest(path: str) -> str:
-    """A checksum of the bytes that an image of plain bytes has, wherever it has holes. Raises OSError.
+def digest(path: str, stop: threading.Event) -> str:
+    """A checksum of the bytes that an image of plain bytes has, wherever it has holes. Raises OSError, also when it is
+    to stop.
 
     A chunk of zeroes counts as a hole, so that two files with the same bytes have the same digest."""
     total = hashlib.blake2b(digest_size=32)
@@ -202,6 +204,8 @@ def digest(path: str) -> str:
                     raise
                 break  # nothing but a hole is left
             chunk = os.pread(file.fileno(), min(CHUNK_BYTES, size - at), at)
+            if stop.is_set():
+                raise OSError(errno.ECANCELED, "nobody waits for its checksum any more", path)
             if chunk != zeroes[: len(chunk)]:
                 total.update(struct.pack("<Q", at))
                 total.update(chunk)

@@ -38,6 +38,8 @@ FORWARDED = frozenset({"vm-restore", "restore-status"})
 GRANT_WAIT_S = 4.0
 RELEASE_WAIT_S = 4.0
 WHY_WAIT_S = 0.3
+DIGESTS_S = 3600.0
+"""Nobody waits for checksums of disks longer than that: a guest is paused for them."""
 """A QEMU that dies or refuses a stream is seen here within milliseconds; the guest may be paused meanwhile."""
 
 
@@ -273,7 +275,19 @@ async def _digests(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
     place = _place(agent, arguments)
     if place is None or place.machine is None or place.machine.is_gone:
         raise QemuError(f"{agent.config.name} has no QEMU for job {arguments['job']} any more", side="destination")
-    return await destination_disks.digests(place)
+    reading = asyncio.create_task(destination_disks.digests(place), name=f"digests-{place.job}")
+    over = asyncio.create_task(
+        place.until(Fact.RELEASE, Fact.CLEANUP, deadline_s=DIGESTS_S), name=f"digests-over-{place.job}"
+    )
+    try:
+        await asyncio.wait({reading, over}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise QemuError(f"the place of job {place.job} on {agent.config.name} was given up", side="destination")
+        return reading.result()
+    finally:
+        for task in (reading, over):
+            task.cancel()
+        await asyncio.gather(reading, over, return_exceptions=True)
 
 
 async def _ready(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,8 @@ DRAIN_POLL_S = 0.002
 """While the guest is paused for it; QEMU tells of each change, and an event may be lost."""
 VERIFY_S = 3600.0
 """Both sides read their images once; the guest is paused for it, as it was asked for."""
+VERIFY_POLL_S = 0.2
+"""A guest that goes back stands still for so long more."""
 DROP_S = 1.0
 """How long mirrors may take to obey before the connection that they hang in is cut."""
 CHANGES_MODE_SINCE: Final = (8, 2)
@@ -375,24 +377,39 @@ def _ending_job(mirror: Mirror) -> str:
 
 async def _verify(attempt: SourceAttempt) -> None:
     """Every mirror has written all and still waits: what both sides hold is read and compared. Raises HostUnreachable,
-    Unfit, and it is tried again; a difference is the disk's failure, and leads all back."""
-    began_s, host = attempt.clock.now_s(), attempt.context.host
+    Unfit, and it is tried again; a difference is the disk's failure, and leads all back. It ends at once when the guest
+    goes back: that one is paused, and reading may take an hour."""
+    began_s = attempt.clock.now_s()
     theirs = asyncio.create_task(attempt.ask("peer-digests", deadline_s=VERIFY_S), name=f"digests-{attempt.job}")
+    ours = asyncio.create_task(_digests(attempt), name=f"own-digests-{attempt.job}")
+    tasks = {theirs, ours}
     try:
-        ours = {mirror.id: await host.image_digest(mirror.path) for mirror in attempt.mirrors}
-    except OSError as error:
-        raise Unfit(f"a disk cannot be read: {error}", side="source", cause=error) from error
+        while pending := {task for task in tasks if not task.done()}:
+            done, _ = await asyncio.wait(pending, timeout=VERIFY_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await _statuses(attempt)  # a mirror whose destination dies fails meanwhile
+            if not attempt.allows(Effect.DRAIN_MIRRORS):
+                return
     finally:
-        found = (await asyncio.gather(theirs, return_exceptions=True))[0]
-    if isinstance(found, BaseException):
-        raise found
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     for mirror in attempt.mirrors:
-        if found.get(mirror.id) != ours[mirror.id]:
+        if theirs.result().get(mirror.id) != ours.result()[mirror.id]:
             attempt.copying.differs = True
             text = f"{mirror.id} ({mirror.path}): the copy differs"
             attempt.note(Fact.DISK_FAILED, text=text, by="agent")
     took_ms = (attempt.clock.now_s() - began_s) * 1000
     attempt.measured.marks.append((attempt.clock.wall_s(), f"disks were read and compared in {took_ms:.0f} ms"))
+
+
+async def _digests(attempt: SourceAttempt) -> dict[str, str]:
+    """This side's checksum of each disk. Raises Unfit."""
+    try:
+        return {mirror.id: await attempt.context.host.image_digest(mirror.path) for mirror in attempt.mirrors}
+    except OSError as error:
+        raise Unfit(f"a disk cannot be read: {error}", side="source", cause=error) from error
 
 
 async def _statuses(attempt: SourceAttempt) -> dict[str, str]:

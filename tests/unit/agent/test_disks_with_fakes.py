@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 
 from vmferry.agent import images
+from vmferry.agent.host import LocalHost
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_disks import DRAIN_S, are_copies_of_use
 from vmferry.core.facts import Fact
 from vmferry.errors import HostUnreachable, PlanRefused, UsageError
-from vmferry.testing.fake_site import JumpClock, MakeSite, Site
+from vmferry.testing.fake_site import SETTLE_S, JumpClock, MakeSite, Site
 from vmferry.vm.image_locks import ImageLocks
 
 PAIRS = [("7.2", "7.2"), ("11.1", "11.1"), ("7.2", "11.1"), ("11.1", "7.2")]
@@ -338,6 +340,46 @@ async def test_both_sides_are_read_and_compared_while_the_guest_is_paused(make_s
     await ready.site.check("b", "d")
 
 
+class SlowDigests:
+    """Checksums that take for ever, on both hosts; who still waits for one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting, self.both, self.none = 0, asyncio.Event(), asyncio.Event()
+        monkeypatch.setattr(LocalHost, "image_digest", lambda host, path: self.of(path))
+
+    async def of(self, path: str) -> str:
+        """In the place of a host's own."""
+        self._count(1)
+        try:
+            return str(await asyncio.Event().wait())
+        finally:
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        self.waiting += more
+        for event, count in ((self.both, 2), (self.none, 0)):
+            event.set() if self.waiting == count else event.clear()
+
+
+@pytest.mark.proves("S12", "S96")
+@pytest.mark.parametrize("trouble", ["cancel", "mirror", "destination"])
+async def test_a_guest_that_goes_back_does_not_wait_until_its_disks_are_read(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    ready, slow = await moved(make_site), SlowDigests(monkeypatch)
+    attempt = await ready.migrate(verify_disks=True)
+    await asyncio.wait_for(slow.both.wait(), SETTLE_S)
+    if trouble == "cancel":
+        await ready.site.command("a", "vm-cancel", vm="d")
+    elif trouble == "mirror":
+        await attempt.machine.execute("job-cancel", {"id": attempt.mirrors[1].job})
+    else:
+        await ready.site.director.kill(ready.site.director.newest("b"))
+    await ready.back_unharmed(attempt)
+    assert Fact.DISKS_DRAINED not in attempt.facts
+    await asyncio.wait_for(slow.none.wait(), SETTLE_S)
+
+
 def test_a_digest_is_of_the_bytes_and_not_of_the_holes(tmp_path: Path) -> None:
     holes, zeroes, other, longer = (tmp_path / name for name in ("holes", "zeroes", "other", "longer"))
     for path in (holes, zeroes, other, longer):
@@ -350,7 +392,7 @@ def test_a_digest_is_of_the_bytes_and_not_of_the_holes(tmp_path: Path) -> None:
         file.seek(4 << 20)
         file.write(b"b")
     os.truncate(longer, (5 << 20) + 1)
-    found = [images.digest(str(path)) for path in (holes, zeroes, other, longer)]
+    found = [images.digest(str(path), threading.Event()) for path in (holes, zeroes, other, longer)]
     assert found[0] == found[1]
     assert len(set(found)) == 3
 
@@ -549,7 +591,7 @@ async def test_a_base_that_was_read_and_differs_is_none_any_more(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = await gone(make_site, "11.1", "11.1")
-    monkeypatch.setattr(images, "digest", lambda path: path)
+    monkeypatch.setattr(images, "digest", lambda path, stop: path)
     failed = await ready.site.migrate("a", vm="d", **{**BACK, "verify-disks": True})
     await ready.site.settle()
     assert "the copy differs" in str(failed.wire()["error"])
