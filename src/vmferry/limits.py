@@ -99,6 +99,9 @@ DISK_ROUND_READY_BYTES = 16 << 20
 """With less than this left the disk counts as ready, and memory begins to move: some 0.1 s on a network of 1 Gbit/s."""
 DISK_ROUND_PAUSE_BYTES = 64 << 20
 """What the last round of such a disk may have to send while the guest is paused; with more the guest goes on."""
+DISKS_SHARE = 4
+"""While memory moves, the disks that go along have one part in so many of the job's max-bandwidth, and memory the rest:
+of a disk that is copied only what the guest writes is left, and that waits for the destination, limit or not."""
 DISK_TRIED_S = 3600.0
 """A whole copy of a disk, of a move that failed, is kept for so long: who tries again does it within the hour, and the
 room is somebody else's."""

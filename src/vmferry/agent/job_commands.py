@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vmferry.agent import mirror_jobs, source_disks
+from vmferry.agent import mirror_jobs, source_disks, source_options
 from vmferry.agent.job_book import JobInfo, mirror_info
 from vmferry.agent.mirror_jobs import MirrorJob
 from vmferry.agent.source import SourceAttempt
@@ -284,13 +284,12 @@ async def change(
             cleanup_done=is_over(attempt.facts),
             attempt=attempt.wanted.generation,
             has_attempt=True,
+            waits_for_disks=source_disks.are_copied(attempt),
         )
-        if reason is not None and not (name == "max-bandwidth" and source_disks.are_copied(attempt)):
+        if reason is not None:
             raise OptionLocked(f"{name} cannot change now: {reason}")
     if values:
-        await attempt.machine.execute("migrate-set-parameters", values)
-        if "max-bandwidth" in values:
-            await source_disks.change_speed(attempt, int(values["max-bandwidth"]))
+        await source_options.change(attempt, values)
         attempt.tracking.changed_by_hand()
     if changes:
         await attempt.change_policy(changes)

@@ -357,6 +357,7 @@ async def _start(attempt: SourceAttempt) -> None:
     plan = attempt.plan
     assert plan is not None, "a plan comes before the start"
     migrate = ("migrate", {"uri": uri})
+    await source_disks.share_with_memory(attempt)
     if plan.stops_first or (plan.mode is Mode.POSTCOPY and attempt.wanted.postcopy.get("after_passes") == 0):
         wanted = (await machine.execute("query-migrate-parameters"))["max-bandwidth"]  # while the guest still runs
         if plan.stops_first:
@@ -383,7 +384,7 @@ async def _start_postcopy(
         await machine.execute("stop", deadline_s=CONT_S)  # of one that stands still already it changes nothing
     try:
         if hazards.waits_for_ever_after_last_page(machine.version):
-            await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": way_back.SLOWEST})
+            await machine.execute("migrate-set-parameters", {way_back.PACE: way_back.SLOWEST})
             attempt.note(Fact.SLOWED)
         await machine.execute_all([*before, ("migrate-start-postcopy", {}), *after])
     except QmpCommandError:

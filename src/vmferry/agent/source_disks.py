@@ -65,6 +65,7 @@ DRAIN_POLL_S = 0.002
 """While the guest is paused for it; QEMU tells of each change, and an event may be lost."""
 VERIFY_S = 3600.0
 """Both sides read their images once; the guest is paused for it, as it was asked for."""
+BANDWIDTH: Final = "max-bandwidth"
 VERIFY_POLL_S = 0.2
 """A guest that goes back stands still for so long more."""
 DROP_S = 1.0
@@ -224,13 +225,30 @@ def _job(attempt: SourceAttempt, mirror: Mirror, speed: int) -> dict[str, Any]:
 
 
 def speed(attempt: SourceAttempt) -> int:
-    """Each mirror's share of what the job may send, in bytes per second; 0: no limit. Memory comes after the bulk of
-    the disks, so they have all of it until then."""
-    return _share(attempt, int(attempt.wanted.options.get("max-bandwidth", 0)))
+    """Each mirror's share of what the job may send, in bytes per second; 0: no limit."""
+    return _share(attempt, int(attempt.wanted.options.get(BANDWIDTH, 0)))
+
+
+def memory_share(attempt: SourceAttempt, bytes_per_s: int) -> int:
+    """What of this the memory may send. The bulk of the disks has gone by the time that it begins: what is left of them
+    is what the guest writes."""
+    shares = attempt.mirrors and Fact.STARTED in attempt.facts
+    return bytes_per_s - bytes_per_s // limits.DISKS_SHARE if shares else bytes_per_s
 
 
 def _share(attempt: SourceAttempt, bytes_per_s: int) -> int:
-    return bytes_per_s // max(1, len(attempt.mirrors))
+    """Until the memory goes the disks have all of it."""
+    disks = bytes_per_s - memory_share(attempt, bytes_per_s) or bytes_per_s
+    return max(1, disks // max(1, len(attempt.mirrors))) if bytes_per_s else 0
+
+
+async def share_with_memory(attempt: SourceAttempt) -> None:
+    """The memory is about to go: from here on both share what the job may send. Raises QemuError."""
+    bytes_per_s = int(attempt.wanted.options.get(BANDWIDTH, 0))
+    if attempt.mirrors and bytes_per_s:
+        told = {BANDWIDTH: memory_share(attempt, bytes_per_s)}
+        await attempt.machine.execute("migrate-set-parameters", told)
+        await change_speed(attempt, bytes_per_s)
 
 
 def are_copied(attempt: SourceAttempt) -> bool:
@@ -325,7 +343,8 @@ async def drain(attempt: SourceAttempt) -> None:
     1. all are asked to end and come to `pending`, in which nothing is left to write  2. one fails instead: the others
     still wait, and are given up with it  3. all are there: they are let go, which cannot fail any more."""
     machine, waiting = attempt.machine, {"pending", "concluded"}
-    await source_rounds.hurry(attempt)
+    for mirror in attempt.mirrors:  # what is under way may be sent as fast as it can
+        await source_rounds.unless_gone(attempt, "block-job-set-speed", {"device": mirror.job, "speed": 0})
     statuses, asked = await _statuses(attempt), set[str]()
     end_s = attempt.clock.now_s() + DRAIN_S
     while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):

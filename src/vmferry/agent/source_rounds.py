@@ -116,13 +116,6 @@ async def begin_last(attempt: SourceAttempt, mirror: Mirror) -> None:
     await _begin(attempt, mirror, last_job(mirror))
 
 
-async def hurry(attempt: SourceAttempt) -> None:
-    """The guest is paused: a round that is under way may send as fast as it can."""
-    for mirror in attempt.mirrors:
-        if mirror.since:
-            await unless_gone(attempt, "block-job-set-speed", {"device": mirror.job, "speed": 0})
-
-
 async def flush(attempt: SourceAttempt, mirror: Mirror) -> None:
     """What was sent is on the destination's disk, as after a mirror's end: a backup job does not ask for it. Best
     effort: QEMU tells nobody how it went; the data is in the destination's QEMU in any case. Raises QemuError."""

@@ -29,6 +29,7 @@ from vmferry.errors import HostUnreachable, NotTrusted, RescueRefused, VmferryEr
 
 log = logging.getLogger("vmferry.agent")
 
+PACE = "max-postcopy-bandwidth"
 SLOWEST = 10
 """Bytes per second: QEMU then sends a page in each tenth of one. Less is rounded to 0, which is no limit at all."""
 RATE_WINDOW_S = 0.12
@@ -92,20 +93,22 @@ async def keep_pages_left(attempt: SourceAttempt) -> None:
         return
     if source_view(attempt.facts, attempt.readings).source is not Source.POSTCOPY:
         return
-    await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": SLOWEST})
+    await machine.execute("migrate-set-parameters", {PACE: SLOWEST})
     await asyncio.sleep(RATE_WINDOW_S)
     left = await _remaining(attempt)
     if left is not None and left < MARGIN_BYTES:
         # Too near to the end to be sure: then it shall have its end. The destination has what it needs for that.
-        await machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        await machine.execute("migrate-set-parameters", {PACE: 0})
         await rescue.until_word(machine, has_settled, deadline_s=RESULT_S)
     attempt.refresh()
 
 
 async def let_pages_go(attempt: SourceAttempt) -> None:
     """The pace that the user's options, or QEMU's own, allow. Raises QemuError; it is tried again then."""
-    wanted = attempt.wanted.options.get("max-postcopy-bandwidth", 0)
-    await attempt.machine.execute("migrate-set-parameters", {"max-postcopy-bandwidth": wanted})
+    wanted = None
+    while (now := attempt.wanted.options.get(PACE, 0)) != wanted:  # a person may change it while QEMU is told
+        wanted = now
+        await attempt.machine.execute("migrate-set-parameters", {PACE: wanted})
     attempt.note(Fact.PACED)
 
 

@@ -200,11 +200,13 @@ def refusal(
     cleanup_done: bool,
     attempt: int,
     has_attempt: bool,
+    waits_for_disks: bool = False,
 ) -> str | None:
     """None = the option may change now; else one sentence that names the window which locks it.
 
     `has_attempt`: an attempt was prepared here (destination) or started (source) and is not forgotten;
-    `cleanup_done`: its cleanup fact is there; `attempt`: its number, for the sentence.
+    `cleanup_done`: its cleanup fact is there; `attempt`: its number, for the sentence. `waits_for_disks`: all is set up
+    and no byte of memory has gone, since the disks are copied before: what changes with the memory is not in use yet.
     """
     over = status in OVER
     again = "it may change again when this migration is over"
@@ -214,7 +216,9 @@ def refusal(
         return f"{option.name} is locked: a migration that vmferry did not start is at work here ({status})"
     if status in ENDING or (over and status != _S.NONE):
         return f"attempt {attempt} is cleaning up ({status}); no option may change until it is over"
-    if role in option.roles and status in OPEN[option.window]:
+    if role in option.roles and (
+        status in OPEN[option.window] or (waits_for_disks and _S.ACTIVE in OPEN[option.window])
+    ):
         return None
     if status == _S.NONE or (role is Role.DESTINATION and option.window is not Window.POSTCOPY_PAUSED):
         return f"{option.name} is fixed on the {role} since attempt {attempt} was prepared; {again}"

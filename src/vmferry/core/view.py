@@ -350,11 +350,17 @@ def _grant(log: FactLog) -> Grant:
     return Grant.HELD if Fact.COMMITTED in log else Grant.NONE
 
 
+def are_pages_held_back(log: FactLog) -> bool:
+    """Whether a postcopy's pages go as slowly as they can until the destination has run (`hazards`), whatever pace is
+    wanted."""
+    return Fact.SLOWED in log and Fact.PACED not in log
+
+
 def _change(log: FactLog) -> Change:
     asked = Fact.START_POSTCOPY in log and Fact.POSTCOPY_TOLD not in log
     if asked:
         return Change.POSTCOPY
-    if Fact.SLOWED in log and Fact.PACED not in log and Fact.RUN_ACKED in log:
+    if are_pages_held_back(log) and Fact.RUN_ACKED in log:
         return Change.PACE
     return Change.PAUSE if wants_pause(log) else Change.NONE
 

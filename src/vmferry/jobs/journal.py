@@ -88,6 +88,8 @@ class Entry(StrEnum):
     """Source: the commit had been written and not been sent, and the guest is about to go on here: it never will be."""
     FENCED = "fenced"
     """Source: a silent destination was fenced off; the generation is the source's again."""
+    OPTIONS = "options"
+    """Source: options of QEMU that were changed while the job ran."""
     POLICY = "policy"
     """Source and destination: the job's policies were changed while it ran."""
     RENOUNCED = "renounced"
@@ -235,6 +237,8 @@ def _of_job(job: JobState, entry: Written) -> None:
             job.turned_back = True
         case Entry.FENCED:
             job.fenced = str(entry.body.get("text", "no reason was written down"))
+        case Entry.OPTIONS:
+            job.body = {**job.body, "options": {**job.body.get("options", {}), **entry.body}}
         case Entry.POLICY:
             job.policy = {**job.policy, **entry.body}
         case Entry.RENOUNCED:

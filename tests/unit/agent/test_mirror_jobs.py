@@ -14,7 +14,7 @@ from vmferry.agent.source import SourceAttempt
 from vmferry.core.facts import Fact
 from vmferry.core.job import MIRROR, JobStatus, may_follow
 from vmferry.core.view import Disks, disks_of
-from vmferry.errors import JobRefused, UnknownJob, UsageError
+from vmferry.errors import JobRefused, OptionLocked, UnknownJob, UsageError
 from vmferry.testing.fake_site import MakeSite, Site
 
 J = JobStatus
@@ -211,3 +211,79 @@ async def test_one_that_failed_says_why_and_can_be_dismissed_before_its_migratio
     assert failed["id"] not in [job["id"] for job in after]
     assert attempt.wire()["outcome"] == "source"
     await site.check("a", "d")
+
+
+# --- what the job may send -------------------------------------------------------------------------------------
+
+
+class Speeds:
+    """What QEMU is told of the disks' speed and of the memory's, in bytes per second."""
+
+    def __init__(self, attempt: SourceAttempt) -> None:
+        self.disks: list[int] = []
+        self.memory: list[int] = []
+        self._execute = attempt.machine.execute
+        attempt.machine.execute = self._hearing  # type: ignore[method-assign, assignment]
+
+    async def _hearing(self, name: str, arguments: Any = None, **more: Any) -> Any:
+        if name == "block-job-set-speed":
+            self.disks.append(arguments["speed"])
+        elif name == "migrate-set-parameters" and "max-bandwidth" in arguments:
+            self.memory.append(arguments["max-bandwidth"])
+        return await self._execute(name, arguments, **more)
+
+
+@pytest.mark.proves("S84", "S96")
+async def test_memory_and_disks_share_what_the_job_may_send_and_the_pause_has_no_limit(make_site: MakeSite) -> None:
+    site, attempt = await copying(make_site, settings=["max-bandwidth=8M"], auto_finalize=False)
+    speeds = Speeds(attempt)
+    await site.command("a", "job-change", id=attempt.job, max_bandwidth=16 << 20)
+    assert (speeds.memory, speeds.disks) == ([16 << 20], [8 << 20] * 2), "the disks have all of it"
+    site.director.script("a", {"active": "hold"})
+    for _ in range(2):
+        await site.director.reached("a", "mirror")
+        site.director.go("a", "mirror")
+    await site.director.reached("a", "active")
+    assert (speeds.memory[1:], speeds.disks[2:]) == ([12 << 20], [2 << 20] * 2)
+    await site.command("a", "job-change", id=attempt.job, max_bandwidth=4 << 20)
+    assert (speeds.memory[2:], speeds.disks[4:]) == ([3 << 20], [1 << 19] * 2)
+    site.director.script("a")
+    site.director.go("a", "active")
+    await site.until_row(attempt, "M-hold")
+    await site.command("a", "job-finalize", id=attempt.job)
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    assert speeds.disks[6:] == [0, 0]
+
+
+async def test_a_limit_that_is_less_than_a_byte_for_each_disk_is_none_of_no_limit(make_site: MakeSite) -> None:
+    site, attempt = await copying(make_site)
+    speeds = Speeds(attempt)
+    await site.command("a", "job-change", id=attempt.job, max_bandwidth=1)
+    await site.command("a", "job-change", id=attempt.job, max_bandwidth=0)
+    assert speeds.disks == [1, 1, 0, 0]
+    await go(site)
+    await site.settle()
+
+
+async def test_what_was_changed_holds_for_an_agent_that_begins_anew(make_site: MakeSite) -> None:
+    site, attempt = await copying(make_site, settings=["max-bandwidth=8M"])
+    await site.command("a", "job-change", id=attempt.job, max_bandwidth=4 << 20)
+    await site.restart("a")
+    attempt = site.attempt(vm="d")
+    assert attempt.copying.speed == 2 << 20
+    await go(site)
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+
+
+@pytest.mark.proves("S84")
+async def test_while_disks_are_copied_what_concerns_the_memory_can_change(make_site: MakeSite) -> None:
+    site, attempt = await copying(make_site)
+    await site.command("a", "job-change", id=attempt.job, downtime_limit=77)
+    assert (await attempt.machine.execute("query-migrate-parameters"))["downtime-limit"] == 77
+    with pytest.raises(OptionLocked, match="in use since"):
+        await site.command("a", "job-change", id=attempt.job, settings=["announce-rounds=7"])
+    await go(site)
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"

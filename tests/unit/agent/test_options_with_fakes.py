@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from vmferry.agent import source_options
+from vmferry.agent.source import SourceAttempt
 from vmferry.agent.source_act import read_options
+from vmferry.agent.way_back import SLOWEST
 from vmferry.core.facts import Fact
 from vmferry.jobs.journal import Entry
 from vmferry.testing.fake_site import MakeSite, Site
@@ -84,3 +87,88 @@ async def test_an_option_that_is_changed_on_the_way_is_put_back_too(make_site: M
     await site.settle()
     assert await options(site) == before
     await site.check("a")
+
+
+# --- changed on the way -----------------------------------------------------------------------------------------
+
+PACE = "max-postcopy-bandwidth"
+
+
+async def held_back(site: Site) -> SourceAttempt:
+    """A postcopy of QEMU 7.2 whose destination is about to be started: its pages go as slowly as they can."""
+    site.director.script("b", {"cont": "hold"})
+    attempt = await site.migrate(mode="postcopy", settings=[f"{PACE}=1M"])
+    await site.director.reached("b", "cont")
+    assert (await options(site))[PACE] == SLOWEST
+    return attempt
+
+
+@pytest.mark.proves("S84")
+@pytest.mark.parametrize("anew", [False, True])
+async def test_the_pace_of_a_postcopy_that_is_held_back_changes_when_the_destination_has_run(
+    make_site: MakeSite, anew: bool
+) -> None:
+    """QEMU told at once would send the last page before the guest has run: if its destination dies then, a source of
+    7.2 waits for ever."""
+    site = await make_site("7.2", "7.2")
+    attempt = await held_back(site)
+    told = await site.command("a", "job-change", id=attempt.job, max_postcopy_bandwidth=20 << 20)
+    assert told["id"] == attempt.job
+    assert (await options(site))[PACE] == SLOWEST
+    if anew:
+        await site.restart("a")
+        attempt = site.attempt()
+    machine, seen = attempt.machine, list[Any]()
+    execute = machine.execute
+
+    async def hearing(name: str, arguments: Any = None, **more: Any) -> Any:
+        if name == "migrate-set-parameters" and Fact.CLEANUP not in attempt.facts:
+            seen.append(arguments.get(PACE))
+        return await execute(name, arguments, **more)
+
+    machine.execute = hearing  # type: ignore[method-assign, assignment]
+    site.director.script("b")
+    site.director.go("b", "cont")
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    assert 20 << 20 in seen
+    assert 1 << 20 not in seen
+
+
+@pytest.mark.proves("S84")
+async def test_a_pace_that_changes_while_the_old_one_is_set_is_set_too(make_site: MakeSite) -> None:
+    """1. the destination has run: QEMU is told the pace  2. a person changes it, which only remembers it  3. done"""
+    site = await make_site("7.2", "7.2")
+    attempt = await held_back(site)
+    execute, told = attempt.machine.execute, list[int]()
+
+    async def slow(name: str, arguments: Any = None, **more: Any) -> Any:
+        if name == "migrate-set-parameters" and PACE in arguments and Fact.PACED not in attempt.facts:
+            told.append(arguments[PACE])
+            if len(told) == 1:
+                await source_options.change(attempt, {PACE: 9 << 20})
+        return await execute(name, arguments, **more)
+
+    attempt.machine.execute = slow  # type: ignore[method-assign, assignment]
+    site.director.script("b")
+    site.director.go("b", "cont")
+    await site.settle()
+    assert told == [1 << 20, 9 << 20]
+
+
+async def test_a_pace_that_is_remembered_just_as_the_pages_are_let_go_is_told(make_site: MakeSite) -> None:
+    site = await make_site("7.2", "7.2")
+    attempt = await held_back(site)
+    append = attempt.context.journal.append
+
+    async def paced_meanwhile(kind: Entry, subject: str, body: dict[str, Any] | None = None) -> None:
+        await append(kind, subject, body)
+        if kind is Entry.OPTIONS:
+            attempt.note(Fact.PACED)
+
+    attempt.context.journal.append = paced_meanwhile  # type: ignore[method-assign]
+    await source_options.change(attempt, {PACE: 9 << 20})
+    assert (await options(site))[PACE] == 9 << 20
+    site.director.script("b")
+    site.director.go("b", "cont")
+    await site.settle()

@@ -220,6 +220,17 @@ def test_a_refusal_names_its_window(name: str, status: S, role: Role, words: str
     assert words in (ask(OPTIONS[name], status, role) or "")
 
 
+@pytest.mark.proves("S84")
+@every_option
+def test_while_disks_are_copied_before_it_what_changes_with_the_memory_is_not_in_use(option: Option) -> None:
+    """For hours, maybe; the public status is `setup` for so long."""
+    for role in Role:
+        wish = {"role": role, "cleanup_done": False, "attempt": 3, "has_attempt": True}
+        now = refusal(option, S.SETUP, waits_for_disks=True, **wish)  # type: ignore[arg-type]
+        with_memory = refusal(option, S.ACTIVE, **wish)  # type: ignore[arg-type]
+        assert (now is None) == (with_memory is None), (option.name, role, now)
+
+
 # --- reading
 
 

@@ -108,6 +108,17 @@ def test_a_switch_by_hand_and_the_first_value_of_each_option_are_remembered() ->
     assert (state.jobs["j2"].postcopy_wanted, state.jobs["j2"].options_before) == (False, {})
 
 
+def test_options_that_were_changed_on_the_way_are_the_jobs() -> None:
+    wanted = {"options": {"downtime-limit": 1, "max-bandwidth": 2}}
+    changes = [(Entry.OPTIONS, "j1", {"max-bandwidth": 3}), (Entry.OPTIONS, "j1", {"max-bandwidth": 4})]
+    state = replay(
+        entries((Entry.WANTED, "j1", wanted), *changes, (Entry.WANTED, "j2", {}), (Entry.OPTIONS, "j2", {"a": 1}))
+    )
+    assert state.jobs["j1"].body == {"options": {"downtime-limit": 1, "max-bandwidth": 4}}
+    assert state.jobs["j2"].body == {"options": {"a": 1}}
+    assert wanted["options"]["max-bandwidth"] == 2
+
+
 def test_the_newest_policies_of_a_job_count() -> None:
     rows = entries((Entry.WANTED, "j1", {}), (Entry.POLICY, "j1", {"a": 1, "b": 1}), (Entry.POLICY, "j1", {"a": 2}))
     assert replay(rows).jobs["j1"].policy == {"a": 2, "b": 1}
