@@ -70,6 +70,8 @@ VERIFY_POLL_S = 0.2
 """A guest that goes back stands still for so long more."""
 DROP_S = 1.0
 """How long mirrors may take to obey before the connection that they hang in is cut."""
+OBEY_S = 3.0
+"""How long those that were cancelled may take to end before it is tried again."""
 CHANGES_MODE_SINCE: Final = (8, 2)
 """QEMU's block-job-change."""
 KNOWS_ZERO_SINCE: Final = (10, 1)
@@ -455,10 +457,13 @@ async def drop(attempt: SourceAttempt) -> None:
 
 
 async def _cancel(attempt: SourceAttempt) -> None:
-    """Every mirror is concluded, or not there any more. Raises QemuError when QEMU does not answer."""
-    machine = attempt.machine
+    """Every mirror is concluded, or not there any more. Raises QemuError when QEMU does not answer, or one does not
+    end: a read of the guest's own image may hang in its storage."""
+    machine, end_s = attempt.machine, attempt.clock.now_s() + OBEY_S
     jobs = await machine.execute("query-jobs", deadline_s=DROP_S)
     while left := _unfinished(attempt, jobs):
+        if attempt.clock.now_s() >= end_s:
+            raise QemuError(f"{attempt.vm}: the mirrors {', '.join(left)} do not end", side="source")
         for name in left:
             try:
                 await machine.execute("job-cancel", {"id": name}, deadline_s=DROP_S)

@@ -11,20 +11,24 @@ import pytest
 
 from vmferry.agent import mirror_jobs
 from vmferry.agent.source import SourceAttempt
+from vmferry.agent.source_disks import OBEY_S
 from vmferry.core.facts import Fact
 from vmferry.core.job import MIRROR, JobStatus, may_follow
+from vmferry.core.source_rows import DROP_MS
 from vmferry.core.view import Disks, disks_of
 from vmferry.errors import JobRefused, OptionLocked, UnknownJob, UsageError
-from vmferry.testing.fake_site import MakeSite, Site
+from vmferry.testing.fake_site import JumpClock, MakeSite, Site
 
 J = JobStatus
 SIZE = 3 << 20
 DISK = '[[disk]]\npath = "{path}"\nshared = false\n'
 
 
-async def copying(make_site: MakeSite, *versions: str, **more: Any) -> tuple[Site, SourceAttempt]:
+async def copying(
+    make_site: MakeSite, *versions: str, clock: JumpClock | None = None, **more: Any
+) -> tuple[Site, SourceAttempt]:
     """A migration whose disks are on their way, and stay so."""
-    site = await make_site(*versions)
+    site = await make_site(*versions, clock=clock)
     paths = [site.directory / f"d{n}.img" for n in range(2)]
     for path in paths:
         path.write_bytes(bytes(SIZE))
@@ -287,3 +291,28 @@ async def test_while_disks_are_copied_what_concerns_the_memory_can_change(make_s
     await go(site)
     await site.settle()
     assert attempt.wire()["outcome"] == "destination"
+
+
+async def test_a_mirror_that_does_not_end_holds_nobody_up_for_ever(make_site: MakeSite) -> None:
+    """A read of the guest's own image hangs in its storage: QEMU cannot end the job."""
+    clock = JumpClock()
+    site, attempt = await copying(make_site, clock=clock)
+    execute, asked = attempt.machine.execute, asyncio.Event()
+
+    async def deaf(name: str, arguments: Any = None, **more: Any) -> Any:
+        if name in ("yank", "job-cancel"):
+            asked.set()
+            return {}
+        return await execute(name, arguments, **more)
+
+    attempt.machine.execute = deaf  # type: ignore[method-assign, assignment]
+    await site.command("a", "job-cancel", id=attempt.job)
+    await asyncio.wait_for(asked.wait(), 30)
+    clock.leap(OBEY_S + 1)
+    await site.until(lambda: "do not end" in attempt.trouble)
+    clock.leap(DROP_MS / 1000)
+    await site.settle()
+    wire = attempt.wire()
+    assert (wire["status"], wire["outcome"]) == ("cancelled", "source")
+    attempt.machine.execute = execute  # type: ignore[method-assign]
+    await site.check("a", "d")
