@@ -212,6 +212,32 @@ def test_a_cancel_and_a_second_try(version: str, make_pair: MakePair, guests: Gu
     assert wire["outcome"] == "destination", wire
 
 
+@pytest.mark.proves("S92", "S99", "S114")
+@pytest.mark.parametrize("version", QEMUS)
+def test_one_disk_is_paused_and_the_whole_move_waits_for_it(
+    version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
+) -> None:
+    pair, folder, job = moving(make_pair, guests, tmp_path, version)
+    big = f"{job[:8]}-disk-1"
+
+    def state(disk: int) -> str:
+        listed = {each["id"]: each for each in pair.a.execute("query-jobs")}
+        return str(listed[f"{job}-disk-{disk}"]["status"])
+
+    pair.a.ok("job", "pause", big)
+    wait_true(lambda: state(1) == "paused", why="the disk is not copied any more")
+    pair.a.ok("set", "web1", "max-bandwidth=1G")
+    wait_true(lambda: state(0) == "ready", why="the other disk is copied")
+    assert "job-refused" in str(pair.a.refused("job", "complete", big, code=22))
+    assert state(1) == "paused"
+    pair.a.kill()
+    pair.a.restart()
+    wait_true(lambda: state(1) == "paused", why="the new agent has found it")
+    pair.a.ok("job", "resume", big)
+    assert ended(pair, job)["outcome"] == "destination"
+    assert (tmp_path / "big.img").read_bytes() == (folder / "big.img").read_bytes()
+
+
 @pytest.mark.proves("S12")
 @pytest.mark.parametrize("version", QEMUS)
 def test_a_destination_whose_host_stands_still(

@@ -259,6 +259,15 @@ class Session:
         self._put(line, is_event=False, is_prompt=True)
 
     def _put(self, line: bytes, *, is_event: bool, is_prompt: bool) -> None:
+        transport = self._writer.transport
+        if is_prompt and not self._outgoing and not transport.is_closing() and not transport.get_write_buffer_size():
+            # Nothing is before it: it leaves now, a turn of the loop sooner than by the task that writes.
+            self._writer.write(line)
+            if is_event:
+                self._event_bytes -= len(line)
+            if not transport.get_write_buffer_size():
+                return
+            line, is_event = b"", False  # that task looks whether the rest is ever taken
         self._outgoing.append((line, is_event))
         self._outgoing_bytes += len(line)
         if is_prompt:
