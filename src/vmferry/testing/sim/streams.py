@@ -47,6 +47,10 @@ class ByteTransport(asyncio.Transport):
         if data and not self._is_closing:
             self._sock.send((bytes(data), ()))
 
+    def get_write_buffer_size(self) -> int:
+        """What is written is on its way."""
+        return 0
+
     def is_closing(self) -> bool:
         return self._is_closing
 
