@@ -41,6 +41,8 @@ log = logging.getLogger("vmferry.agent")
 
 PREPARE_S = 30.0
 """The destination starts a QEMU; one that preallocates much memory takes seconds."""
+PLACE_ASK_S = 6.0
+"""Most places are there within a second or two: a word that was lost is said again."""
 DIAL_S = 5.0
 DOOR_S = 5.0
 READY_S = 1.5
@@ -227,9 +229,8 @@ async def _prepare(attempt: SourceAttempt) -> None:
     attempt.note(Fact.PREPARE)
     beside = asyncio.create_task(_look_and_set(attempt, plan), name=f"configure-{attempt.job}")
     try:
-        attempt.offer = await attempt.ask(
-            "peer-prepare",
-            deadline_s=PREPARE_S,
+        attempt.offer = await _ask_for_place(
+            attempt,
             source=context.config.name,
             vm=attempt.vm,
             definition=attempt.kept.definition.moved(plan.image_paths).to_wire(),
@@ -250,6 +251,8 @@ async def _prepare(attempt: SourceAttempt) -> None:
         # The destination answered: it refused and left nothing behind. Its own words first: they give the exit code.
         attempt.fail(error)
         attempt.note(Fact.TARGET_GONE, text=str(error), by="destination agent")
+        with contextlib.suppress(VmferryError):  # unless what refused was something in between: then there is a place
+            await attempt.ask("peer-release", deadline_s=READY_S)
         raise
     finally:
         await asyncio.gather(beside, return_exceptions=True)
@@ -265,6 +268,19 @@ async def _prepare(attempt: SourceAttempt) -> None:
     if plan.options.source_capabilities.get("postcopy-ram"):
         await _remember_way(attempt)
     attempt.note(Fact.PREPARED, text=f"QEMU {attempt.offer.get('qemu')}", by="destination agent")
+
+
+async def _ask_for_place(attempt: SourceAttempt, **what: Any) -> dict[str, Any]:
+    """The destination's offer. Asked again it is the same place: the question or its answer may have been lost, and a
+    QEMU may take long to start. Raises HostUnreachable, or what the destination says against it."""
+    end_s = attempt.clock.now_s() + PREPARE_S
+    while True:
+        deadline_s = min(PLACE_ASK_S, end_s - attempt.clock.now_s())
+        try:
+            return await attempt.ask("peer-prepare", deadline_s=deadline_s, **what)
+        except HostUnreachable as error:
+            if not isinstance(error.__cause__, QmpTimeout) or attempt.clock.now_s() >= end_s:
+                raise
 
 
 async def _remember_way(attempt: SourceAttempt) -> None:
