@@ -342,9 +342,6 @@ def _in_core(fault: Fault, phase: str) -> bool:
             return fault.what != "cli" or phase not in MOMENTS
         case "strange":
             return fault.what in ("peer-ready", "peer-grant") or fault.more[0] == "types"
-        case "message":
-            # A lost offer is waited for as long as a QEMU may take to start: half a minute a run.
-            return fault.what != "peer-prepare" or not fault.more[0].startswith("drop")
         case "cancel":
             return fault.what == "once" or phase in ("active", "device", "postcopy-device", "loaded", "grant")
         case _:
@@ -352,12 +349,16 @@ def _in_core(fault: Fault, phase: str) -> bool:
 
 
 def select(cells: Iterable[Cell], pattern: str) -> list[Cell]:
-    """Cells whose name is, contains, or (with `*`) matches the pattern; all for an empty one."""
-    if not pattern:
-        return list(cells)
+    """Cells whose name is, contains, or (with `*`) matches one of the patterns, between which are commas; all for an
+    empty one."""
+    patterns = [each for each in pattern.split(",") if each]
+    return [cell for cell in cells if not patterns or any(_fits(cell.name, each) for each in patterns)]
+
+
+def _fits(name: str, pattern: str) -> bool:
     if any(sign in pattern for sign in "*?["):
-        return [cell for cell in cells if fnmatch.fnmatch(cell.name, pattern)]
-    return [cell for cell in cells if pattern in cell.name]
+        return fnmatch.fnmatch(name, pattern)
+    return pattern in name
 
 
 def by_ground(cells: Iterable[Cell]) -> dict[tuple[tuple[str, str], str], list[Cell]]:

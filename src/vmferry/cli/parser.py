@@ -569,7 +569,12 @@ def _add_demo_and_bench(commands: Any) -> None:
                      "do faults to migrations on purpose, and let outsiders judge what became of the guests",
                      client=False)  # fmt: skip
     chaos.add_argument("--core", action="store_true", help="the part of the matrix that runs for each change")
-    chaos.add_argument("--only", default="", metavar="PATTERN", help="cells whose name holds or matches this")
+    chaos.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="cells whose name holds or matches this, or one of several with commas between",
+    )
     chaos.add_argument("--bare", action="store_true",
                        help="instead: the same faults against a bare QMP script, for comparison")  # fmt: skip
     chaos.add_argument("--list", action="store_true", help="name the cells and do nothing")

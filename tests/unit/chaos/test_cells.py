@@ -97,5 +97,8 @@ def test_cells_that_cannot_be_are_left_out() -> None:
 def test_patterns() -> None:
     assert cells.select(EVERY, "") == EVERY
     assert all("kill-cli/" in c.name for c in cells.select(EVERY, "kill-cli/"))
+    both = cells.select(EVERY, "kill-cli/,kill-*/setup/precopy/7.2-7.2,")
+    assert {c.fault.name for c in both} > {"kill-cli"}
+    assert all("kill-cli/" in c.name or c.name.endswith("setup/precopy/7.2-7.2") for c in both)
     found = cells.select(EVERY, "kill-*/setup/precopy/7.2-7.2")
     assert {c.fault.what for c in found} == set(ACTORS)
