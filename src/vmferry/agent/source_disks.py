@@ -345,8 +345,8 @@ async def drain(attempt: SourceAttempt) -> None:
     1. all are asked to end and come to `pending`, in which nothing is left to write  2. one fails instead: the others
     still wait, and are given up with it  3. all are there: they are let go, which cannot fail any more."""
     machine, waiting = attempt.machine, {"pending", "concluded"}
-    for mirror in attempt.mirrors:  # what is under way may be sent as fast as it can
-        await source_rounds.unless_gone(attempt, "block-job-set-speed", {"device": mirror.job, "speed": 0})
+    fast = [{"device": mirror.job, "speed": 0} for mirror in attempt.mirrors]  # what is left goes as it can
+    await asyncio.gather(*(source_rounds.unless_gone(attempt, "block-job-set-speed", each) for each in fast))
     statuses, asked = await _statuses(attempt), set[str]()
     end_s = attempt.clock.now_s() + DRAIN_S
     while not all(statuses.get(m.job) in waiting for m in attempt.mirrors):
