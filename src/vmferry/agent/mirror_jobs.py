@@ -136,6 +136,11 @@ def _require_mirror(job: MirrorJob, what: str) -> None:
 
 
 async def _say(job: MirrorJob, command: str) -> None:
-    await job.attempt.machine.execute(command, {"id": job.mirror.job})
-    job.attempt.copying.is_stale = True
+    machine, copying = job.attempt.machine, job.attempt.copying
+    await machine.execute(command, {"id": job.mirror.job})
+    words = {str(each["id"]): each for each in await machine.execute("query-jobs")}
+    if job.mirror.job in words:  # what is told at once; a job that is at work pauses a moment later
+        copying.states[job.mirror.job] = words[job.mirror.job]
+        tell(job.attempt)
+    copying.is_stale = True
     job.attempt.wake()

@@ -119,8 +119,9 @@ async def test_one_that_is_paused_holds_its_migration_until_it_is_resumed_also_o
     first = f"{attempt.job}-disk-0"
     with pytest.raises(JobRefused, match="not paused"):
         await site.command("a", "job-resume", id=first)
-    await site.command("a", "job-pause", id=first)
-    await site.until(lambda: mirrors(attempt) == ["paused", "running"])
+    paused = await site.command("a", "job-pause", id=first)
+    assert (paused["status"], paused["verbs"]) == ("paused", ["cancel", "resume", "change"])
+    assert mirrors(attempt) == ["paused", "running"]
     again = await site.command("a", "job-pause", id=first)
     assert (again["status"], again["reason"]) == ("paused", "a person paused it")
     await go(site)
