@@ -408,3 +408,23 @@ def test_single_quoted_text_means_the_same(obj: dict[str, Any], *, with_ascii: b
 def test_missing_is_not_null() -> None:
     assert Reply(1).id is MISSING
     assert Reply(1, None) != Reply(1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"execute": "stop", "id": 1}\r\n', b' {"execute": "stop"}\n', b'{"return": {}}{"return": 1}\r\n',
+        b'{"return": {}}\r\n\r\n', b'{"execute": "stop",}\n', b"{'execute': 'stop'}\n", b'{"a": NaN}\n',
+        b'{"return": Infinity}\n', b'{"return": 1e999}\n', b'{"return": {}, "return": {}}\n', b'{"return": "\\ud800"}\n',
+        b'{"return": "\xff"}\n', b'{"return": "\t"}\n', b'{"return": "a\nb"}\n', b'{"return": [[[[1]]]]}\n', b"[1]\n",
+        b'{"return": "' + b"x" * 80 + b'"}\n', b'{"strange": 1}\n', b"\n", b'{"return": 01}\n', b'{"return": 0e1}\n',
+    ],
+)  # fmt: skip
+def test_a_whole_line_means_what_its_bytes_mean_one_by_one(line: bytes) -> None:
+    bounds, more = {"max_message_bytes": 64, "max_depth": 4}, b'{"return": 1}\n'
+    whole = Decoder(**bounds)
+    whole.feed(line)
+    found = drain(whole)
+    assert short(found) == short(decode(line, step=1, **bounds))
+    whole.feed(more)
+    assert short(found + drain(whole)) == short(decode(line + more, step=1, **bounds))
