@@ -415,9 +415,10 @@ def test_missing_is_not_null() -> None:
     [
         b'{"execute": "stop", "id": 1}\r\n', b' {"execute": "stop"}\n', b'{"return": {}}{"return": 1}\r\n',
         b'{"return": {}}\r\n\r\n', b'{"execute": "stop",}\n', b"{'execute': 'stop'}\n", b'{"a": NaN}\n',
-        b'{"return": Infinity}\n', b'{"return": 1e999}\n', b'{"return": {}, "return": {}}\n', b'{"return": "\\ud800"}\n',
+        b'{"return": Infinity}\n', b'{"return": 1e999}\n', b'{"return": {}, "return": {}}\n',
         b'{"return": "\xff"}\n', b'{"return": "\t"}\n', b'{"return": "a\nb"}\n', b'{"return": [[[[1]]]]}\n', b"[1]\n",
         b'{"return": "' + b"x" * 80 + b'"}\n', b'{"strange": 1}\n', b"\n", b'{"return": 01}\n', b'{"return": 0e1}\n',
+        b'{"return": "\\ud800"}\n',
     ],
 )  # fmt: skip
 def test_a_whole_line_means_what_its_bytes_mean_one_by_one(line: bytes) -> None:
