@@ -103,6 +103,10 @@ DISK_TRIED_S = 3600.0
 """A whole copy of a disk, of a move that failed, is kept for so long: who tries again does it within the hour, and the
 room is somebody else's."""
 VM_DISKS_MAX = 12
+
+# Files beside an image whose headers are read before a guest may write to that: 10 us each on a local disk, 1 ms over a
+# network. Beyond, only what this agent itself wrote down is known of what lies on the image.
+IMAGES_BESIDE_MAX = 2048
 VM_NETWORKS_MAX = 8
 
 # No firmware starts in less.

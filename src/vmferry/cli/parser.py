@@ -111,6 +111,15 @@ examples
   vmferry disks
   vmferry disks --remove /var/lib/vmferry/disks/web2-1f0c9a3e-0.qcow2
 """
+RUN_EPILOG = """\
+A writable disk on which others lie is refused: an image that 'vmferry save --disks external-snapshot' left as it was,
+one under the disks of a restored guest, or one that a qcow2 file beside it names as its backing file. What is written
+to it damages them, and a snapshot that has it cannot be restored any more. The refusal says in which file the guest
+went on and what to write into the spec; --accept base-image starts it on the old image all the same.
+
+exit codes
+  0 the guest runs;  3 the spec;  8 refused, nothing was started. All of them: 'vmferry exit-codes'.
+"""
 SAVE_EPILOG = """\
 ways
   background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
@@ -123,6 +132,8 @@ disks
   Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
   become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
   VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
+  Write the new file into the guest's spec: with the old image the guest would begin in the past, and 'vmferry run'
+  refuses that. The last lines of the save say what belongs there.
 
 Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
 not end leaves no snapshot, only objects that 'vmferry prune' takes away.
@@ -288,14 +299,21 @@ def _add_agent(commands: Any) -> None:
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
+def _add_base_image(parser: Any) -> None:
+    parser.add_argument("--accept", action="append", default=[], metavar="CODE",
+                        help="base-image: it may write to an image on which others lie")  # fmt: skip
+
+
 def _add_vm_commands(commands: Any) -> None:
-    run = _command(commands, "run", "vm_cmd:run_vm", "start a VM from a spec")
+    run = _command(commands, "run", "vm_cmd:run_vm", "start a VM from a spec", epilog=RUN_EPILOG)
     run.add_argument("spec", metavar="SPEC.toml")
+    _add_base_image(run)
     adopt = _command(commands, "adopt", "vm_cmd:adopt", "take over a QEMU that someone else started")
     adopt.add_argument("vm", metavar="NAME")
     adopt.add_argument("--qmp", required=True, metavar="PATH", help="its QMP socket on this host")
     adopt.add_argument("--local-disks", action="store_true",
                        help="its disks are not on storage that every host sees under the same paths")  # fmt: skip
+    _add_base_image(adopt)
     _command(commands, "ls", "vm_cmd:list_vms", "list every VM on every known host")
     status = _command(commands, "status", "vm_cmd:status", "show one VM and its newest migration")
     status.add_argument("vm", metavar="NAME")

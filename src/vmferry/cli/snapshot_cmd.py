@@ -63,9 +63,9 @@ def _follow(client: BlockingClient, vm: str, job: str, *, quiet: bool) -> dict[s
 def _end_lines(wire: dict[str, Any]) -> Iterator[str]:
     yield from timeline_lines(wire)
     yield from ending.notes_of(wire)
-    for disk in wire["disks"]:
-        if disk["overlay"]:
-            yield f"  {disk['path']} stays as it is; the guest goes on in {disk['overlay']}"
+    for path, overlay in wire.get("goes_on_in", {}).items():
+        yield f"  {path} stays as it is; the guest goes on in {overlay}"
+        yield f'  in its spec write from now on: path = "{overlay}", format = "qcow2"'
     if not wire.get("error"):
         yield f"  {format_size(wire['pages'] * 4096)} of memory, {format_size(wire['stored_bytes'])} stored"
 
