@@ -8,6 +8,16 @@ import os
 from typing import Any, NoReturn
 
 from vmferry import __version__
+from vmferry.cli.snapshot_epilogs import (
+    DISKS_EPILOG,
+    EXPORT_EPILOG,
+    INIT_EPILOG,
+    PRUNE_EPILOG,
+    RESTORE_EPILOG,
+    RUN_EPILOG,
+    SAVE_EPILOG,
+    VERIFY_EPILOG,
+)
 from vmferry.errors import UsageError
 
 DEFAULT_SOCKET = "/run/vmferry/agent.sock"
@@ -85,98 +95,6 @@ examples
   vmferry job finalize web1
   vmferry job change web1 downtime-limit=200ms mode=postcopy
   vmferry job dismiss 3f2a
-"""
-RESTORE_EPILOG = """\
-ways
-  (none)    all memory first, then the guest runs
-  --lazy    the guest runs at once; its memory comes as it needs it, the rest behind it. If the repository is lost
-            meanwhile, the guest waits, and goes on by itself when it is back ('vmferry jobs' says so)
-
-  The stored disks stay as they are: each restore writes to overlays of its own. What the guest has in common with a
-  VM that runs (UUID, addresses of its cards) is named; what would do harm is refused before anything is started.
-
-exit codes
-  0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
-  All of them: 'vmferry exit-codes'.
-
-examples
-  vmferry restore monday --lazy
-  vmferry restore monday --as web2 --on host-b --lazy
-"""
-DISKS_EPILOG = """\
-What a restored guest writes goes into files of its own, which stay when the guest has ended: it may be wanted again.
-'vmferry stop NAME --remove-disks' ends a guest for good, together with them.
-
-examples
-  vmferry disks
-  vmferry disks --remove /var/lib/vmferry/disks/web2-1f0c9a3e-0.qcow2
-"""
-RUN_EPILOG = """\
-A writable disk on which others lie is refused: an image that 'vmferry save --disks external-snapshot' left as it was,
-one under the disks of a restored guest, or one that a qcow2 file beside it names as its backing file. What is written
-to it damages them, and a snapshot that has it cannot be restored any more. The refusal says in which file the guest
-went on and what to write into the spec; --accept base-image starts it on the old image all the same.
-
-exit codes
-  0 the guest runs;  3 the spec;  8 refused, nothing was started. All of them: 'vmferry exit-codes'.
-"""
-SAVE_EPILOG = """\
-ways
-  background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
-              change are taken first. Needs QEMU 11.1 or newer (older ones may hang their guest when it breaks off), a
-              kernel that can protect pages (userfaultfd), a guest that runs, no writable disk, and no --pause
-  precopy     its memory is taken while it runs, as in a migration; then it stops for what is left and its devices
-  auto        background where it can be had, else precopy (the default)
-
-disks
-  Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
-  become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
-  VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
-  Write the new file into the guest's spec: with the old image the guest would begin in the past, and 'vmferry run'
-  refuses that. The last lines of the save say what belongs there.
-
-Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
-not end leaves no snapshot, only objects that 'vmferry prune' takes away.
-
-exit codes
-  0 the snapshot is there;  8 refused, nothing was touched;  9 the VM is being migrated or saved;  11 failed, the guest
-  goes on;  12 cancelled;  14 the guest is whole and paused, and QEMU does not start it;  25 the repository refuses.
-  All of them: 'vmferry exit-codes'.
-
-examples
-  vmferry save web1 before-upgrade
-  vmferry save db1 nightly --disks external-snapshot --json | jq .downtime_ms
-"""
-VERIFY_EPILOG = """\
-Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
-snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs').
-
-exit codes
-  0 everything is whole;  12 cancelled;  25 something is damaged. All of them: 'vmferry exit-codes'.
-"""
-PRUNE_EPILOG = """\
-Plans first, by looking at every snapshot, shows the plan, and asks. What is carried out is exactly the plan that was
-shown; if the repository has changed since (somebody saved, forgot or pruned) nothing is done, and a new plan is needed.
-In a script say --yes. To look first and decide later:
-
-  vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
-  vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
-
-It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
-stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
-
-exit codes
-  0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
-  repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
-"""
-EXPORT_EPILOG = """\
-The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
-'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
-'vmferry inspect-stream' read it. The guest's disks are not in it.
-
-examples
-  vmferry export before-upgrade /var/tmp/web1.stream
-  vmferry import /var/tmp/web1.stream web1-copy
 """
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
@@ -293,7 +211,8 @@ def _add_agent(commands: Any) -> None:
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
     agent.add_argument("--disk-dir", metavar="DIR", help="where copies of guests' disks are put (default: same path)")
     agent.add_argument("--repository", metavar="FOLDER|URL",
-                       help="where snapshots are kept (default: 'repository' in the state directory)")  # fmt: skip
+                       help="where snapshots are kept; made by 'vmferry repository-init' (default: 'repository' in "
+                       "the state directory, which makes itself)")  # fmt: skip
     agent.add_argument("--repository-key", metavar="FILE", help="the key file of an encrypted repository")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
@@ -483,6 +402,8 @@ def _add_snapshots(commands: Any) -> None:
                       "minute, then it goes on unsaved")  # fmt: skip
     save.add_argument("--no-auto-dismiss", action="store_true",
                       help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+    _command(commands, "repository-init", "snapshot_cmd:init",
+             "make the repository that this host's agent is configured with", epilog=INIT_EPILOG)  # fmt: skip
     _command(commands, "snapshots", "snapshot_cmd:snapshots", "list the snapshots of this host's repository")
     verify = _command(commands, "verify", "chore_cmd:verify",
                       "read every snapshot and name what is damaged; changes nothing",

@@ -1,4 +1,4 @@
-"""`vmferry save`, `snapshots`, `forget`."""
+"""`vmferry save`, `snapshots`, `forget`, `repository-init`."""
 
 from __future__ import annotations
 
@@ -91,6 +91,17 @@ def snapshots(arguments: Namespace) -> int:
         print(line)
     for pin in wire["pins"]:
         print(f"  {pin['vm']} on {pin['host']} still has memory in {pin['snapshot'][:12]} (job {pin['job']})")
+    return 0
+
+
+def init(arguments: Namespace) -> int:
+    """Makes the repository that the agent is configured with."""
+    wire = agent_client.once(arguments.socket, "repository-init")
+    if arguments.json:
+        print(json.dumps(wire))
+        return 0
+    is_new, is_open = wire["created"], "encrypted" if wire["encrypted"] else "not encrypted"
+    print(f"{wire['repository']} {'is' if is_new else 'was already'} a repository ({wire['id'][:12]}, {is_open})")
     return 0
 
 
