@@ -35,7 +35,7 @@ from vmferry.agent.machine import Machine
 from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.restore_definition import Overlay, disk_objections
-from vmferry.agent.restore_feed import Feed, Progress, block_objection
+from vmferry.agent.restore_feed import PAGE_BYTES, Feed, Progress, block_objection
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
@@ -99,8 +99,8 @@ class RestoreAttempt:
         self._news = asyncio.Event()
         self._opened: Opened | None = None
         self._is_pinned = False
-        self._page_bytes: dict[str, int] = {}
-        """The host pages of its QEMU's blocks."""
+        self.page_bytes: dict[str, int] = {}
+        """The host pages of its QEMU's blocks; one that is not named has pages of 4 KiB."""
         self._rejoins = 0
         self.kept: KeptVm | None = None
         """The guest as this host keeps it."""
@@ -365,6 +365,7 @@ class RestoreAttempt:
         opened = await reading
         self.note(F.READ)
         self._check(opened, lines)
+        await self._write_page_bytes(lines)
         # Once more: 1. the command looks at the stored images  2. somebody writes to one  3. QEMU opens it
         changed = await asyncio.to_thread(disk_objections, opened.disks)
         if changed:
@@ -393,7 +394,13 @@ class RestoreAttempt:
         objection = block_objection(opened.reader.head.blocks, lines)
         if objection:
             raise PlanRefused(f"{self.vm}: {objection}", side="client")
-        self._page_bytes = {line.name: line.page_bytes for line in lines}
+
+    async def _write_page_bytes(self, lines: tuple[RamBlockLine, ...]) -> None:
+        """A QEMU with huge pages takes each in one piece: the next agent, which joins its postcopy again, cannot ask it
+        while its main loop waits for one."""
+        self.page_bytes = {line.name: line.page_bytes for line in lines if line.page_bytes != PAGE_BYTES}
+        if self.page_bytes:
+            await self.agent.journal.append(Entry.HOST_PAGES, self.job, dict(self.page_bytes))
 
     async def _load(self) -> None:
         machine, opened = self.machine, self._opened
@@ -414,7 +421,7 @@ class RestoreAttempt:
             self.note(F.LOADING)
             await machine.execute("migrate-incoming", arguments)
             feed = self.feed = await self._make_feed(
-                opened, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
+                opened, lazy=self.wanted.lazy, page_bytes=self.page_bytes, order=opened.order,
                 name=f"restore-{self.job[:6]}",
             )  # fmt: skip
         except BaseException:
@@ -449,8 +456,6 @@ class RestoreAttempt:
         assert machine is not None
         await self.drop_feed()
         opened = await self._read()
-        # Of a QEMU that an earlier agent started: what its guest had, for the definition is the same.
-        sizes = self._page_bytes or {block.name: block.page_bytes for block in opened.reader.head.blocks}
         self._rejoins += 1
         path_there = self.runtime.recovery_path(self._rejoins)
         with contextlib.suppress(FileNotFoundError):
@@ -460,7 +465,11 @@ class RestoreAttempt:
         try:
             await asyncio.to_thread(ours.connect, path_there)
             feed = self.feed = await self._make_feed(
-                opened, lazy=True, page_bytes=sizes, broken=True, name=f"restore-{self.job[:6]}-{self._rejoins}"
+                opened,
+                lazy=True,
+                page_bytes=self.page_bytes,
+                broken=True,
+                name=f"restore-{self.job[:6]}-{self._rejoins}",
             )
         except BaseException:
             ours.close()
