@@ -167,6 +167,7 @@ class FakeAgent:
             remember_touches=self._note,
         )
         self.snapshot_store = SimpleNamespace(run=self._run)
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.vm_gone = self.gone.append
 
     def publish(self, name: str, data: dict[str, Any]) -> None:
@@ -199,6 +200,9 @@ class FakeAgent:
     async def _over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         self.ended = result
 
+    def keep_task(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.add(task)
+
     async def _pin(self, wanted: RestoreWanted) -> None:
         assert self.pinned or not any(kind is Entry.STARTING for kind, _ in self.entries)
         self.pinned = wanted.snapshot
@@ -218,13 +222,13 @@ async def until_true(is_so: Callable[[], bool]) -> None:
 
 
 class Bed:
-    def __init__(self, folder: Path, *, lazy: bool = True, runs: bool = True) -> None:
+    def __init__(self, folder: Path, *, lazy: bool = True, runs: bool = True, job: str = "j" * 32) -> None:
         self.qemu = FakeQemu()
         self.agent = FakeAgent(folder, self.qemu)
         spec = vm_spec.pin(vm_spec.from_wire({"name": "web1", "memory": "1M"}), machine="pc-q35-7.2", accel="tcg")
         self.overlay = folder / "web1.qcow2"
         wanted = RestoreWanted(
-            job="j" * 32, vm="web1", snapshot="5" * 32, name="monday", lazy=lazy, runs=runs,
+            job=job, vm="web1", snapshot="5" * 32, name="monday", lazy=lazy, runs=runs,
             definition=definition_of(spec).to_wire(), directory=str(folder / "vm"),
             overlays=(Overlay(str(self.overlay), "/a.img", "raw"),),
         )  # fmt: skip

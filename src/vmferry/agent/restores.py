@@ -213,7 +213,7 @@ class Restores:
         if attempt.has_opened:
             self.snapshots.release(attempt.wanted.snapshot)
         if attempt.wanted.lazy:
-            self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
+            self._agent.keep_task(asyncio.create_task(self.unpin(attempt), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
         self._agent.jobs.ended(
             RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
@@ -277,10 +277,14 @@ class Restores:
         pin = pins.Pin(wanted.job, wanted.snapshot, self._agent.config.name, wanted.vm)
         await self._agent.snapshot_store.with_repository(lambda repository: pins.put(repository, pin))
 
-    async def unpin(self, job: str) -> None:
-        """It is whole or ended. Tried until the repository takes it, or the agent ends: then a person drops it."""
+    async def unpin(self, attempt: RestoreAttempt) -> None:
+        """It is whole or ended. Tried until the repository takes it, or the agent ends: then the next one does it. A
+        pin that is on its way is waited for: what is not there yet cannot be taken away."""
         from vmferry.store import pins
 
+        if attempt.pinning is not None:
+            await asyncio.gather(attempt.pinning, return_exceptions=True)
+        job = attempt.job
         pause_s = limits.RESTORE_RETRY_MIN_S
         while True:
             try:

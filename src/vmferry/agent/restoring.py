@@ -99,6 +99,8 @@ class RestoreAttempt:
         self._news = asyncio.Event()
         self._opened: Opened | None = None
         self._is_pinned = False
+        self.pinning: asyncio.Task[None] | None = None
+        """What puts its pin; it comes to its end whatever becomes of the restore."""
         self.page_bytes: dict[str, int] = {}
         """The host pages of its QEMU's blocks; one that is not named has pages of 4 KiB."""
         self._rejoins = 0
@@ -377,7 +379,12 @@ class RestoreAttempt:
         if self._opened is None:
             self._opened = await self.agent.restores.snapshots.open(self.wanted.snapshot)
         if self.wanted.lazy and not self._is_pinned:
-            await self.agent.restores.pin(self.wanted)
+            # 1. a cancel ends this while the pin is being put, in a thread  2. it is taken away, before it is there
+            # 3. it lands, and nothing can be pruned any more. So whoever takes it away waits for the task first.
+            if self.pinning is None or self.pinning.done():
+                self.pinning = asyncio.create_task(self.agent.restores.pin(self.wanted), name=f"pin-{self.job}")
+                self.agent.keep_task(self.pinning)
+            await asyncio.shield(self.pinning)
             self._is_pinned = True
         return self._opened
 
