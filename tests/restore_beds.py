@@ -25,6 +25,7 @@ from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.vm_commands import definition_of
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
+from vmferry.engine.lazy import Touches
 from vmferry.errors import VmferryError
 from vmferry.jobs.journal import Entry, Written, replay
 from vmferry.qmp.codec import Event
@@ -104,6 +105,7 @@ class FakeFeed:
         self.has_rejoined = self.is_stopped = False
         self.outgoing = SimpleNamespace(saw_running=lambda: None)
         self.given = more
+        self.touches = Touches(["pc.ram", "pc.bios"])
         assert threading.current_thread() is not threading.main_thread(), "maps of all pages: not on the event loop"
         self.is_broken, self.on_news = broken, on_news
         self.done: list[str] = []
@@ -154,6 +156,7 @@ class FakeAgent:
         self.reading: asyncio.Future[Opened] = asyncio.get_running_loop().create_future()
         self.gone: list[Any] = []
         self.pinned = ""
+        self.remembered: list[Touches] = []
         self.clock = SimpleNamespace(wall_s=lambda: 1.0, now_s=asyncio.get_running_loop().time)
         self.config = SimpleNamespace(name="host-a", qemu="qemu-system-x86_64")
         self.journal = SimpleNamespace(append=self._append)
@@ -164,7 +167,7 @@ class FakeAgent:
             adopt=self._adopt,
             disown=self._disown,
             over=self._over,
-            remember_touches=self._note,
+            remember_touches=self._remember,
         )
         self.snapshot_store = SimpleNamespace(run=self._run)
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -207,8 +210,8 @@ class FakeAgent:
         assert self.pinned or not any(kind is Entry.STARTING for kind, _ in self.entries)
         self.pinned = wanted.snapshot
 
-    async def _note(self, *arguments: Any) -> None:
-        return None
+    async def _remember(self, wanted: RestoreWanted, touches: Touches) -> None:
+        self.remembered.append(touches)
 
     async def _run(self, work: Any) -> None:
         return None
@@ -235,7 +238,7 @@ class Bed:
         assert msgspec.convert(msgspec.to_builtins(wanted), RestoreWanted) == wanted, "the journal gives it back"
         self.attempt = RestoreAttempt(self.agent, wanted)  # type: ignore[arg-type]
         reader = SimpleNamespace(head=SimpleNamespace(blocks=BLOCKS), renew_if_due=lambda: None)
-        self.opened = Opened(reader, None, [])  # type: ignore[arg-type]
+        self.opened = Opened(reader, None, None)  # type: ignore[arg-type]
         self.attempt.note(F.WANTED)
 
     def begin(self, *, read: bool = True) -> None:

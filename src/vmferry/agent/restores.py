@@ -40,7 +40,6 @@ from vmferry.agent.restore_definition import (
     memory_objection,
     renew,
 )
-from vmferry.agent.restore_feed import Feed
 from vmferry.agent.restored_disks import RestoredDisks
 from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
@@ -55,6 +54,7 @@ from vmferry.vm import spec as vm_spec
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
+    from vmferry.engine.lazy import Touches
     from vmferry.store.manifest import Head
     from vmferry.store.repository import Repository
 
@@ -261,10 +261,9 @@ class Restores:
                 await attempt.machine.close()
         await self.snapshots.close()
 
-    async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
-        """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
-        touches = feed.source.touches
-        if wanted.lazy and len(touches) and not feed.order:
+    async def remember_touches(self, wanted: RestoreWanted, touches: Touches) -> None:
+        """What the guest of a lazy restore asked for, in its order, from the first page on."""
+        if wanted.lazy and len(touches):
             await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
 
     # --- pins -----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
+from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start, touch_orders
 from vmferry.agent.machine import Machine
 from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.own_threads import in_own_thread
@@ -50,6 +50,7 @@ from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.engine.lazy import Touches
     from vmferry.engine.outgoing import OutgoingOutcome
 
 log = logging.getLogger("vmferry.agent")
@@ -104,6 +105,10 @@ class RestoreAttempt:
         self.page_bytes: dict[str, int] = {}
         """The host pages of its QEMU's blocks; one that is not named has pages of 4 KiB."""
         self._rejoins = 0
+        self.was_restored = False
+        """An earlier agent began it."""
+        self._touches: Touches | None = None
+        """What the guest asked for over connections that broke."""
         self.kept: KeptVm | None = None
         """The guest as this host keeps it."""
         self.was_adopted = False
@@ -472,12 +477,9 @@ class RestoreAttempt:
         try:
             await asyncio.to_thread(ours.connect, path_there)
             feed = self.feed = await self._make_feed(
-                opened,
-                lazy=True,
-                page_bytes=self.page_bytes,
-                broken=True,
+                opened, lazy=True, page_bytes=self.page_bytes, order=opened.order, broken=True,
                 name=f"restore-{self.job[:6]}-{self._rejoins}",
-            )
+            )  # fmt: skip
         except BaseException:
             ours.close()
             raise
@@ -493,6 +495,7 @@ class RestoreAttempt:
         feed, self.feed = self.feed, None
         if feed is not None:
             self._progress, self._outcome = feed.progress(), feed.outcome()
+            self._touches = touch_orders.joined(self._touches, feed.touches)
             await feed.stop()
 
     async def _end(self) -> None:
@@ -501,7 +504,7 @@ class RestoreAttempt:
             self._progress = feed.progress()
             feed.outgoing.saw_running()
             await self._options_back()
-            await self.agent.restores.remember_touches(self.wanted, feed)
+            await self._remember_touches(feed)
         elif F.KEPT in self.log and F.GONE in self.log and not self.was_adopted:
             self.agent.restores.adopt(self)  # as any VM of this host whose QEMU has ended
         result = self.wire() | {"over": True, "state": JobStatus.CONCLUDED.value}
@@ -509,6 +512,13 @@ class RestoreAttempt:
         await self.drop_feed()
         self.note(F.ENDED)
         await self.agent.restores.over(self, result)
+
+    async def _remember_touches(self, feed: Feed) -> None:
+        """Not with an order that was known: what was read ahead in it was never asked for. Nor after a restart: how the
+        guest began is known to nobody any more."""
+        if not self.was_restored and self._opened is not None and self._opened.order is None:
+            touches = touch_orders.joined(self._touches, feed.touches)
+            await self.agent.restores.remember_touches(self.wanted, touches)
 
     async def _options_back(self) -> None:
         """The next migration of this QEMU begins with nothing of this one. Trouble is a line in the log: it sets its

@@ -15,6 +15,7 @@ from tests.restore_beds import LINES, Bed, use_fakes
 from vmferry.agent.restore_feed import Feed
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
+from vmferry.engine.lazy import Touches
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.store.manifest import Block
 from vmferry.vm.ram_blocks import RamBlockLine
@@ -74,6 +75,39 @@ async def test_huge_pages_are_sent_whole_after_a_break(
     again.say(has_rejoined=True)
     again.say(facts={Fact.PEER_ACK})
     assert (await bed.end())["detail"] == "completed"
+
+
+@pytest.mark.parametrize("known", [None, Touches(["pc.ram"], np.array([5], np.uint64))], ids=["none", "known"])
+@pytest.mark.parametrize("restarts", [False, True], ids=["same-agent", "next-agent"])
+async def test_the_order_of_first_touches_survives_a_break(
+    tmp_path: Path, restarts: bool, known: Touches | None
+) -> None:
+    """A known order is read ahead in after it too; what is recorded is all that the guest asked for, or nothing."""
+    bed = Bed(tmp_path)
+    bed.opened.order = known
+    bed.begin()
+    bed.qemu.state = "paused"
+    feed = await bed.feed()
+    assert feed.given["order"] is known
+    feed.touches.add("pc.ram", 7, 2)
+    feed.say(facts={Fact.PACKAGE_LOADED})
+    await bed.until(F.RAN)
+    if restarts:
+        bed.task.cancel()
+        await asyncio.wait({bed.task})
+        await feed.stop()
+        await bed.take_up()
+    else:
+        feed.say(lost="the connection broke")
+    again = await bed.feed(1)
+    assert again.given["order"] is known
+    again.touches.add("pc.ram", 3, 1)
+    again.touches.add("pc.ram", 7, 1)
+    again.say(has_rejoined=True)
+    again.say(facts={Fact.PEER_ACK})
+    await bed.end()
+    expected = [] if restarts or known else [[7, 8, 3]]
+    assert [each.codes.tolist() for each in bed.agent.remembered] == expected
 
 
 async def test_a_feed_sends_in_the_pages_that_it_is_told() -> None:
