@@ -62,7 +62,19 @@ def _made(backend: Backend, key: Key | None) -> Repository:
     try:
         return Repository.create(backend, key=key)
     except ObjectExists:  # another agent was faster
+        return _opened(backend, key)
+
+
+def _opened(backend: Backend, key: Key | None) -> Repository:
+    """The one that is there. Raises ObjectMissing, and what else a store raises."""
+    from vmferry.store.errors import WrongKey
+    from vmferry.store.repository import Repository
+
+    try:
         return Repository.open(backend, key=key)
+    except WrongKey as error:
+        hint = "--repository-key names the key file of an encrypted repository; an agent takes no pass phrase"
+        raise WrongKey(error.message, hint=hint) from error
 
 
 def is_address(repository: str) -> bool:
@@ -96,7 +108,6 @@ class SnapshotStore:
         StorePermanent; or for a configured place that has none, or an address whose library is not installed.
         """
         from vmferry.store.errors import ObjectMissing
-        from vmferry.store.repository import Repository
 
         with self._lock:
             if self._repository is None:
@@ -105,7 +116,7 @@ class SnapshotStore:
                     self._require_config()
                     self._backend = self._open_backend()
                 try:
-                    self._repository = Repository.open(self._backend, key=key)
+                    self._repository = _opened(self._backend, key)
                 except ObjectMissing as error:
                     if self._config.repository:
                         raise self._none(error) from error
@@ -117,7 +128,6 @@ class SnapshotStore:
 
         Raises RepositoryError as `open_repository`, and for a place that has something else in it; nothing was made."""
         from vmferry.store.errors import ObjectMissing
-        from vmferry.store.repository import Repository
 
         with self._lock:
             if self._repository is not None:
@@ -127,7 +137,7 @@ class SnapshotStore:
                 self._require_room()
                 self._backend = self._open_backend()
             try:
-                self._repository = Repository.open(self._backend, key=key)
+                self._repository = _opened(self._backend, key)
             except ObjectMissing:
                 others = [] if self._folder is not None else [entry.name for entry in self._backend.list("")]
                 if others:

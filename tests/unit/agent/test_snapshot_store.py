@@ -84,8 +84,10 @@ def test_an_encrypted_one_opens_with_its_key_file_only(tmp_path: Path) -> None:
     with_key = store(tmp_path, repository_key=key)
     assert with_key.open_repository().config.encryption is not None
     without = store(tmp_path)
-    with pytest.raises(WrongKey):
+    with pytest.raises(WrongKey) as caught:
         without.open_repository()
+    assert "--repository-key" in caught.value.hint
+    assert "no pass phrase" in caught.value.hint
     with pytest.raises(RepositoryError, match="key file cannot be read"):
         store(tmp_path, repository_key=tmp_path / "nowhere").open_repository()
 
