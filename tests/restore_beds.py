@@ -171,6 +171,7 @@ class FakeAgent:
         )
         self.snapshot_store = SimpleNamespace(run=self._run)
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.jobs: Any = None
         self.vm_gone = self.gone.append
 
     def publish(self, name: str, data: dict[str, Any]) -> None:

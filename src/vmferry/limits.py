@@ -220,6 +220,10 @@ RESCUE_S = 1800.0
 # new job is taken that would wait too: who asked for results to be kept does not read them, and none is dropped.
 JOBS_UNDISMISSED_MAX = 500
 
+# Migrations of which an agent remembers while it runs how they ended, beyond those whose results it keeps: 200 bytes
+# each. A place that was not released asks for it when its host is back; of one that is forgotten it waits for a person.
+JOBS_PROVEN_MAX = 20_000
+
 # Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
 BLOCKERS_MAX = 32
 

@@ -103,9 +103,9 @@ class Restores:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._jobs: dict[str, RestoreAttempt] = {}
-        """By VM; the newest."""
+        """Those at work, by VM."""
         self.results: dict[str, dict[str, Any]] = {}
-        """Ended restores, by job."""
+        """The newest ended restores, by job, and those that wait to be dismissed."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
         self.snapshots = OpenSnapshots(agent, self.orders, on_new=self._retry)
         self.disks = RestoredDisks(agent, ask=identities)
@@ -205,6 +205,8 @@ class Restores:
 
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
+        if self._jobs.get(attempt.vm) is attempt:
+            del self._jobs[attempt.vm]  # with the tables of its snapshot
         self.results[attempt.job] = result
         self.disks.remember(restored_disks.of_job(attempt.wanted, attempt.images))
         kept = attempt.kept
@@ -219,6 +221,7 @@ class Restores:
             RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
             auto_finalize=attempt.wanted.auto_finalize,
         )  # fmt: skip
+        self._agent.jobs.forget_old(self.results)
 
     async def cancel(self, job: str) -> None:
         """The restore is given up. Raises JobRefused once its guest may have run, also if that came to be while the
