@@ -107,6 +107,9 @@ VM_DISKS_MAX = 12
 # Files beside an image whose headers are read before a guest may write to that: 10 us each on a local disk, 1 ms over a
 # network. Beyond, only what this agent itself wrote down is known of what lies on the image.
 IMAGES_BESIDE_MAX = 2048
+
+# How long that look may take: all of it over a slow network, and not what a mount takes whose server is gone.
+IMAGES_BESIDE_S = 20.0
 VM_NETWORKS_MAX = 8
 
 # No firmware starts in less.

@@ -74,7 +74,17 @@ async def require_none(agent: Agent, vm: str, paths: Sequence[str], accept: Iter
     if not paths or BASE_IMAGE in accept:
         return
     known = [*_of_saves(agent), *_of_restores(agent)]
-    found = await asyncio.to_thread(look, paths, known)
+    try:
+        async with asyncio.timeout(limits.IMAGES_BESIDE_S):
+            found = await asyncio.to_thread(look, paths, known)
+    except TimeoutError as error:  # of storage that hangs; the thread ends with that
+        raise PlanRefused(
+            f"what lies on the disks of {vm} could not be seen within {limits.IMAGES_BESIDE_S:g} s: "
+            "the storage of one of them, or of an image that was on one once, does not answer",
+            side="client",
+            retry="yes",
+            hint=f"--accept {BASE_IMAGE} starts it without a look",
+        ) from error
     silent = ""
     if any(not each.path for each in found):
         found, silent = await _without_forgotten(agent, found)

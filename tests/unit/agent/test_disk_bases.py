@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,20 @@ async def test_a_restored_guest_s_disk_counts(make_site: MakeSite) -> None:
     site.agents["a"].restores.disks.remember([disk])
     with pytest.raises(PlanRefused, match=r"w-0\.qcow2.*web2.*restored from monday"):
         await site.run_vm("h", more=DISK.format(path=base))
+
+
+async def test_storage_that_hangs_starts_nothing_unseen(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = await make_site("11.1")
+    base, answers = site.directory / "base.img", threading.Event()
+    base.write_bytes(bytes(1 << 16))
+    with monkeypatch.context() as patch:
+        patch.setattr(limits, "IMAGES_BESIDE_S", 0.01)
+        patch.setattr(disk_bases, "look", lambda paths, known: answers.wait())
+        with pytest.raises(PlanRefused, match="does not answer"):
+            await site.run_vm("h", more=DISK.format(path=base))
+        answers.set()
+    await run_again(site)
+    await site.check("a", "h")
 
 
 # --- what is seen in files --------------------------------------------------------------------------------------
