@@ -10,13 +10,10 @@ from typing import Any, NoReturn
 from vmferry import __version__
 from vmferry.cli.snapshot_epilogs import (
     DISKS_EPILOG,
-    EXPORT_EPILOG,
     INIT_EPILOG,
-    PRUNE_EPILOG,
     RESTORE_EPILOG,
     RUN_EPILOG,
     SAVE_EPILOG,
-    VERIFY_EPILOG,
 )
 from vmferry.errors import UsageError
 
@@ -95,6 +92,37 @@ examples
   vmferry job finalize web1
   vmferry job change web1 downtime-limit=200ms mode=postcopy
   vmferry job dismiss 3f2a
+"""
+VERIFY_EPILOG = """\
+Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
+snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs').
+
+exit codes
+  0 everything is whole;  12 cancelled;  25 something is damaged. All of them: 'vmferry exit-codes'.
+"""
+PRUNE_EPILOG = """\
+Plans first, by looking at every snapshot, shows the plan, and asks. What is carried out is exactly the plan that was
+shown; if the repository has changed since (somebody saved, forgot or pruned) nothing is done, and a new plan is needed.
+In a script say --yes. To look first and decide later:
+
+  vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
+  vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
+
+It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
+stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
+
+exit codes
+  0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
+  repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
+"""
+EXPORT_EPILOG = """\
+The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
+'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
+'vmferry inspect-stream' read it. The guest's disks are not in it.
+
+examples
+  vmferry export before-upgrade /var/tmp/web1.stream
+  vmferry import /var/tmp/web1.stream web1-copy
 """
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'

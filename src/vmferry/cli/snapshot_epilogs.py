@@ -1,4 +1,4 @@
-"""What `--help` of the commands about snapshots says below their options."""
+"""What `--help` of commands about guests that are saved and restored says below their options."""
 
 from __future__ import annotations
 
@@ -70,35 +70,4 @@ none of it. It is encrypted if the agent has a --repository-key. A repository th
 
 exit codes
   0 there is one;  25 the place cannot be used, or has something else in it. All of them: 'vmferry exit-codes'.
-"""
-VERIFY_EPILOG = """\
-Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
-snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs').
-
-exit codes
-  0 everything is whole;  12 cancelled;  25 something is damaged. All of them: 'vmferry exit-codes'.
-"""
-PRUNE_EPILOG = """\
-Plans first, by looking at every snapshot, shows the plan, and asks. What is carried out is exactly the plan that was
-shown; if the repository has changed since (somebody saved, forgot or pruned) nothing is done, and a new plan is needed.
-In a script say --yes. To look first and decide later:
-
-  vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
-  vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
-
-It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
-stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
-
-exit codes
-  0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
-  repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
-"""
-EXPORT_EPILOG = """\
-The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
-'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
-'vmferry inspect-stream' read it. The guest's disks are not in it.
-
-examples
-  vmferry export before-upgrade /var/tmp/web1.stream
-  vmferry import /var/tmp/web1.stream web1-copy
 """
