@@ -106,6 +106,13 @@ DISK_TRIED_S = 3600.0
 """A whole copy of a disk, of a move that failed, is kept for so long: who tries again does it within the hour, and the
 room is somebody else's."""
 VM_DISKS_MAX = 12
+
+# Files beside an image whose headers are read before a guest may write to that: 10 us each on a local disk, 1 ms over a
+# network. Beyond, only what this agent itself wrote down is known of what lies on the image.
+IMAGES_BESIDE_MAX = 2048
+
+# How long that look may take: all of it over a slow network, and not what a mount takes whose server is gone.
+IMAGES_BESIDE_S = 20.0
 VM_NETWORKS_MAX = 8
 
 # No firmware starts in less.
@@ -218,6 +225,10 @@ RESCUE_S = 1800.0
 # Concluded jobs that wait to be dismissed: each holds a result of some 10 kB in memory and in the journal. Beyond, no
 # new job is taken that would wait too: who asked for results to be kept does not read them, and none is dropped.
 JOBS_UNDISMISSED_MAX = 500
+
+# Migrations of which an agent remembers while it runs how they ended, beyond those whose results it keeps: 200 bytes
+# each. A place that was not released asks for it when its host is back; of one that is forgotten it waits for a person.
+JOBS_PROVEN_MAX = 20_000
 
 # Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
 BLOCKERS_MAX = 32

@@ -76,6 +76,8 @@ def stored(host: AgentHost, folder: Path) -> Iterator[Store]:
         )
         host.flags += ["--config", str(config)]
         host.restart()
+        assert "repository-init" in host.refused("snapshots", code=25)["hint"], "none is made unasked"
+        assert host.ok("repository-init")["created"]
         yield store
     finally:
         store.close()

@@ -456,6 +456,7 @@ def test_what_was_saved_on_the_older_qemu_is_restored_on_the_newer(
     """`vmferry save` there, `vmferry restore` here: the Linux guest's own checks of memory and disk go on."""
     flags = ["--repository", str(tmp_path / "repository")]
     pair = make_pair(OLDEST, NEWEST, clear_text=True, flags_a=flags, flags_b=flags)
+    assert pair.a.ok("repository-init")["created"]
     pair.a.ok("run", guests.linux("web1", memory_mib=128), timeout_s=120)
     serial = pair.a.vm_directory("web1") / "serial.log"
     wait_true(partial(_ticks, serial, 20), timeout_s=90, why="it ticks")

@@ -170,8 +170,8 @@ def test_disks_of_the_same_instant(version: str, make_pair: MakePair, guests: Gu
     """The guest writes to its disk and checks it all the time; so does what was kept of it, on top of the old image.
     And with its new files the guest still moves."""
     pair = make_pair(version)
-    host = pair.a
-    host.ok("run", guests.linux())
+    host, spec = pair.a, guests.linux()
+    host.ok("run", spec)
     host.refused("save", "web1", "one", code=8)
     with host.console("web1") as console:
         console.wait_ready(timeout_s=WALKS_S)
@@ -202,6 +202,11 @@ def test_disks_of_the_same_instant(version: str, make_pair: MakePair, guests: Gu
     with pair.b.console("web1") as console:
         console.wait_walks(2, timeout_s=WALKS_S, region="disk")
     assert pair.judge(*folders).complaints() == []
+    pair.b.ok("stop", "web1", "--force")
+    for each in (pair.a, pair.b):  # one knows its save, the other sees the file
+        refused = each.refused("run", spec, code=8)
+        assert f'path = "{disk["overlay"]}"' in refused["hint"], refused
+    assert Path(disk["path"]).stat().st_mtime_ns == disk["mtime_ns"]
 
 
 @pytest.mark.parametrize("version", QEMUS)

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vmferry import __version__
+from vmferry import __version__, limits
 from vmferry.agent import control, destination_act, peer_commands, rescue_commands, source_act, standing
 from vmferry.agent.blockers import Blockers
 from vmferry.agent.chores import Chores
@@ -93,7 +93,9 @@ class Agent:
         self.known_jobs: dict[str, dict[str, Any]] = {}
         """Destination jobs that the journal knows to be over: the last `facts_wire`."""
         self.results: dict[str, dict[str, Any]] = {}
-        """Ended source jobs, by id: what `status` shows."""
+        """The newest ended source jobs, by id, and those that wait to be dismissed: what `status` shows."""
+        self._outcomes: dict[str, str] = {}
+        """How older ones ended: a place that was not released may ask for it as long as it is there."""
         context = None if self._is_clear else tls.client_context(self._pki)
         self.peers = Peers(
             config.peers, context, clock=self.clock, on_event=self.on_peer_event, connect=self.host.connect
@@ -256,6 +258,14 @@ class Agent:
             MIGRATE.name, attempt.job, wire, auto_dismiss=attempt.wanted.auto_dismiss,
             auto_finalize=attempt.wanted.auto_finalize,
         )  # fmt: skip
+        self._outcomes |= {job: str(old["outcome"]) for job, old in self.jobs.forget_old(self.results).items()}
+        for job in list(self._outcomes)[: -limits.JOBS_PROVEN_MAX]:
+            del self._outcomes[job]
+
+    def outcome_of(self, job: str) -> str | None:
+        """How a migration away from here ended, as far as that is remembered."""
+        result = self.results.get(job)
+        return self._outcomes.get(job) if result is None else str(result["outcome"])
 
     async def adopt_arrived(self, attempt: DestinationAttempt) -> None:
         machine = attempt.machine

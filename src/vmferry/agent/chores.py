@@ -33,7 +33,7 @@ from vmferry.agent.wants import ChoreWanted
 from vmferry.core.chores import ChoreFact, ChoreLog, awaits_leave, chore_job, chore_status
 from vmferry.core.job import KINDS, Answer, JobStatus, Verb, answer, path
 from vmferry.errors import Busy, CancelRefused, MigrationCancelled, MigrationFailed, UsageError, VmferryError
-from vmferry.jobs.journal import KEEP_ENDED_JOBS, Entry, JobState
+from vmferry.jobs.journal import Entry, JobState
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
@@ -294,7 +294,7 @@ class Chores:
         self._jobs: dict[str, Chore] = {}
         """Those at work."""
         self.results: dict[str, dict[str, Any]] = {}
-        """Ended ones, by job."""
+        """The newest ended ones, by job, and those that wait to be dismissed."""
 
     def by_id(self, job: str) -> Chore | None:
         """The chore with this id that is at work, or None."""
@@ -357,12 +357,11 @@ class Chores:
         """It has ended, and its end is in the journal."""
         del self._jobs[chore.job]
         self.results[chore.job] = wire
-        while len(self.results) > KEEP_ENDED_JOBS:  # the oldest; what waits to be dismissed is in the job book
-            del self.results[next(iter(self.results))]
         self._agent.jobs.ended(
             chore.kind, chore.job, wire, auto_dismiss=chore.wanted.auto_dismiss,
             auto_finalize=chore.wanted.auto_finalize,
         )  # fmt: skip
+        self._agent.jobs.forget_old(self.results)
 
     def _run(self, chore: Chore) -> None:
         self._agent.keep_task(asyncio.create_task(chore.run(), name=f"chore-{chore.job}"))

@@ -381,6 +381,7 @@ COMMANDS: dict[str, CommandRow] = {
     "restored-disk-remove": CommandRow(restored_disks.RemoveArguments, restored_disks.remove),
     "vm-save": CommandRow(saves.SaveArguments, saves.save, at_vm=True),
     "snapshots": CommandRow(NoArguments, snapshot_commands.snapshots),
+    "repository-init": CommandRow(NoArguments, snapshot_commands.init),
     "snapshot-verify": CommandRow(snapshot_commands.VerifyArguments, snapshot_commands.verify),
     "snapshot-forget": CommandRow(snapshot_commands.SnapshotName, snapshot_commands.forget),
     "snapshot-prune": CommandRow(snapshot_commands.PruneArguments, snapshot_commands.prune),

@@ -40,6 +40,7 @@ from vmferry.core.job import (
 from vmferry.core.migration_status import coarse
 from vmferry.core.status import destination_status, source_status
 from vmferry.errors import Busy, UnknownJob
+from vmferry.jobs import journal
 from vmferry.jobs.journal import Entry, JobState
 
 if TYPE_CHECKING:
@@ -157,6 +158,15 @@ class JobBook:
             job_events.tell_state(self.agent, kind, job=job, vm=str(result["vm"]), state=JobStatus.NULL)
         else:
             self._ended[kind, job] = Ended(kind, job, result, auto_finalize)
+
+    def forget_old(self, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Takes the oldest of these results of ended jobs away, and returns them: so many are kept as the journal keeps
+        at its start, not counting those that wait to be dismissed."""
+        waiting = {job for _, job in self._ended}
+        old = [job for job in results if job not in waiting][: -journal.KEEP_ENDED_JOBS]
+        # The newest attempt of a VM is shown as long as there is no newer one, unless it was dismissed.
+        self.dismissed -= set(old) - {attempt.job for attempt in self.agent.attempts.values()}
+        return {job: results.pop(job) for job in old}
 
     def remember(self, kind: str, state: JobState) -> None:
         """The same of one that the journal tells of, when the agent begins."""

@@ -369,9 +369,8 @@ async def _wanted(agent: Agent, who: str | None, arguments: dict[str, Any]) -> d
     """A destination asks whether its place is still wanted. The answer is no only where the job ended with the guest
     here: of a job that is not known, or whose guest was lost with its process, the place may have the only copy. That
     the job is over is said beside it, for a place that knows that nothing of the guest ever came to it."""
-    job = str(arguments["job"])
-    result = agent.results.get(job)
-    outcome = None if result is None else Outcome(result["outcome"])
+    found = agent.outcome_of(str(arguments["job"]))
+    outcome = None if found is None else Outcome(found)
     return {"wanted": outcome is not Outcome.SOURCE, "over": outcome in (Outcome.SOURCE, Outcome.LOST)}
 
 

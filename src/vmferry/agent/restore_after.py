@@ -48,6 +48,8 @@ async def take_up(agent: Agent, state: JobState) -> None:
     wanted = msgspec.convert(state.body, RestoreWanted)
     attempt = RestoreAttempt(agent, wanted)
     attempt.images = msgspec.convert(state.images, dict[str, tuple[int, int]])
+    attempt.was_restored = True
+    attempt.page_bytes = msgspec.convert(state.host_pages, dict[str, int])
     attempt.has_written_starting = state.starting
     attempt.note(F.WANTED)
     found = agent.vms.get(wanted.vm)

@@ -79,7 +79,6 @@ class Feed:
         self._on_news = on_news
         self.is_lazy, self._is_broken = lazy, broken
         self._trouble: Trouble | None = None
-        self.order = order
         blocks = [
             RamBlock(each.name, each.size_bytes, size if (size := page_bytes.get(each.name, PAGE_BYTES)) != PAGE_BYTES
                      else None)
@@ -121,6 +120,11 @@ class Feed:
         self.outgoing.ledger.listen(self._hear_rejoined)
         self.source.start()
         self.outgoing.recover(lambda: sock)
+
+    @property
+    def touches(self) -> Touches:
+        """What the guest asked for over this connection."""
+        return self.source.touches
 
     @property
     def trouble(self) -> Trouble | None:

@@ -148,12 +148,17 @@ class RestoredDisks:
         """Those of a restore that is over."""
         self._ended |= {each.path: each for each in disks}
 
-    async def here(self) -> list[RestoredDisk]:
-        """Those that are there, also of restores at work."""
+    def known(self) -> list[RestoredDisk]:
+        """Those that were made and are not known to be gone, also by restores at work."""
         known = dict(self._ended)
         for attempt in self._agent.restores.at_work():
             known |= {each.path: each for each in of_job(attempt.wanted, attempt.images)}
-        return await asyncio.to_thread(lambda: [each for each in known.values() if each.is_there()])
+        return list(known.values())
+
+    async def here(self) -> list[RestoredDisk]:
+        """Those that are there, also of restores at work."""
+        known = self.known()
+        return await asyncio.to_thread(lambda: [each for each in known if each.is_there()])
 
     async def look(self) -> Needs:
         """Who needs which file."""

@@ -40,7 +40,6 @@ from vmferry.agent.restore_definition import (
     memory_objection,
     renew,
 )
-from vmferry.agent.restore_feed import Feed
 from vmferry.agent.restored_disks import RestoredDisks
 from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
 from vmferry.agent.touch_orders import TouchOrders
@@ -55,6 +54,7 @@ from vmferry.vm import spec as vm_spec
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
+    from vmferry.engine.lazy import Touches
     from vmferry.store.manifest import Head
     from vmferry.store.repository import Repository
 
@@ -103,9 +103,9 @@ class Restores:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._jobs: dict[str, RestoreAttempt] = {}
-        """By VM; the newest."""
+        """Those at work, by VM."""
         self.results: dict[str, dict[str, Any]] = {}
-        """Ended restores, by job."""
+        """The newest ended restores, by job, and those that wait to be dismissed."""
         self.orders = TouchOrders(agent.config.state_dir / "first-touches")
         self.snapshots = OpenSnapshots(agent, self.orders, on_new=self._retry)
         self.disks = RestoredDisks(agent, ask=identities)
@@ -205,6 +205,8 @@ class Restores:
 
     async def over(self, attempt: RestoreAttempt, result: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
+        if self._jobs.get(attempt.vm) is attempt:
+            del self._jobs[attempt.vm]  # with the tables of its snapshot
         self.results[attempt.job] = result
         self.disks.remember(restored_disks.of_job(attempt.wanted, attempt.images))
         kept = attempt.kept
@@ -213,12 +215,13 @@ class Restores:
         if attempt.has_opened:
             self.snapshots.release(attempt.wanted.snapshot)
         if attempt.wanted.lazy:
-            self._agent.keep_task(asyncio.create_task(self.unpin(attempt.job), name=f"unpin-{attempt.job}"))
+            self._agent.keep_task(asyncio.create_task(self.unpin(attempt), name=f"unpin-{attempt.job}"))
         self._agent.publish("RESTORE", attempt.brief())
         self._agent.jobs.ended(
             RESTORE.name, attempt.job, result, auto_dismiss=attempt.wanted.auto_dismiss,
             auto_finalize=attempt.wanted.auto_finalize,
         )  # fmt: skip
+        self._agent.jobs.forget_old(self.results)
 
     async def cancel(self, job: str) -> None:
         """The restore is given up. Raises JobRefused once its guest may have run, also if that came to be while the
@@ -261,10 +264,9 @@ class Restores:
                 await attempt.machine.close()
         await self.snapshots.close()
 
-    async def remember_touches(self, wanted: RestoreWanted, feed: Feed) -> None:
-        """What the guest of a lazy restore asked for, if nobody knows it yet of this snapshot."""
-        touches = feed.source.touches
-        if wanted.lazy and len(touches) and not feed.order:
+    async def remember_touches(self, wanted: RestoreWanted, touches: Touches) -> None:
+        """What the guest of a lazy restore asked for, in its order, from the first page on."""
+        if wanted.lazy and len(touches):
             await self._agent.snapshot_store.run(self.orders.put, wanted.snapshot, touches)
 
     # --- pins -----------------------------------------------------------------------------------------------
@@ -277,10 +279,14 @@ class Restores:
         pin = pins.Pin(wanted.job, wanted.snapshot, self._agent.config.name, wanted.vm)
         await self._agent.snapshot_store.with_repository(lambda repository: pins.put(repository, pin))
 
-    async def unpin(self, job: str) -> None:
-        """It is whole or ended. Tried until the repository takes it, or the agent ends: then a person drops it."""
+    async def unpin(self, attempt: RestoreAttempt) -> None:
+        """It is whole or ended. Tried until the repository takes it, or the agent ends: then the next one does it. A
+        pin that is on its way is waited for: what is not there yet cannot be taken away."""
         from vmferry.store import pins
 
+        if attempt.pinning is not None:
+            await asyncio.gather(attempt.pinning, return_exceptions=True)
+        job = attempt.job
         pause_s = limits.RESTORE_RETRY_MIN_S
         while True:
             try:

@@ -30,12 +30,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start
+from vmferry.agent import guest_memory, job_events, overlays, rescue, restore_start, touch_orders
 from vmferry.agent.machine import Machine
 from vmferry.agent.open_snapshots import Opened
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.restore_definition import Overlay, disk_objections
-from vmferry.agent.restore_feed import Feed, Progress, block_objection
+from vmferry.agent.restore_feed import PAGE_BYTES, Feed, Progress, block_objection
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
@@ -50,6 +50,7 @@ from vmferry.vm.runtime import RuntimePaths
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.engine.lazy import Touches
     from vmferry.engine.outgoing import OutgoingOutcome
 
 log = logging.getLogger("vmferry.agent")
@@ -99,9 +100,15 @@ class RestoreAttempt:
         self._news = asyncio.Event()
         self._opened: Opened | None = None
         self._is_pinned = False
-        self._page_bytes: dict[str, int] = {}
-        """The host pages of its QEMU's blocks."""
+        self.pinning: asyncio.Task[None] | None = None
+        """What puts its pin; it comes to its end whatever becomes of the restore."""
+        self.page_bytes: dict[str, int] = {}
+        """The host pages of its QEMU's blocks; one that is not named has pages of 4 KiB."""
         self._rejoins = 0
+        self.was_restored = False
+        """An earlier agent began it."""
+        self._touches: Touches | None = None
+        """What the guest asked for over connections that broke."""
         self.kept: KeptVm | None = None
         """The guest as this host keeps it."""
         self.was_adopted = False
@@ -365,6 +372,7 @@ class RestoreAttempt:
         opened = await reading
         self.note(F.READ)
         self._check(opened, lines)
+        await self._write_page_bytes(lines)
         # Once more: 1. the command looks at the stored images  2. somebody writes to one  3. QEMU opens it
         changed = await asyncio.to_thread(disk_objections, opened.disks)
         if changed:
@@ -376,7 +384,12 @@ class RestoreAttempt:
         if self._opened is None:
             self._opened = await self.agent.restores.snapshots.open(self.wanted.snapshot)
         if self.wanted.lazy and not self._is_pinned:
-            await self.agent.restores.pin(self.wanted)
+            # 1. a cancel ends this while the pin is being put, in a thread  2. it is taken away, before it is there
+            # 3. it lands, and nothing can be pruned any more. So whoever takes it away waits for the task first.
+            if self.pinning is None or self.pinning.done():
+                self.pinning = asyncio.create_task(self.agent.restores.pin(self.wanted), name=f"pin-{self.job}")
+                self.agent.keep_task(self.pinning)
+            await asyncio.shield(self.pinning)
             self._is_pinned = True
         return self._opened
 
@@ -393,7 +406,13 @@ class RestoreAttempt:
         objection = block_objection(opened.reader.head.blocks, lines)
         if objection:
             raise PlanRefused(f"{self.vm}: {objection}", side="client")
-        self._page_bytes = {line.name: line.page_bytes for line in lines}
+
+    async def _write_page_bytes(self, lines: tuple[RamBlockLine, ...]) -> None:
+        """A QEMU with huge pages takes each in one piece: the next agent, which joins its postcopy again, cannot ask it
+        while its main loop waits for one."""
+        self.page_bytes = {line.name: line.page_bytes for line in lines if line.page_bytes != PAGE_BYTES}
+        if self.page_bytes:
+            await self.agent.journal.append(Entry.HOST_PAGES, self.job, dict(self.page_bytes))
 
     async def _load(self) -> None:
         machine, opened = self.machine, self._opened
@@ -414,7 +433,7 @@ class RestoreAttempt:
             self.note(F.LOADING)
             await machine.execute("migrate-incoming", arguments)
             feed = self.feed = await self._make_feed(
-                opened, lazy=self.wanted.lazy, page_bytes=self._page_bytes, order=opened.order,
+                opened, lazy=self.wanted.lazy, page_bytes=self.page_bytes, order=opened.order,
                 name=f"restore-{self.job[:6]}",
             )  # fmt: skip
         except BaseException:
@@ -449,8 +468,6 @@ class RestoreAttempt:
         assert machine is not None
         await self.drop_feed()
         opened = await self._read()
-        # Of a QEMU that an earlier agent started: what its guest had, for the definition is the same.
-        sizes = self._page_bytes or {block.name: block.page_bytes for block in opened.reader.head.blocks}
         self._rejoins += 1
         path_there = self.runtime.recovery_path(self._rejoins)
         with contextlib.suppress(FileNotFoundError):
@@ -460,8 +477,9 @@ class RestoreAttempt:
         try:
             await asyncio.to_thread(ours.connect, path_there)
             feed = self.feed = await self._make_feed(
-                opened, lazy=True, page_bytes=sizes, broken=True, name=f"restore-{self.job[:6]}-{self._rejoins}"
-            )
+                opened, lazy=True, page_bytes=self.page_bytes, order=opened.order, broken=True,
+                name=f"restore-{self.job[:6]}-{self._rejoins}",
+            )  # fmt: skip
         except BaseException:
             ours.close()
             raise
@@ -477,6 +495,7 @@ class RestoreAttempt:
         feed, self.feed = self.feed, None
         if feed is not None:
             self._progress, self._outcome = feed.progress(), feed.outcome()
+            self._touches = touch_orders.joined(self._touches, feed.touches)
             await feed.stop()
 
     async def _end(self) -> None:
@@ -485,7 +504,7 @@ class RestoreAttempt:
             self._progress = feed.progress()
             feed.outgoing.saw_running()
             await self._options_back()
-            await self.agent.restores.remember_touches(self.wanted, feed)
+            await self._remember_touches(feed)
         elif F.KEPT in self.log and F.GONE in self.log and not self.was_adopted:
             self.agent.restores.adopt(self)  # as any VM of this host whose QEMU has ended
         result = self.wire() | {"over": True, "state": JobStatus.CONCLUDED.value}
@@ -493,6 +512,13 @@ class RestoreAttempt:
         await self.drop_feed()
         self.note(F.ENDED)
         await self.agent.restores.over(self, result)
+
+    async def _remember_touches(self, feed: Feed) -> None:
+        """Not with an order that was known: what was read ahead in it was never asked for. Nor after a restart: how the
+        guest began is known to nobody any more."""
+        if not self.was_restored and self._opened is not None and self._opened.order is None:
+            touches = touch_orders.joined(self._touches, feed.touches)
+            await self.agent.restores.remember_touches(self.wanted, touches)
 
     async def _options_back(self) -> None:
         """The next migration of this QEMU begins with nothing of this one. Trouble is a line in the log: it sets its

@@ -71,6 +71,7 @@ def wire(job: SaveJob) -> dict[str, Any]:
         "known_pages": None if counts is None else counts.known,
         "stored_bytes": None if counts is None else counts.stored_bytes,
         "disks": [disk.to_wire() for disk in job.disks],
+        "goes_on_in": {each.path: each.overlay for each in job.wanted.overlays if SaveFact.DISKS in job.facts},
         "notes": list(job.notes),
         "error": None if job.error is None else job.error.to_wire(),
         "timeline": _timeline(job),

@@ -65,9 +65,9 @@ class Saves:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._jobs: dict[str, SaveJob] = {}
-        """By VM; the newest."""
+        """Those at work, by VM."""
         self.results: dict[str, dict[str, Any]] = {}
-        """Ended saves, by job."""
+        """The newest ended saves, by job, and those that wait to be dismissed."""
 
     def active(self, vm: str) -> SaveJob | None:
         """The VM's save that is at work, or None."""
@@ -118,10 +118,13 @@ class Saves:
 
     def is_over(self, save: SaveJob, wire: dict[str, Any]) -> None:
         """It has ended, and its end is in the journal."""
+        if self._jobs.get(save.vm) is save:
+            del self._jobs[save.vm]  # with the maps of all the guest's pages
         self.results[save.job] = wire
         self._agent.jobs.ended(
             SAVE.name, save.job, wire, auto_dismiss=save.wanted.auto_dismiss, auto_finalize=save.wanted.auto_finalize
         )
+        self._agent.jobs.forget_old(self.results)
 
     async def restore(self, state: JobState, jobs: Iterable[JobState]) -> None:
         """What the journal says of one, among all jobs in their order. A save that was at work is walked back: what had

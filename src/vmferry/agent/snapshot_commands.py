@@ -83,6 +83,20 @@ async def snapshots(agent: Agent, arguments: Any) -> dict[str, Any]:
     }
 
 
+async def init(agent: Agent, arguments: Any) -> dict[str, Any]:
+    """A repository in the place that this agent is configured with. One that is there is left as it is.
+
+    Raises RepositoryError: nothing was made."""
+    store = agent.snapshot_store
+    found, is_new = await store.run(store.make_repository)
+    return {
+        "repository": store.place,
+        "id": found.config.repository,
+        "created": is_new,
+        "encrypted": found.config.encryption is not None,
+    }
+
+
 def _snapshots(repository: Repository) -> tuple[list[SnapshotInfo], list[Pin]]:
     from vmferry.store.pins import all_pins
 

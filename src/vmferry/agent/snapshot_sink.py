@@ -7,8 +7,8 @@ because only then the guest's blocks are known; pages go to it through a small q
 `commit` follows in another thread, after the endpoint and that one have ended, so the writer has one user at a time.
 
 While the guest stands for its last pages it shall not wait for a store, which may be far away: `spill` has what comes
-from then on written into a nameless file of this host, and `commit` puts it into packs when the guest has gone on.
-A pack that is being put at that moment, or never ends, holds up the queue and not the guest.
+from then on written into a nameless file of this host (`Spill`); `commit` puts it into packs when the guest has gone
+on. A pack that is being put at that moment, or never ends, holds up the queue and not the guest.
 
 If the repository has an earlier snapshot of the same VM, changed pages are kept as differences to it.
 
@@ -21,19 +21,18 @@ Rule 3: what was spilled is put in the order in which it came, after everything 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
+from vmferry.agent.spill import Spill
 from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
@@ -102,7 +101,7 @@ class SnapshotSink:
         self._is_over = threading.Event()
         self._spill_folder = spill_folder
         self._is_spilling = False
-        self._spilled: BinaryIO | None = None
+        self._spilled: Spill | None = None
         self._changed = threading.Condition()
         """Guards what follows."""
         self._queue: deque[tuple[str, Numbers, Pages | None]] = deque()
@@ -136,14 +135,8 @@ class SnapshotSink:
         try:
             if self._spilled is None:
                 assert self._spill_folder is not None, "it says whether there is spilling"
-                self._spill_folder.mkdir(mode=0o700, exist_ok=True)
-                self._spilled = tempfile.TemporaryFile(dir=self._spill_folder, prefix="vmferry-save-")  # noqa: SIM115
-            room = os.fstatvfs(self._spilled.fileno())
-            if room.f_bavail * room.f_frsize - pages.nbytes < limits.SAVE_SPILL_LEAVES_BYTES:
-                raise RepositoryError(
-                    f"{self._spill_folder} has no room for the guest's last pages: the agent's journal needs the rest",
-                    hint="make room there, or say --pause",
-                )
+                is_secret = self._repository.config.encryption is not None
+                self._spilled = Spill(self._spill_folder, is_secret=is_secret)
             self._spilled.write(np.ascontiguousarray(pages).data)
         except OSError as error:
             raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
@@ -273,7 +266,7 @@ class SnapshotSink:
 
     def _put_spilled(self, writer: SnapshotWriter) -> None:
         if self._spilled is not None:
-            self._spilled.seek(0)
+            self._spilled.rewind()
         while self._order:
             block, numbers, is_zero = self._order.popleft()
             if is_zero:

@@ -6,6 +6,11 @@ Theory of operation
 folder, or the address of an object store. `open_repository` gives the open one; everything that may wait for a disk or
 a network goes through `run`, whose threads are few, named, and never the event loop's.
 
+A place that somebody configured is never made a repository unasked (`make_repository` is the word for it):
+
+    1. the agent asks before the file system of its repository is mounted, and makes a new one in the mount point
+    2. it is mounted; the agent goes on with the keys of the other one, and writes what nobody can ever read
+
 Rule 1: the rooms `store` and `engine` are imported when a snapshot is first asked for: an agent at rest has no numpy.
 Rule 2: an error of the store stays what it is (`store.errors`), and the next call opens anew if none is open yet.
 Rule 3: whoever is cancelled while it waits in `run` leaves its work to end by itself: threads cannot be stopped. Long
@@ -18,6 +23,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +54,29 @@ def _share_one_heap() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
+def _made(backend: Backend, key: Key | None) -> Repository:
+    """A new one. Raises RepositoryError."""
+    from vmferry.store.errors import ObjectExists
+    from vmferry.store.repository import Repository
+
+    try:
+        return Repository.create(backend, key=key)
+    except ObjectExists:  # another agent was faster
+        return _opened(backend, key)
+
+
+def _opened(backend: Backend, key: Key | None) -> Repository:
+    """The one that is there. Raises ObjectMissing, and what else a store raises."""
+    from vmferry.store.errors import WrongKey
+    from vmferry.store.repository import Repository
+
+    try:
+        return Repository.open(backend, key=key)
+    except WrongKey as error:
+        hint = "--repository-key names the key file of an encrypted repository; an agent takes no pass phrase"
+        raise WrongKey(error.message, hint=hint) from error
+
+
 def is_address(repository: str) -> bool:
     """Whether it is the address of an object store, and no folder."""
     return "://" in repository and not repository.startswith("file://")
@@ -72,27 +101,102 @@ class SnapshotStore:
         return self._config.repository or str(self._config.repository_folder)
 
     def open_repository(self) -> Repository:
-        """The open repository, which is made if there is none. Waits for the store: never call it on the event loop.
+        """The open repository; the agent's own is made if there is none. Waits for the store: never call it on the
+        event loop.
 
         Raises RepositoryError in the words of `store.errors`: WrongKey, Damaged, StoreTransient (again may help),
-        StorePermanent; or for an address whose library is not installed.
+        StorePermanent; or for a configured place that has none, or an address whose library is not installed.
         """
-        from vmferry.store.errors import ObjectExists, ObjectMissing
-        from vmferry.store.repository import Repository
+        from vmferry.store.errors import ObjectMissing
 
         with self._lock:
             if self._repository is None:
                 key = self._key()
                 if self._backend is None:
+                    self._require_config()
                     self._backend = self._open_backend()
                 try:
-                    self._repository = Repository.open(self._backend, key=key)
-                except ObjectMissing:
-                    try:
-                        self._repository = Repository.create(self._backend, key=key)
-                    except ObjectExists:  # another agent was faster
-                        self._repository = Repository.open(self._backend, key=key)
+                    self._repository = _opened(self._backend, key)
+                except ObjectMissing as error:
+                    if self._config.repository:
+                        raise self._none(error) from error
+                    self._repository = _made(self._backend, key)
             return self._repository
+
+    def make_repository(self) -> tuple[Repository, bool]:
+        """The repository of the configured place, made there if there is none; and whether it was. In a thread.
+
+        Raises RepositoryError as `open_repository`, and for a place that has something else in it; nothing was made."""
+        from vmferry.store.errors import ObjectMissing
+
+        with self._lock:
+            if self._repository is not None:
+                return self._repository, False
+            key = self._key()
+            if self._backend is None:
+                self._require_room()
+                self._backend = self._open_backend()
+            try:
+                self._repository = _opened(self._backend, key)
+            except ObjectMissing:
+                others = [] if self._folder is not None else [entry.name for entry in self._backend.list("")]
+                if others:
+                    raise self._not_empty(others) from None
+                self._repository = _made(self._backend, key)
+                return self._repository, True
+            return self._repository, False
+
+    @property
+    def _folder(self) -> Path | None:
+        """None: it is an object store."""
+        where = self._config.repository
+        if is_address(where):
+            return None
+        return Path(where.removeprefix("file://")) if where else self._config.repository_folder
+
+    def _require_config(self) -> None:
+        """Before anything is opened in a configured folder, for that makes the folder. Raises RepositoryError."""
+        from vmferry.store import config as config_object
+
+        if not self._config.repository or self._folder is None:
+            return
+        try:
+            os.stat(self._folder / config_object.NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self._none(error) from error
+        except OSError:  # whoever opens it says what is wrong
+            return
+
+    def _require_room(self) -> None:
+        """Raises RepositoryError for a folder that is somebody else's."""
+        from vmferry.store import config as config_object
+        from vmferry.store.backend import LEFTOVERS
+
+        folder = self._folder
+        if folder is None:
+            return
+        with contextlib.suppress(OSError):  # whoever opens it says what is wrong
+            names = os.listdir(folder)
+            others = [
+                name for name in names if name not in (LEFTOVERS.rstrip("/"), "lost+found") and not name.startswith(".")
+            ]
+            if others and config_object.NAME not in names:
+                raise self._not_empty(others)
+
+    def _none(self, cause: Exception) -> RepositoryError:
+        return RepositoryError(
+            f"there is no repository in {self.place}",
+            retry="after-fix",
+            hint="is its file system mounted? 'vmferry repository-init' makes a new one there",
+            cause=cause,
+        )
+
+    def _not_empty(self, names: list[str]) -> RepositoryError:
+        return RepositoryError(
+            f"{self.place} has no repository's configuration, and something else in it: {', '.join(sorted(names)[:3])}",
+            retry="after-fix",
+            hint="name an empty place",
+        )
 
     async def run(self, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         """Runs blocking work in one of the store's threads. Raises what it raises."""
@@ -110,8 +214,8 @@ class SnapshotStore:
     def _open_backend(self) -> Backend:
         from vmferry.store.local import LocalFolder
 
-        where = self._config.repository
-        if is_address(where):
+        where, folder = self._config.repository, self._folder
+        if folder is None:
             try:
                 from vmferry.store.objects import ObjectStore
             except ImportError as error:
@@ -122,7 +226,6 @@ class SnapshotStore:
                 ) from error
             options: dict[str, Any] = dict(self._config.repository_options)
             return ObjectStore(where, options)
-        folder = Path(where.removeprefix("file://")) if where else self._config.repository_folder
         return LocalFolder(folder)
 
     def _key(self) -> Key | None:

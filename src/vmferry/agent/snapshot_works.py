@@ -99,12 +99,22 @@ def _prune(repository: Repository, arguments: dict[str, Any], watch: Watch) -> d
         return shown
     watch.ask(shown, f"{len(plan.remove_packs)} packs to remove, {len(plan.empty_packs)} to write anew")
     _require_same_pins(repository, host, dropping)
-    for pin in dropping:
-        pins.remove(repository, pin.job)
+    left = list(dropping)
+
+    def drop() -> None:
+        while left:
+            pins.remove(repository, left[0].job)
+            del left[0]
+
+    def tell(done: int, whole: int) -> None:
+        watch.tell(done, whole)
+        drop()  # not before the deed is sure to begin: while it may still say that nothing was done, nothing is
+
     dropped = {"dropped_pins": shown["plan"]["drop_pins"]}
     if plan.is_empty:
+        drop()
         return shown | dropped
-    done = execute(repository, plan, on_bytes=watch.tell)
+    done = execute(repository, plan, on_bytes=tell, but_pins=frozenset(pin.job for pin in dropping))
     return shown | dropped | {"done": msgspec.to_builtins(done)}
 
 

@@ -73,6 +73,18 @@ def read(data: bytes) -> Touches | None:
     return found if found.is_sound else None
 
 
+def joined(first: Touches | None, then: Touches) -> Touches:
+    """What was touched over one connection, and then over the next one; each page once."""
+    import numpy as np
+
+    from vmferry.engine.lazy import Touches
+
+    if first is None or first.names != then.names:
+        return then
+    both = Touches(then.names, np.concatenate([first.codes, then.codes]))
+    return Touches(then.names, both.distinct()[: limits.RESTORE_ORDER_PAGES_MAX])
+
+
 class TouchOrders:
     """The files of one agent. All calls wait for the disk; none raises for what the disk says."""
 
@@ -94,8 +106,11 @@ class TouchOrders:
         return (self.folder / snapshot).exists()
 
     def put(self, snapshot: str, touches: Touches) -> None:
-        """Remembers the order, and forgets the oldest ones beyond the limit."""
+        """Remembers the order, unless one of more pages is known, and forgets the oldest ones beyond the limit."""
         assert _ID.fullmatch(snapshot), "a snapshot's id"
+        known = self.get(snapshot)
+        if known is not None and len(known) >= min(len(touches.distinct()), limits.RESTORE_ORDER_PAGES_MAX):
+            return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary = self.folder / f"{snapshot}.new"

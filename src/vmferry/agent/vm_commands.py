@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vmferry import __version__
+from vmferry.agent import disk_bases
 from vmferry.agent.claims import HINT
 from vmferry.agent.directories import remove_directory
 from vmferry.agent.machine import Machine
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmferry.agent")
 
+RUN_WAY_OUT = 'to go on from where it was, write path = {} and format = "qcow2" for that disk into the spec'
+ADOPT_WAY_OUT = "end that QEMU before it writes more, and start the guest on {}"
 LIST_S = 3.0
 STOP_S = 30.0
 
@@ -40,6 +43,8 @@ class RunArguments:
     """`vm-run`: the path of a spec on this host."""
 
     path: str
+    accept: list[str] = field(default_factory=list)
+    """'base-image': it may write to an image on which others lie."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,8 @@ class AdoptArguments:
     qmp: str
     shared: bool = True
     """Whether its disks are on storage that every host sees under the same paths."""
+    accept: list[str] = field(default_factory=list)
+    """'base-image': it writes to an image on which others lie, and that is meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +95,14 @@ def _taken(host: str, name: str) -> Busy:
 
 
 async def run_vm(agent: Agent, arguments: RunArguments) -> dict[str, Any]:
-    """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy; nothing is left then."""
+    """Starts a VM from a spec. Raises SpecError (malformed, or QEMU refuses it), Busy, PlanRefused (others lie on an
+    image that it would write to); nothing is left then."""
     spec = vm_spec.load(arguments.path)
     with agent.claims.hold(spec.name, "started"):
+        kept = agent.vms.get(spec.name)
+        if kept is None or kept.machine is None or kept.machine.is_gone:  # else its name is taken, and that is said
+            paths = [disk.path for disk in spec.disk if not disk.is_readonly]
+            await disk_bases.require_none(agent, spec.name, paths, arguments.accept, way_out=RUN_WAY_OUT)
         await _run(agent, spec)
     return await vm_status(agent, spec.name)
 
@@ -163,7 +175,8 @@ def definition_of(spec: vm_spec.VmSpec) -> VmDefinition:
 
 
 async def adopt_vm(agent: Agent, arguments: AdoptArguments) -> dict[str, Any]:
-    """Takes a running QEMU over. Raises UsageError, QemuError or SpecError; the guest is untouched in every case."""
+    """Takes a running QEMU over. Raises UsageError, QemuError, SpecError, or PlanRefused for a guest that writes to an
+    image on which others lie; the guest is untouched in every case."""
     if not vm_spec.is_name(arguments.vm):
         raise UsageError(f"{arguments.vm!r} is no name: 1 to 64 letters, digits, dots, dashes or underscores")
     with agent.claims.hold(arguments.vm, "taken over"):
@@ -186,6 +199,9 @@ async def _adopt(agent: Agent, arguments: AdoptArguments, found: vm_adopt.Adopte
         raise QemuError(f"the process behind {arguments.qmp} has just ended")
     try:
         definition = await _definition_of_adopted(arguments, machine, found, dict(kinds))
+        await disk_bases.require_none(
+            agent, arguments.vm, definition.writable_paths(), arguments.accept, way_out=ADOPT_WAY_OUT
+        )
         # Refuses now, in words, what no destination could take.
         definition.incoming_argv(RuntimePaths(str(agent.vm_directory / "trial")), agent.config.qemu)
         kept = KeptVm(

@@ -10,19 +10,23 @@ which takes about a third of the guest's memory. Two of the guests write nothing
 own checks write. The third one works (`guest/work/worker.c`): it rewrites 107 bytes in each of as many pages as are
 4.5 % of those that are not zero, all of them within ten seconds, again and again; what was measured of a Linux guest.
 
-    snapshot_ratio          what the first snapshot of a repository stored, of the guest's bytes that are not zero
-                            (pages that Linux has filled with one byte count as zeros here)
-    second_snapshot_ratio   what a second one of the guest that works, ten seconds later, stored, of what the first
+What a snapshot adds is by how much the repository grows: packs, indexes, the manifest with its tables and the device
+state, all files but locks.
+
+    snapshot_ratio          what the first snapshot of a repository adds, of the guest's bytes that are not zero (pages
+                            that Linux has filled with one byte count as zeros here)
+    second_snapshot_ratio   what a second one of the guest that works, ten seconds later, adds, of what the first
                             snapshot of a repository did: each has the same files
     idle_snapshot_ratio     the same of a guest that does nothing
     changed_share           pages that were not the same in both snapshots of the guest that works, of those that are
                             not zero, and how many of their bytes changed (`changed_bytes`, the median)
     hard_share              bytes that were stored for pages which had been compressed before they came into the guest
-                            (zstd leaves more than nine tenths of them), of all that the first snapshot stored, about
-    second_vm_ratio         what a second VM from the same files stored, of what the first one did
+                            (zstd leaves more than nine tenths of them), of all that the first snapshot added, about
+    second_vm_ratio         what a second VM from the same files adds, of what the first one did
     agent_peak_bytes        the most memory that the agent had while it saved a large guest
 
-Rule 1: every number is read from what the commands told, or from /proc of the agent; none is written down here.
+Rule 1: every number is read from what the commands told, from the repository's files, or from /proc of the agent; none
+        is written down here.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ import numpy.typing as npt
 
 from vmferry.cli.render import table
 from vmferry.demo.setup import choose_qemu, find_guest, read_answer, vmferry_command
+from vmferry.store.backend import LEFTOVERS
 from vmferry.store.compression import Compressor
 from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import ZERO
@@ -214,7 +219,26 @@ def _poisoned(agent: OneAgent, snapshot: str) -> int:
         return found
 
 
-def _hard_share(agent: OneAgent, snapshot: str, stored_bytes: int) -> float:
+def repository_bytes(folder: Path) -> int:
+    """What a repository takes in its folder, but for what is only there while somebody works on it."""
+    passing = {folder / "locks", folder / LEFTOVERS.rstrip("/")}
+    return sum(
+        (Path(place) / name).stat().st_size
+        for place, _, names in os.walk(folder)
+        if Path(place) not in passing
+        for name in names
+    )
+
+
+def saved(agent: OneAgent, vm: str, name: str) -> dict[str, Any]:
+    """A save as the command tells it, and `added_bytes`: by how much the repository grew."""
+    folder = agent.folder / "state" / "repository"
+    before = repository_bytes(folder)
+    wire = agent.vmferry("save", vm, name)
+    return {**wire, "added_bytes": repository_bytes(folder) - before}
+
+
+def _hard_share(agent: OneAgent, snapshot: str, added_bytes: int) -> float:
     """See the module's text. One page of some is looked at."""
     repository = Repository.open(LocalFolder(agent.folder / "state" / "repository"))
     compressor = Compressor(1)
@@ -222,7 +246,7 @@ def _hard_share(agent: OneAgent, snapshot: str, stored_bytes: int) -> float:
         rows = np.concatenate([reader.table(block.name) for block in reader.head.blocks])
         some = np.unique(rows[rows != ZERO])[::SAMPLED]
         sizes = [len(compressor.frame(reader.source.page(row).data)) for row in some.tolist()]
-    return round(sum(size for size in sizes if size > HARD * PAGE_BYTES) * SAMPLED / stored_bytes, 3)
+    return round(sum(size for size in sizes if size > HARD * PAGE_BYTES) * SAMPLED / added_bytes, 3)
 
 
 def _changed_bytes(agent: OneAgent, before: str, after: str) -> npt.NDArray[np.int64]:
@@ -250,22 +274,23 @@ def sizes(agent: OneAgent, *, memory_mib: int) -> dict[str, Any]:
     """The ratios of the module's text, in a repository that is empty before."""
     initrd = initrd_with_files(agent.folder, memory_mib * MIB // MATERIAL_SHARE)
     agent.run("one", memory_mib=memory_mib, initrd=initrd)
-    first = agent.vmferry("save", "one", "first")
+    first = saved(agent, "one", "first")
     time.sleep(LATER_S)  # what is measured is what a guest does in this time
-    second = agent.vmferry("save", "one", "second")
+    second = saved(agent, "one", "second")
     agent.run("two", memory_mib=memory_mib, initrd=initrd)
-    other = agent.vmferry("save", "two", "other")
+    other = saved(agent, "two", "other")
     not_zero = first["pages"] - first["zero_pages"] - _poisoned(agent, first["snapshot"])
     return {
         "memory_mib": memory_mib,
         "way": first["way"],
         "not_zero_bytes": not_zero * PAGE_BYTES,
-        "stored_bytes": first["stored_bytes"],
-        "snapshot_ratio": round(first["stored_bytes"] / (not_zero * PAGE_BYTES), 4),
-        "hard_share": _hard_share(agent, first["snapshot"], first["stored_bytes"]),
-        "idle_snapshot_ratio": round(second["stored_bytes"] / first["stored_bytes"], 4),
+        "added_bytes": first["added_bytes"],
+        "packs_bytes": first["stored_bytes"],
+        "snapshot_ratio": round(first["added_bytes"] / (not_zero * PAGE_BYTES), 4),
+        "hard_share": _hard_share(agent, first["snapshot"], first["added_bytes"]),
+        "idle_snapshot_ratio": round(second["added_bytes"] / first["added_bytes"], 4),
         **_working(agent, first, not_zero, memory_mib=memory_mib, initrd=initrd),
-        "second_vm_ratio": round(other["stored_bytes"] / first["stored_bytes"], 4),
+        "second_vm_ratio": round(other["added_bytes"] / first["added_bytes"], 4),
         "save_ms": first["total_ms"],
         "downtime_ms": first["downtime_ms"],
         "second_save_ms": second["total_ms"],
@@ -277,13 +302,13 @@ def _working(agent: OneAgent, first: dict[str, Any], not_zero: int, *, memory_mi
     work = f"rdinit=/worker work_pages={round(not_zero * CHANGED_SHARE)} work_bytes={CHANGED_BYTES} "
     agent.run("three", memory_mib=memory_mib, initrd=initrd, work=f"{work} work_seconds={LATER_S:.0f}")
     time.sleep(LATER_S)  # each page has been rewritten once, as in every later ten seconds
-    before = agent.vmferry("save", "three", "working-1")
+    before = saved(agent, "three", "working-1")
     time.sleep(LATER_S)
-    after = agent.vmferry("save", "three", "working-2")
+    after = saved(agent, "three", "working-2")
     changed = _changed_bytes(agent, before["snapshot"], after["snapshot"])
     return {
-        "second_snapshot_ratio": round(after["stored_bytes"] / first["stored_bytes"], 4),
-        "second_stored_bytes": after["stored_bytes"],
+        "second_snapshot_ratio": round(after["added_bytes"] / first["added_bytes"], 4),
+        "second_added_bytes": after["added_bytes"],
         "changed_share": round(len(changed) / not_zero, 4),
         "changed_bytes": round(float(np.median(changed)), 1) if len(changed) else 0.0,
     }

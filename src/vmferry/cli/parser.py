@@ -8,6 +8,13 @@ import os
 from typing import Any, NoReturn
 
 from vmferry import __version__
+from vmferry.cli.snapshot_epilogs import (
+    DISKS_EPILOG,
+    INIT_EPILOG,
+    RESTORE_EPILOG,
+    RUN_EPILOG,
+    SAVE_EPILOG,
+)
 from vmferry.errors import UsageError
 
 DEFAULT_SOCKET = "/run/vmferry/agent.sock"
@@ -85,56 +92,6 @@ examples
   vmferry job finalize web1
   vmferry job change web1 downtime-limit=200ms mode=postcopy
   vmferry job dismiss 3f2a
-"""
-RESTORE_EPILOG = """\
-ways
-  (none)    all memory first, then the guest runs
-  --lazy    the guest runs at once; its memory comes as it needs it, the rest behind it. If the repository is lost
-            meanwhile, the guest waits, and goes on by itself when it is back ('vmferry jobs' says so)
-
-  The stored disks stay as they are: each restore writes to overlays of its own. What the guest has in common with a
-  VM that runs (UUID, addresses of its cards) is named; what would do harm is refused before anything is started.
-
-exit codes
-  0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
-  All of them: 'vmferry exit-codes'.
-
-examples
-  vmferry restore monday --lazy
-  vmferry restore monday --as web2 --on host-b --lazy
-"""
-DISKS_EPILOG = """\
-What a restored guest writes goes into files of its own, which stay when the guest has ended: it may be wanted again.
-'vmferry stop NAME --remove-disks' ends a guest for good, together with them.
-
-examples
-  vmferry disks
-  vmferry disks --remove /var/lib/vmferry/disks/web2-1f0c9a3e-0.qcow2
-"""
-SAVE_EPILOG = """\
-ways
-  background  the guest stops for milliseconds, then its memory is taken while it goes on; pages that it is about to
-              change are taken first. Needs QEMU 11.1 or newer (older ones may hang their guest when it breaks off), a
-              kernel that can protect pages (userfaultfd), a guest that runs, no writable disk, and no --pause
-  precopy     its memory is taken while it runs, as in a migration; then it stops for what is left and its devices
-  auto        background where it can be had, else precopy (the default)
-
-disks
-  Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
-  become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
-  VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
-
-Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
-not end leaves no snapshot, only objects that 'vmferry prune' takes away.
-
-exit codes
-  0 the snapshot is there;  8 refused, nothing was touched;  9 the VM is being migrated or saved;  11 failed, the guest
-  goes on;  12 cancelled;  14 the guest is whole and paused, and QEMU does not start it;  25 the repository refuses.
-  All of them: 'vmferry exit-codes'.
-
-examples
-  vmferry save web1 before-upgrade
-  vmferry save db1 nightly --disks external-snapshot --json | jq .downtime_ms
 """
 VERIFY_EPILOG = """\
 Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
@@ -282,20 +239,28 @@ def _add_agent(commands: Any) -> None:
     agent.add_argument("--migration-ports", metavar="FIRST-LAST", help="ports for guests' memory")
     agent.add_argument("--disk-dir", metavar="DIR", help="where copies of guests' disks are put (default: same path)")
     agent.add_argument("--repository", metavar="FOLDER|URL",
-                       help="where snapshots are kept (default: 'repository' in the state directory)")  # fmt: skip
+                       help="where snapshots are kept; made by 'vmferry repository-init' (default: 'repository' in "
+                       "the state directory, which makes itself)")  # fmt: skip
     agent.add_argument("--repository-key", metavar="FILE", help="the key file of an encrypted repository")
     agent.add_argument("--qemu", metavar="PATH", help="the QEMU for guests that start or arrive here")
     agent.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
+def _add_base_image(parser: Any) -> None:
+    parser.add_argument("--accept", action="append", default=[], metavar="CODE",
+                        help="base-image: it may write to an image on which others lie")  # fmt: skip
+
+
 def _add_vm_commands(commands: Any) -> None:
-    run = _command(commands, "run", "vm_cmd:run_vm", "start a VM from a spec")
+    run = _command(commands, "run", "vm_cmd:run_vm", "start a VM from a spec", epilog=RUN_EPILOG)
     run.add_argument("spec", metavar="SPEC.toml")
+    _add_base_image(run)
     adopt = _command(commands, "adopt", "vm_cmd:adopt", "take over a QEMU that someone else started")
     adopt.add_argument("vm", metavar="NAME")
     adopt.add_argument("--qmp", required=True, metavar="PATH", help="its QMP socket on this host")
     adopt.add_argument("--local-disks", action="store_true",
                        help="its disks are not on storage that every host sees under the same paths")  # fmt: skip
+    _add_base_image(adopt)
     _command(commands, "ls", "vm_cmd:list_vms", "list every VM on every known host")
     status = _command(commands, "status", "vm_cmd:status", "show one VM and its newest migration")
     status.add_argument("vm", metavar="NAME")
@@ -465,6 +430,8 @@ def _add_snapshots(commands: Any) -> None:
                       "minute, then it goes on unsaved")  # fmt: skip
     save.add_argument("--no-auto-dismiss", action="store_true",
                       help="keep the job and its result in 'vmferry jobs' until it is dismissed")  # fmt: skip
+    _command(commands, "repository-init", "snapshot_cmd:init",
+             "make the repository that this host's agent is configured with", epilog=INIT_EPILOG)  # fmt: skip
     _command(commands, "snapshots", "snapshot_cmd:snapshots", "list the snapshots of this host's repository")
     verify = _command(commands, "verify", "chore_cmd:verify",
                       "read every snapshot and name what is damaged; changes nothing",

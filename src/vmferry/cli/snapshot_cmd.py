@@ -1,4 +1,4 @@
-"""`vmferry save`, `snapshots`, `forget`."""
+"""`vmferry save`, `snapshots`, `forget`, `repository-init`."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def _follow(client: BlockingClient, vm: str, job: str, *, quiet: bool) -> dict[s
 def _end_lines(wire: dict[str, Any]) -> Iterator[str]:
     yield from timeline_lines(wire)
     yield from ending.notes_of(wire)
-    for disk in wire["disks"]:
-        if disk["overlay"]:
-            yield f"  {disk['path']} stays as it is; the guest goes on in {disk['overlay']}"
+    for path, overlay in wire.get("goes_on_in", {}).items():
+        yield f"  {path} stays as it is; the guest goes on in {overlay}"
+        yield f'  in its spec write from now on: path = "{overlay}", format = "qcow2"'
     if not wire.get("error"):
         yield f"  {format_size(wire['pages'] * 4096)} of memory, {format_size(wire['stored_bytes'])} stored"
 
@@ -91,6 +91,17 @@ def snapshots(arguments: Namespace) -> int:
         print(line)
     for pin in wire["pins"]:
         print(f"  {pin['vm']} on {pin['host']} still has memory in {pin['snapshot'][:12]} (job {pin['job']})")
+    return 0
+
+
+def init(arguments: Namespace) -> int:
+    """Makes the repository that the agent is configured with."""
+    wire = agent_client.once(arguments.socket, "repository-init")
+    if arguments.json:
+        print(json.dumps(wire))
+        return 0
+    is_new, is_open = wire["created"], "encrypted" if wire["encrypted"] else "not encrypted"
+    print(f"{wire['repository']} {'is' if is_new else 'was already'} a repository ({wire['id'][:12]}, {is_open})")
     return 0
 
 

@@ -15,7 +15,9 @@ from vmferry.units import format_size
 
 def run_vm(arguments: Namespace) -> int:
     """Starts a VM from a spec."""
-    wire = agent_client.once(arguments.socket, "vm-run", {"path": os.path.abspath(arguments.spec)})
+    wire = agent_client.once(
+        arguments.socket, "vm-run", {"path": os.path.abspath(arguments.spec), "accept": arguments.accept}
+    )
     print(json.dumps(wire) if arguments.json else _sentence(wire))
     return 0
 
@@ -25,8 +27,9 @@ def adopt(arguments: Namespace) -> int:
     wire = agent_client.once(
         arguments.socket,
         "vm-adopt",
-        {"vm": arguments.vm, "qmp": os.path.abspath(arguments.qmp), "shared": not arguments.local_disks},
-    )
+        {"vm": arguments.vm, "qmp": os.path.abspath(arguments.qmp), "shared": not arguments.local_disks,
+         "accept": arguments.accept},
+    )  # fmt: skip
     print(json.dumps(wire) if arguments.json else _sentence(wire))
     return 0
 

@@ -73,6 +73,8 @@ class Entry(StrEnum):
     STARTING = "starting"
     """A restored guest is about to be told to run, or given to people who may: from here on nothing of it is taken away
     unless RENOUNCED follows, which an agent writes that knows that it did not send the order."""
+    HOST_PAGES = "host-pages"
+    """A restored guest's QEMU has memory in pages that are larger than 4 KiB: bytes of one, by block."""
     RAN = "ran"
     """A restored guest was seen running, or given to people paused: whether it runs is not the restore's any more."""
     SAVE_WANTED = "save-wanted"
@@ -130,6 +132,8 @@ class JobState:
     """Files that the job made: path to [device, inode]."""
     recovery_way: dict[str, Any] | None = None
     committed_generation: int | None = None
+    host_pages: dict[str, Any] = field(default_factory=dict)
+    """A restore: the pages of its QEMU's memory, in bytes by block; empty: of 4 KiB."""
     starting: bool = False
     ran: bool = False
     renounced: bool = False
@@ -229,6 +233,8 @@ def _of_job(job: JobState, entry: Written) -> None:
             job.recovery_way = entry.body
         case Entry.COMMITTED:
             job.committed_generation = int(entry.body["generation"])
+        case Entry.HOST_PAGES:
+            job.host_pages = entry.body
         case Entry.STARTING:
             job.starting = True
         case Entry.RAN:

@@ -246,16 +246,31 @@ class _Planner:
         return work.entry.size_bytes * (rows - len(work.rows)) // rows
 
 
+def _require_free(repository: Repository, but: frozenset[str]) -> None:
+    """Raises RepositoryBusy while a guest of any other job needs the repository."""
+    others = [pin for pin in pins.all_pins(repository) if pin.job not in but]
+    if others:
+        pins.require_free(repository, others[0].snapshot)
+
+
 def execute(
-    repository: Repository, plan: PrunePlan, *, stale_s: float = STORE_LOCK_STALE_S, on_bytes: OnBytes = _nobody
+    repository: Repository,
+    plan: PrunePlan,
+    *,
+    stale_s: float = STORE_LOCK_STALE_S,
+    on_bytes: OnBytes = _nobody,
+    but_pins: frozenset[str] = frozenset(),
 ) -> Pruned:
-    """Does what the plan says. Raises PlanOutdated or RepositoryBusy: nothing was done.
+    """Does what the plan says. Raises PlanOutdated or RepositoryBusy: nothing was done, and `on_bytes` was not called.
+
+    `but_pins`: jobs whose pins hold nothing up; the caller takes them away in the first `on_bytes`, which comes before
+    anything is done.
 
     After any other error, also of `on_bytes`, a part was done (see the module's text), and another plan does the rest.
     """
     lock = repository.exclusive("prune", stale_s=stale_s)
     try:
-        pins.require_free(repository)
+        _require_free(repository, but_pins)
         packs = repository.packs()
         now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
         if now != plan.seen:

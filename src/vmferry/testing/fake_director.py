@@ -26,10 +26,16 @@ if [ "$1" = info ]; then
     printf '[{"filename": "%s", "format": "qcow2"}]' "$2"
     exit
 fi
-while [ "$1" != -- ]; do shift; done
-printf 'QFI\\373' > "$2"
+base=
+while [ "$1" != -- ]; do
+    [ "$1" = -b ] && base=$2
+    shift
+done
+length=$(printf '\\%o\\%o' $((${#base} / 256)) $((${#base} % 256)))
+printf "QFI\\373\\0\\0\\0\\3\\0\\0\\0\\0\\0\\0\\0\\24\\0\\0$length%s" "$base" > "$2"
 """
-"""A qemu-img that makes images of nothing but their first bytes, and says of each that it lies on nothing."""
+"""A qemu-img that makes images of nothing but their header, which names what each lies on, and says of each that it
+lies on nothing."""
 
 
 @dataclass

@@ -459,6 +459,35 @@ async def test_a_host_that_was_thought_lost_and_restores_again_keeps_its_pins(ma
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("what", ["busy", "outdated", "another-guest", "free"])
+async def test_pins_stay_when_a_prune_says_that_nothing_was_done(make_site: MakeSite, what: str) -> None:
+    """They went before it was known whether anything may be done."""
+    site = await make_site()
+    await save(site)
+    await save(site, "two")
+    found = repository(site)
+    found.backend.put(f"packs/aa/{'a' * 32}", b"nobody's")
+    first = pin(site, "lost", "1" * 32)
+    job, plan = await planned(site, drop_pins="lost")
+    assert plan["remove_packs"] == 1
+    lock = found.shared("a save") if what == "busy" else None
+    if what == "outdated":
+        found.backend.put(f"packs/bb/{'b' * 32}", b"nobody's")
+    others = [pin(site, "host-b", "2" * 32)] if what == "another-guest" else []
+    before = objects(site)
+    await site.command("a", "job-finalize", id=job)
+    wire = await chore_ended(site, job)
+    if what == "free":
+        assert (wire["error"], pins.all_pins(found), wire["done"]["removed"]) == (None, [], 1)
+        return
+    assert wire["error"] is not None
+    assert pins.all_pins(found) == [first, *others]
+    assert objects(site) == before
+    if lock is not None:
+        lock.release()
+
+
+@pytest.mark.usefixtures("at_once")
 async def test_a_guest_that_was_restored_since_the_plan_stops_it(make_site: MakeSite) -> None:
     site = await make_site()
     await save(site)

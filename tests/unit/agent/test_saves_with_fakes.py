@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -446,3 +447,18 @@ async def test_a_save_is_no_migration_to_those_who_look(make_site: MakeSite) -> 
     await site.settle()
     assert Fact.RUN_ACKED in attempt.facts
     await site.check("b")
+
+
+async def test_a_configured_repository_is_made_by_its_own_command(make_site: MakeSite, tmp_path: Path) -> None:
+    """Not by a save: then a file system that is not mounted takes what nobody finds again."""
+    place = tmp_path / "snapshots"
+    site = await make_site("11.1", settings={"a": {"repository": str(place)}})
+    for command, more in (("vm-save", {"vm": "g", "name": "one"}), ("snapshots", {})):
+        with pytest.raises(RepositoryError, match=f"no repository in {place}"):
+            await site.command("a", command, **more)
+    assert not place.exists()
+    assert await site.command("a", "query-jobs") == []
+    wire = await site.command("a", "repository-init")
+    assert (wire["created"], wire["encrypted"], wire["repository"]) == (True, False, str(place))
+    assert not (await site.command("a", "repository-init"))["created"]
+    assert (await save(site))["outcome"] == "saved"

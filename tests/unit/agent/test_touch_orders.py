@@ -73,3 +73,18 @@ def test_a_disk_that_refuses_costs_nothing_but_time(tmp_path: Path, caplog: pyte
     orders.put("0" * 32, ORDER)
     assert "is not remembered" in caplog.text
     assert orders.get("0" * 32) is None
+
+
+def test_an_order_of_fewer_pages_replaces_none_of_more(tmp_path: Path) -> None:
+    """Several restores of a snapshot that nobody knew end one after the other."""
+    orders, snapshot = TouchOrders(tmp_path), "5" * 32
+    longer, shorter = Touches(["pc.ram"]), Touches(["pc.ram"])
+    longer.add("pc.ram", 1, 9)
+    for _ in range(20):
+        shorter.add("pc.ram", 1, 5)
+    orders.put(snapshot, longer)
+    orders.put(snapshot, shorter)
+    assert pages_of(orders.get(snapshot)) == list(range(1, 10))
+    longer.add("pc.ram", 20, 1)
+    orders.put(snapshot, longer)
+    assert pages_of(orders.get(snapshot)) == [*range(1, 10), 20]
