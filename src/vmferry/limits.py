@@ -230,6 +230,10 @@ JOBS_UNDISMISSED_MAX = 500
 # each. A place that was not released asks for it when its host is back; of one that is forgotten it waits for a person.
 JOBS_PROVEN_MAX = 20_000
 
+# Places for guests of which an agent remembers while it runs how they ended: 2 KB each. Of one that is forgotten a
+# source that had told it to run the guest hears that nobody knows.
+PLACES_PROVEN_MAX = 2_000
+
 # Blockers that people hold on one VM: a list that nobody reads any more protects nothing.
 BLOCKERS_MAX = 32
 

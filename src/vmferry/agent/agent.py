@@ -50,6 +50,7 @@ from vmferry.core.effects import DestinationEffect, Effect
 from vmferry.core.job import INCOMING, MIGRATE
 from vmferry.core.table import Outcome
 from vmferry.errors import NotTrusted
+from vmferry.jobs import journal as journals
 from vmferry.jobs.journal import Entry, JournalStore
 from vmferry.pki import tls
 from vmferry.qmp.codec import Event
@@ -288,6 +289,7 @@ class Agent:
 
     async def place_ended(self, attempt: DestinationAttempt, outcome: Outcome) -> None:
         self.known_jobs[attempt.job] = attempt.facts_wire()
+        self._forget_old_places()
         self.publish("TARGET", attempt.facts_wire())
         self.jobs.ended(
             INCOMING.name, attempt.job, attempt.result_wire(outcome), auto_dismiss=attempt.place.auto_dismiss,
@@ -299,6 +301,16 @@ class Agent:
         if attempt.machine is not None:
             await attempt.machine.close()
         remove_directory(Path(attempt.place.directory), keep_logs=False)
+
+    def _forget_old_places(self) -> None:
+        """Of the oldest that are over their last facts are kept, and of older ones nothing. Of a guest that is here the
+        place stays that it came to."""
+        here = {kept.directory for kept in self.vms.values()}
+        over = [job for job, each in self.places.items() if job in self.known_jobs and each.place.directory not in here]
+        for job in over[: -journals.KEEP_ENDED_JOBS]:
+            del self.places[job]
+        for job in list(self.known_jobs)[: -limits.PLACES_PROVEN_MAX]:
+            del self.known_jobs[job]
 
     # --- VMs ---
 

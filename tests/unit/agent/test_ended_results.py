@@ -15,7 +15,7 @@ from vmferry.agent import peer_commands
 from vmferry.agent.restores import Restores
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
-from vmferry.errors import UnknownJob, UnknownVm
+from vmferry.errors import Busy, HostUnreachable, UnknownJob, UnknownVm
 from vmferry.jobs import journal
 from vmferry.testing.fake_site import MakeSite
 
@@ -122,3 +122,33 @@ async def test_a_place_hears_how_a_migration_ended_whose_result_is_not_kept_any_
     monkeypatch.setattr(limits, "JOBS_PROVEN_MAX", 1)
     jobs.append(await cancelled())
     assert [await answer(job) for job in jobs] == [True, True, False, False, False]
+
+
+async def test_of_old_places_their_last_facts_are_kept_and_of_older_ones_nothing(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site("11.1")
+    agent, there = site.agents["a"], site.agents["b"]
+    site.director.script("a", {"pages": "hold"})
+    jobs = []
+    for _ in range(4):
+        attempt = await site.migrate()
+        await site.noted_by("a", Fact.STARTED)
+        await site.command("a", "vm-cancel", vm="g")
+        await site.settle()
+        site.noted.clear()
+        jobs.append(attempt.job)
+    assert list(there.places) == jobs[2:]
+    assert list(there.known_jobs) == jobs
+    said = await agent.peers.link("b").call("peer-target", {"job": jobs[0], "generation": 2})
+    assert said["gone"]
+    with pytest.raises(Busy, match="for good"):
+        await peer_commands._prepare(there, "a", {"vm": "g", "job": jobs[0], "source": "a"})
+    monkeypatch.setattr(limits, "PLACES_PROVEN_MAX", 1)
+    site.director.script("a")
+    arrived = await site.migrate()
+    await site.settle()
+    assert list(there.known_jobs) == [arrived.job]
+    with pytest.raises(HostUnreachable, match="not known"):
+        await agent.peers.link("b").call("peer-target", {"job": jobs[0], "generation": 2, "granted": True})
+    assert arrived.job in there.places, "its guest is here"
