@@ -60,7 +60,9 @@ class Backend(Protocol):
         ...
 
     def list(self, prefix: str) -> list[Entry]:
-        """Every object below a prefix that is empty or ends in a slash, sorted by name."""
+        """Every object below a prefix that is empty or ends in a slash, sorted by name.
+
+        All of them, or an error: what deletes goes by what is not listed."""
         ...
 
     def delete(self, name: str) -> None:

@@ -108,7 +108,7 @@ class LocalFolder:
         checked_prefix(prefix)
         found: list[Entry] = []
         with _translated(prefix or "the store"):
-            for folder, _, files in os.walk(self.root / prefix):
+            for folder, _, files in os.walk(self.root / prefix, onerror=_raise_unless_gone):
                 for file in files:
                     path = Path(folder, file)
                     with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
@@ -169,6 +169,12 @@ def _link(temporary: Path, target: Path) -> None:
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
         temporary.rename(target)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """`os.walk` passes over what it cannot read, and a pruner would take every pack for one that nobody needs."""
+    if not isinstance(error, FileNotFoundError):  # never made, or deleted since its parent was read
+        raise error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -100,6 +100,37 @@ def test_a_local_folder_tells_what_passes_from_what_does_not(
     assert store.list("") == [], "nothing is left of it"
 
 
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EACCES, StorePermanent), (errno.EUCLEAN, StorePermanent), (errno.EIO, StoreTransient),
+        (errno.ESTALE, StoreTransient),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["snapshots", "packs/ab"])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, number: int, expected: type[Exception]
+) -> None:
+    """Whoever prunes takes away what no manifest that is listed needs."""
+    store = LocalFolder(tmp_path / "store")
+    for name in ("snapshots/s", "packs/ab/c", "packs/cd/e"):
+        store.put(name, b"x")
+    real = os.scandir
+
+    def scandir(path: Path | str) -> object:
+        if str(path) == str(store.root / folder):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for prefix in ("", folder.split("/", maxsplit=1)[0] + "/"):
+        with pytest.raises(expected):
+            store.list(prefix)
+    monkeypatch.undo()
+    assert len(store.list("")) == 3
+    assert store.list("pins/") == [], "nobody has put one: that is no error"
+
+
 def test_a_real_full_disk_leaves_nothing_of_the_object() -> None:
     """/dev/full takes no byte; a folder on it there is not, so the file is opened in its place."""
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store import pins
 from vmferry.store.config import PassPhrase
-from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy
+from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy, StorePermanent
 from vmferry.store.index import index_name
+from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.prune import PrunePlan, execute, plan_prune
 from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository
 from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
 from vmferry.testing.failing_store import Call, FailingStore, Fault
@@ -229,6 +236,33 @@ def test_there_is_no_plan_over_damage(store: Store) -> None:
     store.backend.delete(pack)
     with pytest.raises(Damaged, match=pack):
         plan_prune(store.repository)
+
+
+@pytest.mark.parametrize("folder", ["snapshots", "pins"])
+def test_nothing_is_planned_or_done_where_a_folder_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Without its snapshots every pack looks like one that nobody needs; without its pins no guest seems to."""
+    repository = Repository.create(LocalFolder(tmp_path / "store"))
+    with SnapshotWriter(repository, [Block(RAM, PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(1, seed=9))
+        writer.commit("vm")
+    pins.put(repository, pins.Pin("1f" * 16, writer.snapshot, "host-a", "web1"))
+    pins.remove(repository, "1f" * 16)
+    plan = plan_prune(repository, grace_s=-1e9)
+    before = repository.backend.list("")
+    real = os.scandir
+
+    def scandir(path: Path | str) -> object:
+        if Path(path).name == folder:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorePermanent, match="Permission denied"):
+        execute(repository, plan if folder == "pins" else plan_prune(repository, grace_s=-1e9))
+    monkeypatch.undo()
+    assert repository.backend.list("") == before
 
 
 def test_leftovers_of_broken_puts_go_when_they_are_old(store: Store) -> None:
