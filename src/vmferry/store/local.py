@@ -11,7 +11,8 @@ Step 3 is a hard link because a rename replaces silently. File systems without h
 there two hosts that create one repository in the same moment are not told apart; all other names are random.
 
 Reading keeps files open: opening one costs more than reading a page from it. A file that was deleted meanwhile can
-still be read, as whoever opened it had a right to: objects never change.
+still be read, as whoever opened it had a right to: objects never change. One that stands in its place is opened: a
+person has brought a damaged object back from a copy, and nobody shall have to start anew for it to be seen.
 """
 
 from __future__ import annotations
@@ -41,12 +42,25 @@ _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EN
 class _File:
     """An open file, closed when the last thread that uses it lets it go."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+        self._is = _identity(os.fstat(self.fd))
+
+    def is_replaced(self) -> bool:
+        """Whether the name leads to another file now. A name that leads to none is no other file."""
+        try:
+            return _identity(os.stat(self._path)) != self._is
+        except OSError:
+            return False
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # it was never opened
             os.close(self.fd)
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 class LocalFolder:
@@ -135,8 +149,9 @@ class LocalFolder:
             file = self._open.get(name)
             if file is not None:
                 self._open.move_to_end(name)
-                return file
-        file = _File(self.root / checked_name(name))
+        if file is not None and not file.is_replaced():
+            return file
+        file = _File(str(self.root / checked_name(name)))
         with self._lock:
             self._open[name] = file
             if len(self._open) > STORE_OPEN_FILES_MAX:

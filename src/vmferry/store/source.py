@@ -11,6 +11,8 @@ A row whose pack is gone was put elsewhere by `prune`: it is looked for by id am
 Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
         which is never held while something is read or inflated. Indexes are added under another one; numbers that were
         given out keep their meaning.
+Rule 2: a frame is kept when a page of it has been found right. One with a page that is wrong is kept no more, and the
+        store is asked once more: what was damaged may be whole again, brought back from a copy.
 """
 
 from __future__ import annotations
@@ -163,15 +165,26 @@ class PageSource:
         index, row = self.indexes[k], number - self.starts[k]
         frame = index.frame_of(row)
         pages = self._kept(k, frame)
-        if pages is None:
-            pages = self._inflate(k, index, index.place(frame), frame)
+        if pages is not None:
+            page = self._page_of(k, row, frame, pages)
+            if page is not None:
+                return page
+            self._let_go(k, frame)
+        pages = self._inflate(index, index.place(frame))
+        page = self._page_of(k, row, frame, pages)
+        if page is None:
+            raise self._wrong(k, frame)
+        self._keep(k, frame, pages)
+        return page
+
+    def _page_of(self, k: int, row: int, frame: int, pages: Pages) -> Pages | None:
+        """A row's page out of its frame; None if it is not what was saved."""
+        index = self.indexes[k]
         page: Pages = pages[row - int(index.first_rows[frame])]
         if index.frames.kinds[frame] & DIFFERENCES:
             base = int(self.bases_of(k, np.array([row]))[0])
             page = page ^ self.page(base)
-        if not self._repository.ids.is_page(page, index.ids[row].tobytes()):
-            raise self._wrong(k, frame)
-        return page
+        return page if self._repository.ids.is_page(page, index.ids[row].tobytes()) else None
 
     def read(self, numbers: Numbers) -> Pages:
         """Pages, one per number; ZERO gives zeros. Raises Damaged."""
@@ -180,7 +193,9 @@ class PageSource:
             self._read_index(k, at, rows, out)
         return out
 
-    def _read_index(self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages) -> None:
+    def _read_index(
+        self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages, *, is_again: bool = False
+    ) -> None:
         index = self.indexes[k]
         order = np.argsort(rows, kind="stable")
         at, rows = at[order], rows[order]
@@ -195,8 +210,12 @@ class PageSource:
                 out[at[part]] ^= self.read(self.bases_of(k, rows[part]))
         found = self._repository.ids.of_some(out, at.tolist())
         wrong = np.flatnonzero((found != index.ids[rows]).any(axis=1))
-        if len(wrong):
+        if not len(wrong):
+            return
+        were_kept = [self._let_go(k, frame) for frame in np.unique(of_rows[wrong]).tolist()]
+        if is_again or not any(were_kept):
             raise self._wrong(k, int(of_rows[wrong[0]]))
+        self._read_index(k, at, rows, out, is_again=True)
 
     def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
         """These frames' pages, in order; neighbours in a pack are read at once. For runs: what was kept is used, and
@@ -231,16 +250,22 @@ class PageSource:
             stored = data[place.offset - first : place.offset - first + place.length]
             yield inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
 
-    def _inflate(self, k: int, index: Index, place: Place, frame: int) -> Pages:
-        """One frame, which is kept."""
+    def _inflate(self, index: Index, place: Place) -> Pages:
+        """One frame."""
         name = pack_name(index.pack_ids[place.pack])
         stored = self._repository.part(name, place.offset, place.length)
-        pages = inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+        return inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+
+    def _keep(self, k: int, frame: int, pages: Pages) -> None:
         with self._lock:
             self._frames[k, frame] = pages
             if len(self._frames) > STORE_FRAMES_KEPT:
                 self._frames.popitem(last=False)
-        return pages
+
+    def _let_go(self, k: int, frame: int) -> bool:
+        """Whether the frame was kept."""
+        with self._lock:
+            return self._frames.pop((k, frame), None) is not None
 
     def _kept(self, k: int, frame: int) -> Pages | None:
         with self._lock:
