@@ -92,7 +92,15 @@ class PageSource:
         ]
 
     def find(self, ids: Ids, *, is_whole: bool) -> Numbers:
-        """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without."""
+        """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without.
+
+        An id may come more than once: an index can have a page twice, as a writer that does not remember all pages
+        stores some again."""
+        leaders, positions = first_of_each(ids)
+        found = self._find_distinct(ids[leaders], is_whole=is_whole)
+        return np.asarray(found[positions])
+
+    def _find_distinct(self, ids: Ids, *, is_whole: bool) -> Numbers:
         wanted = KnownPages(len(ids))
         wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
         found = np.full(len(ids), UNKNOWN, np.uint32)
@@ -108,17 +116,15 @@ class PageSource:
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """As `find`, and if one is not found among the indexes that are here, all others are added and asked."""
-        leaders, positions = first_of_each(ids)
-        distinct = ids[leaders]
-        found = self.find(distinct, is_whole=is_whole)
+        found = self.find(ids, is_whole=is_whole)
         if np.any(found == UNKNOWN):
             with self._adding:
                 known = {index.index_id for index in self.indexes}
                 for index in self._others():
                     if index.index_id not in known:
                         self.add(index)
-            found = self.find(distinct, is_whole=is_whole)
-        return np.asarray(found[positions])
+            found = self.find(ids, is_whole=is_whole)
+        return found
 
     def moved(self, numbers: Numbers) -> Numbers:
         """The same pages where they are now; UNKNOWN for those that are nowhere. What has not moved is not copied."""

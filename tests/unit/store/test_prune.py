@@ -12,15 +12,17 @@ import pytest
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
 from vmferry.store import pins
+from vmferry.store import writer as writer_module
 from vmferry.store.config import PassPhrase
 from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy, StorePermanent
 from vmferry.store.index import index_name
+from vmferry.store.known import KnownPages
 from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.prune import PrunePlan, execute, plan_prune
 from vmferry.store.reader import SnapshotReader
-from vmferry.store.repository import Repository
+from vmferry.store.repository import Repository, Shape
 from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
 from vmferry.testing.failing_store import Call, FailingStore, Fault
@@ -118,6 +120,30 @@ def test_a_difference_without_its_base_is_not_counted_as_known(store: Store) -> 
     again = store.save(both)
     store.check(third, again)
     assert verify(store.repository).problems == ()
+
+
+def test_a_page_that_an_index_has_twice_is_found_wherever_it_is_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer remembers some million pages and stores others again; when their pack has been emptied, both rows are
+    looked for by one id."""
+    monkeypatch.setattr(writer_module, "KnownPages", lambda: KnownPages(0))
+    store.repository.shape = Shape(pack_bytes=40 * PAGE_BYTES, level=1)
+    rng = np.random.default_rng(2)
+    pages = rng.integers(0, 256, (36, PAGE_BYTES), dtype=np.uint8)
+    pages[20] = pages[0]
+    with SnapshotWriter(store.repository, [Block(RAM, len(pages) * PAGE_BYTES)]) as writer:
+        for first in (0, 18):
+            writer.put(RAM, first, pages[first : first + 18])
+        for first, stop in ((1, 16), (22, 36)):  # sent again, as in a precopy: most of the pack is not needed
+            pages[first:stop] = rng.integers(0, 256, (stop - first, PAGE_BYTES), dtype=np.uint8)
+            writer.put(RAM, first, pages[first:stop])
+        writer.commit("vm")
+    store.saved[writer.snapshot] = pages
+    assert prune(store).empty_packs
+    store.check()
+    assert verify(store.repository).problems == ()
+    assert prune(store).is_empty, "not refused for a page that is said to be missing"
 
 
 def test_young_objects_stay(store: Store) -> None:
