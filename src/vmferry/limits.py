@@ -370,6 +370,10 @@ RESTORE_NEAR_MAX = 64
 RESTORE_RETRY_MIN_S = 0.1
 RESTORE_RETRY_MAX_S = 2.0
 
+# Of one processor's time, for finding out which pages of a damaged run are right: with a repository of which most is
+# gone it would take a whole one for as long as nobody brings it back.
+RESTORE_APART_SHARE = 0.1
+
 # First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB.
 # Later ones are not worth it: the background has come by.
 RESTORE_ORDER_PAGES_MAX = 1 << 17
