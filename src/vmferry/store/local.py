@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_OPEN_FILES_MAX
 from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix
 from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StorePermanent, StoreTransient
@@ -73,6 +74,7 @@ class LocalFolder:
         self.root = root
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _File] = OrderedDict()
+        self._signs = (root / LEFTOVERS, root / "config")
         try:
             self._make(root / LEFTOVERS)
         except OSError as error:
@@ -82,8 +84,10 @@ class LocalFolder:
         """See `Backend`."""
         target = self.root / checked_name(name)
         temporary = self.root / LEFTOVERS / secrets.token_hex(16)
-        with _translated(name):
+        with self._translated(name):
+            self._require_here()
             try:
+                self._make(temporary.parent)
                 self._make(target.parent)
                 with open(temporary, "xb", buffering=0) as file:
                     _write_all(file.fileno(), data)
@@ -96,7 +100,7 @@ class LocalFolder:
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Backend`."""
-        with _translated(name):
+        with self._translated(name):
             file = self._file(name)
             if not length:
                 size = os.fstat(file.fd).st_size
@@ -114,14 +118,15 @@ class LocalFolder:
 
     def size(self, name: str) -> int:
         """See `Backend`."""
-        with _translated(name):
+        with self._translated(name):
             return os.stat(self.root / checked_name(name)).st_size
 
     def list(self, prefix: str) -> list[Entry]:
         """See `Backend`."""
         checked_prefix(prefix)
         found: list[Entry] = []
-        with _translated(prefix or "the store"):
+        with self._translated(prefix or "the store"):
+            self._require_here()
             for folder, _, files in os.walk(self.root / prefix, onerror=_raise_unless_gone):
                 for file in files:
                     path = Path(folder, file)
@@ -135,9 +140,12 @@ class LocalFolder:
         path = self.root / checked_name(name)
         with self._lock:
             self._open.pop(name, None)
-        with _translated(name), contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            _sync_folder(path.parent)
+        with self._translated(name):
+            try:
+                path.unlink()
+                _sync_folder(path.parent)
+            except FileNotFoundError:
+                self._require_here()
 
     def close(self) -> None:
         """See `Backend`."""
@@ -157,6 +165,36 @@ class LocalFolder:
             if len(self._open) > STORE_OPEN_FILES_MAX:
                 self._open.popitem(last=False)
         return file
+
+    def _require_here(self) -> None:
+        """Raises StoreTransient when the folder itself is gone."""
+        if not any(sign.exists() for sign in self._signs):
+            raise StoreTransient(
+                f"the repository's folder {self.root} is gone: nothing of what was in it is there",
+                hint="is it mounted? Bring it back, and what waits for it goes on",
+            )
+
+    @contextlib.contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """The kernel's words -> the contract's."""
+        try:
+            yield
+        except OSError as error:
+            raise self._as_contract(name, error) from error
+
+    def _as_contract(self, name: str, error: OSError) -> RepositoryError:
+        try:
+            if isinstance(error, FileNotFoundError):
+                self._require_here()
+                return ObjectMissing(name)
+            if isinstance(error, FileExistsError):
+                return ObjectExists(name)
+        except StoreTransient as gone:
+            return gone
+        except OSError as worse:  # the look for the folder failed as well
+            error = worse
+        kind = StoreTransient if error.errno in _AGAIN else StorePermanent
+        return kind(f"{name}: {error.strerror}", cause=error)
 
     def _make(self, folder: Path) -> None:
         """Makes a folder and what is missing above it, each durable before something is put into it."""
@@ -198,18 +236,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """The kernel's words -> the contract's."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ObjectMissing(name) from error
-    except FileExistsError as error:
-        raise ObjectExists(name) from error
-    except OSError as error:
-        if error.errno in _AGAIN:
-            raise StoreTransient(f"{name}: {error.strerror}", cause=error) from error
-        raise StorePermanent(f"{name}: {error.strerror}", cause=error) from error

@@ -131,6 +131,46 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
     assert store.list("pins/") == [], "nobody has put one: that is no error"
 
 
+def test_a_local_folder_that_is_gone_is_no_store_without_objects(tmp_path: Path) -> None:
+    """An unmounted file system: an empty folder is left, or none. Nothing may be written there, nor be taken for
+    missing, nor for deleted: a lock that is said to be given back would be in others' way when it is mounted again."""
+    store = LocalFolder(tmp_path / "store")
+    store.put("config", b"x")
+    store.put("packs/ab/c", b"x")
+    store.close()
+    store.root.rename(tmp_path / "away")
+    for is_empty in (False, True):
+        if is_empty:
+            store.root.mkdir()
+        for call in (
+            lambda: store.put("locks/shared-1", b""), lambda: store.get("packs/ab/c"), lambda: store.size("packs/ab/c"),
+            lambda: store.list("packs/"), lambda: store.list(""), lambda: store.delete("packs/ab/c"),
+        ):  # fmt: skip
+            with pytest.raises(StoreTransient, match=f"{store.root} is gone") as caught:
+                call()
+            assert "mounted" in caught.value.hint
+    assert list(store.root.iterdir()) == [], "nothing was written below the place of the mount"
+    store.root.rmdir()
+    (tmp_path / "away").rename(store.root)
+    assert store.get("packs/ab/c") == b"x"
+    (store.root / "tmp").rmdir()  # a copy that was brought back without its empty folders
+    store.put("packs/ab/d", b"y")
+    assert [entry.name for entry in store.list("")] == ["config", "packs/ab/c", "packs/ab/d"]
+
+
+def test_a_local_folder_of_which_nobody_can_say_whether_it_is_there_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalFolder(tmp_path / "store")
+
+    def stale(path: Path, **more: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(StoreTransient, match="Stale"):
+        store.get("config")
+
+
 def test_a_real_full_disk_leaves_nothing_of_the_object() -> None:
     """/dev/full takes no byte; a folder on it there is not, so the file is opened in its place."""
     with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from vmferry.store.errors import (
     ObjectExists,
     ObjectMissing,
     RepositoryBusy,
+    StoreTransient,
     UnknownSnapshot,
     WrongKey,
 )
+from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block, manifest_name
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
@@ -278,6 +281,26 @@ def test_nobody_saves_or_reads_while_somebody_takes_away(store: Store) -> None:
     assert SnapshotReader(store.repository, first, is_locked=False).head.name == "vm"
     lock.release()
     store.check()
+
+
+def test_a_snapshot_whose_folder_is_gone_is_not_damaged_and_goes_on_when_it_is_back(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    folder = LocalFolder(tmp_path / "store")
+    store = new_store(clock, backend=folder)
+    snapshot = store.save(memory(64))
+    with SnapshotReader(store.repository, snapshot) as reader:
+        folder.root.rename(tmp_path / "away")
+        folder.close()
+        with pytest.raises(StoreTransient, match="is gone"):
+            reader.read(RAM, 0, 64)
+        with pytest.raises(StoreTransient, match="is gone"):
+            store.save(memory(8))
+        with pytest.raises(StoreTransient, match="is gone"):
+            Repository.open(folder)
+        (tmp_path / "away").rename(folder.root)
+        assert np.array_equal(reader.read(RAM, 0, 64), store.saved[snapshot])
+    assert store.names("locks/") == []
 
 
 def test_the_config_can_be_read_by_a_person(store: Store) -> None:
