@@ -149,9 +149,11 @@ class Repository:
 
     # --- locks ------------------------------------------------------------------------------------------
 
-    def shared(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S) -> Lock:
-        """A lock for saving or reading. Raises RepositoryBusy while somebody prunes."""
-        return locks.take(self.backend, self.clock, self.random, locks.Kind.SHARED, what, stale_s=stale_s)
+    def shared(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S, forgets: str = "") -> Lock:
+        """A lock for saving or reading, or for forgetting a snapshot. Raises RepositoryBusy while somebody prunes."""
+        return locks.take(
+            self.backend, self.clock, self.random, locks.Kind.SHARED, what, stale_s=stale_s, forgets=forgets
+        )
 
     def exclusive(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S) -> Lock:
         """A lock for taking away. Raises RepositoryBusy while anybody does anything."""
@@ -239,14 +241,23 @@ class Repository:
                 found.append(SnapshotInfo(snapshot, entry.size_bytes, None, str(error)))
         return sorted(found, key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0))
 
+    def require_snapshot(self, snapshot: str) -> None:
+        """Raises UnknownSnapshot when it is not there; whether it can be read is not looked at."""
+        try:
+            if not _ID.fullmatch(snapshot):
+                raise ObjectMissing(snapshot)
+            again(lambda: self.backend.size(manifest_name(snapshot)))
+        except ObjectMissing as error:
+            raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
+
     def forget(self, snapshot: str) -> None:
         """The snapshot is gone; its pages go with the next prune. Raises UnknownSnapshot, RepositoryBusy (also while a
-        guest that was restored from it has memory in it yet)."""
-        if snapshot not in self.snapshot_ids():
-            raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
-        lock = self.shared(f"forget {snapshot}")
+        guest that was restored from it has memory in it yet), LockLost (it is still there)."""
+        self.require_snapshot(snapshot)
+        lock = self.shared(f"forget {snapshot}", forgets=snapshot)
         try:
             pins.require_free(self, snapshot)
+            lock.check()  # `pins` has the schedule
             again(lambda: self.backend.delete(manifest_name(snapshot)))
         finally:
             lock.release()
