@@ -62,7 +62,8 @@ class Backend(Protocol):
     def list(self, prefix: str) -> list[Entry]:
         """Every object below a prefix that is empty or ends in a slash, sorted by name.
 
-        All of them, or an error: what deletes goes by what is not listed."""
+        All of them, or an error: what deletes goes by what is not listed. What has no name of ours is nobody's object
+        (`.nfs0000a1`, `.DS_Store`): it is not shown, as nothing could be done with it."""
         ...
 
     def delete(self, name: str) -> None:
@@ -83,6 +84,11 @@ def again(call: Callable[[], T]) -> T:
         except StoreTransient:
             continue
     return call()
+
+
+def is_name(name: str) -> bool:
+    """Whether an object can have this name. For what a listing shows: others put things into folders, too."""
+    return len(name) <= STORE_NAME_CHARACTERS_MAX and _NAME.fullmatch(name) is not None
 
 
 def checked_name(name: str) -> str:

@@ -29,7 +29,7 @@ from typing import Final
 
 from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_OPEN_FILES_MAX
-from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix
+from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix, is_name
 from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StorePermanent, StoreTransient
 
 _AGAIN: Final = frozenset({
@@ -130,9 +130,12 @@ class LocalFolder:
             for folder, _, files in os.walk(self.root / prefix, onerror=_raise_unless_gone):
                 for file in files:
                     path = Path(folder, file)
+                    name = path.relative_to(self.root).as_posix()
+                    if not is_name(name):
+                        continue
                     with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                         stat = path.stat()
-                        found.append(Entry(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime))
+                        found.append(Entry(name, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda entry: entry.name)
 
     def delete(self, name: str) -> None:

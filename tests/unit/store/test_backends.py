@@ -18,6 +18,8 @@ from vmferry.store.errors import Damaged, ObjectExists, StorePermanent, StoreTra
 from vmferry.store.local import LocalFolder
 from vmferry.store.memory import MemoryStore
 from vmferry.store.objects import ObjectStore
+from vmferry.store.prune import execute, plan_prune
+from vmferry.store.repository import Repository
 from vmferry.testing.failing_store import Died, FailingStore, Fault
 from vmferry.testing.store_contract import check_backend
 
@@ -169,6 +171,34 @@ def test_a_local_folder_of_which_nobody_can_say_whether_it_is_there_may_come_bac
     monkeypatch.setattr(Path, "stat", stale)
     with pytest.raises(StoreTransient, match="Stale"):
         store.get("config")
+
+
+STRANGE = ("locks/.nfs0000a1", "tmp/.DS_Store", "packs/ab/UPPER", "Thumbs.db", "tmp/" + "a" * 130)
+
+
+def test_what_has_no_name_of_ours_is_not_listed(tmp_path: Path, bucket: ObjectStore) -> None:
+    folder = LocalFolder(tmp_path / "store")
+    for name in STRANGE:
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_bytes(b"x")
+        obstore.put(bucket._store, name, b"x")
+    for store in (folder, bucket):
+        store.put("locks/shared-1", b"x")
+        assert [entry.name for entry in store.list("")] == ["locks/shared-1"]
+        assert store.list("tmp/") == []
+
+
+def test_strange_files_in_a_repository_are_in_nobodys_way(tmp_path: Path) -> None:
+    """An NFS client leaves `.nfs…` where a file was deleted that is open; a desktop leaves its own everywhere."""
+    folder = LocalFolder(tmp_path / "store")
+    repository = Repository.create(folder)
+    for name in STRANGE:
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_bytes(b"x")
+    repository.shared("read").release()
+    repository.exclusive("prune").release()
+    execute(repository, plan_prune(repository, grace_s=-1e9))
+    assert all((folder.root / name).exists() for name in STRANGE), "and not ours to delete"
 
 
 def test_a_real_full_disk_leaves_nothing_of_the_object() -> None:
