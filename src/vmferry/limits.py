@@ -336,6 +336,10 @@ STORE_LOCK_RENEW_S = 180.0
 # on which somebody deletes locks by hand. Half-written files of a put that goes on in this moment need it, too.
 STORE_PRUNE_GRACE_S = 3600.0
 
+# Packs that a prune empties at a time, before it deletes them: what it writes of them is the room that it needs beside
+# what it has freed, half of it by default (64 MiB). Each such step ends with an index of its own, so not fewer.
+STORE_PRUNE_BATCH_PACKS = 8
+
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20
 

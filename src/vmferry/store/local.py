@@ -37,6 +37,11 @@ _AGAIN: Final = frozenset({
     errno.ENOMEM,
 })  # fmt: skip
 """EIO too: of a network file system it is how an outage looks."""
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FULL_HINT: Final = (
+    "'vmferry forget' what is not needed, then 'vmferry prune --empty-below 0': that only deletes. If nothing at all "
+    "can be written, not even a lock, make a little room on that file system first"
+)
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 
 
@@ -196,8 +201,10 @@ class LocalFolder:
             return gone
         except OSError as worse:  # the look for the folder failed as well
             error = worse
-        kind = StoreTransient if error.errno in _AGAIN else StorePermanent
-        return kind(f"{name}: {error.strerror}", cause=error)
+        text = f"{name}: {error.strerror}"
+        if error.errno in _FULL:
+            return StorePermanent(f"{text} ({self.root})", hint=_FULL_HINT, cause=error)
+        return (StoreTransient if error.errno in _AGAIN else StorePermanent)(text, cause=error)
 
     def _make(self, folder: Path) -> None:
         """Makes a folder and what is missing above it, each durable before something is put into it."""

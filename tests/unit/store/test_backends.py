@@ -96,8 +96,10 @@ def test_a_local_folder_tells_what_passes_from_what_does_not(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(expected):
+    with pytest.raises(expected) as caught:
         store.put("config", b"x")
+    is_full = number in (errno.ENOSPC, errno.EDQUOT)
+    assert ("vmferry prune --empty-below 0" in getattr(caught.value, "hint", "")) is is_full
     monkeypatch.undo()
     assert store.list("") == [], "nothing is left of it"
 

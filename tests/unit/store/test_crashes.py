@@ -16,6 +16,7 @@ import pytest
 from tests.unit.store.conftest import ManualClock, Numbered, Store, memory, new_store, touched
 from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store import prune as prune_module
 from vmferry.store.errors import Damaged, StorePermanent, StoreTransient
 from vmferry.store.manifest import Block
 from vmferry.store.memory import MemoryStore
@@ -157,7 +158,8 @@ def test_a_death_at_any_step_of_a_forget() -> None:
     assert die_at_each_call(forget, prepared, ALL) > 6
 
 
-def test_a_death_at_any_step_of_a_prune() -> None:
+def test_a_death_at_any_step_of_a_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_module, "STORE_PRUNE_BATCH_PACKS", 1)
     assert die_at_each_call(prune, prepared, WHOLE) > 60
 
 

@@ -12,7 +12,9 @@ import pytest
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
 from vmferry.store import pins
+from vmferry.store import prune as prune_module
 from vmferry.store import writer as writer_module
+from vmferry.store.backend import Backend
 from vmferry.store.config import PassPhrase
 from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy, StorePermanent
 from vmferry.store.index import index_name
@@ -144,6 +146,75 @@ def test_a_page_that_an_index_has_twice_is_found_wherever_it_is_asked_for(
     store.check()
     assert verify(store.repository).problems == ()
     assert prune(store).is_empty, "not refused for a page that is said to be missing"
+
+
+class FullStore(FailingStore):
+    """A disk with so many bytes, and some more for locks: as one whose last blocks are the administrator's."""
+
+    def __init__(self, inner: Backend, bytes_max: int) -> None:
+        super().__init__(inner, self._fault)
+        self.bytes_max = bytes_max
+
+    def put(self, name: str, data: bytes) -> None:
+        self._is_small = name.startswith("locks/")
+        self._size = len(data)
+        super().put(name, data)
+
+    def _fault(self, call: Call) -> Fault | None:
+        if call.method != "put" or self._is_small:
+            return None
+        used = sum(entry.size_bytes for entry in self.inner.list(""))
+        return Fault.FULL if used + self._size > self.bytes_max else None
+
+
+def test_a_full_store_can_be_pruned(store: Store) -> None:
+    """Unused packs go before anything is written, and packs are emptied a few at a time."""
+    big = np.random.default_rng(3).integers(0, 256, (400, PAGE_BYTES), dtype=np.uint8)
+    gone = store.save(big)
+    few = np.random.default_rng(4).integers(0, 256, (200, PAGE_BYTES), dtype=np.uint8)
+    few[::2] = big[::4]  # a quarter of each of the first one's packs
+    with SnapshotReader(store.repository, gone) as base:
+        kept = store.save(few, base)
+    lost = store.save(np.random.default_rng(5).integers(0, 256, (100, PAGE_BYTES), dtype=np.uint8))
+    forget(store, gone)
+    forget(store, lost)
+    store.clock.at_s += STORE_PRUNE_GRACE_S + 1
+    plan = plan_prune(store.repository)
+    assert plan.remove_packs
+    rewritten = sum(len(work.rows) for work in plan.empty_packs) * PAGE_BYTES
+    room = sum(entry.size_bytes for entry in plan.remove_packs)
+    full = FullStore(store.backend, total(store) - room + rewritten // 2)
+    store.repository.backend = full
+    done = execute(store.repository, plan)
+    store.repository.backend = store.backend
+    order = [(call.method, call.name.split("/")[0]) for call in full.calls if call.method in ("put", "delete")]
+    order = [each for each in order if each[1] != "locks"]
+    assert order.index(("put", "packs")) > order.index(("delete", "packs")), "room first"
+    assert len({call.name for call in full.calls if (call.method, call.name[:5]) == ("put", "index")}) > 1, "in steps"
+    assert done.written_bytes > rewritten // 2
+    store.check(kept)
+    assert verify(store.repository).problems == ()
+    assert prune(store).is_empty
+
+
+def test_pages_and_their_bases_that_move_in_different_steps_are_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune_module, "STORE_PRUNE_BATCH_PACKS", 1)
+    pages = memory(300)
+    first = store.save(pages)
+    second = store.later(first, touched(pages, 150))
+    fewer = touched(store.saved[second], 40, seed=8)
+    fewer[::3] = 0  # of each pack something is not needed any more
+    third = store.later(second, fewer)
+    forget(store, first)
+    forget(store, second)
+    before = len(store.names("packs/"))
+    assert len(prune(store, empty_below=1.0).empty_packs) > 2
+    assert before > 4
+    store.check(third)
+    assert verify(store.repository).problems == ()
+    assert prune(store, empty_below=1.0).is_empty
 
 
 def test_young_objects_stay(store: Store) -> None:
