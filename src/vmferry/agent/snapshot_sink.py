@@ -119,6 +119,11 @@ class SnapshotSink:
         """The snapshot's id; '' before a page has come."""
         return "" if self._writer is None else self._writer.snapshot
 
+    @property
+    def may_be_there(self) -> bool:
+        """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
+        return self._writer is not None and self._writer.may_be_there
+
     def spill(self) -> None:
         """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
         if self._spill_folder is not None:
@@ -242,8 +247,8 @@ class SnapshotSink:
     def commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk] = ()) -> Head:
         """The snapshot is there, for good, when this returns. Waits for the store.
 
-        Raises RepositoryError: nothing was committed; only after StoreTransient nobody knows, and `commit` may be
-        called again. PlanRefused for a state that is not kept.
+        Raises RepositoryError: nothing was committed, unless `may_be_there`: then nobody knows. PlanRefused for a state
+        that is not kept.
         """
         assert self.image.is_device_state_whole, "everything has come"
         state = freeze(state_of(self.image))
@@ -265,7 +270,7 @@ class SnapshotSink:
                     raise
             except LockLost:
                 # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
-                if lost is not None:
+                if lost is not None and writer.may_be_there:
                     raise lost from None
                 raise
         self.abort()

@@ -11,8 +11,9 @@ those the ordinals of new pages. `commit` translates them into what a manifest h
 
 Rule 1: the order of `repository`: packs, indexes, manifest, each durable before the next; a look for the lock at last.
 Rule 2: `abort`, or any error, leaves objects that `prune` takes away, and never a manifest. Of an error in `commit`:
-        LockLost means that nothing was committed. After StoreTransient of the manifest's put nobody knows; then the
-        same `commit` can be called again, which finds out, and does what is left.
+        LockLost means that nothing was committed. After StoreTransient the same `commit` can be called again, which
+        does what is left; nothing was committed, unless `may_be_there`: then the manifest's put was tried, and nobody
+        knows.
 Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `STORE_KNOWN_PAGES_MAX`: 84 MB), 4 per
         page of the guest and per new page, one pack.
 """
@@ -81,6 +82,8 @@ class SnapshotWriter:
         self._old_rows = sum(rows for _, rows in self._indexes)
         self._base_indexes: set[bytes] = set()
         self._sealed: tuple[bytes, Head] | None = None
+        self.may_be_there = False
+        """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
         self._differences = 0
         self._packer = Packer(repository, self._lock.renew_if_due)
 
@@ -156,11 +159,13 @@ class SnapshotWriter:
             self._sealed = write_manifest(self._repository.seal, self.snapshot, head, device_state, tables), head
         data, head = self._sealed
         self._lock.check()  # most of those who were taken for dead learn it before they commit
+        self.may_be_there = True
         self._repository.put_new(manifest_name(self.snapshot), data)
         try:
             self._lock.check()
         except LockLost:
             self._repository.backend.delete(manifest_name(self.snapshot))
+            self.may_be_there = False
             raise
         self._lock.release()
         return head
