@@ -6,7 +6,9 @@ A number leads to an index and a row, the row to a frame of a pack, the frame to
 leads to its base, which is found by id. Every page is compared with its id before it is handed out, so whatever
 happened on the way, what comes out is what was saved, or `Damaged` with the pack's name.
 
-A row whose pack is gone was put elsewhere by `prune`: it is looked for by id among all indexes (`Rows.moved`).
+A row whose pack is gone was put elsewhere by `prune`: it is looked for by id, among the indexes that are here and then
+among all others (`moved`). Those are read one after the other, and only one with a page that is wanted stays: memory is
+for what a snapshot uses, and not for what else is in the repository.
 
 Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
         which is never held while something is read or inflated. Indexes are added under another one; numbers that were
@@ -20,7 +22,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +37,17 @@ from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
 _SEARCH_ROWS = 1 << 16
+_MOVED_PAGES = 1 << 19
+"""Pages that are looked for by id at a time: 36 bytes each. Those that follow are in the same indexes mostly."""
 
 
 class PageSource:
-    """Pages of the indexes that were added, in that order. `others` gives more of them, for what is not found."""
+    """Pages of the indexes that were added, in that order. `others` gives all but those with these ids, one at a time,
+    for what is not found."""
 
-    def __init__(self, repository: Repository, others: Callable[[], Iterable[Index]] = tuple) -> None:
+    def __init__(
+        self, repository: Repository, others: Callable[[Collection[bytes]], Iterable[Index]] = lambda known: ()
+    ) -> None:
         self._repository = repository
         self._others = others
         self._present = repository.packs()
@@ -57,7 +64,7 @@ class PageSource:
     def add(self, index: Index) -> int:
         """Its first number."""
         start = self.starts[-1]
-        self._live.append(np.array([each in self._present for each in index.pack_ids], np.bool_))
+        self._live.append(self._packs_there(index))
         self.indexes.append(index)
         self.starts.append(start + index.rows)
         return start
@@ -76,10 +83,7 @@ class PageSource:
 
     def is_live(self, k: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which rows of index `k` are in packs that are there."""
-        index = self.indexes[k]
-        if self._live[k].all():
-            return np.ones(len(rows), np.bool_)
-        return np.asarray(self._live[k][index.packs_of(index.frames_of(rows))])
+        return _are_live(self.indexes[k], self._live[k], rows)
 
     def misfits(self, k: int) -> list[int]:
         """The packs of index `k`, by their numbers in it, that are there and have another size than it says."""
@@ -101,40 +105,57 @@ class PageSource:
         return np.asarray(found[positions])
 
     def _find_distinct(self, ids: Ids, *, is_whole: bool) -> Numbers:
-        wanted = KnownPages(len(ids))
-        wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
+        wanted = _numbered(ids)
         found = np.full(len(ids), UNKNOWN, np.uint32)
         for k, index in enumerate(self.indexes):
-            for begin in range(0, index.rows, _SEARCH_ROWS):
-                position = wanted.find(index.ids[begin : begin + _SEARCH_ROWS])
-                rows = np.flatnonzero(position != UNKNOWN) + begin
-                rows = rows[self.is_live(k, rows)]
-                if is_whole:
-                    rows = rows[~index.are_differences(rows)]
-                found[position[rows - begin]] = rows + self.starts[k]
+            for positions, rows in _hits(index, self._live[k], wanted, is_whole=is_whole):
+                found[positions] = rows + self.starts[k]
         return found
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
-        """As `find`, and if one is not found among the indexes that are here, all others are added and asked."""
-        found = self.find(ids, is_whole=is_whole)
+        """As `find`, and if one is not found among the indexes that are here, those others that have one are added."""
+        leaders, positions = first_of_each(ids)
+        distinct = ids[leaders]
+        found = self._find_distinct(distinct, is_whole=is_whole)
         if np.any(found == UNKNOWN):
             with self._adding:
-                known = {index.index_id for index in self.indexes}
-                for index in self._others():
-                    if index.index_id not in known:
-                        self.add(index)
-            found = self.find(ids, is_whole=is_whole)
-        return found
+                self._add_others(distinct[found == UNKNOWN], is_whole=is_whole)
+            found = self._find_distinct(distinct, is_whole=is_whole)
+        return np.asarray(found[positions])
+
+    def _add_others(self, ids: Ids, *, is_whole: bool) -> None:
+        """Adds those of the others that have some of these."""
+        lost = np.ones(len(ids), np.bool_)
+        wanted = _numbered(ids)
+        for index in self._others({each.index_id for each in self.indexes}):
+            live, has_some = self._packs_there(index), False
+            for positions, _ in _hits(index, live, wanted, is_whole=is_whole):
+                has_some = has_some or bool(lost[positions].any())
+                lost[positions] = False
+            if has_some:
+                self.add(index)
+            if not lost.any():
+                return
+
+    def _packs_there(self, index: Index) -> npt.NDArray[np.bool_]:
+        return np.array([each in self._present for each in index.pack_ids], np.bool_)
 
     def moved(self, numbers: Numbers) -> Numbers:
         """The same pages where they are now; UNKNOWN for those that are nowhere. What has not moved is not copied."""
         if all(live.all() for live in self._live):
             return numbers
-        now = numbers.copy()
-        for k, at, rows in self.split(numbers):
-            gone = ~self.is_live(k, rows)
-            if gone.any():
-                now[at[gone]] = self.find_anywhere(self.indexes[k].ids[rows[gone]], is_whole=False)
+        now = numbers
+        for begin in range(0, len(numbers), _MOVED_PAGES):
+            part = numbers[begin : begin + _MOVED_PAGES]
+            places, ids = [], []
+            for k, at, rows in self.split(part):
+                gone = ~self.is_live(k, rows)
+                if gone.any():
+                    places.append(at[gone] + begin)
+                    ids.append(self.indexes[k].ids[rows[gone]])
+            if places:
+                now = numbers.copy() if now is numbers else now
+                now[np.concatenate(places)] = self.find_anywhere(np.concatenate(ids), is_whole=False)
         return now
 
     def pack_of(self, number: int) -> str:
@@ -285,6 +306,33 @@ class PageSource:
         return Damaged(
             pack_name(self.indexes[k].pack_ids[place.pack]), f"a page in frame {place.number} is not what was saved"
         )
+
+
+def _are_live(index: Index, live: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if live.all():
+        return np.ones(len(rows), np.bool_)
+    return np.asarray(live[index.packs_of(index.frames_of(rows))])
+
+
+def _numbered(ids: Ids) -> KnownPages:
+    """Distinct ids, and their positions."""
+    wanted = KnownPages(len(ids))
+    wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
+    return wanted
+
+
+def _hits(
+    index: Index, live: npt.NDArray[np.bool_], wanted: KnownPages, *, is_whole: bool
+) -> Iterator[tuple[Numbers, npt.NDArray[np.int64]]]:
+    """The numbers of wanted ids that an index has in packs that are there, and the rows of them."""
+    for begin in range(0, index.rows, _SEARCH_ROWS):
+        position = wanted.find(index.ids[begin : begin + _SEARCH_ROWS])
+        rows = np.flatnonzero(position != UNKNOWN) + begin
+        rows = rows[_are_live(index, live, rows)]
+        if is_whole:
+            rows = rows[~index.are_differences(rows)]
+        if len(rows):
+            yield position[rows - begin], rows
 
 
 def _scatter(out: Pages, at: npt.NDArray[np.intp], pages: Pages, slots: npt.NDArray[np.int64]) -> None:

@@ -205,8 +205,7 @@ class SnapshotWriter:
         """The base's first: if not all pages can be known, those are the ones that will come again."""
         first = [] if self._base is None else list(self._base.source.indexes)
         yield from first
-        names = {index.index_id for index in first}
-        yield from (index for index in all_indexes(self._repository) if index.index_id not in names)
+        yield from all_indexes(self._repository, {index.index_id for index in first})
 
     def _add(
         self, block: str, numbers: npt.NDArray[np.int64], pages: Pages, rows: npt.NDArray[np.intp], ids: Ids

@@ -148,6 +148,33 @@ def test_a_page_that_an_index_has_twice_is_found_wherever_it_is_asked_for(
     assert prune(store).is_empty, "not refused for a page that is said to be missing"
 
 
+def test_a_snapshot_of_which_pages_were_moved_does_not_hold_what_others_have(store: Store) -> None:
+    """Its reader looks through the other indexes, one at a time, and keeps those with pages of it."""
+    pages = memory(300)
+    first = store.save(pages)
+    fewer = touched(pages, 150)
+    fewer[::3] = 0
+    second = store.later(first, fewer)
+    others = [store.save(memory(100, seed=20 + number)) for number in range(10)]
+    with SnapshotReader(store.repository, second) as reader:
+        needed = len(reader.source.indexes)
+    forget(store, first)
+    before = set(store.names("index/"))
+    assert prune(store, empty_below=1.0).empty_packs
+    written = set(store.names("index/")) - before
+    reads = FailingStore(store.backend, lambda call: None)
+    store.repository.backend = reads
+    with SnapshotReader(store.repository, second) as reader:
+        assert np.array_equal(reader.read(RAM, 0, len(pages)), store.saved[second])
+        held = len(reader.source.indexes)
+    store.repository.backend = store.backend
+    assert held <= needed + len(written), "those that prune wrote, and none of the others'"
+    assert len(store.names("index/")) >= held + len(others)
+    looked = [call.name for call in reads.calls if call.method == "get" and call.name.startswith("index/")]
+    assert max(looked.count(name) for name in looked) <= 3, "once for pages, and once for the bases of an index's"
+    store.check(second, *others)
+
+
 class FullStore(FailingStore):
     """A disk with so many bytes, and some more for locks: as one whose last blocks are the administrator's."""
 
