@@ -22,7 +22,10 @@ Finished snapshots are never touched by a save, so nothing that happens to one c
 manifest, which is one step. `prune` has an order of its own, see there. docs/repository.md tells the same to users.
 
 Rule 1: what a listing shows is believed only as far as its name is one of ours; strange names are left alone.
-Rule 2: everything that was read is checked before it is used; what does not fit is `Damaged`, with its name.
+Rule 2: whoever takes a lock looks first whether the config is still the one that the repository was opened with. An
+        agent that starts before a file system is mounted opens what lies below; with the keys of that it would write
+        objects that nobody can read.
+Rule 3: everything that was read is checked before it is used; what does not fit is `Damaged`, with its name.
 """
 
 from __future__ import annotations
@@ -49,7 +52,14 @@ from vmferry.store import pins
 from vmferry.store.backend import Backend, Entry, again
 from vmferry.store.config import Config, Key, Secrets
 from vmferry.store.envelope import MANIFEST, PREFIX, head_end
-from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StoreTransient, UnknownSnapshot
+from vmferry.store.errors import (
+    Damaged,
+    ObjectExists,
+    ObjectMissing,
+    OtherRepository,
+    StoreTransient,
+    UnknownSnapshot,
+)
 from vmferry.store.index import Index, index_name, read_index
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import Head, Manifest, manifest_name, read_head, read_manifest
@@ -93,6 +103,7 @@ class Repository:
         self,
         backend: Backend,
         config: Config,
+        config_data: bytes,
         secrets: Secrets,
         clock: Clock,
         random: Callable[[int], bytes],
@@ -100,6 +111,8 @@ class Repository:
     ) -> None:
         self.backend = backend
         self.config = config
+        self.config_data = config_data
+        """The config object as it was when the repository was opened."""
         self.seal = secrets.seal
         self.ids = PageIds(secrets.id_key)
         self.clock = clock
@@ -144,20 +157,39 @@ class Repository:
         size = backend.size(config_object.NAME)
         if size > _FIRST_READ_BYTES:
             raise Damaged(config_object.NAME, f"it has {size} bytes")
-        config, secrets = config_object.read_config(backend.get(config_object.NAME, 0, size), key)
-        return cls(backend, config, secrets, clock or SystemClock(), random, shape or Shape())
+        data = backend.get(config_object.NAME, 0, size)
+        config, secrets = config_object.read_config(data, key)
+        return cls(backend, config, data, secrets, clock or SystemClock(), random, shape or Shape())
 
     # --- locks ------------------------------------------------------------------------------------------
 
     def shared(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S, forgets: str = "") -> Lock:
-        """A lock for saving or reading, or for forgetting a snapshot. Raises RepositoryBusy while somebody prunes."""
+        """A lock for saving or reading, or for forgetting a snapshot. Raises RepositoryBusy while somebody prunes;
+        OtherRepository."""
+        self._require_same()
         return locks.take(
             self.backend, self.clock, self.random, locks.Kind.SHARED, what, stale_s=stale_s, forgets=forgets
         )
 
     def exclusive(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S) -> Lock:
-        """A lock for taking away. Raises RepositoryBusy while anybody does anything."""
+        """A lock for taking away. Raises RepositoryBusy while anybody does anything; OtherRepository."""
+        self._require_same()
         return locks.take(self.backend, self.clock, self.random, locks.Kind.EXCLUSIVE, what, stale_s=stale_s)
+
+    def _require_same(self) -> None:
+        """Raises OtherRepository (rule 2)."""
+        name, length = config_object.NAME, len(self.config_data)
+        try:
+            found = again(lambda: self.backend.get(name, 0, length))
+        except Damaged:  # it is shorter
+            found = b""
+        except ObjectMissing:
+            raise Damaged(name, "it is missing") from None
+        if found != self.config_data:
+            raise OtherRepository(
+                f"the repository that was opened ({self.config.repository[:8]}) is not the one that is there now: its "
+                "config is another one"
+            )
 
     # --- objects ----------------------------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ def damaged_copy(store: Store, name: str, change: Callable[[bytes], bytes | None
     other.repository.backend = backend
     other.repository.seal, other.repository.ids = store.repository.seal, store.repository.ids
     other.repository.config = store.repository.config
+    other.repository.config_data = store.repository.config_data
     other.repository.random = Numbered(b"later")
     other.saved = dict(store.saved)
     return other

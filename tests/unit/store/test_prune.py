@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from tests.unit.store.conftest import RAM, SMALL, ManualClock, Store, memory, new_store, touched
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
 from vmferry.store import pins
 from vmferry.store import prune as prune_module
@@ -306,11 +306,10 @@ def test_a_saver_who_is_stopped_within_his_commit_takes_it_back(store: Store) ->
             execute(store.repository, plan_prune(store.repository))
         return None
 
-    late = new_store(store.clock)
-    late.repository.backend = FailingStore(plain, stop)
-    late.repository.seal, late.repository.ids = store.repository.seal, store.repository.ids
-    late.repository.random = lambda length: b"\x77" * length
-    with SnapshotWriter(late.repository, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
+    late = Repository.open(
+        FailingStore(plain, stop), clock=store.clock, random=lambda length: b"\x77" * length, shape=SMALL
+    )
+    with SnapshotWriter(late, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
         writer.put(RAM, 0, pages)
         store.repository.forget(gone)
         with pytest.raises(LockLost):

@@ -15,6 +15,7 @@ from vmferry.store.errors import (
     Damaged,
     ObjectExists,
     ObjectMissing,
+    OtherRepository,
     RepositoryBusy,
     StoreTransient,
     UnknownSnapshot,
@@ -23,8 +24,10 @@ from vmferry.store.errors import (
 from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block, manifest_name
 from vmferry.store.page_ids import PAGE_BYTES
+from vmferry.store.prune import plan_prune
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository
+from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
 
 KEYS = [None, PassPhrase("correct horse"), KeyFile(bytes(range(64)))]
@@ -301,6 +304,35 @@ def test_a_snapshot_whose_folder_is_gone_is_not_damaged_and_goes_on_when_it_is_b
         (tmp_path / "away").rename(folder.root)
         assert np.array_equal(reader.read(RAM, 0, 64), store.saved[snapshot])
     assert store.names("locks/") == []
+
+
+@pytest.mark.parametrize("key", [None, KeyFile(bytes(range(64)))], ids=["open", "encrypted"])
+def test_a_repository_that_was_opened_before_the_mount_writes_nothing_into_the_one_that_was_mounted(
+    tmp_path: Path, clock: ManualClock, key: KeyFile | None
+) -> None:
+    """Its keys are those of the empty one that lies below the mount: nobody could read what it would save."""
+    real = new_store(clock, key, LocalFolder(tmp_path / "real"))
+    kept = real.save(memory(16))
+    early = Store(real.backend, clock, Repository.create(LocalFolder(tmp_path / "place"), clock=clock))
+    early.repository.shared("look").release()
+    (tmp_path / "place").rename(tmp_path / "below")
+    (tmp_path / "real").rename(tmp_path / "place")
+    there = LocalFolder(tmp_path / "place")
+    before = there.list("")
+    for deed in (
+        lambda: early.save(memory(16, seed=3)), lambda: early.repository.forget(kept),
+        lambda: plan_prune(early.repository), lambda: verify(early.repository),
+        lambda: SnapshotReader(early.repository, kept), lambda: early.repository.exclusive("prune"),
+    ):  # fmt: skip
+        with pytest.raises(OtherRepository) as caught:
+            deed()
+        assert "restart" in caught.value.hint
+    assert there.list("") == before
+    real.repository = Repository.open(there, key=key, clock=clock)
+    real.check(kept)
+    there.delete("config")
+    with pytest.raises(Damaged, match="missing"):
+        real.repository.shared("look")
 
 
 def test_the_config_can_be_read_by_a_person(store: Store) -> None:
