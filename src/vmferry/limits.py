@@ -311,6 +311,9 @@ STORE_KNOWN_RUN_PAGES_MAX = 1 << 19
 # The head of an object is a description of some kilobytes; that of a manifest carries what its owner wrote into it.
 STORE_HEAD_BYTES_MAX = 16 << 20
 
+# Heads that are kept for the next listing, as they are stored: some hundred, at three times that in memory.
+STORE_HEADS_KEPT_BYTES = 4 << 20
+
 # Device state of QEMU has some 100 KiB, with vGPUs some GiB; it is held in memory.
 STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
 

@@ -30,9 +30,10 @@ Rule 3: everything that was read is checked before it is used; what does not fit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,7 +52,7 @@ from vmferry.store import lock as locks
 from vmferry.store import pins
 from vmferry.store.backend import Backend, Entry, again
 from vmferry.store.config import Config, Key, Secrets
-from vmferry.store.envelope import MANIFEST, PREFIX, head_end
+from vmferry.store.envelope import MANIFEST, head_end
 from vmferry.store.errors import (
     Damaged,
     ObjectExists,
@@ -60,6 +61,7 @@ from vmferry.store.errors import (
     StoreTransient,
     UnknownSnapshot,
 )
+from vmferry.store.heads import KeptHeads
 from vmferry.store.index import Index, index_name, read_index
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import Head, Manifest, manifest_name, read_head, read_manifest
@@ -118,6 +120,7 @@ class Repository:
         self.clock = clock
         self.random = random
         self.shape = shape
+        self._heads = KeptHeads()
 
     @classmethod
     def create(
@@ -263,15 +266,26 @@ class Repository:
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Every snapshot, oldest first; damaged ones at the end, with what is wrong. Reads only heads."""
-        found = []
-        for snapshot, entry in self.snapshot_ids().items():
-            try:
-                found.append(SnapshotInfo(snapshot, entry.size_bytes, self._head(snapshot, entry.size_bytes)))
-            except (ObjectMissing, UnknownSnapshot):
-                continue  # forgotten since the listing
-            except Damaged as error:
-                found.append(SnapshotInfo(snapshot, entry.size_bytes, None, str(error)))
-        return sorted(found, key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0))
+        return sorted(
+            self.each_snapshot(), key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0)
+        )
+
+    def each_snapshot(self) -> Iterator[SnapshotInfo]:
+        """Every snapshot, one at a time, in no order: for whoever looks for some of them."""
+        entries = self.snapshot_ids()
+        self._heads.keep_only(entries.keys())
+        for snapshot, entry in entries.items():
+            with contextlib.suppress(ObjectMissing, UnknownSnapshot):  # forgotten since the listing
+                yield self._listed(snapshot, entry)
+
+    def snapshot(self, snapshot: str) -> SnapshotInfo:
+        """One, by its id: no other is looked at. Raises UnknownSnapshot."""
+        if _ID.fullmatch(snapshot):
+            name = manifest_name(snapshot)
+            with contextlib.suppress(ObjectMissing):
+                size = again(lambda: self.backend.size(name))
+                return self._info(snapshot, size)[0]
+        raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
 
     def require_snapshot(self, snapshot: str) -> None:
         """Raises UnknownSnapshot when it is not there; whether it can be read is not looked at."""
@@ -294,14 +308,32 @@ class Repository:
         finally:
             lock.release()
 
-    def _head(self, snapshot: str, size: int) -> Head:
+    def _listed(self, snapshot: str, entry: Entry) -> SnapshotInfo:
+        """Raises ObjectMissing."""
+        head = self._heads.get(snapshot, entry)
+        if head is not None:
+            return SnapshotInfo(snapshot, entry.size_bytes, head)
+        info, head_bytes = self._info(snapshot, entry.size_bytes)
+        if info.head is not None:
+            self._heads.keep(snapshot, entry, info.head, head_bytes)
+        return info
+
+    def _info(self, snapshot: str, size: int) -> tuple[SnapshotInfo, int]:
+        """And the bytes that its head has in the store. Raises ObjectMissing."""
+        try:
+            head, head_bytes = self._head(snapshot, size)
+        except Damaged as error:
+            return SnapshotInfo(snapshot, size, None, str(error)), 0
+        return SnapshotInfo(snapshot, size, head), head_bytes
+
+    def _head(self, snapshot: str, size: int) -> tuple[Head, int]:
+        """The head, and the bytes that it has."""
         name = manifest_name(snapshot)
         data = again(lambda: self.backend.get(name, 0, min(size, _FIRST_READ_BYTES)))
-        if len(data) >= PREFIX.size:
-            end = head_end(name, data, MANIFEST, size)
-            if end > len(data):
-                data = again(lambda: self.backend.get(name, 0, end))
-        return read_head(self.seal, snapshot, data, size)[0]
+        end = head_end(name, data, MANIFEST, size)
+        if end > len(data):
+            data = again(lambda: self.backend.get(name, 0, end))
+        return read_head(self.seal, snapshot, data, size)[0], end
 
     def _named(self, prefix: str) -> list[tuple[str, Entry]]:
         entries = again(lambda: self.backend.list(prefix))

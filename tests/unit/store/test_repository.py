@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from vmferry.agent.snapshot_sink import find, require_free
 from vmferry.store.config import KeyFile, PassPhrase
 from vmferry.store.envelope import MANIFEST, PREFIX
 from vmferry.store.errors import (
@@ -21,14 +23,16 @@ from vmferry.store.errors import (
     UnknownSnapshot,
     WrongKey,
 )
+from vmferry.store.heads import KeptHeads
 from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block, manifest_name
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.prune import plan_prune
 from vmferry.store.reader import SnapshotReader
-from vmferry.store.repository import Repository
+from vmferry.store.repository import Repository, SnapshotInfo
 from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.failing_store import FailingStore
 
 KEYS = [None, PassPhrase("correct horse"), KeyFile(bytes(range(64)))]
 
@@ -187,6 +191,57 @@ def test_the_listing_reads_heads_only_and_tells_what_is_damaged(store: Store) ->
     store.repository.forget(first)
     assert [info.snapshot for info in store.repository.snapshots()] == [second]
     assert store.names("snapshots/")[-1] == "snapshots/strange"
+
+
+def looked_at(store: Store, deed: Callable[[Repository], object]) -> list[str]:
+    """The manifests that are read meanwhile."""
+    failing = FailingStore(store.backend, lambda call: None)
+    store.repository.backend = failing
+    deed(store.repository)
+    store.repository.backend = store.backend
+    return [call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/")]
+
+
+def test_a_snapshot_is_found_by_its_id_without_a_look_at_any_other(store: Store) -> None:
+    snapshots = [store.save(memory(8, seed=number), name=f"vm{number}") for number in range(9)]
+    found: list[SnapshotInfo] = []
+    names = looked_at(store, lambda repository: found.append(find(repository, snapshots[4])))
+    assert names == [manifest_name(snapshots[4])]
+    assert [info.head and info.head.name for info in found] == ["vm4"]
+    assert found == [info for info in store.repository.snapshots() if info.snapshot == snapshots[4]]
+    for word in ("vm9", "0" * 32):
+        with pytest.raises(UnknownSnapshot):
+            find(store.repository, word)
+
+
+def test_heads_are_read_once_and_a_manifest_that_is_another_one_again(store: Store, clock: ManualClock) -> None:
+    snapshots = [store.save(memory(8, seed=number), name=f"vm{number}") for number in range(9)]
+    assert len(looked_at(store, lambda repository: find(repository, "vm7"))) == 9
+    assert looked_at(store, lambda repository: find(repository, "vm3")) == []
+    assert looked_at(store, lambda repository: require_free(repository, "another")) == []
+    assert {info.snapshot for info in store.repository.snapshots()} == set(snapshots)
+    name = manifest_name(snapshots[2])
+    data = store.backend.get(name)
+    store.backend.delete(name)
+    clock.at_s += 1
+    store.backend.put(name, b"x" * len(data))
+    assert looked_at(store, Repository.snapshots) == [name]
+    assert store.repository.snapshots()[-1].head is None, "and it is found damaged"
+
+
+def test_no_more_heads_are_kept_than_have_room(store: Store) -> None:
+    store.repository._heads = KeptHeads(1500)
+    for number in range(9):
+        store.save(memory(8, seed=number), name=f"vm{number}")
+    assert len(looked_at(store, Repository.snapshots)) == 9
+    again = looked_at(store, Repository.snapshots)
+    assert 4 < len(again) < 9, "some are kept, and they stay"
+    assert looked_at(store, Repository.snapshots) == again
+    for snapshot in list(store.repository.snapshot_ids()):
+        store.repository.forget(snapshot)
+    store.save(memory(8))
+    assert len(looked_at(store, Repository.snapshots)) == 1
+    assert looked_at(store, Repository.snapshots) == [], "what was forgotten made room"
 
 
 def test_a_head_longer_than_the_first_read_is_read_in_a_second(store: Store) -> None:
