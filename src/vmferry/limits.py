@@ -320,6 +320,15 @@ STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
 # Pages of one snapshot: a guest of 4 TiB. The page table takes 4 bytes for each while a snapshot is read.
 STORE_SNAPSHOT_PAGES_MAX = 1 << 30
 
+# What a manifest has at most: a full table, as it is before it is compressed, and the rest. A table that zstd cannot
+# make smaller grows by some bytes per 128 KiB.
+STORE_MANIFEST_BYTES_MAX = (
+    STORE_HEAD_BYTES_MAX + STORE_DEVICE_STATE_BYTES_MAX + STORE_SNAPSHOT_PAGES_MAX * 4 + (1 << 20)
+)
+
+# When a snapshot was made, in seconds since 1970: until the year 4147. What a host cannot show as a date is not one.
+STORE_CREATED_S_MAX = float(1 << 36)
+
 # RAM blocks of one snapshot: QEMU's guests have about ten.
 STORE_BLOCKS_MAX = 4096
 

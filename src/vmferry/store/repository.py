@@ -44,6 +44,7 @@ from vmferry.limits import (
     STORE_INDEX_PAGES,
     STORE_INDEX_PAGES_MAX,
     STORE_LOCK_STALE_S,
+    STORE_MANIFEST_BYTES_MAX,
     STORE_PACK_BYTES,
     STORE_ZSTD_LEVEL,
 )
@@ -70,7 +71,6 @@ from vmferry.store.page_ids import PageIds
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _FIRST_READ_BYTES: Final = 64 << 10
-_MANIFEST_BYTES_MAX: Final = 6 << 30
 _INDEX_BYTES_MAX: Final = STORE_HEAD_BYTES_MAX + STORE_INDEX_PAGES_MAX * 40
 
 
@@ -231,8 +231,11 @@ class Repository:
         """All of a manifest. Raises UnknownSnapshot, Damaged."""
         if not _ID.fullmatch(snapshot):
             raise UnknownSnapshot(f"{snapshot} is no snapshot's id")
+        name = manifest_name(snapshot)
         try:
-            data = self._bounded(manifest_name(snapshot), _MANIFEST_BYTES_MAX)
+            # Its head first, a small read: it says whether the whole may be as large as it is.
+            self._head(snapshot, again(lambda: self.backend.size(name)))
+            data = self._bounded(name, STORE_MANIFEST_BYTES_MAX)
         except ObjectMissing as error:
             raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
         return read_manifest(self.seal, snapshot, data)

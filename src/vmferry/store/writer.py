@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import RepositoryError
-from vmferry.limits import STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
+from vmferry.limits import STORE_CREATED_S_MAX, STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
 from vmferry.store.errors import LockLost
 from vmferry.store.index import Index
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
@@ -152,8 +152,11 @@ class SnapshotWriter:
             differences=self._differences,
             stored_bytes=self._packer.stored_bytes,
         )
+        created_s = self._repository.clock.wall_s()
+        if not 0 <= created_s <= STORE_CREATED_S_MAX:
+            raise RepositoryError(f"this host's clock says {created_s:g} s since 1970: set it, and save again")
         head = Head(
-            name, self._repository.clock.wall_s(), self.blocks, uses, counts, list(disks), dict(metadata or {})
+            name, created_s, self.blocks, uses, counts, list(disks), dict(metadata or {})
         )  # fmt: skip
         if self._sealed is None:  # called again it must be the same bytes: they may be there already
             self._sealed = write_manifest(self._repository.seal, self.snapshot, head, device_state, tables), head

@@ -11,6 +11,7 @@ import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
 from vmferry.agent.snapshot_sink import find, require_free
+from vmferry.errors import RepositoryError
 from vmferry.store.config import KeyFile, PassPhrase
 from vmferry.store.envelope import MANIFEST, PREFIX
 from vmferry.store.errors import (
@@ -242,6 +243,13 @@ def test_no_more_heads_are_kept_than_have_room(store: Store) -> None:
     store.save(memory(8))
     assert len(looked_at(store, Repository.snapshots)) == 1
     assert looked_at(store, Repository.snapshots) == [], "what was forgotten made room"
+
+
+def test_a_host_whose_clock_says_nothing_saves_nothing_that_nobody_could_read(store: Store, clock: ManualClock) -> None:
+    clock.at_s = 1e18
+    with pytest.raises(RepositoryError, match="clock"):
+        store.save(memory(8))
+    assert store.repository.snapshots() == []
 
 
 def test_a_head_longer_than_the_first_read_is_read_in_a_second(store: Store) -> None:
