@@ -335,6 +335,9 @@ STORE_BLOCKS_MAX = 4096
 # Inflated frames that a reader keeps for neighbours: 64 of 32 KiB.
 STORE_FRAMES_KEPT = 64
 
+# How long a reader goes by what it found nowhere in the repository: looking lists all packs and reads all indexes.
+STORE_LOOK_AGAIN_S = 1.0
+
 # What a reader asks a store for at a time when it reads a run of pages: one request of an object store is paid for by
 # its answer from about a MiB on.
 STORE_READ_BYTES = 4 << 20

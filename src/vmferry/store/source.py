@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.limits import STORE_FRAMES_KEPT, STORE_READ_BYTES
+from vmferry.limits import STORE_FRAMES_KEPT, STORE_LOOK_AGAIN_S, STORE_READ_BYTES
 from vmferry.store.errors import Damaged
 from vmferry.store.index import Index, Place
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
@@ -46,7 +46,7 @@ class PageSource:
     for what is not found."""
 
     def __init__(
-        self, repository: Repository, others: Callable[[Collection[bytes]], Iterable[Index]] = lambda known: ()
+        self, repository: Repository, others: Callable[[Collection[bytes]], Iterable[Index]] | None = None
     ) -> None:
         self._repository = repository
         self._others = others
@@ -57,6 +57,8 @@ class PageSource:
         self._live: list[npt.NDArray[np.bool_]] = []
         """For each index, which of its packs are there."""
         self._bases = KnownPages()
+        self._looked_s: dict[int, float] = {}
+        """For each index, when its bases were looked for last."""
         self._frames: OrderedDict[tuple[int, int], Pages] = OrderedDict()
         self._lock = threading.Lock()
         self._adding = threading.Lock()
@@ -127,7 +129,8 @@ class PageSource:
         """Adds those of the others that have some of these."""
         lost = np.ones(len(ids), np.bool_)
         wanted = _numbered(ids)
-        for index in self._others({each.index_id for each in self.indexes}):
+        others = () if self._others is None else self._others({each.index_id for each in self.indexes})
+        for index in others:
             live, has_some = self._packs_there(index), False
             for positions, _ in _hits(index, live, wanted, is_whole=is_whole):
                 has_some = has_some or bool(lost[positions].any())
@@ -176,13 +179,29 @@ class PageSource:
         """As `bases_of`; UNKNOWN for those that are nowhere. Of pages that no snapshot needs, bases may be gone."""
         ids = self.indexes[k].bases_of(rows)
         numbers = self._bases.find(ids)
-        if np.any(numbers == UNKNOWN):
+        if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
             # All that this index may ever ask for, at once: looking for one takes as long.
             every = self.indexes[k].frames.bases
+            every = every[self._bases.find(every) == UNKNOWN]
             found = self.find_anywhere(every, is_whole=True)
             self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
             numbers = self._bases.find(ids)
         return numbers
+
+    def _is_worth_a_look(self, k: int) -> bool:
+        """Whether to look for bases of index `k`: once, and for whoever waits for them again after a while, among what
+        is there then. A pack that was missing when the snapshot was opened may have been brought back."""
+        now_s = self._repository.clock.now_s()
+        looked_s = self._looked_s.get(k)
+        if looked_s is not None:
+            if self._others is None or now_s - looked_s < STORE_LOOK_AGAIN_S:
+                return False
+            present = self._repository.packs()
+            with self._adding:
+                self._present = present
+                self._live = [self._packs_there(index) for index in self.indexes]
+        self._looked_s[k] = now_s
+        return True
 
     # --- what ---------------------------------------------------------------------------------------------
 

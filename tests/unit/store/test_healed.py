@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Store, new_store, touched
+from vmferry.limits import STORE_LOOK_AGAIN_S
 from vmferry.store.errors import Damaged
 from vmferry.store.local import LocalFolder
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.verify import verify
+from vmferry.testing.failing_store import FailingStore
 
 PAGES = np.random.default_rng(4).integers(0, 256, (16, PAGE_BYTES), dtype=np.uint8)
 """Nothing of it can be compressed, so a flipped bit damages one page and not its frame."""
@@ -99,6 +101,28 @@ def test_a_difference_is_right_again_when_its_base_is(folder: Store) -> None:
         in_place(pack, whole)
         assert np.array_equal(reader.page(RAM, 3), folder.saved[second][3])
     folder.check()
+
+
+def test_a_base_whose_pack_was_missing_is_found_when_it_is_back(folder: Store, clock: ManualClock) -> None:
+    """The pages of a snapshot are there and it opens; what they are differences to is missed as they are read."""
+    first = folder.save(PAGES)
+    pack = pack_of(folder)
+    second = folder.later(first, touched(PAGES, 16))
+    away = pack.with_name("away")
+    pack.rename(away)
+    failing = FailingStore(folder.backend, lambda call: None)
+    folder.repository.backend = failing
+    with SnapshotReader(folder.repository, second) as reader:
+        for _ in range(20):
+            with pytest.raises(Damaged, match="base"):
+                reader.read(RAM, 0, 16)
+            with pytest.raises(Damaged, match="base"):
+                reader.page(RAM, 3)
+        assert len([call for call in failing.calls if call.method == "list"]) < 6, "not a look for each page"
+        away.rename(pack)
+        clock.at_s += STORE_LOOK_AGAIN_S
+        assert np.array_equal(reader.read(RAM, 0, 16), folder.saved[second])
+        assert np.array_equal(reader.page(RAM, 3), folder.saved[second][3])
 
 
 def test_a_pack_that_a_damaged_one_was_put_in_place_of_is_found_damaged(folder: Store) -> None:
