@@ -326,6 +326,7 @@ class Repository:
         try:
             head, head_bytes = self._head(snapshot, size)
         except Damaged as error:
+            self._require_same()  # with the keys of another repository everything looks damaged
             return SnapshotInfo(snapshot, size, None, str(error)), 0
         return SnapshotInfo(snapshot, size, head), head_bytes
 

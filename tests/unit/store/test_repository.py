@@ -385,7 +385,8 @@ def test_a_repository_that_was_opened_before_the_mount_writes_nothing_into_the_o
     for deed in (
         lambda: early.save(memory(16, seed=3)), lambda: early.repository.forget(kept),
         lambda: plan_prune(early.repository), lambda: verify(early.repository),
-        lambda: SnapshotReader(early.repository, kept), lambda: early.repository.exclusive("prune"),
+        early.repository.snapshots, lambda: SnapshotReader(early.repository, kept),
+        lambda: early.repository.exclusive("prune"),
     ):  # fmt: skip
         with pytest.raises(OtherRepository) as caught:
             deed()
