@@ -12,6 +12,7 @@ Rule 2: a `put` that raised StoreTransient may have happened. Again with the sam
 Rule 3: what `put` or `delete` did is seen by every later call of anybody (strong consistency: local file systems, NFS
         with `sync` and no attribute cache, S3 since 2020).
 Rule 4: what a broken `put` leaves behind is seen under `tmp/` or is not there at all, and may be deleted by anybody.
+Rule 5: a place that is gone as a whole (a folder that is not mounted) is StoreTransient, never a store without objects.
 
 Errors: `ObjectMissing`; `StoreTransient`: try again; `StorePermanent`: somebody must mend something first.
 """
