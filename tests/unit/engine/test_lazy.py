@@ -346,6 +346,43 @@ def test_trouble_is_over_only_when_everything_is_there(bed: Bed) -> None:
     bed.until(lambda: bed.troubles[-1] is None)
 
 
+class MendedSnapshot(GoneSnapshot):
+    """One damaged page, until it was tried alone with its host page."""
+
+    def read_some(self, block: str, pages: Any) -> Pages:
+        with self.changed:
+            self.reads += 1
+            if self.passes < 2 and 301 in pages:
+                self.passes += len(pages) == 4
+                raise RepositoryError("packs/aa is damaged", retry="no")
+        return np.ones((len(pages), PAGE_BYTES), np.uint8)
+
+
+def test_damage_is_taken_apart_in_whole_host_pages() -> None:
+    mended = MendedSnapshot(600)
+    image = image_of([RamBlock("pc.ram", 600 * PAGE_BYTES, 4 * PAGE_BYTES)], mended, is_lazy=True)
+    over: list[Trouble | None] = []
+    is_over = threading.Event()
+
+    def hear(trouble: Trouble | None) -> None:
+        over.append(trouble)
+        if trouble is None:
+            is_over.set()
+
+    source = LazySource(image, mended, on_trouble=hear)
+    source.start()
+    source.go()
+    assert is_over.wait(WAIT_S)
+    assert source.stop() == ()
+    assert over[0] is not None
+    assert image.blocks["pc.ram"].have.all()
+    assert image.arrivals is not None
+    rows = [(first, stop) for _, first, stop in image.arrivals]
+    assert all(first % 4 == 0 and stop % 4 == 0 for first, stop in rows)
+    assert (300, 304) in rows, "as soon as it is mended"
+    image.close()
+
+
 def test_what_is_asked_for_comes_before_what_failed_before(bed: Bed) -> None:
     """1. three pages fail  2. the next try of one hangs  3. a page that is sound is asked for: it comes before the
     tries of the others, each of which may hang for a minute."""
