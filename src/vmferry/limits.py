@@ -329,17 +329,32 @@ STORE_KNOWN_RUN_PAGES_MAX = 1 << 19
 # The head of an object is a description of some kilobytes; that of a manifest carries what its owner wrote into it.
 STORE_HEAD_BYTES_MAX = 16 << 20
 
+# Heads that are kept for the next listing, as they are stored: some hundred, at three times that in memory.
+STORE_HEADS_KEPT_BYTES = 4 << 20
+
 # Device state of QEMU has some 100 KiB, with vGPUs some GiB; it is held in memory.
 STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
 
 # Pages of one snapshot: a guest of 4 TiB. The page table takes 4 bytes for each while a snapshot is read.
 STORE_SNAPSHOT_PAGES_MAX = 1 << 30
 
+# What a manifest has at most: a full table, as it is before it is compressed, and the rest. A table that zstd cannot
+# make smaller grows by some bytes per 128 KiB.
+STORE_MANIFEST_BYTES_MAX = (
+    STORE_HEAD_BYTES_MAX + STORE_DEVICE_STATE_BYTES_MAX + STORE_SNAPSHOT_PAGES_MAX * 4 + (1 << 20)
+)
+
+# When a snapshot was made, in seconds since 1970: until the year 4147. What a host cannot show as a date is not one.
+STORE_CREATED_S_MAX = float(1 << 36)
+
 # RAM blocks of one snapshot: QEMU's guests have about ten.
 STORE_BLOCKS_MAX = 4096
 
 # Inflated frames that a reader keeps for neighbours: 64 of 32 KiB.
 STORE_FRAMES_KEPT = 64
+
+# How long a reader goes by what it found nowhere in the repository: looking lists all packs and reads all indexes.
+STORE_LOOK_AGAIN_S = 1.0
 
 # What a reader asks a store for at a time when it reads a run of pages: one request of an object store is paid for by
 # its answer from about a MiB on.
@@ -353,6 +368,10 @@ STORE_LOCK_RENEW_S = 180.0
 # What nobody refers to is left alone while it is younger: locks keep savers and pruners apart, and this is for the day
 # on which somebody deletes locks by hand. Half-written files of a put that goes on in this moment need it, too.
 STORE_PRUNE_GRACE_S = 3600.0
+
+# Packs that a prune empties at a time, before it deletes them: what it writes of them is the room that it needs beside
+# what it has freed, half of it by default (64 MiB). Each such step ends with an index of its own, so not fewer.
+STORE_PRUNE_BATCH_PACKS = 8
 
 # scrypt with more than this is an attack on the memory of whoever opens the repository.
 STORE_SCRYPT_BYTES_MAX = 256 << 20
@@ -387,6 +406,10 @@ RESTORE_NEAR_MAX = 64
 # A guest that waits for a page goes on by itself that soon after the repository is back.
 RESTORE_RETRY_MIN_S = 0.1
 RESTORE_RETRY_MAX_S = 2.0
+
+# Of one processor's time, for finding out which pages of a damaged run are right: with a repository of which most is
+# gone it would take a whole one for as long as nobody brings it back.
+RESTORE_APART_SHARE = 0.1
 
 # First touches of one snapshot that are remembered: 512 MiB of memory, in a file of 1 MiB.
 # Later ones are not worth it: the background has come by.

@@ -376,7 +376,8 @@ class SaveJob:
         return MigrationFailed(f"{self.vm} was not saved: {text}", side="source")
 
     async def _keep(self, sink: SnapshotSink) -> None:
-        """The commit. Raises RepositoryError: there is no snapshot then, but after StoreTransient nobody knows."""
+        """The commit. Raises RepositoryError: there is no snapshot then, but if its manifest's put was tried nobody
+        knows."""
         from vmferry.store.errors import StoreTransient
 
         self._check_cancel()
@@ -397,7 +398,8 @@ class SaveJob:
         try:
             self.head = await self._answer(commit)
         except StoreTransient:
-            self.note(SaveFact.UNKNOWN, text="the repository's answer to the commit was lost")
+            if sink.may_be_there:
+                self.note(SaveFact.UNKNOWN, text="the repository's answer to the commit was lost")
             raise
         self.snapshot = sink.snapshot
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")

@@ -48,6 +48,8 @@ class VerifyArguments(JobWish):
 
     name: str = ""
     """What is found is told of this snapshot only; everything is read in any case."""
+    rebuild_indexes: bool = False
+    """First make the indexes again that are missing or damaged, from the packs that they described."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +146,14 @@ def _forget(repository: Repository, name: str) -> dict[str, Any]:
 
 
 async def verify(agent: Agent, arguments: VerifyArguments) -> dict[str, Any]:
-    """Reads everything, and names what is damaged and whom that concerns; changes nothing. Returns the job at once.
+    """Reads everything, and names what is damaged and whom that concerns; changes nothing but for indexes that it is
+    asked to make again, for which nobody else may be at work. Returns the job at once.
 
     Raises RepositoryError when the store cannot be reached, UnknownSnapshot, Busy."""
     if (known := _known(agent, arguments)) is not None:
         return known
     wanted = ChoreWanted(arguments.job or uuid.uuid4().hex, VERIFY.name, name=arguments.name,
+                         arguments={"rebuild_indexes": arguments.rebuild_indexes},
                          auto_dismiss=arguments.auto_dismiss)  # fmt: skip
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
     if wanted.name:

@@ -20,6 +20,7 @@ Rule 3: what was spilled is put in the order in which it came, after everything 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -58,7 +59,7 @@ def check_name(name: str) -> None:
 
 def require_free(repository: Repository, name: str) -> None:
     """Raises RepositoryError if a snapshot has this name. A damaged one has none that could be read."""
-    if any(info.head is not None and info.head.name == name for info in repository.snapshots()):
+    if any(info.head is not None and info.head.name == name for info in repository.each_snapshot()):
         raise RepositoryError(
             f"the repository has a snapshot {name} already; it was left as it is",
             retry="no",
@@ -69,17 +70,15 @@ def require_free(repository: Repository, name: str) -> None:
 def find(repository: Repository, word: str) -> SnapshotInfo:
     """The snapshot that a person means, by its name or its id. Raises UnknownSnapshot; RepositoryError if two hosts
     gave the same name in the same moment."""
-    listed = repository.snapshots()
-    for info in listed:
-        if info.snapshot == word:
-            return info
-    named = [info for info in listed if info.head is not None and info.head.name == word]
+    with contextlib.suppress(UnknownSnapshot):
+        return repository.snapshot(word)
+    named = [info for info in repository.each_snapshot() if info.head is not None and info.head.name == word]
     if not named:
         raise UnknownSnapshot(
             f"the repository has no snapshot {word}", retry="no", hint="'vmferry snapshots' lists them"
         )
     if len(named) > 1:
-        ids = ", ".join(info.snapshot for info in named)
+        ids = ", ".join(sorted(info.snapshot for info in named))
         raise RepositoryError(f"{len(named)} snapshots are named {word}; say which by its id: {ids}", retry="no")
     return named[0]
 
@@ -117,6 +116,11 @@ class SnapshotSink:
     def snapshot(self) -> str:
         """The snapshot's id; '' before a page has come."""
         return "" if self._writer is None else self._writer.snapshot
+
+    @property
+    def may_be_there(self) -> bool:
+        """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
+        return self._writer is not None and self._writer.may_be_there
 
     def spill(self) -> None:
         """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
@@ -218,16 +222,18 @@ class SnapshotSink:
         if not self._vm:
             return None
         sizes = {block.name: block.size_bytes for block in blocks}
-        for info in reversed(self._repository.snapshots()):
-            head = info.head
-            if head is None or head.metadata.get("vm") != self._vm:
-                continue
-            if {block.name: block.size_bytes for block in head.blocks} != sizes:
-                continue
+        fitting = [
+            (info.head.created_s, info.snapshot)
+            for info in self._repository.each_snapshot()
+            if info.head is not None
+            and info.head.metadata.get("vm") == self._vm
+            and {block.name: block.size_bytes for block in info.head.blocks} == sizes
+        ]
+        for _, snapshot in sorted(fitting, reverse=True):
             try:
-                return SnapshotReader(self._repository, info.snapshot)
+                return SnapshotReader(self._repository, snapshot)
             except RepositoryError as error:  # it costs room to go without
-                log.warning("vm=%s base=%s result=%s", self._vm, info.snapshot, error)
+                log.warning("vm=%s base=%s result=%s", self._vm, snapshot, error)
         return None
 
     # --- when the endpoint has ended ----------------------------------------------------------------------
@@ -235,8 +241,8 @@ class SnapshotSink:
     def commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk] = ()) -> Head:
         """The snapshot is there, for good, when this returns. Waits for the store.
 
-        Raises RepositoryError: nothing was committed; only after StoreTransient nobody knows, and `commit` may be
-        called again. PlanRefused for a state that is not kept.
+        Raises RepositoryError: nothing was committed, unless `may_be_there`: then nobody knows. PlanRefused for a state
+        that is not kept.
         """
         assert self.image.is_device_state_whole, "everything has come"
         state = freeze(state_of(self.image))
@@ -258,7 +264,7 @@ class SnapshotSink:
                     raise
             except LockLost:
                 # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
-                if lost is not None:
+                if lost is not None and writer.may_be_there:
                     raise lost from None
                 raise
         self.abort()

@@ -21,7 +21,9 @@ from vmferry.errors import MigrationFailed, RepositoryError
 from vmferry.store import pins
 from vmferry.store import verify as verifying
 from vmferry.store.errors import PlanOutdated
+from vmferry.store.index import index_name
 from vmferry.store.prune import PrunePlan, execute, plan_prune
+from vmferry.store.rebuild import Rebuilt, rebuild_indexes
 
 if TYPE_CHECKING:
     from vmferry.agent.chores import Watch
@@ -37,7 +39,7 @@ def work(opened: Opened, wanted: ChoreWanted, host: str, watch: Watch) -> dict[s
     watch.tell(0, 0)
     match wanted.kind:
         case "verify":
-            return _verify(repository, wanted.name, watch)
+            return _verify(repository, wanted, watch)
         case "prune":
             return _prune(repository, wanted.arguments, watch)
         case "export":
@@ -69,14 +71,19 @@ def after(opened: Opened, wanted: ChoreWanted, host: str, watch: Watch) -> dict[
     raise MigrationFailed(restarted, guest="unharmed", hint="begin it anew")
 
 
-def _verify(repository: Repository, name: str, watch: Watch) -> dict[str, Any]:
-    wanted = find(repository, name).snapshot if name else ""
+def _verify(repository: Repository, chore: ChoreWanted, watch: Watch) -> dict[str, Any]:
+    wanted = find(repository, chore.name).snapshot if chore.name else ""
+    made = Rebuilt((), ())
+    if chore.arguments.get("rebuild_indexes"):
+        made = rebuild_indexes(repository, watch.tell)
     verdict = verifying.verify(repository, watch.tell)
     names = {info.snapshot: info.head.name for info in repository.snapshots() if info.head is not None}
     problems = [each for each in verdict.problems if not wanted or wanted in each.snapshots]
     damaged = sorted(verdict.damaged_snapshots & ({wanted} if wanted else verdict.damaged_snapshots))
     return {
         "whole": not problems,
+        "rebuilt_indexes": [index_name(index_id) for index_id in made.indexes],
+        "not_rebuilt": [{"object": each.name, "what": each.what} for each in made.failed],
         "problems": [
             {"object": each.name, "what": each.what, "snapshots": [names.get(s, s) for s in each.snapshots]}
             for each in problems

@@ -167,7 +167,7 @@ class ChoreWanted:
     file: str = ""
     """The stream file of an export or import."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of a prune."""
+    """Of a prune, or a verify."""
     auto_finalize: bool = True
     """False: a plan is shown, and waits for leave."""
     auto_dismiss: bool = True

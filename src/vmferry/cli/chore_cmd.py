@@ -31,7 +31,8 @@ Wire = dict[str, Any]
 
 def verify(arguments: Namespace) -> int:
     """Reads everything. 0: all of it is whole."""
-    return _run(arguments, "snapshot-verify", {"name": arguments.name or ""}, _verify_lines, _damage)
+    wish: Wire = {"name": arguments.name or "", "rebuild-indexes": arguments.rebuild_indexes}
+    return _run(arguments, "snapshot-verify", wish, _verify_lines, _damage)
 
 
 def prune(arguments: Namespace) -> int:
@@ -155,6 +156,10 @@ def _end(wire: Wire, lines: Iterable[str], *, as_json: bool) -> int:
 
 
 def _verify_lines(wire: Wire) -> Iterable[str]:
+    for name in wire["rebuilt_indexes"]:
+        yield f"{name}: made again from its packs"
+    for each in wire["not_rebuilt"]:
+        yield f"{each['object']}: {each['what']}; its index cannot be made again"
     for problem in wire["problems"]:
         whom = ", ".join(problem["snapshots"]) or "no snapshot"
         yield f"{problem['object']}: {problem['what']} (concerns {whom})"
@@ -166,10 +171,13 @@ def _damage(wire: Wire) -> RepositoryError | None:
     if wire["whole"]:
         return None
     names = ", ".join(wire["damaged_snapshots"]) or "none"
+    hint = "forget these snapshots, prune with --empty-below 1, and save anew"
+    if any(problem["object"].startswith("index/") for problem in wire["problems"]):
+        hint = f"indexes can be made again: vmferry verify --rebuild-indexes. What is damaged still: {hint}"
     return RepositoryError(
         f"{len(wire['problems'])} objects are damaged; snapshots that cannot be restored whole: {names}",
         retry="no",
-        hint="forget these snapshots, prune with --empty-below 1, and save anew",
+        hint=hint,
     )
 
 

@@ -95,7 +95,8 @@ examples
 """
 VERIFY_EPILOG = """\
 Reads every pack, index and manifest, and compares every page with what it must be. Damaged objects are named with the
-snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs').
+snapshots that need them. It is a job: interrupted, the command leaves it at work ('vmferry jobs'). It changes nothing,
+but for indexes that --rebuild-indexes makes again, while nobody saves, restores or prunes.
 
 exit codes
   0 everything is whole;  12 cancelled;  25 something is damaged. All of them: 'vmferry exit-codes'.
@@ -434,9 +435,11 @@ def _add_snapshots(commands: Any) -> None:
              "make the repository that this host's agent is configured with", epilog=INIT_EPILOG)  # fmt: skip
     _command(commands, "snapshots", "snapshot_cmd:snapshots", "list the snapshots of this host's repository")
     verify = _command(commands, "verify", "chore_cmd:verify",
-                      "read every snapshot and name what is damaged; changes nothing",
+                      "read every snapshot and name what is damaged",
                       epilog=VERIFY_EPILOG)  # fmt: skip
     verify.add_argument("name", nargs="?", metavar="NAME", help="tell only what concerns this snapshot")
+    verify.add_argument("--rebuild-indexes", action="store_true",
+                        help="first make indexes that are missing or damaged again, from their packs")  # fmt: skip
     forget = _command(commands, "forget", "snapshot_cmd:forget", "take a snapshot away; 'prune' frees its room")
     forget.add_argument("name", metavar="NAME", help="its name or its id")
     prune = _command(commands, "prune", "chore_cmd:prune", "free the room of what no snapshot needs",

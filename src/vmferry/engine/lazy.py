@@ -15,7 +15,9 @@ a reader of its own.
 
 Trouble. A read that fails is tried again, with growing pauses, for as long as this lives: nothing else is a reason to
 give a guest's memory up. `retry="no"` means that the object is damaged: then a run is taken apart until the damaged
-pages are alone, everything else goes on, and those are tried again. The owner hears of trouble and of its end.
+pages are alone, and everything else goes on. No list is kept of them, for they may be all that a guest has: when all
+runs are through, what is still absent is tried again, from the beginning. Taking apart costs a read per page, so
+whoever does it rests for nine times as long as it took. The owner hears of trouble and of its end.
 
 Rule 1: a page is put once: whoever puts it has looked under the lock that it is not here.
 Rule 2: nothing is put that the reader did not vouch for: `pages` raises, or gives what was saved.
@@ -173,7 +175,8 @@ class LazySource:
         """Guards which run is next."""
         self._runs = self._all_runs(order)
         self._near: deque[tuple[ImageBlock, int, int]] = deque(maxlen=limits.RESTORE_NEAR_MAX)
-        self._bad: deque[_Run] = deque()
+        self._has_bad = self._had_bad = False
+        """Something was left out in this pass over all runs, or in the one before."""
         self._asked: deque[tuple[ImageBlock, int, int]] = deque()
         self._asked_s = 0.0
         """When the guest asked for a page last."""
@@ -318,18 +321,18 @@ class LazySource:
             with self._planning:
                 run = self._next_run()
             if run is None:
-                if not self._bad:
+                if not self._has_bad:
                     self._note_trouble(who, None)
                     return
                 self._rest(pause_s)
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
                 with self._planning:
-                    again, self._bad = self._bad, deque()
-                    self._runs = iter(again)
+                    self._had_bad, self._has_bad = self._has_bad, False
+                    self._runs = self._absent_runs()
                 continue
             while not self._read(run, who) and not self._rest(pause_s):
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
-            pause_s = pause_s if self._bad else limits.RESTORE_RETRY_MIN_S
+            pause_s = pause_s if self._has_bad or self._had_bad else limits.RESTORE_RETRY_MIN_S
 
     def _step_back(self) -> None:
         """Leaves the processor to whoever serves the guest, for as long as that asks page after page; not for ever."""
@@ -357,9 +360,25 @@ class LazySource:
         return next(self._runs, None)
 
     def _read(self, run: _Run, who: str) -> bool:
-        """Whether the run is done with: it is here, or what is damaged of it was set aside."""
-        block = run.block
-        pages = run.pages[~block.have[run.pages]]
+        """Whether the run is done with: it is here, or what is damaged of it was left out."""
+        pages = run.pages[~run.block.have[run.pages]]
+        error = self._bring(run.block, pages, who)
+        if error is None:
+            if not (self._has_bad or self._had_bad):
+                self._note_trouble(who, None)
+            self._arrive(run)
+            return True
+        if error.retry != "no":
+            return False
+        began_s = time.thread_time()
+        self._take_apart(run.block, pages, who)
+        self._arrive(run)  # what is right of it, and the zeros around it, are here
+        rest_s = (time.thread_time() - began_s) * (1 / limits.RESTORE_APART_SHARE - 1)
+        self._rest(min(rest_s, limits.RESTORE_RETRY_MAX_S))
+        return True
+
+    def _bring(self, block: ImageBlock, pages: Numbers, who: str) -> VmferryError | None:
+        """Pages into the image; why they did not come."""
         self._reading[who] = time.monotonic()
         try:
             if len(pages):
@@ -367,30 +386,24 @@ class LazySource:
         except Exception as error:  # noqa: BLE001  as above
             found = _as_ours(error)
             self._note_trouble(who, found)
-            if found.retry != "no":
-                return False
-            self._set_aside(run, pages, who)
-            return True
+            return found
         finally:
             self._reading.pop(who, None)
-        if not self._bad:
-            self._note_trouble(who, None)
-        self._arrive(run)
-        return True
+        return None
 
-    def _set_aside(self, run: _Run, pages: Numbers, who: str) -> None:
-        """Something of the run is damaged: what is not is read, in halves; what is waits for another try."""
-        unit = run.block.host_page_pages
+    def _take_apart(self, block: ImageBlock, pages: Numbers, who: str) -> None:
+        """Something of these pages is damaged: what is not is read, in halves; what is waits for another pass."""
+        unit = block.host_page_pages
         half = len(pages) // 2 // unit * unit
-        if not half:
-            self._bad.append(_Run(run.block, pages, run.first, run.stop))
-            self._arrive(run)  # the zeros around it are here
+        if not half or self._stopping.is_set():
+            self._has_bad = True
             return
-        middle = min(max(int(pages[half]), run.first), run.stop)
-        for part, first, stop in ((pages[:half], run.first, middle), (pages[half:], middle, run.stop)):
-            some = _Run(run.block, part, first, stop, run.is_near)
-            if not self._read(some, who):
-                self._bad.append(some)
+        for part in (pages[:half], pages[half:]):
+            error = self._bring(block, part, who)
+            if error is not None and error.retry == "no":
+                self._take_apart(block, part, who)
+            elif error is not None:
+                self._has_bad = True
 
     def _arrive(self, run: _Run) -> None:
         arrivals = self.image.arrivals
@@ -420,6 +433,19 @@ class LazySource:
                     first = stop
                 if first < end:
                     yield _Run(block, absent[:0], first, end)
+
+    def _absent_runs(self) -> Iterator[_Run]:
+        """What has not come yet, when everything was tried."""
+        for block in self.image:
+            unit = block.host_page_pages
+            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
+            length = max(self._run_pages // unit, 1) * unit
+            for begin in range(0, block.count, window):
+                absent = _absent(block, begin, min(begin + window, block.count))
+                for at in range(0, len(absent), length):
+                    pages = absent[at : at + length]
+                    stop = -(-(int(pages[-1]) + 1) // unit) * unit
+                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, block.count))
 
     def _ordered(self, order: Touches) -> Iterator[_Run]:
         """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is
@@ -480,7 +506,8 @@ def _absent(block: ImageBlock, first: int, stop: int) -> Numbers:
 
 
 def _as_ours(error: Exception) -> VmferryError:
+    """Without its traceback: that holds the frame which keeps the error, and there may be one for every page."""
     if isinstance(error, VmferryError):
-        return error
+        return error.with_traceback(None)
     log.error("result=defect reading a snapshot", exc_info=error)
     return VmferryError(f"a snapshot cannot be read: {type(error).__name__}: {error}", retry="after-fix", cause=error)

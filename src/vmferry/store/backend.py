@@ -12,6 +12,7 @@ Rule 2: a `put` that raised StoreTransient may have happened. Again with the sam
 Rule 3: what `put` or `delete` did is seen by every later call of anybody (strong consistency: local file systems, NFS
         with `sync` and no attribute cache, S3 since 2020).
 Rule 4: what a broken `put` leaves behind is seen under `tmp/` or is not there at all, and may be deleted by anybody.
+Rule 5: a place that is gone as a whole (a folder that is not mounted) is StoreTransient, never a store without objects.
 
 Errors: `ObjectMissing`; `StoreTransient`: try again; `StorePermanent`: somebody must mend something first.
 """
@@ -60,7 +61,10 @@ class Backend(Protocol):
         ...
 
     def list(self, prefix: str) -> list[Entry]:
-        """Every object below a prefix that is empty or ends in a slash, sorted by name."""
+        """Every object below a prefix that is empty or ends in a slash, sorted by name.
+
+        All of them, or an error: what deletes goes by what is not listed. What has no name of ours is nobody's object
+        (`.nfs0000a1`, `.DS_Store`): it is not shown, as nothing could be done with it."""
         ...
 
     def delete(self, name: str) -> None:
@@ -81,6 +85,11 @@ def again(call: Callable[[], T]) -> T:
         except StoreTransient:
             continue
     return call()
+
+
+def is_name(name: str) -> bool:
+    """Whether an object can have this name. For what a listing shows: others put things into folders, too."""
+    return len(name) <= STORE_NAME_CHARACTERS_MAX and _NAME.fullmatch(name) is not None
 
 
 def checked_name(name: str) -> str:

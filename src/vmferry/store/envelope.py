@@ -29,6 +29,8 @@ MAGIC: Final = b"VMFS"
 VERSION: Final = 1
 PREFIX: Final = struct.Struct("<4sBBHII")
 PACK, INDEX, MANIFEST, LOCK = 1, 2, 3, 4
+_SECTION_MORE: Final = 64 + SEAL_BYTES
+"""What a section has beside its data: zstd's frame, and the seal."""
 
 
 class Lengths(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -104,6 +106,11 @@ class Opened:
     def plain_bytes(self, number: int) -> int:
         """How long section `number` (from 0) says that it is."""
         return self._sections[number].plain
+
+    def is_tight(self, number: int) -> bool:
+        """Whether section `number` takes no more bytes than it may: what cannot be compressed grows by a little."""
+        one = self._sections[number]
+        return one.sealed <= one.plain + one.plain // 128 + _SECTION_MORE
 
     def section(self, number: int, bytes_max: int) -> bytes:
         """Section `number`, from 0. Raises Damaged, also when it has more than `bytes_max`."""

@@ -51,6 +51,16 @@ class WrongKey(RepositoryError):
     """The repository is encrypted, and the key or pass phrase does not open it; or it is not, and one was given."""
 
 
+class OtherRepository(RepositoryError):
+    """Where the repository was that this process has open there is another one now; nothing was written to it."""
+
+    default_retry = "after-fix"
+    default_hint = (
+        "was its file system mounted, or unmounted, after the agent had started? Mount what belongs there, then "
+        "restart the agent; guests go on meanwhile"
+    )
+
+
 class RepositoryBusy(RepositoryError):
     """Somebody else works on the repository in a way that excludes what was asked for."""
 

@@ -11,7 +11,8 @@ Step 3 is a hard link because a rename replaces silently. File systems without h
 there two hosts that create one repository in the same moment are not told apart; all other names are random.
 
 Reading keeps files open: opening one costs more than reading a page from it. A file that was deleted meanwhile can
-still be read, as whoever opened it had a right to: objects never change.
+still be read, as whoever opened it had a right to: objects never change. One that stands in its place is opened: a
+person has brought a damaged object back from a copy, and nobody shall have to start anew for it to be seen.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_OPEN_FILES_MAX
-from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix
+from vmferry.store.backend import LEFTOVERS, Entry, checked_name, checked_prefix, is_name
 from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StorePermanent, StoreTransient
 
 _AGAIN: Final = frozenset({
@@ -35,18 +37,36 @@ _AGAIN: Final = frozenset({
     errno.ENOMEM,
 })  # fmt: skip
 """EIO too: of a network file system it is how an outage looks."""
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FULL_HINT: Final = (
+    "'vmferry forget' what is not needed, then 'vmferry prune --empty-below 0': that only deletes. If nothing at all "
+    "can be written, not even a lock, make a little room on that file system first"
+)
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 
 
 class _File:
     """An open file, closed when the last thread that uses it lets it go."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._path = path
+        self._is = _identity(os.fstat(self.fd))
+
+    def is_replaced(self) -> bool:
+        """Whether the name leads to another file now. A name that leads to none is no other file."""
+        try:
+            return _identity(os.stat(self._path)) != self._is
+        except OSError:
+            return False
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):  # it was never opened
             os.close(self.fd)
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 class LocalFolder:
@@ -59,6 +79,7 @@ class LocalFolder:
         self.root = root
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _File] = OrderedDict()
+        self._signs = (root / LEFTOVERS, root / "config")
         try:
             self._make(root / LEFTOVERS)
         except OSError as error:
@@ -68,8 +89,10 @@ class LocalFolder:
         """See `Backend`."""
         target = self.root / checked_name(name)
         temporary = self.root / LEFTOVERS / secrets.token_hex(16)
-        with _translated(name):
+        with self._translated(name):
+            self._require_here()
             try:
+                self._make(temporary.parent)
                 self._make(target.parent)
                 with open(temporary, "xb", buffering=0) as file:
                     _write_all(file.fileno(), data)
@@ -82,7 +105,7 @@ class LocalFolder:
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Backend`."""
-        with _translated(name):
+        with self._translated(name):
             file = self._file(name)
             if not length:
                 size = os.fstat(file.fd).st_size
@@ -100,20 +123,24 @@ class LocalFolder:
 
     def size(self, name: str) -> int:
         """See `Backend`."""
-        with _translated(name):
+        with self._translated(name):
             return os.stat(self.root / checked_name(name)).st_size
 
     def list(self, prefix: str) -> list[Entry]:
         """See `Backend`."""
         checked_prefix(prefix)
         found: list[Entry] = []
-        with _translated(prefix or "the store"):
-            for folder, _, files in os.walk(self.root / prefix):
+        with self._translated(prefix or "the store"):
+            self._require_here()
+            for folder, _, files in os.walk(self.root / prefix, onerror=_raise_unless_gone):
                 for file in files:
                     path = Path(folder, file)
+                    name = path.relative_to(self.root).as_posix()
+                    if not is_name(name):
+                        continue
                     with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                         stat = path.stat()
-                        found.append(Entry(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime))
+                        found.append(Entry(name, stat.st_size, stat.st_mtime))
         return sorted(found, key=lambda entry: entry.name)
 
     def delete(self, name: str) -> None:
@@ -121,9 +148,12 @@ class LocalFolder:
         path = self.root / checked_name(name)
         with self._lock:
             self._open.pop(name, None)
-        with _translated(name), contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            _sync_folder(path.parent)
+        with self._translated(name):
+            try:
+                path.unlink()
+                _sync_folder(path.parent)
+            except FileNotFoundError:
+                self._require_here()
 
     def close(self) -> None:
         """See `Backend`."""
@@ -135,13 +165,46 @@ class LocalFolder:
             file = self._open.get(name)
             if file is not None:
                 self._open.move_to_end(name)
-                return file
-        file = _File(self.root / checked_name(name))
+        if file is not None and not file.is_replaced():
+            return file
+        file = _File(str(self.root / checked_name(name)))
         with self._lock:
             self._open[name] = file
             if len(self._open) > STORE_OPEN_FILES_MAX:
                 self._open.popitem(last=False)
         return file
+
+    def _require_here(self) -> None:
+        """Raises StoreTransient when the folder itself is gone."""
+        if not any(sign.exists() for sign in self._signs):
+            raise StoreTransient(
+                f"the repository's folder {self.root} is gone: nothing of what was in it is there",
+                hint="is it mounted? Bring it back, and what waits for it goes on",
+            )
+
+    @contextlib.contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """The kernel's words -> the contract's."""
+        try:
+            yield
+        except OSError as error:
+            raise self._as_contract(name, error) from error
+
+    def _as_contract(self, name: str, error: OSError) -> RepositoryError:
+        try:
+            if isinstance(error, FileNotFoundError):
+                self._require_here()
+                return ObjectMissing(name)
+            if isinstance(error, FileExistsError):
+                return ObjectExists(name)
+        except StoreTransient as gone:
+            return gone
+        except OSError as worse:  # the look for the folder failed as well
+            error = worse
+        text = f"{name}: {error.strerror}"
+        if error.errno in _FULL:
+            return StorePermanent(f"{text} ({self.root})", hint=_FULL_HINT, cause=error)
+        return (StoreTransient if error.errno in _AGAIN else StorePermanent)(text, cause=error)
 
     def _make(self, folder: Path) -> None:
         """Makes a folder and what is missing above it, each durable before something is put into it."""
@@ -171,24 +234,15 @@ def _link(temporary: Path, target: Path) -> None:
         temporary.rename(target)
 
 
+def _raise_unless_gone(error: OSError) -> None:
+    """`os.walk` passes over what it cannot read, and a pruner would take every pack for one that nobody needs."""
+    if not isinstance(error, FileNotFoundError):  # never made, or deleted since its parent was read
+        raise error
+
+
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """The kernel's words -> the contract's."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ObjectMissing(name) from error
-    except FileExistsError as error:
-        raise ObjectExists(name) from error
-    except OSError as error:
-        if error.errno in _AGAIN:
-            raise StoreTransient(f"{name}: {error.strerror}", cause=error) from error
-        raise StorePermanent(f"{name}: {error.strerror}", cause=error) from error

@@ -63,6 +63,8 @@ class Note(msgspec.Struct, frozen=True):
     """Which boot of the host, and which set of processes there: only within one do process numbers mean anything."""
     process: int
     what: str
+    forgets: str = ""
+    """The snapshot whose manifest its owner is about to take away: see `pins`."""
 
     def is_of_the_dead(self) -> bool:
         """Whether its owner was a process of this host, and is not there any more."""
@@ -86,11 +88,18 @@ class Lock:
     """A lock of this process. Use `take`; `release` when done, whatever happened."""
 
     def __init__(
-        self, backend: Backend, clock: Clock, random: Callable[[int], bytes], kind: Kind, what: str, stale_s: float
+        self,
+        backend: Backend,
+        clock: Clock,
+        random: Callable[[int], bytes],
+        kind: Kind,
+        what: str,
+        stale_s: float,
+        forgets: str = "",
     ) -> None:
         self._backend, self._clock, self._random = backend, clock, random
         self._kind, self._stale_s = kind, stale_s
-        self._note = msgspec.json.encode(Note(*_here(), os.getpid(), what))
+        self._note = msgspec.json.encode(Note(*_here(), os.getpid(), what, forgets))
         self._name = ""
         self._renewed_s = 0.0
         self.taken_s = 0.0
@@ -137,11 +146,9 @@ class Lock:
             self.taken_s = mine.modified_s
             others = [entry for entry in entries.values() if self._excludes(entry)]
             for entry in others:
-                note = self._note_of(entry)
-                is_stale = mine.modified_s - entry.modified_s > self._stale_s
-                if not is_stale and not (note and note.is_of_the_dead()):
-                    whose = f"{note.what} by process {note.process} on {note.host}, " if note else ""
-                    raise RepositoryBusy(f"the repository is in use: {whose}{entry.name}")
+                note = _note_of(self._backend, entry)
+                if not _is_over(entry, note, mine.modified_s, self._stale_s):
+                    raise RepositoryBusy(f"the repository is in use: {_whose(note)}{entry.name}")
             for entry in others:
                 again(lambda entry=entry: self._backend.delete(entry.name))  # type: ignore[misc]
         except Exception:
@@ -162,15 +169,38 @@ class Lock:
         """A name of no known kind counts as exclusive: some later version's."""
         return self._kind is Kind.EXCLUSIVE or not other.name.startswith(f"{LOCKS}{Kind.SHARED.value}-")
 
-    def _note_of(self, other: Entry) -> Note | None:
-        try:
-            size = min(again(lambda: self._backend.size(other.name)), _NOTE_BYTES_MAX)
-            return msgspec.json.decode(again(lambda: self._backend.get(other.name, 0, size)), type=Note)
-        except (ObjectMissing, Damaged, msgspec.DecodeError):
-            return None
-
     def _lost(self) -> LockLost:
         return LockLost("this lock of the repository was taken away: it had not been renewed in time")
+
+
+def _note_of(backend: Backend, other: Entry) -> Note | None:
+    try:
+        size = min(again(lambda: backend.size(other.name)), _NOTE_BYTES_MAX)
+        return msgspec.json.decode(again(lambda: backend.get(other.name, 0, size)), type=Note)
+    except (ObjectMissing, Damaged, msgspec.DecodeError):
+        return None
+
+
+def _is_over(entry: Entry, note: Note | None, now_s: float, stale_s: float) -> bool:
+    """Whether a lock does not count any more. `now_s` is the store's."""
+    return now_s - entry.modified_s > stale_s or (note is not None and note.is_of_the_dead())
+
+
+def _whose(note: Note | None) -> str:
+    return f"{note.what} by process {note.process} on {note.host}, " if note else ""
+
+
+def require_not_forgotten(backend: Backend, snapshot: str, now_s: float) -> None:
+    """Raises RepositoryBusy while somebody is about to forget this snapshot. `now_s` is the store's.
+
+    A lock that does not count any more is deleted first, so its owner, if he wakes up, takes nothing away."""
+    for entry in again(lambda: backend.list(LOCKS)):
+        note = _note_of(backend, entry)
+        if note is None or note.forgets != snapshot:
+            continue
+        if not _is_over(entry, note, now_s, STORE_LOCK_STALE_S):
+            raise RepositoryBusy(f"the snapshot is being taken away: {_whose(note)}{entry.name}")
+        again(lambda entry=entry: backend.delete(entry.name))  # type: ignore[misc]
 
 
 def take(
@@ -181,8 +211,9 @@ def take(
     what: str,
     *,
     stale_s: float = STORE_LOCK_STALE_S,
+    forgets: str = "",
 ) -> Lock:
     """A lock for `what` (words for people). Raises RepositoryBusy when somebody is in the way."""
-    lock = Lock(backend, clock, random, kind, what, stale_s)
+    lock = Lock(backend, clock, random, kind, what, stale_s, forgets)
     lock.take()
     return lock

@@ -22,8 +22,10 @@ import numpy.typing as npt
 
 from vmferry.limits import (
     STORE_BLOCKS_MAX,
+    STORE_CREATED_S_MAX,
     STORE_DEVICE_STATE_BYTES_MAX,
     STORE_INDEX_PAGES_MAX,
+    STORE_MANIFEST_BYTES_MAX,
     STORE_SNAPSHOT_PAGES_MAX,
 )
 from vmferry.store.envelope import MANIFEST, Opened, seal_object
@@ -104,7 +106,8 @@ def write_manifest(seal: Seal, snapshot: str, head: Head, device_state: bytes, t
 
 
 def read_head(seal: Seal, snapshot: str, data: bytes, size_bytes: int) -> tuple[Head, Opened]:
-    """The head, from the object or from its beginning. Raises Damaged."""
+    """The head, from the object or from its beginning: also that the object is no larger than what it describes. Raises
+    Damaged."""
     name = manifest_name(snapshot)
     opened = Opened(seal, name, MANIFEST, data, size_bytes)
     try:
@@ -122,15 +125,21 @@ def read_head(seal: Seal, snapshot: str, data: bytes, size_bytes: int) -> tuple[
         and sum(rows for _, rows in uses) < UNSET
         and opened.count == len(sizes) + 1
         and all(opened.plain_bytes(number) == block.pages * 4 for number, block in enumerate(head.blocks, 1))
+        and opened.plain_bytes(0) <= STORE_DEVICE_STATE_BYTES_MAX
+        and all(opened.is_tight(number) for number in range(opened.count))
     )
     if not is_possible:
         raise Damaged(name, "its blocks, indexes and tables do not fit together")
+    if not 0 <= head.created_s <= STORE_CREATED_S_MAX:
+        raise Damaged(name, "it was made at a time that is none")
     return head, opened
 
 
 def read_manifest(seal: Seal, snapshot: str, data: bytes) -> Manifest:
-    """The reverse of `write_manifest`. Raises Damaged."""
+    """The reverse of `write_manifest`. Raises Damaged, also for one that is larger than any can be."""
     name = manifest_name(snapshot)
+    if len(data) > STORE_MANIFEST_BYTES_MAX:
+        raise Damaged(name, f"it has {len(data)} bytes, more than {STORE_MANIFEST_BYTES_MAX}")
     head, opened = read_head(seal, snapshot, data, len(data))
     rows = sum(use.rows for use in head.indexes)
     tables = []

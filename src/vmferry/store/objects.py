@@ -25,7 +25,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from vmferry.limits import STORE_REQUEST_S, STORE_RETRIES_MAX, STORE_RETRY_S
-from vmferry.store.backend import Entry, checked_name, checked_prefix
+from vmferry.store.backend import Entry, checked_name, checked_prefix, is_name
 from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StorePermanent, StoreTransient
 
 
@@ -93,6 +93,7 @@ class ObjectStore:
                 Entry(meta["path"], int(meta["size"]), meta["last_modified"].timestamp())
                 for chunk in obstore.list(self._store, checked_prefix(prefix) or None)
                 for meta in chunk
+                if is_name(meta["path"])
             ]
         return sorted(found, key=lambda entry: entry.name)
 

@@ -8,6 +8,8 @@ when enough pages are in packs, their index is. Rows are counted through all ind
 
 Rule 1: an index is put when all of its packs are durable, never before.
 Rule 2: one pack is in memory, and at most one frame of each kind. One thread.
+Rule 3: what could not be put is kept as it is, and is the first thing that the next call puts: the store may have it,
+        and then with these very bytes.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ class Packer:
         self._compressor = Compressor(repository.shape.level)
         self._waiting = {PLAIN: self._empty(), DIFFERENCES: self._empty()}
         self._pack: _Pack | None = None
+        self._closed: tuple[PackFacts, bytes] | None = None
+        """A pack that is full, and its bytes: it is not in the store yet, as far as is known."""
         self._index_id = repository.random(16)
         self._facts: list[PackFacts] = []
         self._index_first = 0
@@ -98,7 +102,8 @@ class Packer:
         self._add(DIFFERENCES, differences, ids, bases)
 
     def finish(self) -> None:
-        """Everything is durable when this returns, and described by indexes."""
+        """Everything is durable when this returns, and described by indexes. After StoreTransient: again is fine."""
+        self._put_closed()
         for kind, waiting in self._waiting.items():
             if waiting.count:
                 self._flush_waiting(kind, waiting)
@@ -107,6 +112,7 @@ class Packer:
 
     def _add(self, kind: int, pages: Pages, ids: Ids, bases: Ids) -> None:
         assert len(pages) == len(ids)
+        self._put_closed()
         ordinals = np.arange(self.ordinals, self.ordinals + len(ids))
         self.ordinals += len(ids)
         while self.ordinals > len(self._rows):
@@ -172,11 +178,19 @@ class Packer:
         name = pack_name(pack.pack_id)
         ids = np.concatenate(pack.ids)
         directory = Directory(self._index_id, pack.first_row, frames, proof_of(ids))
-        pack.data += pack_end(self._repository.seal, name, directory)
+        data = b"".join((pack.data, pack_end(self._repository.seal, name, directory)))
+        self._closed = PackFacts(pack.pack_id, len(data), frames, ids), data
+        self._put_closed()
+
+    def _put_closed(self) -> None:
+        if self._closed is None:
+            return
+        facts, data = self._closed
         self._on_object()
-        self._repository.put_new(name, bytes(pack.data))
-        self.stored_bytes += len(pack.data)
-        self._facts.append(PackFacts(pack.pack_id, len(pack.data), frames, ids))
+        self._repository.put_new(pack_name(facts.pack_id), data)
+        self._closed = None
+        self.stored_bytes += len(data)
+        self._facts.append(facts)
 
     def _close_index(self) -> None:
         if not self._facts:

@@ -11,12 +11,24 @@ process that reads for it, and needs its snapshot until it has every page. A pin
 A pin counts whatever its age: as long as there is one nothing is pruned, nor is its snapshot forgotten. One that was
 left behind (its host is lost for good) is taken away by a person, by name.
 
+Who forgets a snapshot has a shared lock as well, for saves and restores of others go on meanwhile. It says which
+snapshot he is about to take away, so one of two who do both at the same time sees the other:
+
+    restore                                             forget
+    a. opens the snapshot under its lock                1. puts a lock that says so
+    b. puts its pin                                     2. looks for pins of it: one → refused
+    c. looks for a lock that says so: one → the pin     3. looks whether its lock is still there, deletes the manifest
+       is taken back, RepositoryBusy                    4. gives the lock back
+    d. looks whether the manifest is there: gone → as c
+If b is before 2, 2 sees the pin. If not, 1 was before b, so c sees the lock, or 4 was before c, and d finds it gone.
+
 Rule 1: a pin is put under a shared lock, so a prune that is at work excludes it, and one that begins later sees it.
 Rule 2: what cannot be read counts as a pin of everything: nothing is taken away because a note is damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +36,8 @@ import msgspec
 
 from vmferry.errors import RepositoryError
 from vmferry.store.backend import again
-from vmferry.store.errors import ObjectExists, ObjectMissing, RepositoryBusy
+from vmferry.store.errors import ObjectExists, ObjectMissing, RepositoryBusy, UnknownSnapshot
+from vmferry.store.lock import require_not_forgotten
 
 if TYPE_CHECKING:
     from vmferry.store.repository import Repository
@@ -44,11 +57,28 @@ class Pin(msgspec.Struct, frozen=True):
 
 
 def put(repository: Repository, pin: Pin) -> None:
-    """Again is fine. The caller has a shared lock. Raises RepositoryError."""
+    """Again is fine. The caller has a shared lock, and the snapshot open.
+
+    Raises RepositoryBusy, UnknownSnapshot: somebody takes the snapshot away, or has, and there is no pin; any other
+    RepositoryError: there may be one."""
+    name = _name(pin.job)
     try:
-        repository.put_new(_name(pin.job), msgspec.json.encode(pin))
-    except ObjectExists:  # of the same job, in other words: it is there
-        return
+        again(lambda: repository.backend.size(name))
+    except ObjectMissing:
+        pass
+    else:
+        return  # whoever forgets has seen it, or will
+    with contextlib.suppress(ObjectExists):  # of the same job, in other words: it is there
+        repository.put_new(name, msgspec.json.encode(pin))
+    try:
+        times = {entry.name: entry.modified_s for entry in again(lambda: repository.backend.list(PINS))}
+        if name not in times:
+            raise RepositoryBusy("somebody took the guest's pin away as it was put")
+        require_not_forgotten(repository.backend, pin.snapshot, times[name])
+        repository.require_snapshot(pin.snapshot)
+    except (RepositoryBusy, UnknownSnapshot):
+        remove(repository, pin.job)
+        raise
 
 
 def remove(repository: Repository, job: str) -> None:

@@ -10,11 +10,16 @@ a row's pack is gone looks the page up by its id.
 The deed holds the exclusive lock (so nobody saves or reads), looks whether the repository is still the one that was
 planned for, and then, each step durable before the next; a crash leaves:
 
-    1. new packs       packs that no index names: the next prune deletes them
-    2. new index       pages that are there twice: the next prune deletes one of them
-    3. delete indexes  packs that no index names
-    4. delete packs    packs that no index names, and indexes that name packs which are gone, as they may
-    5. delete leftovers of broken puts
+    1. delete leftovers of broken puts
+    2. delete indexes          packs that no index names: the next prune deletes them
+    3. delete unused packs     packs that no index names, and indexes that name packs which are gone, as they may
+    4. for a few of the packs that are to be emptied, and then for the next ones:
+       a. new packs            packs that no index names
+       b. new index            pages that are there twice: the next prune deletes one of them
+       c. delete the emptied   indexes that name packs which are gone
+    5. delete the indexes that only emptied packs needed
+
+So a store that is full gets room before anything is written to it, and never needs more than for those few.
 
 Rule 1: what is damaged is no reason to delete. If a manifest, or an index or pack that one needs, is missing or cannot
         be read, there is no plan, but `Damaged`: heal it, or forget that snapshot, first.
@@ -25,17 +30,17 @@ Rule 4: before each single delete the deed looks whether its lock is still there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_BATCH_PACKS, STORE_PRUNE_GRACE_S
 from vmferry.store import pins
 from vmferry.store.backend import LEFTOVERS, Entry
 from vmferry.store.errors import Damaged, PlanOutdated
-from vmferry.store.index import index_name
+from vmferry.store.index import Index, index_name
 from vmferry.store.known import UNKNOWN
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import ZERO
@@ -275,57 +280,108 @@ def execute(
         now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
         if now != plan.seen:
             raise PlanOutdated("the repository is not any more what the plan was made for")
-        emptied = sum(work.entry.size_bytes for work in plan.empty_packs)
-        going = [
-            *plan.remove_indexes, *plan.remove_packs, *(work.entry for work in plan.empty_packs),
-            *plan.remove_leftovers,
-        ]  # fmt: skip
-        done, whole = emptied, emptied + sum(entry.size_bytes for entry in going)
-        written = (
-            _empty_packs(repository, plan.empty_packs, lock, lambda n: on_bytes(n, whole)) if plan.empty_packs else 0
-        )
-        for entry in going:
-            lock.renew_if_due()
-            on_bytes(done, whole)
-            lock.check()
-            repository.backend.delete(entry.name)
-            done += entry.size_bytes
-        return Pruned(len(going), sum(entry.size_bytes for entry in going), written)
+        return _Deed(repository, plan, lock, on_bytes).do()
     finally:
         lock.release()
 
 
-def _empty_packs(repository: Repository, works: Iterable[PackWork], lock: Lock, on_bytes: Callable[[int], None]) -> int:
-    """Writes the used pages of these packs into new ones; they are durable and known when this returns. `on_bytes` is
-    told how much of them is done; if it raises, new packs that no index names are left."""
-    source = PageSource(repository)
-    position: dict[bytes, int] = {}
-    for index_id in repository.indexes():
-        try:
-            index = repository.index(index_id)
-        except Damaged:
-            continue  # the plan does not need it
-        position[index_id] = len(source.indexes)
-        source.add(index)
-    packer = Packer(repository, lock.renew_if_due)
-    done = 0
+class _Deed:
+    """The state of one prune that is carried out."""
+
+    def __init__(self, repository: Repository, plan: PrunePlan, lock: Lock, on_bytes: OnBytes) -> None:
+        self._repository, self._plan, self._lock, self._on_bytes = repository, plan, lock, on_bytes
+        going = (*plan.remove_leftovers, *plan.remove_indexes, *plan.remove_packs)
+        self._count = len(going) + len(plan.empty_packs)
+        self._emptied = sum(work.entry.size_bytes for work in plan.empty_packs)
+        self._removed = sum(entry.size_bytes for entry in going) + self._emptied
+        self._done = 0
+        self._written = 0
+
+    def do(self) -> Pruned:
+        plan = self._plan
+        needed = {work.index_id for work in plan.empty_packs}
+        names = {index_name(index_id) for index_id in needed}
+        for entry in plan.remove_leftovers:
+            self._delete(entry)
+        for entry in plan.remove_indexes:
+            if entry.name not in names:
+                self._delete(entry)
+        for entry in plan.remove_packs:
+            self._delete(entry)
+        if plan.empty_packs:
+            self._empty_all(needed)
+        for entry in plan.remove_indexes:
+            if entry.name in names:
+                self._delete(entry)
+        return Pruned(self._count, self._removed, self._written)
+
+    def _delete(self, entry: Entry) -> None:
+        self._lock.renew_if_due()
+        self._tell(0)
+        self._lock.check()
+        self._repository.backend.delete(entry.name)
+        self._done += entry.size_bytes
+
+    def _tell(self, more: int) -> None:
+        """An emptied pack counts twice: it is read, and it is deleted."""
+        self._on_bytes(self._done + more, self._removed + self._emptied)
+
+    def _empty_all(self, needed: set[bytes]) -> None:
+        """Some packs at a time, those first of which least has to be written anew."""
+        indexes = {}
+        for index_id in self._repository.indexes():
+            try:
+                indexes[index_id] = self._repository.index(index_id)
+            except Damaged:
+                continue  # the plan does not need it
+        works_in_order = sorted(self._plan.empty_packs, key=lambda work: len(work.rows))
+        for works in _batches(works_in_order, STORE_PRUNE_BATCH_PACKS * self._repository.shape.pack_bytes):
+            packer = self._empty(works, indexes)
+            for index_id, _ in packer.written:  # what the next ones need may be there now
+                indexes[index_id] = self._repository.index(index_id)
+            for work in works:
+                self._delete(work.entry)
+
+    def _empty(self, works: Sequence[PackWork], indexes: Mapping[bytes, Index]) -> Packer:
+        """Writes the used pages of these packs into new ones; they are durable and known when this returns. If it ends
+        before, new packs that no index names are left."""
+        source = PageSource(self._repository)
+        for index in indexes.values():
+            source.add(index)
+        position = {index_id: k for k, index_id in enumerate(indexes)}
+        packer = Packer(self._repository, self._lock.renew_if_due)
+        for work in works:
+            self._tell(0)
+            k = position[work.index_id]
+            index = source.indexes[k]
+            for begin in range(0, len(work.rows), _PAGES_AT_A_TIME):
+                rows = work.rows[begin : begin + _PAGES_AT_A_TIME]
+                pages = source.read((rows + source.starts[k]).astype(np.uint32))
+                ids = index.ids[rows]
+                different = index.are_differences(rows)
+                packer.add(pages[~different], ids[~different])
+                if different.any():
+                    bases = source.read(source.bases_of(k, rows[different]))
+                    packer.add_differences(pages[different] ^ bases, ids[different], index.bases_of(rows[different]))
+                self._lock.renew_if_due()
+            self._done += work.entry.size_bytes
+        packer.finish()
+        self._written += packer.stored_bytes
+        return packer
+
+
+def _batches(works: Iterable[PackWork], bytes_max: int) -> Iterator[list[PackWork]]:
+    """As many packs at a time as have so many bytes, and one at least: what is written anew of them is less."""
+    batch: list[PackWork] = []
+    size = 0
     for work in works:
-        k = position[work.index_id]
-        index = source.indexes[k]
-        on_bytes(done)
-        done += work.entry.size_bytes
-        for begin in range(0, len(work.rows), _PAGES_AT_A_TIME):
-            rows = work.rows[begin : begin + _PAGES_AT_A_TIME]
-            pages = source.read((rows + source.starts[k]).astype(np.uint32))
-            ids = index.ids[rows]
-            different = index.are_differences(rows)
-            packer.add(pages[~different], ids[~different])
-            if different.any():
-                bases = source.read(source.bases_of(k, rows[different]))
-                packer.add_differences(pages[different] ^ bases, ids[different], index.bases_of(rows[different]))
-            lock.renew_if_due()
-    packer.finish()
-    return packer.stored_bytes
+        if batch and size + work.entry.size_bytes > bytes_max:
+            yield batch
+            batch, size = [], 0
+        batch.append(work)
+        size += work.entry.size_bytes
+    if batch:
+        yield batch
 
 
 def _seen(*entries: Iterable[Entry]) -> frozenset[str]:

@@ -17,7 +17,7 @@ Rule 2: pages are right or `Damaged` is raised (`source`). `read` and `page` may
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ class SnapshotReader:
         manifest = self._repository.manifest(self.snapshot)
         self.head: Head = manifest.head
         self.device_state = manifest.device_state
-        self.source = PageSource(self._repository, lambda: all_indexes(self._repository))
+        self.source = PageSource(self._repository, lambda known: all_indexes(self._repository, known))
         add_uses(self.source, self._repository, manifest.head)
         self._tables: list[Table] = []
         for block, table in zip(manifest.head.blocks, manifest.tables, strict=True):
@@ -162,11 +162,13 @@ class SnapshotReader:
         self.close()
 
 
-def all_indexes(repository: Repository) -> Iterator[Index]:
-    """Every index that can be read, one after the other. Who needs one that cannot finds out by what is not in it."""
+def all_indexes(repository: Repository, known: Collection[bytes] = ()) -> Iterator[Index]:
+    """Every index but those that are known that can be read, one after the other. Who needs one that cannot finds out
+    by what is not in it."""
     for index_id in repository.indexes():
-        with contextlib.suppress(Damaged):
-            yield repository.index(index_id)
+        if index_id not in known:
+            with contextlib.suppress(Damaged):
+                yield repository.index(index_id)
 
 
 def add_uses(source: PageSource, repository: Repository, head: Head) -> None:

@@ -13,6 +13,7 @@ Rule 2: under the exclusive lock. What is in the way under the index's name is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +39,23 @@ class Rebuilt:
     """Packs because of which an index could not be made."""
 
 
-def rebuild_indexes(repository: Repository, *, stale_s: float = STORE_LOCK_STALE_S) -> Rebuilt:
-    """Makes every index that packs speak of and that cannot be read. Raises RepositoryBusy."""
+def rebuild_indexes(
+    repository: Repository,
+    on_bytes: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    stale_s: float = STORE_LOCK_STALE_S,
+) -> Rebuilt:
+    """Makes every index that packs speak of and that cannot be read. `on_bytes` is told before each pack that no index
+    names how many bytes of those are done; what it raises ends the work, and nothing was done. Raises RepositoryBusy.
+    """
     lock = repository.exclusive("rebuild indexes", stale_s=stale_s)
     try:
-        return _rebuild(repository, lock)
+        return _rebuild(repository, lock, on_bytes)
     finally:
         lock.release()
 
 
-def _rebuild(repository: Repository, lock: Lock) -> Rebuilt:
+def _rebuild(repository: Repository, lock: Lock, on_bytes: Callable[[int, int], None]) -> Rebuilt:
     source = PageSource(repository)
     named: set[bytes] = set()
     for index_id in repository.indexes():
@@ -60,10 +68,12 @@ def _rebuild(repository: Repository, lock: Lock) -> Rebuilt:
     parts: dict[bytes, list[tuple[bytes, Directory, PackFacts]]] = {}
     proofs: dict[bytes, bytes] = {}
     failed: list[Damaged] = []
-    for pack_id, entry in repository.packs().items():
-        if pack_id in named:
-            continue
+    lost = {pack_id: entry for pack_id, entry in repository.packs().items() if pack_id not in named}
+    done_bytes, whole_bytes = 0, sum(entry.size_bytes for entry in lost.values())
+    for pack_id, entry in lost.items():
         lock.renew_if_due()
+        on_bytes(done_bytes, whole_bytes)
+        done_bytes += entry.size_bytes
         try:
             directory, facts = _look(repository, pack_id, entry.size_bytes)
         except Damaged as error:

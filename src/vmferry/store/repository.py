@@ -22,14 +22,18 @@ Finished snapshots are never touched by a save, so nothing that happens to one c
 manifest, which is one step. `prune` has an order of its own, see there. docs/repository.md tells the same to users.
 
 Rule 1: what a listing shows is believed only as far as its name is one of ours; strange names are left alone.
-Rule 2: everything that was read is checked before it is used; what does not fit is `Damaged`, with its name.
+Rule 2: whoever takes a lock looks first whether the config is still the one that the repository was opened with. An
+        agent that starts before a file system is mounted opens what lies below; with the keys of that it would write
+        objects that nobody can read.
+Rule 3: everything that was read is checked before it is used; what does not fit is `Damaged`, with its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +44,7 @@ from vmferry.limits import (
     STORE_INDEX_PAGES,
     STORE_INDEX_PAGES_MAX,
     STORE_LOCK_STALE_S,
+    STORE_MANIFEST_BYTES_MAX,
     STORE_PACK_BYTES,
     STORE_ZSTD_LEVEL,
 )
@@ -48,8 +53,16 @@ from vmferry.store import lock as locks
 from vmferry.store import pins
 from vmferry.store.backend import Backend, Entry, again
 from vmferry.store.config import Config, Key, Secrets
-from vmferry.store.envelope import MANIFEST, PREFIX, head_end
-from vmferry.store.errors import Damaged, ObjectExists, ObjectMissing, StoreTransient, UnknownSnapshot
+from vmferry.store.envelope import MANIFEST, head_end
+from vmferry.store.errors import (
+    Damaged,
+    ObjectExists,
+    ObjectMissing,
+    OtherRepository,
+    StoreTransient,
+    UnknownSnapshot,
+)
+from vmferry.store.heads import KeptHeads
 from vmferry.store.index import Index, index_name, read_index
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import Head, Manifest, manifest_name, read_head, read_manifest
@@ -58,7 +71,6 @@ from vmferry.store.page_ids import PageIds
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 _FIRST_READ_BYTES: Final = 64 << 10
-_MANIFEST_BYTES_MAX: Final = 6 << 30
 _INDEX_BYTES_MAX: Final = STORE_HEAD_BYTES_MAX + STORE_INDEX_PAGES_MAX * 40
 
 
@@ -93,6 +105,7 @@ class Repository:
         self,
         backend: Backend,
         config: Config,
+        config_data: bytes,
         secrets: Secrets,
         clock: Clock,
         random: Callable[[int], bytes],
@@ -100,11 +113,14 @@ class Repository:
     ) -> None:
         self.backend = backend
         self.config = config
+        self.config_data = config_data
+        """The config object as it was when the repository was opened."""
         self.seal = secrets.seal
         self.ids = PageIds(secrets.id_key)
         self.clock = clock
         self.random = random
         self.shape = shape
+        self._heads = KeptHeads()
 
     @classmethod
     def create(
@@ -144,18 +160,39 @@ class Repository:
         size = backend.size(config_object.NAME)
         if size > _FIRST_READ_BYTES:
             raise Damaged(config_object.NAME, f"it has {size} bytes")
-        config, secrets = config_object.read_config(backend.get(config_object.NAME, 0, size), key)
-        return cls(backend, config, secrets, clock or SystemClock(), random, shape or Shape())
+        data = backend.get(config_object.NAME, 0, size)
+        config, secrets = config_object.read_config(data, key)
+        return cls(backend, config, data, secrets, clock or SystemClock(), random, shape or Shape())
 
     # --- locks ------------------------------------------------------------------------------------------
 
-    def shared(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S) -> Lock:
-        """A lock for saving or reading. Raises RepositoryBusy while somebody prunes."""
-        return locks.take(self.backend, self.clock, self.random, locks.Kind.SHARED, what, stale_s=stale_s)
+    def shared(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S, forgets: str = "") -> Lock:
+        """A lock for saving or reading, or for forgetting a snapshot. Raises RepositoryBusy while somebody prunes;
+        OtherRepository."""
+        self._require_same()
+        return locks.take(
+            self.backend, self.clock, self.random, locks.Kind.SHARED, what, stale_s=stale_s, forgets=forgets
+        )
 
     def exclusive(self, what: str, *, stale_s: float = STORE_LOCK_STALE_S) -> Lock:
-        """A lock for taking away. Raises RepositoryBusy while anybody does anything."""
+        """A lock for taking away. Raises RepositoryBusy while anybody does anything; OtherRepository."""
+        self._require_same()
         return locks.take(self.backend, self.clock, self.random, locks.Kind.EXCLUSIVE, what, stale_s=stale_s)
+
+    def _require_same(self) -> None:
+        """Raises OtherRepository (rule 2)."""
+        name, length = config_object.NAME, len(self.config_data)
+        try:
+            found = again(lambda: self.backend.get(name, 0, length))
+        except Damaged:  # it is shorter
+            found = b""
+        except ObjectMissing:
+            raise Damaged(name, "it is missing") from None
+        if found != self.config_data:
+            raise OtherRepository(
+                f"the repository that was opened ({self.config.repository[:8]}) is not the one that is there now: its "
+                "config is another one"
+            )
 
     # --- objects ----------------------------------------------------------------------------------------
 
@@ -194,8 +231,11 @@ class Repository:
         """All of a manifest. Raises UnknownSnapshot, Damaged."""
         if not _ID.fullmatch(snapshot):
             raise UnknownSnapshot(f"{snapshot} is no snapshot's id")
+        name = manifest_name(snapshot)
         try:
-            data = self._bounded(manifest_name(snapshot), _MANIFEST_BYTES_MAX)
+            # Its head first, a small read: it says whether the whole may be as large as it is.
+            self._head(snapshot, again(lambda: self.backend.size(name)))
+            data = self._bounded(name, STORE_MANIFEST_BYTES_MAX)
         except ObjectMissing as error:
             raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
         return read_manifest(self.seal, snapshot, data)
@@ -229,36 +269,75 @@ class Repository:
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Every snapshot, oldest first; damaged ones at the end, with what is wrong. Reads only heads."""
-        found = []
-        for snapshot, entry in self.snapshot_ids().items():
-            try:
-                found.append(SnapshotInfo(snapshot, entry.size_bytes, self._head(snapshot, entry.size_bytes)))
-            except (ObjectMissing, UnknownSnapshot):
-                continue  # forgotten since the listing
-            except Damaged as error:
-                found.append(SnapshotInfo(snapshot, entry.size_bytes, None, str(error)))
-        return sorted(found, key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0))
+        return sorted(
+            self.each_snapshot(), key=lambda info: (info.head is None, info.head.created_s if info.head else 0.0)
+        )
+
+    def each_snapshot(self) -> Iterator[SnapshotInfo]:
+        """Every snapshot, one at a time, in no order: for whoever looks for some of them."""
+        entries = self.snapshot_ids()
+        self._heads.keep_only(entries.keys())
+        for snapshot, entry in entries.items():
+            with contextlib.suppress(ObjectMissing, UnknownSnapshot):  # forgotten since the listing
+                yield self._listed(snapshot, entry)
+
+    def snapshot(self, snapshot: str) -> SnapshotInfo:
+        """One, by its id: no other is looked at. Raises UnknownSnapshot."""
+        if _ID.fullmatch(snapshot):
+            name = manifest_name(snapshot)
+            with contextlib.suppress(ObjectMissing):
+                size = again(lambda: self.backend.size(name))
+                return self._info(snapshot, size)[0]
+        raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
+
+    def require_snapshot(self, snapshot: str) -> None:
+        """Raises UnknownSnapshot when it is not there; whether it can be read is not looked at."""
+        try:
+            if not _ID.fullmatch(snapshot):
+                raise ObjectMissing(snapshot)
+            again(lambda: self.backend.size(manifest_name(snapshot)))
+        except ObjectMissing as error:
+            raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
 
     def forget(self, snapshot: str) -> None:
         """The snapshot is gone; its pages go with the next prune. Raises UnknownSnapshot, RepositoryBusy (also while a
-        guest that was restored from it has memory in it yet)."""
-        if snapshot not in self.snapshot_ids():
-            raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
-        lock = self.shared(f"forget {snapshot}")
+        guest that was restored from it has memory in it yet), LockLost (it is still there)."""
+        self.require_snapshot(snapshot)
+        lock = self.shared(f"forget {snapshot}", forgets=snapshot)
         try:
             pins.require_free(self, snapshot)
+            lock.check()  # `pins` has the schedule
             again(lambda: self.backend.delete(manifest_name(snapshot)))
         finally:
             lock.release()
 
-    def _head(self, snapshot: str, size: int) -> Head:
+    def _listed(self, snapshot: str, entry: Entry) -> SnapshotInfo:
+        """Raises ObjectMissing."""
+        head = self._heads.get(snapshot, entry)
+        if head is not None:
+            return SnapshotInfo(snapshot, entry.size_bytes, head)
+        info, head_bytes = self._info(snapshot, entry.size_bytes)
+        if info.head is not None:
+            self._heads.keep(snapshot, entry, info.head, head_bytes)
+        return info
+
+    def _info(self, snapshot: str, size: int) -> tuple[SnapshotInfo, int]:
+        """And the bytes that its head has in the store. Raises ObjectMissing."""
+        try:
+            head, head_bytes = self._head(snapshot, size)
+        except Damaged as error:
+            self._require_same()  # with the keys of another repository everything looks damaged
+            return SnapshotInfo(snapshot, size, None, str(error)), 0
+        return SnapshotInfo(snapshot, size, head), head_bytes
+
+    def _head(self, snapshot: str, size: int) -> tuple[Head, int]:
+        """The head, and the bytes that it has."""
         name = manifest_name(snapshot)
         data = again(lambda: self.backend.get(name, 0, min(size, _FIRST_READ_BYTES)))
-        if len(data) >= PREFIX.size:
-            end = head_end(name, data, MANIFEST, size)
-            if end > len(data):
-                data = again(lambda: self.backend.get(name, 0, end))
-        return read_head(self.seal, snapshot, data, size)[0]
+        end = head_end(name, data, MANIFEST, size)
+        if end > len(data):
+            data = again(lambda: self.backend.get(name, 0, end))
+        return read_head(self.seal, snapshot, data, size)[0], end
 
     def _named(self, prefix: str) -> list[tuple[str, Entry]]:
         entries = again(lambda: self.backend.list(prefix))

@@ -6,11 +6,15 @@ A number leads to an index and a row, the row to a frame of a pack, the frame to
 leads to its base, which is found by id. Every page is compared with its id before it is handed out, so whatever
 happened on the way, what comes out is what was saved, or `Damaged` with the pack's name.
 
-A row whose pack is gone was put elsewhere by `prune`: it is looked for by id among all indexes (`Rows.moved`).
+A row whose pack is gone was put elsewhere by `prune`: it is looked for by id, among the indexes that are here and then
+among all others (`moved`). Those are read one after the other, and only one with a page that is wanted stays: memory is
+for what a snapshot uses, and not for what else is in the repository.
 
 Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
         which is never held while something is read or inflated. Indexes are added under another one; numbers that were
         given out keep their meaning.
+Rule 2: a frame is kept when a page of it has been found right. One with a page that is wrong is kept no more, and the
+        store is asked once more: what was damaged may be whole again, brought back from a copy.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.limits import STORE_FRAMES_KEPT, STORE_READ_BYTES
+from vmferry.limits import STORE_FRAMES_KEPT, STORE_LOOK_AGAIN_S, STORE_READ_BYTES
 from vmferry.store.errors import Damaged
 from vmferry.store.index import Index, Place
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
@@ -33,12 +37,17 @@ from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
 _SEARCH_ROWS = 1 << 16
+_MOVED_PAGES = 1 << 19
+"""Pages that are looked for by id at a time: 36 bytes each. Those that follow are in the same indexes mostly."""
 
 
 class PageSource:
-    """Pages of the indexes that were added, in that order. `others` gives more of them, for what is not found."""
+    """Pages of the indexes that were added, in that order. `others` gives all but those with these ids, one at a time,
+    for what is not found."""
 
-    def __init__(self, repository: Repository, others: Callable[[], Iterable[Index]] = tuple) -> None:
+    def __init__(
+        self, repository: Repository, others: Callable[[Collection[bytes]], Iterable[Index]] | None = None
+    ) -> None:
         self._repository = repository
         self._others = others
         self._present = repository.packs()
@@ -48,6 +57,8 @@ class PageSource:
         self._live: list[npt.NDArray[np.bool_]] = []
         """For each index, which of its packs are there."""
         self._bases = KnownPages()
+        self._looked_s: dict[int, float] = {}
+        """For each index, when its bases were looked for last."""
         self._frames: OrderedDict[tuple[int, int], Pages] = OrderedDict()
         self._lock = threading.Lock()
         self._adding = threading.Lock()
@@ -55,7 +66,7 @@ class PageSource:
     def add(self, index: Index) -> int:
         """Its first number."""
         start = self.starts[-1]
-        self._live.append(np.array([each in self._present for each in index.pack_ids], np.bool_))
+        self._live.append(self._packs_there(index))
         self.indexes.append(index)
         self.starts.append(start + index.rows)
         return start
@@ -74,10 +85,7 @@ class PageSource:
 
     def is_live(self, k: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which rows of index `k` are in packs that are there."""
-        index = self.indexes[k]
-        if self._live[k].all():
-            return np.ones(len(rows), np.bool_)
-        return np.asarray(self._live[k][index.packs_of(index.frames_of(rows))])
+        return _are_live(self.indexes[k], self._live[k], rows)
 
     def misfits(self, k: int) -> list[int]:
         """The packs of index `k`, by their numbers in it, that are there and have another size than it says."""
@@ -90,43 +98,67 @@ class PageSource:
         ]
 
     def find(self, ids: Ids, *, is_whole: bool) -> Numbers:
-        """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without."""
-        wanted = KnownPages(len(ids))
-        wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
+        """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without.
+
+        An id may come more than once: an index can have a page twice, as a writer that does not remember all pages
+        stores some again."""
+        leaders, positions = first_of_each(ids)
+        found = self._find_distinct(ids[leaders], is_whole=is_whole)
+        return np.asarray(found[positions])
+
+    def _find_distinct(self, ids: Ids, *, is_whole: bool) -> Numbers:
+        wanted = _numbered(ids)
         found = np.full(len(ids), UNKNOWN, np.uint32)
         for k, index in enumerate(self.indexes):
-            for begin in range(0, index.rows, _SEARCH_ROWS):
-                position = wanted.find(index.ids[begin : begin + _SEARCH_ROWS])
-                rows = np.flatnonzero(position != UNKNOWN) + begin
-                rows = rows[self.is_live(k, rows)]
-                if is_whole:
-                    rows = rows[~index.are_differences(rows)]
-                found[position[rows - begin]] = rows + self.starts[k]
+            for positions, rows in _hits(index, self._live[k], wanted, is_whole=is_whole):
+                found[positions] = rows + self.starts[k]
         return found
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
-        """As `find`, and if one is not found among the indexes that are here, all others are added and asked."""
+        """As `find`, and if one is not found among the indexes that are here, those others that have one are added."""
         leaders, positions = first_of_each(ids)
         distinct = ids[leaders]
-        found = self.find(distinct, is_whole=is_whole)
+        found = self._find_distinct(distinct, is_whole=is_whole)
         if np.any(found == UNKNOWN):
             with self._adding:
-                known = {index.index_id for index in self.indexes}
-                for index in self._others():
-                    if index.index_id not in known:
-                        self.add(index)
-            found = self.find(distinct, is_whole=is_whole)
+                self._add_others(distinct[found == UNKNOWN], is_whole=is_whole)
+            found = self._find_distinct(distinct, is_whole=is_whole)
         return np.asarray(found[positions])
+
+    def _add_others(self, ids: Ids, *, is_whole: bool) -> None:
+        """Adds those of the others that have some of these."""
+        lost = np.ones(len(ids), np.bool_)
+        wanted = _numbered(ids)
+        others = () if self._others is None else self._others({each.index_id for each in self.indexes})
+        for index in others:
+            live, has_some = self._packs_there(index), False
+            for positions, _ in _hits(index, live, wanted, is_whole=is_whole):
+                has_some = has_some or bool(lost[positions].any())
+                lost[positions] = False
+            if has_some:
+                self.add(index)
+            if not lost.any():
+                return
+
+    def _packs_there(self, index: Index) -> npt.NDArray[np.bool_]:
+        return np.array([each in self._present for each in index.pack_ids], np.bool_)
 
     def moved(self, numbers: Numbers) -> Numbers:
         """The same pages where they are now; UNKNOWN for those that are nowhere. What has not moved is not copied."""
         if all(live.all() for live in self._live):
             return numbers
-        now = numbers.copy()
-        for k, at, rows in self.split(numbers):
-            gone = ~self.is_live(k, rows)
-            if gone.any():
-                now[at[gone]] = self.find_anywhere(self.indexes[k].ids[rows[gone]], is_whole=False)
+        now = numbers
+        for begin in range(0, len(numbers), _MOVED_PAGES):
+            part = numbers[begin : begin + _MOVED_PAGES]
+            places, ids = [], []
+            for k, at, rows in self.split(part):
+                gone = ~self.is_live(k, rows)
+                if gone.any():
+                    places.append(at[gone] + begin)
+                    ids.append(self.indexes[k].ids[rows[gone]])
+            if places:
+                now = numbers.copy() if now is numbers else now
+                now[np.concatenate(places)] = self.find_anywhere(np.concatenate(ids), is_whole=False)
         return now
 
     def pack_of(self, number: int) -> str:
@@ -147,13 +179,29 @@ class PageSource:
         """As `bases_of`; UNKNOWN for those that are nowhere. Of pages that no snapshot needs, bases may be gone."""
         ids = self.indexes[k].bases_of(rows)
         numbers = self._bases.find(ids)
-        if np.any(numbers == UNKNOWN):
+        if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
             # All that this index may ever ask for, at once: looking for one takes as long.
             every = self.indexes[k].frames.bases
+            every = every[self._bases.find(every) == UNKNOWN]
             found = self.find_anywhere(every, is_whole=True)
             self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
             numbers = self._bases.find(ids)
         return numbers
+
+    def _is_worth_a_look(self, k: int) -> bool:
+        """Whether to look for bases of index `k`: once, and for whoever waits for them again after a while, among what
+        is there then. A pack that was missing when the snapshot was opened may have been brought back."""
+        now_s = self._repository.clock.now_s()
+        looked_s = self._looked_s.get(k)
+        if looked_s is not None:
+            if self._others is None or now_s - looked_s < STORE_LOOK_AGAIN_S:
+                return False
+            present = self._repository.packs()
+            with self._adding:
+                self._present = present
+                self._live = [self._packs_there(index) for index in self.indexes]
+        self._looked_s[k] = now_s
+        return True
 
     # --- what ---------------------------------------------------------------------------------------------
 
@@ -163,15 +211,26 @@ class PageSource:
         index, row = self.indexes[k], number - self.starts[k]
         frame = index.frame_of(row)
         pages = self._kept(k, frame)
-        if pages is None:
-            pages = self._inflate(k, index, index.place(frame), frame)
+        if pages is not None:
+            page = self._page_of(k, row, frame, pages)
+            if page is not None:
+                return page
+            self._let_go(k, frame)
+        pages = self._inflate(index, index.place(frame))
+        page = self._page_of(k, row, frame, pages)
+        if page is None:
+            raise self._wrong(k, frame)
+        self._keep(k, frame, pages)
+        return page
+
+    def _page_of(self, k: int, row: int, frame: int, pages: Pages) -> Pages | None:
+        """A row's page out of its frame; None if it is not what was saved."""
+        index = self.indexes[k]
         page: Pages = pages[row - int(index.first_rows[frame])]
         if index.frames.kinds[frame] & DIFFERENCES:
             base = int(self.bases_of(k, np.array([row]))[0])
             page = page ^ self.page(base)
-        if not self._repository.ids.is_page(page, index.ids[row].tobytes()):
-            raise self._wrong(k, frame)
-        return page
+        return page if self._repository.ids.is_page(page, index.ids[row].tobytes()) else None
 
     def read(self, numbers: Numbers) -> Pages:
         """Pages, one per number; ZERO gives zeros. Raises Damaged."""
@@ -180,7 +239,9 @@ class PageSource:
             self._read_index(k, at, rows, out)
         return out
 
-    def _read_index(self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages) -> None:
+    def _read_index(
+        self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages, *, is_again: bool = False
+    ) -> None:
         index = self.indexes[k]
         order = np.argsort(rows, kind="stable")
         at, rows = at[order], rows[order]
@@ -195,8 +256,12 @@ class PageSource:
                 out[at[part]] ^= self.read(self.bases_of(k, rows[part]))
         found = self._repository.ids.of_some(out, at.tolist())
         wrong = np.flatnonzero((found != index.ids[rows]).any(axis=1))
-        if len(wrong):
+        if not len(wrong):
+            return
+        were_kept = [self._let_go(k, frame) for frame in np.unique(of_rows[wrong]).tolist()]
+        if is_again or not any(were_kept):
             raise self._wrong(k, int(of_rows[wrong[0]]))
+        self._read_index(k, at, rows, out, is_again=True)
 
     def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
         """These frames' pages, in order; neighbours in a pack are read at once. For runs: what was kept is used, and
@@ -231,16 +296,22 @@ class PageSource:
             stored = data[place.offset - first : place.offset - first + place.length]
             yield inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
 
-    def _inflate(self, k: int, index: Index, place: Place, frame: int) -> Pages:
-        """One frame, which is kept."""
+    def _inflate(self, index: Index, place: Place) -> Pages:
+        """One frame."""
         name = pack_name(index.pack_ids[place.pack])
         stored = self._repository.part(name, place.offset, place.length)
-        pages = inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+        return inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+
+    def _keep(self, k: int, frame: int, pages: Pages) -> None:
         with self._lock:
             self._frames[k, frame] = pages
             if len(self._frames) > STORE_FRAMES_KEPT:
                 self._frames.popitem(last=False)
-        return pages
+
+    def _let_go(self, k: int, frame: int) -> bool:
+        """Whether the frame was kept."""
+        with self._lock:
+            return self._frames.pop((k, frame), None) is not None
 
     def _kept(self, k: int, frame: int) -> Pages | None:
         with self._lock:
@@ -254,6 +325,33 @@ class PageSource:
         return Damaged(
             pack_name(self.indexes[k].pack_ids[place.pack]), f"a page in frame {place.number} is not what was saved"
         )
+
+
+def _are_live(index: Index, live: npt.NDArray[np.bool_], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if live.all():
+        return np.ones(len(rows), np.bool_)
+    return np.asarray(live[index.packs_of(index.frames_of(rows))])
+
+
+def _numbered(ids: Ids) -> KnownPages:
+    """Distinct ids, and their positions."""
+    wanted = KnownPages(len(ids))
+    wanted.add(ids, np.arange(len(ids), dtype=np.uint32))
+    return wanted
+
+
+def _hits(
+    index: Index, live: npt.NDArray[np.bool_], wanted: KnownPages, *, is_whole: bool
+) -> Iterator[tuple[Numbers, npt.NDArray[np.int64]]]:
+    """The numbers of wanted ids that an index has in packs that are there, and the rows of them."""
+    for begin in range(0, index.rows, _SEARCH_ROWS):
+        position = wanted.find(index.ids[begin : begin + _SEARCH_ROWS])
+        rows = np.flatnonzero(position != UNKNOWN) + begin
+        rows = rows[_are_live(index, live, rows)]
+        if is_whole:
+            rows = rows[~index.are_differences(rows)]
+        if len(rows):
+            yield position[rows - begin], rows
 
 
 def _scatter(out: Pages, at: npt.NDArray[np.intp], pages: Pages, slots: npt.NDArray[np.int64]) -> None:

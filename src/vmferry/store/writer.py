@@ -11,8 +11,9 @@ those the ordinals of new pages. `commit` translates them into what a manifest h
 
 Rule 1: the order of `repository`: packs, indexes, manifest, each durable before the next; a look for the lock at last.
 Rule 2: `abort`, or any error, leaves objects that `prune` takes away, and never a manifest. Of an error in `commit`:
-        LockLost means that nothing was committed. After StoreTransient of the manifest's put nobody knows; then the
-        same `commit` can be called again, which finds out, and does what is left.
+        LockLost means that nothing was committed. After StoreTransient the same `commit` can be called again, which
+        does what is left; nothing was committed, unless `may_be_there`: then the manifest's put was tried, and nobody
+        knows.
 Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `STORE_KNOWN_PAGES_MAX`: 84 MB), 4 per
         page of the guest and per new page, one pack.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import RepositoryError
-from vmferry.limits import STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
+from vmferry.limits import STORE_CREATED_S_MAX, STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
 from vmferry.store.errors import LockLost
 from vmferry.store.index import Index
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
@@ -81,6 +82,8 @@ class SnapshotWriter:
         self._old_rows = sum(rows for _, rows in self._indexes)
         self._base_indexes: set[bytes] = set()
         self._sealed: tuple[bytes, Head] | None = None
+        self.may_be_there = False
+        """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
         self._differences = 0
         self._packer = Packer(repository, self._lock.renew_if_due)
 
@@ -149,18 +152,23 @@ class SnapshotWriter:
             differences=self._differences,
             stored_bytes=self._packer.stored_bytes,
         )
+        created_s = self._repository.clock.wall_s()
+        if not 0 <= created_s <= STORE_CREATED_S_MAX:
+            raise RepositoryError(f"this host's clock says {created_s:g} s since 1970: set it, and save again")
         head = Head(
-            name, self._repository.clock.wall_s(), self.blocks, uses, counts, list(disks), dict(metadata or {})
+            name, created_s, self.blocks, uses, counts, list(disks), dict(metadata or {})
         )  # fmt: skip
         if self._sealed is None:  # called again it must be the same bytes: they may be there already
             self._sealed = write_manifest(self._repository.seal, self.snapshot, head, device_state, tables), head
         data, head = self._sealed
         self._lock.check()  # most of those who were taken for dead learn it before they commit
+        self.may_be_there = True
         self._repository.put_new(manifest_name(self.snapshot), data)
         try:
             self._lock.check()
         except LockLost:
             self._repository.backend.delete(manifest_name(self.snapshot))
+            self.may_be_there = False
             raise
         self._lock.release()
         return head
@@ -200,8 +208,7 @@ class SnapshotWriter:
         """The base's first: if not all pages can be known, those are the ones that will come again."""
         first = [] if self._base is None else list(self._base.source.indexes)
         yield from first
-        names = {index.index_id for index in first}
-        yield from (index for index in all_indexes(self._repository) if index.index_id not in names)
+        yield from all_indexes(self._repository, {index.index_id for index in first})
 
     def _add(
         self, block: str, numbers: npt.NDArray[np.int64], pages: Pages, rows: npt.NDArray[np.intp], ids: Ids

@@ -27,6 +27,7 @@ from vmferry.core.saving import SaveFact
 from vmferry.errors import QemuError, Unfit
 from vmferry.jobs.journal import Entry
 from vmferry.store.errors import StorePermanent, StoreTransient
+from vmferry.store.repository import Repository
 from vmferry.store.writer import SnapshotWriter
 from vmferry.testing.fake_site import SETTLE_S, MakeSite
 
@@ -134,6 +135,7 @@ async def test_a_commit_whose_answer_is_lost_is_looked_for(
     commit, there = SnapshotWriter.commit, False
 
     def lost(self: SnapshotWriter, *arguments: Any, **more: Any) -> Any:
+        self.may_be_there = True
         if there:
             commit(self, *arguments, **more)
         raise StoreTransient("no answer")
@@ -147,6 +149,26 @@ async def test_a_commit_whose_answer_is_lost_is_looked_for(
         wire = await save(site, "two")
         assert (wire["outcome"], wire["error"]) == ("saved", None)
     await check_guest_runs(site)
+
+
+async def test_a_commit_that_did_not_come_to_its_manifest_is_known_not_to_be_there(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = await make_site()
+    put_new = Repository.put_new
+
+    def away(self: Repository, name: str, data: bytes) -> None:
+        if name.startswith("packs/"):
+            raise StoreTransient("no answer")
+        put_new(self, name, data)
+
+    with monkeypatch.context() as context:
+        context.setattr(Repository, "put_new", away)
+        wire = await save(site)
+    assert (wire["outcome"], wire["error"]["message"]) == ("none", "no answer")
+    assert "not known" not in wire["sentence"]
+    await check_guest_runs(site)
+    assert (await site.command("a", "snapshots"))["snapshots"] == []
 
 
 @pytest.mark.proves("S105")

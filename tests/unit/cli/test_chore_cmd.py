@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import json
 import sys
@@ -143,6 +144,33 @@ async def test_files_go_out_and_come_in(
     wire = json.loads(await run(site, capsys, "verify", "--json", code=25))
     assert wire["outcome"] == "done", "the search is done, and what it found is an error"
     assert all(problem["object"].startswith("packs/") for problem in wire["problems"])
+
+
+async def test_indexes_that_are_lost_are_made_again_and_a_person_is_told_how(
+    make_site: MakeSite, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    site = await make_site()
+    await save(site)
+    backend = repository(site).backend
+    (name,) = [entry.name for entry in backend.list("index/")]
+    data = backend.get(name)
+    backend.delete(name)
+    error = json.loads(await run(site, capsys, "verify", "--json", code=25))
+    assert error["rebuilt_indexes"] == []
+    assert [problem["object"] for problem in error["problems"]] == [name]
+    assert await asyncio.to_thread(main, ["verify", "--socket", str(site.agents["a"].config.control_socket)]) == 25
+    assert "vmferry verify --rebuild-indexes" in capsys.readouterr().err
+    assert f"{name}: made again" in await run(site, capsys, "verify", "--rebuild-indexes")
+    assert backend.get(name) == data
+    assert json.loads(await run(site, capsys, "verify", "--json"))["whole"]
+    backend.delete(name)
+    for entry in backend.list("packs/"):
+        pack = site.directory / "sa/repository" / entry.name
+        pack.chmod(0o600)
+        pack.write_bytes(pack.read_bytes()[:-1] + b"?")
+    text = await run(site, capsys, "verify", "--rebuild-indexes", code=25)
+    assert "its index cannot be made again" in text
+    assert [entry.name for entry in backend.list("index/")] == [], "and nothing half is there"
 
 
 @pytest.mark.proves("S122")

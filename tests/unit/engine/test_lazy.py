@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -245,6 +247,140 @@ def test_a_damaged_page_is_named_and_only_that_one_is_missing(bed: Bed) -> None:
     bed.until(lambda: bed.troubles[-1] is not None and bed.troubles[-1].guest_waits)
     bed.snapshot.damaged.clear()
     bed.finish()
+
+
+class GoneSnapshot:
+    """A snapshot of which nothing can be read any more, and that counts how often all of it was tried."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages, self.passes, self.reads = pages, 0, 0
+        self.changed = threading.Condition()
+
+    def page(self, block: str, number: int) -> Pages:
+        raise RepositoryError("packs/aa is damaged: it is missing", retry="no")
+
+    def read_some(self, block: str, pages: Any) -> Pages:
+        with self.changed:
+            self.reads += 1
+            if len(pages) == 1 and int(pages[0]) == self.pages - 1:
+                self.passes += 1
+                self.changed.notify_all()
+        raise RepositoryError("packs/aa is damaged: it is missing", retry="no")
+
+    def is_zero(self, block: str) -> Any:
+        return np.zeros(self.pages, np.bool_)
+
+    def until_passes(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.passes >= count, WAIT_S), (self.passes, self.reads)
+
+
+def test_what_is_known_of_damage_does_not_grow_with_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its packs gone all of a guest's pages are damaged ones."""
+    monkeypatch.setattr(limits, "RESTORE_APART_SHARE", 1.0)
+    gone = GoneSnapshot(20_000)
+    image = image_of([RamBlock("pc.ram", gone.pages * PAGE_BYTES)], gone, is_lazy=True)
+    source = LazySource(image, gone)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        source.start()
+        source.go()
+        gone.until_passes(1)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        assert source.stop() == ()
+        image.close()
+    assert grown < 5 * gone.pages, "no object for each: what grows is what is told to the sender, which takes that"
+    assert source.trouble is not None
+
+
+def test_whoever_takes_damage_apart_leaves_the_processor_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = GoneSnapshot(600)
+    image = image_of([RamBlock("pc.ram", gone.pages * PAGE_BYTES)], gone, is_lazy=True)
+    source = LazySource(image, gone)
+    monkeypatch.setattr(limits, "RESTORE_RETRY_MIN_S", 0.1)
+    monkeypatch.setattr(limits, "RESTORE_RETRY_MAX_S", 2.0)
+    now_s: list[float] = [0.0]
+    rests: list[float] = []
+
+    def thread_time() -> float:
+        now_s[0] += 0.004
+        return now_s[0]
+
+    def rest(pause_s: float) -> bool:
+        rests.append(pause_s)
+        return source._stopping.is_set()
+
+    monkeypatch.setattr(time, "thread_time", thread_time)
+    monkeypatch.setattr(source, "_rest", rest)
+    source.start()
+    source.go()
+    gone.until_passes(3)
+    assert source.stop() == ()
+    image.close()
+    apart = [pause_s for pause_s in rests if pause_s == pytest.approx(0.036)]
+    between = [pause_s for pause_s in rests if pause_s >= limits.RESTORE_RETRY_MIN_S]
+    assert len(apart) >= 3 * -(-gone.pages // limits.RESTORE_LAZY_RUN_PAGES) - 1, (
+        "nine times what a run took, after each"
+    )
+    assert between[:2] == [0.1, 0.2], "and longer and longer pauses between passes"
+
+
+def test_trouble_is_over_only_when_everything_is_there(bed: Bed) -> None:
+    """A pass that finds some of the damage mended and some not is no end of it."""
+    first, last = np.flatnonzero(bed.whole.blocks["pc.ram"].touched)[[100, -100]].tolist()
+    bed.snapshot.damaged = {("pc.ram", first), ("pc.ram", last)}
+    bed.start()
+    while sum(int(np.count_nonzero(~have)) for have in bed.peer.have.values()) > 2:
+        bed.peer.read_until(PageRun, ZeroRun)
+    bed.until(lambda: bool(bed.troubles) and bed.troubles[-1] is not None)
+    bed.snapshot.damaged = {("pc.ram", last)}
+    while not bed.peer.have["pc.ram"][first]:
+        bed.peer.read_until(PageRun, ZeroRun)
+    assert bed.source.trouble is not None
+    assert None not in bed.troubles
+    bed.snapshot.damaged = set()
+    bed.finish()
+    bed.until(lambda: bed.troubles[-1] is None)
+
+
+class MendedSnapshot(GoneSnapshot):
+    """One damaged page, until it was tried alone with its host page."""
+
+    def read_some(self, block: str, pages: Any) -> Pages:
+        with self.changed:
+            self.reads += 1
+            if self.passes < 2 and 301 in pages:
+                self.passes += len(pages) == 4
+                raise RepositoryError("packs/aa is damaged", retry="no")
+        return np.ones((len(pages), PAGE_BYTES), np.uint8)
+
+
+def test_damage_is_taken_apart_in_whole_host_pages() -> None:
+    mended = MendedSnapshot(600)
+    image = image_of([RamBlock("pc.ram", 600 * PAGE_BYTES, 4 * PAGE_BYTES)], mended, is_lazy=True)
+    over: list[Trouble | None] = []
+    is_over = threading.Event()
+
+    def hear(trouble: Trouble | None) -> None:
+        over.append(trouble)
+        if trouble is None:
+            is_over.set()
+
+    source = LazySource(image, mended, on_trouble=hear)
+    source.start()
+    source.go()
+    assert is_over.wait(WAIT_S)
+    assert source.stop() == ()
+    assert over[0] is not None
+    assert image.blocks["pc.ram"].have.all()
+    assert image.arrivals is not None
+    rows = [(first, stop) for _, first, stop in image.arrivals]
+    assert all(first % 4 == 0 and stop % 4 == 0 for first, stop in rows)
+    assert (300, 304) in rows, "as soon as it is mended"
+    image.close()
 
 
 def test_what_is_asked_for_comes_before_what_failed_before(bed: Bed) -> None:

@@ -18,6 +18,8 @@ from vmferry.store.errors import Damaged, ObjectExists, StorePermanent, StoreTra
 from vmferry.store.local import LocalFolder
 from vmferry.store.memory import MemoryStore
 from vmferry.store.objects import ObjectStore
+from vmferry.store.prune import execute, plan_prune
+from vmferry.store.repository import Repository
 from vmferry.testing.failing_store import Died, FailingStore, Fault
 from vmferry.testing.store_contract import check_backend
 
@@ -94,10 +96,111 @@ def test_a_local_folder_tells_what_passes_from_what_does_not(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(expected):
+    with pytest.raises(expected) as caught:
         store.put("config", b"x")
+    is_full = number in (errno.ENOSPC, errno.EDQUOT)
+    assert ("vmferry prune --empty-below 0" in getattr(caught.value, "hint", "")) is is_full
     monkeypatch.undo()
     assert store.list("") == [], "nothing is left of it"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EACCES, StorePermanent), (errno.EUCLEAN, StorePermanent), (errno.EIO, StoreTransient),
+        (errno.ESTALE, StoreTransient),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("folder", ["snapshots", "packs/ab"])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, number: int, expected: type[Exception]
+) -> None:
+    """Whoever prunes takes away what no manifest that is listed needs."""
+    store = LocalFolder(tmp_path / "store")
+    for name in ("snapshots/s", "packs/ab/c", "packs/cd/e"):
+        store.put(name, b"x")
+    real = os.scandir
+
+    def scandir(path: Path | str) -> object:
+        if str(path) == str(store.root / folder):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for prefix in ("", folder.split("/", maxsplit=1)[0] + "/"):
+        with pytest.raises(expected):
+            store.list(prefix)
+    monkeypatch.undo()
+    assert len(store.list("")) == 3
+    assert store.list("pins/") == [], "nobody has put one: that is no error"
+
+
+def test_a_local_folder_that_is_gone_is_no_store_without_objects(tmp_path: Path) -> None:
+    """An unmounted file system: an empty folder is left, or none. Nothing may be written there, nor be taken for
+    missing, nor for deleted: a lock that is said to be given back would be in others' way when it is mounted again."""
+    store = LocalFolder(tmp_path / "store")
+    store.put("config", b"x")
+    store.put("packs/ab/c", b"x")
+    store.close()
+    store.root.rename(tmp_path / "away")
+    for is_empty in (False, True):
+        if is_empty:
+            store.root.mkdir()
+        for call in (
+            lambda: store.put("locks/shared-1", b""), lambda: store.get("packs/ab/c"), lambda: store.size("packs/ab/c"),
+            lambda: store.list("packs/"), lambda: store.list(""), lambda: store.delete("packs/ab/c"),
+        ):  # fmt: skip
+            with pytest.raises(StoreTransient, match=f"{store.root} is gone") as caught:
+                call()
+            assert "mounted" in caught.value.hint
+    assert list(store.root.iterdir()) == [], "nothing was written below the place of the mount"
+    store.root.rmdir()
+    (tmp_path / "away").rename(store.root)
+    assert store.get("packs/ab/c") == b"x"
+    (store.root / "tmp").rmdir()  # a copy that was brought back without its empty folders
+    store.put("packs/ab/d", b"y")
+    assert [entry.name for entry in store.list("")] == ["config", "packs/ab/c", "packs/ab/d"]
+
+
+def test_a_local_folder_of_which_nobody_can_say_whether_it_is_there_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalFolder(tmp_path / "store")
+
+    def stale(path: Path, **more: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(Path, "stat", stale)
+    with pytest.raises(StoreTransient, match="Stale"):
+        store.get("config")
+
+
+STRANGE = ("locks/.nfs0000a1", "tmp/.DS_Store", "packs/ab/UPPER", "Thumbs.db", "tmp/" + "a" * 130)
+
+
+def test_what_has_no_name_of_ours_is_not_listed(tmp_path: Path, bucket: ObjectStore) -> None:
+    folder = LocalFolder(tmp_path / "store")
+    for name in STRANGE:
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_bytes(b"x")
+        obstore.put(bucket._store, name, b"x")
+    for store in (folder, bucket):
+        store.put("locks/shared-1", b"x")
+        assert [entry.name for entry in store.list("")] == ["locks/shared-1"]
+        assert store.list("tmp/") == []
+
+
+def test_strange_files_in_a_repository_are_in_nobodys_way(tmp_path: Path) -> None:
+    """An NFS client leaves `.nfs…` where a file was deleted that is open; a desktop leaves its own everywhere."""
+    folder = LocalFolder(tmp_path / "store")
+    repository = Repository.create(folder)
+    for name in STRANGE:
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_bytes(b"x")
+    repository.shared("read").release()
+    repository.exclusive("prune").release()
+    execute(repository, plan_prune(repository, grace_s=-1e9))
+    assert all((folder.root / name).exists() for name in STRANGE), "and not ours to delete"
 
 
 def test_a_real_full_disk_leaves_nothing_of_the_object() -> None:

@@ -16,6 +16,8 @@ import pytest
 from tests.unit.store.conftest import ManualClock, Numbered, Store, memory, new_store, touched
 from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store import prune as prune_module
+from vmferry.store.config import PassPhrase
 from vmferry.store.errors import Damaged, StorePermanent, StoreTransient
 from vmferry.store.manifest import Block
 from vmferry.store.memory import MemoryStore
@@ -157,7 +159,8 @@ def test_a_death_at_any_step_of_a_forget() -> None:
     assert die_at_each_call(forget, prepared, ALL) > 6
 
 
-def test_a_death_at_any_step_of_a_prune() -> None:
+def test_a_death_at_any_step_of_a_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_module, "STORE_PRUNE_BATCH_PACKS", 1)
     assert die_at_each_call(prune, prepared, WHOLE) > 60
 
 
@@ -227,6 +230,50 @@ def test_a_commit_whose_answer_was_lost_thrice_can_be_repeated() -> None:
     store.check()
     assert len(store.repository.snapshots()) == 1
     assert lost == 3
+
+
+@pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.ANSWER_LOST])
+@pytest.mark.parametrize("key", [None, PassPhrase("x")], ids=["open", "encrypted"])
+def test_a_commit_that_a_store_did_not_answer_is_whole_when_it_is_called_again(
+    fault: Fault, key: PassPhrase | None
+) -> None:
+    """Wherever that was: the last pack, an index, the manifest. And it is known whether the snapshot may be there."""
+    clock = ManualClock()
+    kinds: list[str] = []
+    number = 0
+    while True:
+        store = new_store(clock, key)
+        failing = FailingStore(store.backend, lambda call: None)
+        store.repository.backend, store.repository.shape = failing, TINY
+        with SnapshotWriter(store.repository, [Block("pc.ram", 110 * 4096)]) as writer:
+            writer.put("pc.ram", 0, FIRST)
+            begin = len(failing.calls)
+            failed: list[Call] = []
+
+            def fail(call: Call, begin: int = begin, failed: list[Call] = failed, number: int = number) -> Fault | None:
+                """All tries of one put, also that of looking what is there."""
+                if call.number >= begin + number and call.method == "put" and len({each.name for each in failed}) < 2:
+                    failed.append(call)
+                    return fault if len(failed) <= 3 and call.name == failed[0].name else None
+                return fault if failed and call.method == "get" and len(failed) <= 3 else None
+
+            failing._fault_of = fail
+            try:
+                writer.commit("vm")
+            except StoreTransient:
+                kinds.append(failed[0].name.split("/")[0])
+                is_manifest = kinds[-1] == "snapshots"
+                assert writer.may_be_there is is_manifest
+                assert bool(store.repository.snapshot_ids()) is (is_manifest and fault is Fault.ANSWER_LOST)
+                failing._fault_of = lambda call: None
+                writer.commit("vm")
+            if not failed:
+                break
+        store.saved = {writer.snapshot: FIRST}
+        store.check()
+        assert verify(store.repository).problems == ()
+        number += 1
+    assert set(kinds) == {"packs", "index", "snapshots"}
 
 
 def test_real_processes_that_are_killed(tmp_path: Path) -> None:

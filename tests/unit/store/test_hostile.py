@@ -23,8 +23,10 @@ from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.rebuild import rebuild_indexes
 from vmferry.store.verify import verify
+from vmferry.testing.failing_store import FailingStore
 
 CLOCK = ManualClock()
+Get = Callable[[str, int, int | None], bytes]
 
 
 def filled(key: Key | None) -> Store:
@@ -49,6 +51,7 @@ def damaged_copy(store: Store, name: str, change: Callable[[bytes], bytes | None
     other.repository.backend = backend
     other.repository.seal, other.repository.ids = store.repository.seal, store.repository.ids
     other.repository.config = store.repository.config
+    other.repository.config_data = store.repository.config_data
     other.repository.random = Numbered(b"later")
     other.saved = dict(store.saved)
     return other
@@ -221,6 +224,8 @@ def manifest_with(**changes: object) -> dict[str, object]:
         manifest_with(indexes=[["00" * 15, 5]]),
         manifest_with(indexes=[["00" * 16, 1 << 62]]),
         manifest_with(name=5),
+        manifest_with(created_s=1e18),
+        manifest_with(created_s=-1.0),
         manifest_with(more="fields"),
     ],
 )
@@ -232,6 +237,30 @@ def test_a_manifest_that_lies_is_refused(head: object) -> None:
     with pytest.raises(Damaged, match=snapshot):
         store.repository.manifest(snapshot)
     assert snapshot in {info.snapshot for info in store.repository.snapshots() if info.head is None}
+
+
+def test_a_manifest_that_is_larger_than_what_it_describes_is_not_read_whole() -> None:
+    """Its head tells, before memory is taken for the rest: a page's table of a GiB, a device state of two."""
+    snapshot, store = "ef" * 16, damaged_copy(OPEN, "config", lambda data: data)
+    name = manifest_name(snapshot)
+    reads: list[int] = []
+    for lengths, rest in ([(16, 0), (1 << 20, 4)], (1 << 20) + 16), ([(16, 2 << 30), (16, 4)], 32):
+        store.backend.delete(name)
+        store.backend.put(name, forged(MANIFEST, name, manifest_with(), lengths, bytes(rest)))
+        failing = FailingStore(store.backend, lambda call: None)
+        get = failing.get
+
+        def counted(name: str, offset: int = 0, length: int | None = None, get: Get = get) -> bytes:
+            data = get(name, offset, length)
+            reads.append(len(data))
+            return data
+
+        failing.get = counted  # type: ignore[method-assign]
+        store.repository.backend = failing
+        with pytest.raises(Damaged, match="do not fit"):
+            store.repository.manifest(snapshot)
+        store.repository.backend = store.backend
+    assert max(reads) <= 64 << 10
 
 
 def test_a_table_that_speaks_of_rows_that_no_index_has_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from vmferry.store import manifest as module
 from vmferry.store.compression import Compressor
 from vmferry.store.envelope import MANIFEST, seal_object
 from vmferry.store.errors import Damaged
@@ -78,6 +79,22 @@ def test_a_million_pages_in_order_are_some_kilobytes() -> None:
     table = np.arange(1 << 20, dtype=np.uint32)
     data = write_manifest(SEAL, SNAPSHOT, head(1 << 20, rows=1 << 20), b"", [table])
     assert len(data) < 4096
+
+
+def test_one_that_is_larger_than_any_can_be_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_manifest(SEAL, SNAPSHOT, head(1), b"", [np.zeros(1, np.uint32)])
+    monkeypatch.setattr(module, "STORE_MANIFEST_BYTES_MAX", len(data))
+    read_manifest(SEAL, SNAPSHOT, data)
+    with pytest.raises(Damaged, match="more than"):
+        read_manifest(SEAL, SNAPSHOT, data + b"x")
+
+
+def test_state_and_tables_that_cannot_be_compressed_fit() -> None:
+    rng = np.random.default_rng(1)
+    table = rng.integers(0, ROWS, 1 << 16, dtype=np.uint32)
+    for state in (b"", b"x", rng.bytes(1 << 20)):
+        data = write_manifest(SEAL, SNAPSHOT, head(1 << 16), state, [table])
+        assert read_manifest(SEAL, SNAPSHOT, data).device_state == state
 
 
 def test_what_is_written_is_complete() -> None:

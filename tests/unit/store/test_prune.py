@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from tests.unit.store.conftest import RAM, SMALL, ManualClock, Store, memory, new_store, touched
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
+from vmferry.store import pins
+from vmferry.store import prune as prune_module
+from vmferry.store import writer as writer_module
+from vmferry.store.backend import Backend
 from vmferry.store.config import PassPhrase
-from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy
+from vmferry.store.errors import Damaged, LockLost, PlanOutdated, RepositoryBusy, StorePermanent
 from vmferry.store.index import index_name
+from vmferry.store.known import KnownPages
+from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.prune import PrunePlan, execute, plan_prune
 from vmferry.store.reader import SnapshotReader
+from vmferry.store.repository import Repository, Shape
 from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
 from vmferry.testing.failing_store import Call, FailingStore, Fault
@@ -113,6 +124,126 @@ def test_a_difference_without_its_base_is_not_counted_as_known(store: Store) -> 
     assert verify(store.repository).problems == ()
 
 
+def test_a_page_that_an_index_has_twice_is_found_wherever_it_is_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer remembers some million pages and stores others again; when their pack has been emptied, both rows are
+    looked for by one id."""
+    monkeypatch.setattr(writer_module, "KnownPages", lambda: KnownPages(0))
+    store.repository.shape = Shape(pack_bytes=40 * PAGE_BYTES, level=1)
+    rng = np.random.default_rng(2)
+    pages = rng.integers(0, 256, (36, PAGE_BYTES), dtype=np.uint8)
+    pages[20] = pages[0]
+    with SnapshotWriter(store.repository, [Block(RAM, len(pages) * PAGE_BYTES)]) as writer:
+        for first in (0, 18):
+            writer.put(RAM, first, pages[first : first + 18])
+        for first, stop in ((1, 16), (22, 36)):  # sent again, as in a precopy: most of the pack is not needed
+            pages[first:stop] = rng.integers(0, 256, (stop - first, PAGE_BYTES), dtype=np.uint8)
+            writer.put(RAM, first, pages[first:stop])
+        writer.commit("vm")
+    store.saved[writer.snapshot] = pages
+    assert prune(store).empty_packs
+    store.check()
+    assert verify(store.repository).problems == ()
+    assert prune(store).is_empty, "not refused for a page that is said to be missing"
+
+
+def test_a_snapshot_of_which_pages_were_moved_does_not_hold_what_others_have(store: Store) -> None:
+    """Its reader looks through the other indexes, one at a time, and keeps those with pages of it."""
+    pages = memory(300)
+    first = store.save(pages)
+    fewer = touched(pages, 150)
+    fewer[::3] = 0
+    second = store.later(first, fewer)
+    others = [store.save(memory(100, seed=20 + number)) for number in range(10)]
+    with SnapshotReader(store.repository, second) as reader:
+        needed = len(reader.source.indexes)
+    forget(store, first)
+    before = set(store.names("index/"))
+    assert prune(store, empty_below=1.0).empty_packs
+    written = set(store.names("index/")) - before
+    reads = FailingStore(store.backend, lambda call: None)
+    store.repository.backend = reads
+    with SnapshotReader(store.repository, second) as reader:
+        assert np.array_equal(reader.read(RAM, 0, len(pages)), store.saved[second])
+        held = len(reader.source.indexes)
+    store.repository.backend = store.backend
+    assert held <= needed + len(written), "those that prune wrote, and none of the others'"
+    assert len(store.names("index/")) >= held + len(others)
+    looked = [call.name for call in reads.calls if call.method == "get" and call.name.startswith("index/")]
+    assert max(looked.count(name) for name in looked) <= 3, "once for pages, and once for the bases of an index's"
+    store.check(second, *others)
+
+
+class FullStore(FailingStore):
+    """A disk with so many bytes, and some more for locks: as one whose last blocks are the administrator's."""
+
+    def __init__(self, inner: Backend, bytes_max: int) -> None:
+        super().__init__(inner, self._fault)
+        self.bytes_max = bytes_max
+
+    def put(self, name: str, data: bytes) -> None:
+        self._is_small = name.startswith("locks/")
+        self._size = len(data)
+        super().put(name, data)
+
+    def _fault(self, call: Call) -> Fault | None:
+        if call.method != "put" or self._is_small:
+            return None
+        used = sum(entry.size_bytes for entry in self.inner.list(""))
+        return Fault.FULL if used + self._size > self.bytes_max else None
+
+
+def test_a_full_store_can_be_pruned(store: Store) -> None:
+    """Unused packs go before anything is written, and packs are emptied a few at a time."""
+    big = np.random.default_rng(3).integers(0, 256, (400, PAGE_BYTES), dtype=np.uint8)
+    gone = store.save(big)
+    few = np.random.default_rng(4).integers(0, 256, (200, PAGE_BYTES), dtype=np.uint8)
+    few[::2] = big[::4]  # a quarter of each of the first one's packs
+    with SnapshotReader(store.repository, gone) as base:
+        kept = store.save(few, base)
+    lost = store.save(np.random.default_rng(5).integers(0, 256, (100, PAGE_BYTES), dtype=np.uint8))
+    forget(store, gone)
+    forget(store, lost)
+    store.clock.at_s += STORE_PRUNE_GRACE_S + 1
+    plan = plan_prune(store.repository)
+    assert plan.remove_packs
+    rewritten = sum(len(work.rows) for work in plan.empty_packs) * PAGE_BYTES
+    room = sum(entry.size_bytes for entry in plan.remove_packs)
+    full = FullStore(store.backend, total(store) - room + rewritten // 2)
+    store.repository.backend = full
+    done = execute(store.repository, plan)
+    store.repository.backend = store.backend
+    order = [(call.method, call.name.split("/")[0]) for call in full.calls if call.method in ("put", "delete")]
+    order = [each for each in order if each[1] != "locks"]
+    assert order.index(("put", "packs")) > order.index(("delete", "packs")), "room first"
+    assert len({call.name for call in full.calls if (call.method, call.name[:5]) == ("put", "index")}) > 1, "in steps"
+    assert done.written_bytes > rewritten // 2
+    store.check(kept)
+    assert verify(store.repository).problems == ()
+    assert prune(store).is_empty
+
+
+def test_pages_and_their_bases_that_move_in_different_steps_are_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune_module, "STORE_PRUNE_BATCH_PACKS", 1)
+    pages = memory(300)
+    first = store.save(pages)
+    second = store.later(first, touched(pages, 150))
+    fewer = touched(store.saved[second], 40, seed=8)
+    fewer[::3] = 0  # of each pack something is not needed any more
+    third = store.later(second, fewer)
+    forget(store, first)
+    forget(store, second)
+    before = len(store.names("packs/"))
+    assert len(prune(store, empty_below=1.0).empty_packs) > 2
+    assert before > 4
+    store.check(third)
+    assert verify(store.repository).problems == ()
+    assert prune(store, empty_below=1.0).is_empty
+
+
 def test_young_objects_stay(store: Store) -> None:
     forget(store, store.save(memory(100)))
     plan = plan_prune(store.repository)
@@ -175,11 +306,10 @@ def test_a_saver_who_is_stopped_within_his_commit_takes_it_back(store: Store) ->
             execute(store.repository, plan_prune(store.repository))
         return None
 
-    late = new_store(store.clock)
-    late.repository.backend = FailingStore(plain, stop)
-    late.repository.seal, late.repository.ids = store.repository.seal, store.repository.ids
-    late.repository.random = lambda length: b"\x77" * length
-    with SnapshotWriter(late.repository, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
+    late = Repository.open(
+        FailingStore(plain, stop), clock=store.clock, random=lambda length: b"\x77" * length, shape=SMALL
+    )
+    with SnapshotWriter(late, [Block(RAM, 100 * PAGE_BYTES)]) as writer:
         writer.put(RAM, 0, pages)
         store.repository.forget(gone)
         with pytest.raises(LockLost):
@@ -229,6 +359,33 @@ def test_there_is_no_plan_over_damage(store: Store) -> None:
     store.backend.delete(pack)
     with pytest.raises(Damaged, match=pack):
         plan_prune(store.repository)
+
+
+@pytest.mark.parametrize("folder", ["snapshots", "pins"])
+def test_nothing_is_planned_or_done_where_a_folder_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """Without its snapshots every pack looks like one that nobody needs; without its pins no guest seems to."""
+    repository = Repository.create(LocalFolder(tmp_path / "store"))
+    with SnapshotWriter(repository, [Block(RAM, PAGE_BYTES)]) as writer:
+        writer.put(RAM, 0, memory(1, seed=9))
+        writer.commit("vm")
+    pins.put(repository, pins.Pin("1f" * 16, writer.snapshot, "host-a", "web1"))
+    pins.remove(repository, "1f" * 16)
+    plan = plan_prune(repository, grace_s=-1e9)
+    before = repository.backend.list("")
+    real = os.scandir
+
+    def scandir(path: Path | str) -> object:
+        if Path(path).name == folder:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorePermanent, match="Permission denied"):
+        execute(repository, plan if folder == "pins" else plan_prune(repository, grace_s=-1e9))
+    monkeypatch.undo()
+    assert repository.backend.list("") == before
 
 
 def test_leftovers_of_broken_puts_go_when_they_are_old(store: Store) -> None:

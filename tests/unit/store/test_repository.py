@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store, touched
+from vmferry.agent.snapshot_sink import find, require_free
+from vmferry.errors import RepositoryError
 from vmferry.store.config import KeyFile, PassPhrase
 from vmferry.store.envelope import MANIFEST, PREFIX
 from vmferry.store.errors import (
     Damaged,
     ObjectExists,
     ObjectMissing,
+    OtherRepository,
     RepositoryBusy,
+    StoreTransient,
     UnknownSnapshot,
     WrongKey,
 )
+from vmferry.store.heads import KeptHeads
+from vmferry.store.local import LocalFolder
 from vmferry.store.manifest import Block, manifest_name
 from vmferry.store.page_ids import PAGE_BYTES
+from vmferry.store.prune import plan_prune
 from vmferry.store.reader import SnapshotReader
-from vmferry.store.repository import Repository
+from vmferry.store.repository import Repository, SnapshotInfo
+from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.failing_store import FailingStore
 
 KEYS = [None, PassPhrase("correct horse"), KeyFile(bytes(range(64)))]
 
@@ -183,6 +194,64 @@ def test_the_listing_reads_heads_only_and_tells_what_is_damaged(store: Store) ->
     assert store.names("snapshots/")[-1] == "snapshots/strange"
 
 
+def looked_at(store: Store, deed: Callable[[Repository], object]) -> list[str]:
+    """The manifests that are read meanwhile."""
+    failing = FailingStore(store.backend, lambda call: None)
+    store.repository.backend = failing
+    deed(store.repository)
+    store.repository.backend = store.backend
+    return [call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/")]
+
+
+def test_a_snapshot_is_found_by_its_id_without_a_look_at_any_other(store: Store) -> None:
+    snapshots = [store.save(memory(8, seed=number), name=f"vm{number}") for number in range(9)]
+    found: list[SnapshotInfo] = []
+    names = looked_at(store, lambda repository: found.append(find(repository, snapshots[4])))
+    assert names == [manifest_name(snapshots[4])]
+    assert [info.head and info.head.name for info in found] == ["vm4"]
+    assert found == [info for info in store.repository.snapshots() if info.snapshot == snapshots[4]]
+    for word in ("vm9", "0" * 32):
+        with pytest.raises(UnknownSnapshot):
+            find(store.repository, word)
+
+
+def test_heads_are_read_once_and_a_manifest_that_is_another_one_again(store: Store, clock: ManualClock) -> None:
+    snapshots = [store.save(memory(8, seed=number), name=f"vm{number}") for number in range(9)]
+    assert len(looked_at(store, lambda repository: find(repository, "vm7"))) == 9
+    assert looked_at(store, lambda repository: find(repository, "vm3")) == []
+    assert looked_at(store, lambda repository: require_free(repository, "another")) == []
+    assert {info.snapshot for info in store.repository.snapshots()} == set(snapshots)
+    name = manifest_name(snapshots[2])
+    data = store.backend.get(name)
+    store.backend.delete(name)
+    clock.at_s += 1
+    store.backend.put(name, b"x" * len(data))
+    assert looked_at(store, Repository.snapshots) == [name]
+    assert store.repository.snapshots()[-1].head is None, "and it is found damaged"
+
+
+def test_no_more_heads_are_kept_than_have_room(store: Store) -> None:
+    store.repository._heads = KeptHeads(1500)
+    for number in range(9):
+        store.save(memory(8, seed=number), name=f"vm{number}")
+    assert len(looked_at(store, Repository.snapshots)) == 9
+    again = looked_at(store, Repository.snapshots)
+    assert 4 < len(again) < 9, "some are kept, and they stay"
+    assert looked_at(store, Repository.snapshots) == again
+    for snapshot in list(store.repository.snapshot_ids()):
+        store.repository.forget(snapshot)
+    store.save(memory(8))
+    assert len(looked_at(store, Repository.snapshots)) == 1
+    assert looked_at(store, Repository.snapshots) == [], "what was forgotten made room"
+
+
+def test_a_host_whose_clock_says_nothing_saves_nothing_that_nobody_could_read(store: Store, clock: ManualClock) -> None:
+    clock.at_s = 1e18
+    with pytest.raises(RepositoryError, match="clock"):
+        store.save(memory(8))
+    assert store.repository.snapshots() == []
+
+
 def test_a_head_longer_than_the_first_read_is_read_in_a_second(store: Store) -> None:
     with SnapshotWriter(store.repository, [Block(RAM, PAGE_BYTES)]) as writer:
         writer.put(RAM, 0, memory(1))
@@ -278,6 +347,56 @@ def test_nobody_saves_or_reads_while_somebody_takes_away(store: Store) -> None:
     assert SnapshotReader(store.repository, first, is_locked=False).head.name == "vm"
     lock.release()
     store.check()
+
+
+def test_a_snapshot_whose_folder_is_gone_is_not_damaged_and_goes_on_when_it_is_back(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    folder = LocalFolder(tmp_path / "store")
+    store = new_store(clock, backend=folder)
+    snapshot = store.save(memory(64))
+    with SnapshotReader(store.repository, snapshot) as reader:
+        folder.root.rename(tmp_path / "away")
+        folder.close()
+        with pytest.raises(StoreTransient, match="is gone"):
+            reader.read(RAM, 0, 64)
+        with pytest.raises(StoreTransient, match="is gone"):
+            store.save(memory(8))
+        with pytest.raises(StoreTransient, match="is gone"):
+            Repository.open(folder)
+        (tmp_path / "away").rename(folder.root)
+        assert np.array_equal(reader.read(RAM, 0, 64), store.saved[snapshot])
+    assert store.names("locks/") == []
+
+
+@pytest.mark.parametrize("key", [None, KeyFile(bytes(range(64)))], ids=["open", "encrypted"])
+def test_a_repository_that_was_opened_before_the_mount_writes_nothing_into_the_one_that_was_mounted(
+    tmp_path: Path, clock: ManualClock, key: KeyFile | None
+) -> None:
+    """Its keys are those of the empty one that lies below the mount: nobody could read what it would save."""
+    real = new_store(clock, key, LocalFolder(tmp_path / "real"))
+    kept = real.save(memory(16))
+    early = Store(real.backend, clock, Repository.create(LocalFolder(tmp_path / "place"), clock=clock))
+    early.repository.shared("look").release()
+    (tmp_path / "place").rename(tmp_path / "below")
+    (tmp_path / "real").rename(tmp_path / "place")
+    there = LocalFolder(tmp_path / "place")
+    before = there.list("")
+    for deed in (
+        lambda: early.save(memory(16, seed=3)), lambda: early.repository.forget(kept),
+        lambda: plan_prune(early.repository), lambda: verify(early.repository),
+        early.repository.snapshots, lambda: SnapshotReader(early.repository, kept),
+        lambda: early.repository.exclusive("prune"),
+    ):  # fmt: skip
+        with pytest.raises(OtherRepository) as caught:
+            deed()
+        assert "restart" in caught.value.hint
+    assert there.list("") == before
+    real.repository = Repository.open(there, key=key, clock=clock)
+    real.check(kept)
+    there.delete("config")
+    with pytest.raises(Damaged, match="missing"):
+        real.repository.shared("look")
 
 
 def test_the_config_can_be_read_by_a_person(store: Store) -> None:
