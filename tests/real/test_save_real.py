@@ -247,8 +247,8 @@ def test_a_killed_agent_never_costs_a_guest_or_a_finished_snapshot(
     boot(host, guests.boot(ram_mib=24) if writes else read_only(guests.boot(ram_mib=24)))
     serial = host.vm_directory("web1") / "serial.log"
     wish = {"vm": "web1", "way": way, "disks": "external-snapshot" if writes else "refuse"}
-    host.execute("vm-save", name="before", job="before", **wish)
-    wait_true(lambda: host.execute("job-status", job="before")["over"], why="the first save is over")
+    host.execute("vm-save", name="before", job="3e" * 16, **wish)
+    wait_true(lambda: host.execute("job-status", job="3e" * 16)["over"], why="the first save is over")
     for fact in ("configured", "started", *(("stands", "disks") if writes else ()), "whole", "resumed", "kept"):
         seen = host.log().count(f"save fact={fact} ")
         host.execute("vm-save", name=fact, **wish)

@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import re
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -26,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import job_events, saves
+from vmferry.agent import job_events, job_ids
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.wants import ChoreWanted
 from vmferry.core.chores import ChoreFact, ChoreLog, awaits_leave, chore_job, chore_status
 from vmferry.core.job import KINDS, Answer, JobStatus, Verb, answer, path
-from vmferry.errors import Busy, CancelRefused, MigrationCancelled, MigrationFailed, UsageError, VmferryError
+from vmferry.errors import Busy, CancelRefused, MigrationCancelled, MigrationFailed, VmferryError
 from vmferry.jobs.journal import Entry, JobState
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmferry.agent")
 
-_JOB: Final = re.compile(r"[0-9a-f]{32}")
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_LAST_S: Final = 5.0
 
@@ -316,11 +314,8 @@ class Chores:
 
     def check(self, job: str, *, auto_dismiss: bool) -> None:
         """Before one is journalled. Raises UsageError, Busy."""
-        if not _JOB.fullmatch(job):
-            raise UsageError(f"the job id {job!r} is none: 32 hexadecimal digits", hint="leave it out, to get one")
         agent = self._agent
-        if saves.is_known(agent, job) or agent.saves.has(job) or agent.restores.has(job):
-            raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
+        job_ids.require_new(agent, job_ids.wanted(job))
         agent.jobs.make_room(auto_dismiss=auto_dismiss)
         if len(self._jobs) >= limits.CHORES_MAX:
             raise Busy(

@@ -2,7 +2,7 @@
 
 Parts of an id become names of folders, of bitmaps in QEMU and of objects in a repository, and both hosts of a migration
 know it by nothing else: a second job of the same id would be told the first one's facts, that its guest runs over there
-among them.
+among them. In the journal it would replace the first one, and a migration that was committed would be forgotten.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from vmferry.agent import saves
 from vmferry.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,5 +28,12 @@ def wanted(job: str) -> str:
 
 def require_new(agent: Agent, job: str) -> None:
     """Raises UsageError when a job has this id or had it, as far as that is still known here."""
-    if saves.is_known(agent, job) or agent.saves.has(job) or agent.chores.has(job) or agent.restores.has(job):
+    registers = (agent.saves, agent.chores, agent.restores)
+    is_migration = (
+        agent.outcome_of(job) is not None
+        or job in agent.known_jobs
+        or job in agent.places
+        or any(attempt.job == job for attempt in agent.attempts.values())
+    )
+    if is_migration or job in agent.jobs.dismissed or any(register.has(job) for register in registers):
         raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")

@@ -17,16 +17,14 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-import re
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import restore_trust, restored_disks, saves, vm_commands
+from vmferry.agent import job_ids, restore_trust, restored_disks, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmferry.agent")
 
-_JOB: Final = re.compile(r"[0-9a-f]{32}")
 ASK_S = 2.0
 FORWARD_S = 30.0
 
@@ -352,14 +349,11 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
         wish = {**msgspec.to_builtins(arguments), "host": "", "name": meant.snapshot, "repository": meant.repository}
         answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
         return dict(answered)
-    job = arguments.job or uuid.uuid4().hex
-    if not _JOB.fullmatch(job):  # parts of it become names of files, of objects and of a folder
-        raise UsageError(f"{job!r} is no id of a restore: 32 hexadecimal digits")
+    job = job_ids.wanted(arguments.job)
     known = agent.restores.status(job=job)
     if known is not None:
         return known
-    if saves.is_known(agent, job) or agent.saves.has(job):
-        raise Busy(f"{job} is the id of another job", side="client")
+    job_ids.require_new(agent, job)
     _check(agent, arguments)
     found = await agent.snapshot_store.with_repository(
         lambda repository: find(repository, arguments.name, meant=arguments.repository)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import save_disks
+from vmferry.agent import job_ids, save_disks
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.save import SaveJob
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -192,19 +191,6 @@ def _as_it_was(wanted: SaveWanted) -> KeptVm:
     return KeptVm(VmDefinition.from_wire(wanted.definition), wanted.generation, identity, qmp_path="", directory="")
 
 
-def is_known(agent: Agent, job: str) -> bool:
-    """Whether a job of another kind has this id, or had it: a second one would replace it in the journal, and a
-    migration that was committed would be forgotten by the next agent."""
-    return (
-        job in agent.results
-        or job in agent.known_jobs
-        or job in agent.places
-        or job in agent.jobs.dismissed
-        or agent.chores.has(job)
-        or any(attempt.job == job for attempt in agent.attempts.values())
-    )
-
-
 def _reason(save: SaveJob, *, waits: bool) -> str:
     if SaveFact.HELD in save.facts and save.error is not None:
         return f"{save.error.message}; {save.error.hint}"
@@ -240,12 +226,11 @@ async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
     Raises UsageError, PlanRefused, Busy, Blocked, RepositoryError …; nothing was done then."""
     from vmferry.agent.snapshot_sink import check_name, require_free
 
-    job = arguments.job or uuid.uuid4().hex
+    job = job_ids.wanted(arguments.job)
     known = agent.saves.status(job=job)
     if known is not None:
         return known
-    if is_known(agent, job):
-        raise UsageError(f"the job id {job!r} is that of another job", hint="take a new one, or none")
+    job_ids.require_new(agent, job)
     check_name(arguments.name)
     for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, DISKS)):
         if value not in allowed:
