@@ -2,9 +2,10 @@
 
 Theory of operation
 -------------------
-`core.monitor` says what becomes of a command: most go to QEMU, over the agent's own session, and come back as they are,
-errors too; those that would move the guest are vmferry's. Events are QEMU's own, with their times, but for `MIGRATION`:
-while vmferry moves the guest its status is vmferry's.
+`core.monitor_fates` says what becomes of a command: most go to QEMU, over the
+agent's own session, and come back as they are, errors too; those that would move the guest are vmferry's, and what
+would change it on its way waits until it is over. Events are QEMU's own, with their times, but for `MIGRATION`: while
+vmferry moves the guest its status is vmferry's.
 
     client -> monitor socket -> [passed on]  -> QEMU
                              -> [ours]       -> the agent's commands (`control`)
@@ -29,7 +30,9 @@ from vmferry.agent import control, mirror_jobs
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.vms import KeptVm
 from vmferry.core import monitor as core_monitor
-from vmferry.core.monitor import Fate, Setup
+from vmferry.core import monitor_fates
+from vmferry.core.monitor import Setup
+from vmferry.core.monitor_fates import Fate
 from vmferry.core.option_table import Kind
 from vmferry.core.options import Mode
 from vmferry.core.restore import RestoreFact
@@ -160,7 +163,7 @@ class Monitor:
     # --- commands ---
 
     async def _answer(self, session: Session, command: Command) -> Any:
-        fate, why = core_monitor.fate(command.name, command.arguments)
+        fate, why = monitor_fates.fate(command.name, command.arguments)
         match fate:
             case Fate.OURS if command.name.startswith("job-"):
                 return await self.job(command)
@@ -168,20 +171,30 @@ class Monitor:
                 return await _OURS[command.name](self, dict(command.arguments))
             case Fate.NEVER:
                 raise UsageError(f"{command.name}: {why}")
-            case Fate.HELD if (attempt := self._attempt()) is not None:
-                raise self._busy(command, attempt)
-            case Fate.HELD if self._is_about_to_run:
-                raise Busy(
-                    f"{self.kept.name} is being restored, and is about to run; {command.name} may be said again then",
-                    hint="'vmferry jobs' shows how far it is; 'vmferry stop --force' ends it",
-                )
-            case Fate.HELD if self._is_saved:
-                raise Busy(
-                    f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
-                    hint="'vmferry jobs' shows how far it is",
-                )
-            case _:
+            case Fate.HELD:
+                return await self._pass_unless_held(command)
+            case Fate.PASSED:
                 return await self._pass(command)
+
+    async def _pass_unless_held(self, command: Command) -> Any:
+        self._require_settled(command)
+        return await self._pass(command)
+
+    def _require_settled(self, command: Command) -> None:
+        """Raises Busy, with a reason, while the guest is not this command's to change; nothing was done."""
+        attempt = self._attempt()
+        if attempt is not None:
+            raise self._busy(command, attempt)
+        if self._is_about_to_run:
+            raise Busy(
+                f"{self.kept.name} is being restored, and is about to run; {command.name} may be said again then",
+                hint="'vmferry jobs' shows how far it is; 'vmferry stop --force' ends it",
+            )
+        if self._is_saved:
+            raise Busy(
+                f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
+                hint="'vmferry jobs' shows how far it is",
+            )
 
     def _busy(self, command: Command, attempt: SourceAttempt) -> Busy:
         return Busy(
@@ -279,13 +292,18 @@ class Monitor:
 
     async def job(self, command: Command) -> Any:
         """A verb: vmferry's for its own jobs, QEMU's for all others but the mirrors of a migration."""
+        name = command.arguments.get("id")
+        if name in {job["id"] for job in self._jobs()}:
+            await self._control(command.name, **command.arguments)
+            return {}
         attempt = self._attempt()
-        if attempt is not None and self._is_a_mirrors(command.arguments.get("id")):
+        if attempt is not None and self._is_a_mirrors(name):
             raise self._busy(command, attempt)
-        if command.arguments.get("id") not in {job["id"] for job in self._jobs()}:
+        if isinstance(name, str) and name.startswith(monitor_fates.OWN):
+            raise UsageError(f"{command.name}: {monitor_fates.not_yours(name)}")
+        if command.name in monitor_fates.JOBS_PASS:
             return await self._pass(command)
-        await self._control(command.name, **command.arguments)
-        return {}
+        return await self._pass_unless_held(command)
 
     async def set_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return await self._set(self._setup.with_parameters(arguments), arguments)

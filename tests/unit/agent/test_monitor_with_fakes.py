@@ -222,3 +222,45 @@ async def test_a_guest_that_lacks_pages_of_a_restore_is_not_rescued(make_site: M
     finally:
         back.ended.set()
         del site.agents["a"].restores._jobs["g"]
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_nobody_changes_what_a_guest_writes_to_while_it_is_on_its_way(make_site: MakeSite) -> None:
+    """A nightly backup's snapshot: the guest would write to the overlay, and the destination open the base."""
+    site = await make_site("7.2")
+    site.director.change("a", dirty=True)
+    overlay = site.directory / "overlay.qcow2"
+    overlay.touch()
+    data = {"node-name": "disk0", "snapshot-file": str(overlay), "snapshot-node-name": "o", "mode": "existing"}
+    async with monitor_of(site) as (client, _):
+        wanted = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+        await client.execute("migrate-set-capabilities", wanted)
+        await client.execute("migrate", {"uri": "vmferry:b"})
+        await site.noted_by("a", Fact.SETUP_DONE)
+        for command, arguments in (
+            ("blockdev-snapshot-sync", data),
+            ("transaction", {"actions": [{"type": "blockdev-snapshot-sync", "data": data}]}),
+            ("blockdev-change-medium", {"id": "cd", "filename": "/x.iso"}),
+            ("human-monitor-command", {"command-line": f"snapshot_blkdev disk0 {overlay}"}),
+            ("human-monitor-command", {"command-line": "block_job_complete backup"}),
+            ("job-complete", {"id": "backup"}),
+            ("job-finalize", {"id": "backup"}),
+            ("a-command-of-a-qemu-to-come", {}),
+        ):
+            assert "on its way to b" in await refused(client, command, arguments), command
+        assert "found" in await refused(client, "job-dismiss", {"id": "backup"}), "a client's own job is not held"
+        await client.execute("migrate_cancel")
+        await site.settle()
+        assert "found" in await refused(client, "job-complete", {"id": "backup"}), "and afterwards nothing is"
+    await site.check("a")
+
+
+@pytest.mark.parametrize("verb", ["cancel", "complete", "pause", "resume", "set-speed", "finalize", "dismiss"])
+async def test_a_block_job_of_vmferrys_is_nobodys_to_lead(make_site: MakeSite, verb: str) -> None:
+    site = await make_site()
+    async with monitor_of(site) as (client, _):
+        said = await refused(client, f"block-job-{verb}", {"device": "vmferry-9a-disk0"})
+        assert "vmferry-9a-disk0 is vmferry's own" in said
+        if verb != "set-speed":
+            assert "vmferry's own" in await refused(client, f"job-{verb}", {"id": "vmferry-9a-disk0"})
+    await site.check("a")
