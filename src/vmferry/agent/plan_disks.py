@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vmferry.agent.machine import Machine
@@ -30,6 +30,27 @@ async def inserted_by_path(machine: Machine) -> dict[str, dict[str, Any]]:
         if filename and inserted.get("node-name"):
             found.setdefault(filename, inserted)
     return found
+
+
+async def media(machine: Machine) -> dict[str, str]:
+    """What each device of the guest has for its disk: the block node and the file. Raises QemuError."""
+    found: dict[str, str] = {}
+    for device in await machine.execute("query-block"):
+        inserted = device.get("inserted")
+        name = str(device.get("qdev") or device.get("device") or "")
+        if inserted and name:
+            filename = (inserted.get("image") or {}).get("filename") or inserted.get("file", "")
+            found[name] = f"{filename} (node {inserted.get('node-name', 'without a name')})"
+    return found
+
+
+def exchanged(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """Devices whose medium is another one than it was, in words: the destination has opened what was there before."""
+    return tuple(
+        f"{name} had {before.get(name, 'nothing')} when the migration was planned, and has {now.get(name, 'nothing')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
 
 
 async def other_disks(kept: KeptVm) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import msgspec
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import fences, mirror_jobs, reconnect, source_disks, way_back
+from vmferry.agent import fences, mirror_jobs, plan_disks, reconnect, source_disks, way_back
 from vmferry.agent.machine import Machine
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
@@ -131,6 +131,20 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
 
 
 async def _continue(attempt: SourceAttempt) -> None:
+    """The guest is paused, and goes on from here on disks that the destination has opened: it must write to those
+    still.
+
+    1. the guest is on its way  2. its QEMU is told to let it write to another image: by who has a monitor of their own,
+    or a job of before the move ends so  3. the destination has the image of the plan, without what came since 2"""
+    if attempt.media is not None:
+        wrong = plan_disks.exchanged(attempt.media, await plan_disks.media(attempt.machine))
+    else:  # the plan was another agent's
+        wrong = await plan_disks.other_disks(attempt.kept)
+    if wrong:
+        text = f"the guest's disks are not those that the destination has opened: {'; '.join(wrong)}"
+        hint = "wait until nobody changes the guest's disks (query-block-jobs), and migrate again"
+        attempt.fail(MigrationFailed(text, side="source", hint=hint))
+        return
     await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
     attempt.note(Fact.CONTINUE)
     attempt.set_readings(source=Source.SWITCHING)
@@ -200,13 +214,14 @@ async def _turn_back(attempt: SourceAttempt, *, must: bool) -> None:
 
 async def _check_plan(attempt: SourceAttempt) -> None:
     """Raises PlanRefused with every blocker; nothing was changed anywhere."""
+    media = await plan_disks.media(attempt.machine)  # first: what the plan looks at is not older
     plan = await attempt.context.make_plan(attempt)
     if plan.objections:
         first = plan.objections[0]
         sentence = "; ".join(objection.message for objection in plan.objections)
         hints = "; ".join(objection.fix for objection in plan.objections if objection.fix)
         raise PlanRefused(sentence, side=first.side, hint=hints, retry="after-fix")
-    attempt.plan = plan
+    attempt.plan, attempt.media = plan, media
     if plan.copies:
         attempt.note(Fact.DISKS_WANTED, text=", ".join(disk.id for disk in plan.copies))
     attempt.note(Fact.PLANNED, text=plan.why)
