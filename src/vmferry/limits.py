@@ -66,8 +66,9 @@ QMP_SESSION_OUT_BYTES_MAX = 1 << 20
 # How long a session may take no byte at all, with something to send to it, before it is dropped.
 QMP_WRITE_STALL_S = 30.0
 
-# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer; no
-# other command of a client is passed on meanwhile, and the agent's own are not held up by it.
+# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer. No
+# other command of a client is passed on meanwhile, and the agent's own wait as well: they go over the same session, and
+# QEMU carries out one command of a session after the other. While a guest is on its way none that takes long is passed.
 MONITOR_COMMAND_S = 600.0
 
 # --- VMs and host probes --------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 Theory of operation
 -------------------
-`core.monitor_fates` says what becomes of a command: most go to QEMU, over the
-agent's own session, and come back as they are, errors too; those that would move the guest are vmferry's, and what
-would change it on its way waits until it is over. Events are QEMU's own, with their times, but for `MIGRATION`: while
-vmferry moves the guest its status is vmferry's.
+`core.monitor_fates` says what becomes of a command: most go to QEMU, over the agent's own session, and come back as
+they are, errors too; those that would move the guest are vmferry's, and what would change it on its way waits until it
+is over. Events are QEMU's own, with their times, but for `MIGRATION`: while vmferry moves the guest its status is
+vmferry's.
 
     client -> monitor socket -> [passed on]  -> QEMU
                              -> [ours]       -> the agent's commands (`control`)
                              -> [held, never] -> an error in words
 
-Rule 1: at most one command of all clients of a VM is on its way to QEMU at a time, so that what the agent itself has to
-        say to it never waits behind clients.
+Rule 1: at most one command of all clients of a VM is on its way to QEMU at a time. QEMU carries the commands of one
+        session out one by one, so what the agent itself has to say waits behind one client's command at most, and for
+        as long as that takes: a snapshot of a minute holds it up for a minute. Only what is said out of band does not.
 Rule 2: a monitor lives as long as its host keeps the VM. A place where a guest is awaited has none: all that could be
         said to it is vmferry's to say.
 """
@@ -178,7 +179,7 @@ class Monitor:
 
     async def _pass_unless_held(self, command: Command) -> Any:
         self._require_settled(command)
-        return await self._pass(command)
+        return await self._pass(command, is_asked_again=True)
 
     def _require_settled(self, command: Command) -> None:
         """Raises Busy, with a reason, while the guest is not this command's to change; nothing was done."""
@@ -203,10 +204,16 @@ class Monitor:
             hint="migrate_cancel ends the migration",
         )
 
-    async def _pass(self, command: Command) -> Any:
+    async def _pass(self, command: Command, *, is_asked_again: bool = False) -> Any:
+        """`is_asked_again`: whether it may be done is asked once more when its turn has come.
+
+        1. a client's command takes its time in QEMU  2. `quit` of another one waits for its turn  3. a third has the
+        guest migrated  4. the turn comes: what was true at 2 ended the guest while it moves."""
         if command.oob:
             return await self._execute(command)
         async with self._turn:
+            if is_asked_again:
+                self._require_settled(command)
             return await self._execute(command)
 
     async def _execute(self, command: Command) -> Any:

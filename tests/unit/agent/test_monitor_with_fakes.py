@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +16,7 @@ from vmferry.core.restore import RestoreFact as F
 from vmferry.core.restore import RestoreLog
 from vmferry.errors import Busy
 from vmferry.qmp.client import QmpClient, connect_unix
-from vmferry.qmp.codec import Event
+from vmferry.qmp.codec import Command, Event
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -264,3 +264,25 @@ async def test_a_block_job_of_vmferrys_is_nobodys_to_lead(make_site: MakeSite, v
         if verb != "set-speed":
             assert "vmferry's own" in await refused(client, f"job-{verb}", {"id": "vmferry-9a-disk0"})
     await site.check("a")
+
+
+@pytest.mark.proves("S79", "S114")
+async def test_a_command_that_waited_for_its_turn_is_judged_when_it_comes(make_site: MakeSite) -> None:
+    """1. a client's command takes its time in QEMU  2. `quit` of another one waits for its turn  3. the guest is
+    migrated  4. the turn comes: the guest is on its way by then."""
+    site = await make_site()
+    monitor = site.agents["a"].monitors._open["g"]
+    async with monitor._turn:  # another client's
+        asked = [
+            asyncio.create_task(monitor._answer(cast("Any", None), Command(name, arguments)))
+            for name, arguments in (("quit", {}), ("job-finalize", {"id": "backup"}))
+        ]
+        attempt = await site.migrate(auto_finalize=False)
+        assert not any(each.done() for each in asked), "they were accepted, and wait"
+        await site.until_row(attempt, "M-hold")
+    for each in asked:
+        with pytest.raises(Busy, match="on its way to b"):
+            await each
+    await site.command("a", "job-finalize", id=attempt.job)
+    await site.settle()
+    await site.check("b")
