@@ -182,7 +182,8 @@ class Monitor:
         return await self._pass(command, is_asked_again=True)
 
     def _require_settled(self, command: Command) -> None:
-        """Raises Busy, with a reason, while the guest is not this command's to change; nothing was done."""
+        """Raises Busy, with a reason, while the guest is not this command's to change, and Blocked while a person holds
+        a blocker against what it would do; nothing was done."""
         attempt = self._attempt()
         if attempt is not None:
             raise self._busy(command, attempt)
@@ -196,6 +197,9 @@ class Monitor:
                 f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
                 hint="'vmferry jobs' shows how far it is",
             )
+        operation = monitor_fates.operation(command.name, command.arguments)
+        if operation is not None:
+            self._agent.blockers.require(self.kept.name, operation)
 
     def _busy(self, command: Command, attempt: SourceAttempt) -> Busy:
         return Busy(

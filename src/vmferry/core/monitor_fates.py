@@ -25,6 +25,8 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
+from vmferry.core.blockers import Operation
+
 
 class Fate(StrEnum):
     """What becomes of a command."""
@@ -78,6 +80,20 @@ LINES_PASS: Final = frozenset(
         "set_link",
     }
 )  # fmt: skip
+_SNAPSHOTS: Final = ("snapshot-save", "blockdev-snapshot", "blockdev-snapshot-sync", "blockdev-snapshot-internal-sync")
+OPERATIONS: Final[Mapping[str, Operation]] = MappingProxyType(
+    {
+        **dict.fromkeys(("quit", "system_powerdown"), Operation.STOP),
+        **dict.fromkeys(_SNAPSHOTS, Operation.SNAPSHOT),
+    }
+)
+"""Commands that are what a person can hold a blocker against."""
+LINE_OPERATIONS: Final[Mapping[str, Operation]] = MappingProxyType(
+    {
+        **dict.fromkeys(("q", "quit", "system_powerdown"), Operation.STOP),
+        **dict.fromkeys(("savevm", "snapshot_blkdev", "snapshot_blkdev_internal"), Operation.SNAPSHOT),
+    }
+)
 _MAY_BE_TAKEN_AWAY: Final = "block-dirty-bitmap-remove"
 """A disk whose bitmap is gone goes as a whole: nothing is wrong then."""
 
@@ -109,16 +125,32 @@ def not_yours(name: str) -> str:
 def own_names(name: str, arguments: Mapping[str, Any]) -> Iterator[str]:
     """The names of vmferry's things that the command would change."""
     if name == "transaction":
-        actions = arguments.get("actions")
-        for action in actions if isinstance(actions, list) else ():
-            if isinstance(action, dict) and isinstance(action.get("data"), dict):
-                yield from own_names(str(action.get("type")), action["data"])
+        for kind, data in _actions(arguments):
+            yield from own_names(kind, data)
     elif name == "block-dirty-bitmap-merge":  # what it reads from is not changed
         yield from _own({"node": arguments.get("node"), "target": arguments.get("target")})
     elif name == _MAY_BE_TAKEN_AWAY:
         yield from _own(arguments.get("node"))
     else:
         yield from _own(arguments)
+
+
+def _actions(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What a transaction does: the type of each action, and its data."""
+    actions = arguments.get("actions")
+    for action in actions if isinstance(actions, list) else ():
+        if isinstance(action, dict):
+            data = action.get("data")
+            yield str(action.get("type")), data if isinstance(data, dict) else {}
+
+
+def operation(name: str, arguments: Mapping[str, Any]) -> Operation | None:
+    """What people can hold a blocker against, and this command would do; None: no such thing."""
+    if name == "human-monitor-command":
+        return LINE_OPERATIONS.get(line_word(str(arguments.get("command-line", ""))))
+    if name == "transaction":
+        return next((OPERATIONS[kind] for kind, _ in _actions(arguments) if kind in OPERATIONS), None)
+    return OPERATIONS.get(name)
 
 
 def _own(value: Any) -> Iterator[str]:

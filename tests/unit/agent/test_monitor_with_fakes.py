@@ -286,3 +286,29 @@ async def test_a_command_that_waited_for_its_turn_is_judged_when_it_comes(make_s
     await site.command("a", "job-finalize", id=attempt.job)
     await site.settle()
     await site.check("b")
+
+
+@pytest.mark.proves("S79", "S114")
+async def test_what_a_person_holds_against_an_operation_holds_in_a_monitor_too(make_site: MakeSite) -> None:
+    site = await make_site()
+    snapshot = {"actions": [{"type": "blockdev-snapshot-sync", "data": {"node-name": "disk0", "snapshot-file": "/x"}}]}
+    cases: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "stop": [("quit", {}), ("system_powerdown", {}), ("human-monitor-command", {"command-line": "q"})],
+        "snapshot": [
+            ("snapshot-save", {}), ("blockdev-snapshot-sync", {}), ("transaction", snapshot),
+            ("human-monitor-command", {"command-line": "savevm monday"}),
+        ],
+    }  # fmt: skip
+    async with monitor_of(site) as (client, _):
+        for operation, commands in cases.items():
+            held = {"vm": "g", "name": "audit", "operation": operation, "reason": "the auditors are in"}
+            await site.command("a", "blocker-add", **held)
+            for command, arguments in commands:
+                said = await refused(client, command, arguments)
+                assert f"{operation} is blocked by audit: the auditors are in" in said, (command, said)
+            await site.command("a", "blocker-remove", vm="g", name="audit")
+        assert "not been found" in await refused(client, "snapshot-save"), "QEMU's own word: it is asked now"
+        await site.command("a", "blocker-add", vm="g", name="audit", operation="stop", reason="the auditors are in")
+        await client.execute("stop")
+        await client.execute("cont")
+    await site.check("a")

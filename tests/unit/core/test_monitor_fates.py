@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vmferry.core.blockers import Operation
 from vmferry.core.monitor_fates import (
     JOBS_PASS,
     LINES_PASS,
@@ -15,6 +16,7 @@ from vmferry.core.monitor_fates import (
     Fate,
     fate,
     line_word,
+    operation,
     own_names,
 )
 
@@ -131,3 +133,27 @@ def test_what_is_a_clients_own_passes_when_the_guest_is_not_on_its_way(name: str
 def test_names_are_read_wherever_a_command_has_them() -> None:
     nested = {"a": [{"b": ["vmferry-1", 2, None]}], "c": "vmferry-3", "d": "not-vmferry-4"}
     assert list(own_names("anything", nested)) == ["vmferry-1", "vmferry-3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        *((name, {}, Operation.STOP) for name in ("quit", "system_powerdown")),
+        *((name, {}, Operation.SNAPSHOT) for name in
+          ("snapshot-save", "blockdev-snapshot", "blockdev-snapshot-sync", "blockdev-snapshot-internal-sync")),
+        *(("human-monitor-command", {"command-line": line}, Operation.STOP) for line in
+          ("q", "quit", " system_powerdown")),
+        *(("human-monitor-command", {"command-line": line}, Operation.SNAPSHOT) for line in
+          ("savevm x", "snapshot_blkdev d /x", "snapshot_blkdev_internal d x")),
+        ("transaction", {"actions": [{"type": "abort"}, {"type": "blockdev-snapshot"}]}, Operation.SNAPSHOT),
+        ("transaction", {"actions": [{"type": "blockdev-backup"}, 7]}, None),
+        ("transaction", {}, None),
+        ("stop", {}, None),
+        ("human-monitor-command", {"command-line": "info snapshots"}, None),
+    ],
+)  # fmt: skip
+def test_what_people_can_hold_against_a_command(
+    name: str, arguments: dict[str, Any], expected: Operation | None
+) -> None:
+    assert operation(name, arguments) is expected
+    assert expected is None or fate(name, arguments)[0] is Fate.HELD, "only those are asked about"
