@@ -54,16 +54,30 @@ def exchanged(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, .
 
 
 async def other_disks(kept: KeptVm) -> tuple[str, ...]:
-    """Writable disks of the definition that the guest's QEMU does not have: with them its memory would run on wrong
-    disks elsewhere. Only of a VM that was started from a spec: its paths are those that QEMU was given."""
+    """Disks and media that the definition names and the guest's QEMU does not have, or the other way round, with what
+    to do: the destination opens those of the definition, and the guest's memory would run on wrong ones there. Only of
+    a VM that was started from a spec: its paths are those that QEMU was given."""
     definition = kept.definition
-    writable = [choice.path for choice in choices(definition) if not choice.readonly]
-    if definition.spec is None or not writable:
+    if definition.spec is None:
         return ()
+    wanted, named = choices(definition), {disk.path for disk in definition.disks}
     found = await inserted_by_path(kept.require_machine())
-    return tuple(
-        f"its QEMU does not write to {path}, which its definition names" for path in writable if path not in found
+    missing = (
+        f"its QEMU does not {'have' if choice.readonly else 'write to'} {choice.path}, which its definition names: "
+        + (
+            "insert it again (blockdev-change-medium), or start the guest from a spec without it"
+            if choice.readonly
+            else "have it write there again (block-commit), or start the guest from a spec that names its disks"
+        )
+        for choice in wanted
+        if choice.path not in found
     )
+    strange = (
+        f"its QEMU has {path}, which its definition does not name: take it out (eject, device_del)"
+        for path, inserted in found.items()
+        if path not in named and inserted.get("ro")
+    )
+    return (*missing, *strange)
 
 
 async def local_disks(kept: KeptVm, chosen: Collection[Choice], destination: str) -> tuple[LocalDisk, ...]:

@@ -556,34 +556,3 @@ async def test_a_base_that_was_read_and_differs_is_none_any_more(
     await ready.site.check("b", "d")
     with pytest.raises(PlanRefused, match="did not come here with its disks"):
         await ready.site.command("b", "vm-origin", vm="d")
-
-
-@pytest.mark.proves("S53", "S96")
-@pytest.mark.parametrize("disks", ["copy", "shared"])
-@pytest.mark.parametrize("restarts", [False, True])
-async def test_a_guest_that_writes_to_another_image_by_then_stays(
-    make_site: MakeSite, disks: str, *, restarts: bool
-) -> None:
-    """1. a snapshot by a second monitor: the guest writes to an overlay  2. the destination has opened the base."""
-    site = await make_site()
-    paths, overlay = [site.directory / f"d{n}.img" for n in range(2)], site.directory / "overlay.qcow2"
-    for path in (*paths, overlay):
-        path.write_bytes(bytes(1 << 20))
-    spec = "".join(DISK.format(path=path) for path in paths)
-    await site.run_vm("d", more=spec if disks == "copy" else spec.replace("shared = false", "shared = true"))
-    attempt = await site.migrate(vm="d", disks=disks, auto_finalize=False)
-    await site.until_row(attempt, "M-hold")
-    data = {"node-name": "disk1", "snapshot-file": str(overlay), "snapshot-node-name": "over", "mode": "existing"}
-    actions = [{"type": "blockdev-snapshot-sync", "data": data}]
-    await attempt.machine.execute("transaction", {"actions": actions})
-    if restarts:
-        await site.restart("a")
-        attempt = site.attempt(vm="d")
-        await site.until_row(attempt, "M-hold")
-    await site.command("a", "job-finalize", id=attempt.job)
-    await site.settle()
-    wire = attempt.wire()
-    assert (wire["status"], wire["outcome"]) == ("failed", "source"), wire
-    assert ("d1.img" if restarts else str(overlay)) in wire["error"]["message"]
-    assert Fact.CONTINUE not in attempt.facts
-    await site.check("a", "d")
