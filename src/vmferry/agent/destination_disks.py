@@ -53,6 +53,10 @@ async def make_images(attempt: DestinationAttempt) -> None:
             if not attempt.context.is_left_image(disk.path, disk.left_by):
                 raise Unfit(f"{disk.path} was changed since the guest left it here", side="destination")
             continue
+        try:
+            await attempt.context.make_room_for_image(disk.path, attempt.vm)
+        except OSError as error:
+            raise Unfit(f"{disk.path} cannot be made anew: {error}", side="destination", cause=error) from error
         identity = await host.make_image(disk, job, attempt.context.config.qemu)
         await journal.append(Entry.IMAGE_MADE, job, {disk.path: list(identity)})
         attempt.images[disk.path] = identity

@@ -142,6 +142,20 @@ class LeftImages:
         left = self._left.get(path)
         return left is not None and left.job == job and self._is_untouched(left)
 
+    def is_spent(self, path: str, vm: str) -> bool:
+        """The image is the copy of a try to bring that very guest here, untouched. Whoever does not go on with it goes
+        without: its QEMU was started anew, say, and nobody counts any more what was written since."""
+        left = self._left.get(path)
+        if left is None or not left.is_tried or left.vm != vm or self._is_used(left):
+            return False
+        return self._is_untouched(left)
+
+    async def make_room(self, path: str, vm: str) -> None:
+        """A place of that guest makes a new copy under this path: a spent one is taken away. Raises Unfit, OSError."""
+        if self.is_spent(path, vm) and self.agent.host.remove_left_image(path, self._left[path].stamp):
+            log.info("vm=%s image=%s result=removed: nobody counts what it lacks", vm, path)
+            await self.forget([path])
+
     async def renew(self, path: str, stamp: Stamp | None) -> None:
         """A place's QEMU has written to the image, and it looked so when that ended. What differs from the guest's disk
         is still only what the guest's bitmap has."""
