@@ -473,6 +473,7 @@ def _with_disks(
     left = frozenset(disk.path for disk in copies if disk_rules.is_left(disk, there.rooms.get(disk.path)))
     against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec,
         verify=wanted.verify_disks, only_changes=wanted.only_changes,
+        takes_bitmaps=wanted.options.get("dirty-bitmaps") is True,
     )  # fmt: skip
     return replace(
         plan,
@@ -480,7 +481,7 @@ def _with_disks(
         image_paths=paths,
         left_there=left,
         objections=(*plan.objections, *against),
-        remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms)),
+        remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms, clear_text=wanted.clear_text)),
         fence_paths=(),  # each host has images of its own: a lock on one says nothing of the other
     )
 

@@ -76,3 +76,19 @@ async def test_a_medium_that_was_exchanged_is_named_by_the_plan(make_site: MakeS
     await site.migrate(vm="d")
     await site.settle()
     await site.check("b", "d")
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_bitmaps_do_not_travel_with_disks_that_are_copied(make_site: MakeSite) -> None:
+    site = await make_site()
+    path = site.directory / "d0.img"
+    path.write_bytes(bytes(1 << 20))
+    await site.run_vm("d", more=DISK.format(path=path))
+    plan = await site.command(
+        "a", "vm-plan", vm="d", destination="b", mode="precopy", disks="copy", settings=["dirty-bitmaps=on"]
+    )
+    assert [o["code"] for o in plan["objections"] if o["weight"] == "blocker"] == ["disk-copy-bitmaps"]
+    attempt = await site.migrate(vm="d", disks="copy", settings=["dirty-bitmaps=on"])
+    await site.settle()
+    assert "dirty-bitmaps" in attempt.wire()["error"]["message"]
+    await site.check("a", "d")
