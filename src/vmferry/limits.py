@@ -101,6 +101,10 @@ DISK_ROUND_READY_BYTES = 16 << 20
 DISK_ROUND_PAUSE_BYTES = 64 << 20
 """What the last round of such a disk may have to send while the guest is paused; with more the guest goes on."""
 DISK_TRIED_S = 3600.0
+
+# Connections that an NBD server with certificates takes beside those of the source's mirrors: whoever only looks
+# whether the port is open has one of them until QEMU finds out. Without certificates there are none to spare.
+NBD_STRANGERS = 16
 """A whole copy of a disk, of a move that failed, is kept for so long: who tries again does it within the hour, and the
 room is somebody else's."""
 VM_DISKS_MAX = 12

@@ -125,8 +125,11 @@ async def _listen(attempt: DestinationAttempt, machine: Machine) -> tuple[str, i
     failure: QmpCommandError | None = None
     while (port := attempt.context.host.free_port(first, last, config.data_address)) is not None:
         address = {"type": "inet", "data": {"host": config.data_address, "port": str(port)}}
-        arguments: dict[str, Any] = {"addr": address}
+        connections = len(attempt.place.disks)  # the source has one for each
+        arguments: dict[str, Any] = {"addr": address, "max-connections": connections}
         if not attempt.place.clear_text:
+            # Who has no certificate gets nothing written, and shall not keep the source out by being there first.
+            arguments["max-connections"] = connections + limits.NBD_STRANGERS
             arguments["tls-creds"] = f"vmferry-tls-{tag(attempt.job)}"
         try:
             await machine.execute("nbd-server-start", arguments)

@@ -168,6 +168,9 @@ class Block:
         self._written_bytes = 0
         self._stop_serving: Callable[[], None] | None = None
         self._clients: list[Link] = []
+        self._met_links: list[Link] = []
+        self._max_connections = 0
+        """0: no bound."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -315,6 +318,7 @@ class Block:
         if credentials is not None and credentials not in self.state.objects:
             raise Refused(f"No TLS credentials with id '{credentials}'")
         address = arguments["addr"]["data"]
+        self._max_connections = int(arguments.get("max-connections", 0))
         try:
             self._stop_serving = await self.state.outside.serve(address["host"], int(address["port"]), self._met)
         except OSError as error:
@@ -338,6 +342,11 @@ class Block:
         self.exports[str(arguments["name"])] = str(arguments["node-name"])
 
     def _met(self, link: Link) -> None:
+        self._met_links = [each for each in self._met_links if not each.lost.is_set()]
+        if self._max_connections and len(self._met_links) >= self._max_connections:
+            link.close()  # QEMU does not take it at all
+            return
+        self._met_links.append(link)
         self._keep(self._let_in(link), "fake-nbd-client")
 
     async def _let_in(self, link: Link) -> None:

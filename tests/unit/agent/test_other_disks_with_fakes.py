@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from vmferry.core.facts import Fact
+from vmferry.testing.fake_link import LinkLost, SocketLink
 from vmferry.testing.fake_site import MakeSite
 
 DISK = '[[disk]]\npath = "{path}"\nshared = false\n'
@@ -92,3 +95,34 @@ async def test_bitmaps_do_not_travel_with_disks_that_are_copied(make_site: MakeS
     await site.settle()
     assert "dirty-bitmaps" in attempt.wire()["error"]["message"]
     await site.check("a", "d")
+
+
+@pytest.mark.proves("S114")
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_destination_takes_as_many_connections_as_there_are_disks(make_site: MakeSite, *, tls: bool) -> None:
+    """In clear text whoever reaches the port may write to the copies: the source's mirrors shut the door behind them.
+    With certificates a stranger gets no further than that, and must not be in the way."""
+    site = await make_site(tls=tls)
+    paths = [site.directory / f"d{n}.img" for n in range(2)]
+    for path in paths:
+        path.write_bytes(bytes(1 << 20))
+    await site.run_vm("d", more="".join(DISK.format(path=path) for path in paths))
+    site.director.script("a", {"mirror": "hold"})
+    attempt = await site.migrate(vm="d", disks="copy")
+    await site.until_row(attempt, "P-copying")
+    served = attempt.offer["disks"]
+    (first, *_), address = served["exports"].values(), (served["host"], int(served["port"]))
+    stranger = SocketLink(*await asyncio.open_connection(*address))
+    stranger.send("nbd", export=first)
+    if tls:  # a fake has no certificates: what is seen is that it was taken
+        assert await stranger.receive() == {"kind": "export"}
+    else:
+        with pytest.raises(LinkLost):
+            await stranger.receive()
+    stranger.close()
+    site.director.script("a")
+    for _ in paths:
+        site.director.go("a", "mirror")
+    await site.settle()
+    assert attempt.wire()["outcome"] == "destination"
+    await site.check("b", "d")
