@@ -8,6 +8,7 @@ import pytest
 
 from vmferry.agent.source_act import read_options
 from vmferry.core.facts import Fact
+from vmferry.errors import OptionLocked
 from vmferry.jobs.journal import Entry
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -84,3 +85,22 @@ async def test_an_option_that_is_changed_on_the_way_is_put_back_too(make_site: M
     await site.settle()
     assert await options(site) == before
     await site.check("a")
+
+
+@pytest.mark.proves("S74", "S75", "S79")
+async def test_a_refused_change_names_the_window_of_an_option_in_use(make_site: MakeSite) -> None:
+    """Also of one that follows from another choice: that is not what hinders it now."""
+    site = await make_site()
+    attempt = await site.migrate(auto_finalize=False)
+    await site.until_row(attempt, "M-hold")
+    window = (
+        r"multifd-channels is in use since the channels were opened; it may change again when this migration is over"
+    )
+    for change in ({"config": {"multifd-channels": 8}}, {"settings": ["multifd-channels=8"]}):
+        with pytest.raises(OptionLocked, match=window):
+            await site.command("a", "job-change", id=attempt.job, **change)
+    with pytest.raises(OptionLocked, match="release-ram is refused: "):  # not now, and not when it is over
+        await site.command("a", "job-change", id=attempt.job, config={"release-ram": True})
+    await site.command("a", "job-finalize", id=attempt.job)
+    await site.settle()
+    await site.check("b")
