@@ -102,6 +102,10 @@ DISK_ROUND_PAUSE_BYTES = 64 << 20
 """What the last round of such a disk may have to send while the guest is paused; with more the guest goes on."""
 DISK_TRIED_S = 3600.0
 
+# How seldom it is asked at last whether a guest runs where it went, so that what it left may be taken away: it may
+# stand there for weeks, and room that is free ten minutes later is soon enough.
+LEFT_IMAGE_ASK_S = 600.0
+
 # Connections that an NBD server with certificates takes beside those of the source's mirrors: whoever only looks
 # whether the port is open has one of them until QEMU finds out. Without certificates there are none to spare.
 NBD_STRANGERS = 16
