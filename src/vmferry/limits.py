@@ -66,8 +66,9 @@ QMP_SESSION_OUT_BYTES_MAX = 1 << 20
 # How long a session may take no byte at all, with something to send to it, before it is dropped.
 QMP_WRITE_STALL_S = 30.0
 
-# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer; no
-# other command of a client is passed on meanwhile, and the agent's own are not held up by it.
+# How long a command of a monitor's client may take in QEMU. Some copy or flush whole images before they answer. No
+# other command of a client is passed on meanwhile, and the agent's own wait as well: they go over the same session, and
+# QEMU carries out one command of a session after the other. While a guest is on its way none that takes long is passed.
 MONITOR_COMMAND_S = 600.0
 
 # --- VMs and host probes --------------------------------------------------------------------------------
@@ -103,6 +104,14 @@ DISKS_SHARE = 4
 """While memory moves, the disks that go along have one part in so many of the job's max-bandwidth, and memory the rest:
 of a disk that is copied only what the guest writes is left, and that waits for the destination, limit or not."""
 DISK_TRIED_S = 3600.0
+
+# How seldom it is asked at last whether a guest runs where it went, so that what it left may be taken away: it may
+# stand there for weeks, and room that is free ten minutes later is soon enough.
+LEFT_IMAGE_ASK_S = 600.0
+
+# Connections that an NBD server with certificates takes beside those of the source's mirrors: whoever only looks
+# whether the port is open has one of them until QEMU finds out. Without certificates there are none to spare.
+NBD_STRANGERS = 16
 """A whole copy of a disk, of a move that failed, is kept for so long: who tries again does it within the hour, and the
 room is somebody else's."""
 VM_DISKS_MAX = 12

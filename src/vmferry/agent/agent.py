@@ -227,6 +227,9 @@ class Agent:
     def is_left_image(self, path: str, job: str) -> bool:
         return self.left_images.is_whole(path, job)
 
+    async def make_room_for_image(self, path: str, vm: str) -> None:
+        await self.left_images.make_room(path, vm)
+
     async def renew_left_image(self, path: str, stamp: Stamp | None) -> None:
         await self.left_images.renew(path, stamp)
 

@@ -67,6 +67,9 @@ class Context(Protocol):
     def is_left_image(self, path: str, job: str) -> bool:
         """The image is what that job left here, and nobody has touched it."""
 
+    async def make_room_for_image(self, path: str, vm: str) -> None:
+        """A copy of an earlier try of that guest, with which nobody goes on, is taken away. Raises Unfit, OSError."""
+
     async def renew_left_image(self, path: str, stamp: Stamp | None) -> None:
         """A place's QEMU has written to it, and it looked so when that ended."""
 

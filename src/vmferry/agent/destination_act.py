@@ -11,7 +11,8 @@ from vmferry.agent.channel import ChannelDoor
 from vmferry.agent.destination import DestinationAttempt
 from vmferry.agent.directories import make_directory
 from vmferry.agent.machine import Machine
-from vmferry.agent.source_act import CHANNEL_NAME, set_options
+from vmferry.agent.machine_options import set_options
+from vmferry.agent.source_act import CHANNEL_NAME
 from vmferry.agent.vms import VmDefinition
 from vmferry.core.effects import DestinationEffect
 from vmferry.core.facts import Fact

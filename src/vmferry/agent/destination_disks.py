@@ -53,6 +53,10 @@ async def make_images(attempt: DestinationAttempt) -> None:
             if not attempt.context.is_left_image(disk.path, disk.left_by):
                 raise Unfit(f"{disk.path} was changed since the guest left it here", side="destination")
             continue
+        try:
+            await attempt.context.make_room_for_image(disk.path, attempt.vm)
+        except OSError as error:
+            raise Unfit(f"{disk.path} cannot be made anew: {error}", side="destination", cause=error) from error
         identity = await host.make_image(disk, job, attempt.context.config.qemu)
         await journal.append(Entry.IMAGE_MADE, job, {disk.path: list(identity)})
         attempt.images[disk.path] = identity
@@ -121,8 +125,11 @@ async def _listen(attempt: DestinationAttempt, machine: Machine) -> tuple[str, i
     failure: QmpCommandError | None = None
     while (port := attempt.context.host.free_port(first, last, config.data_address)) is not None:
         address = {"type": "inet", "data": {"host": config.data_address, "port": str(port)}}
-        arguments: dict[str, Any] = {"addr": address}
+        connections = len(attempt.place.disks)  # the source has one for each
+        arguments: dict[str, Any] = {"addr": address, "max-connections": connections}
         if not attempt.place.clear_text:
+            # Who has no certificate gets nothing written, and shall not keep the source out by being there first.
+            arguments["max-connections"] = connections + limits.NBD_STRANGERS
             arguments["tls-creds"] = f"vmferry-tls-{tag(attempt.job)}"
         try:
             await machine.execute("nbd-server-start", arguments)

@@ -23,7 +23,7 @@ from vmferry.core import policy as policies
 from vmferry.core.blockers import Operation
 from vmferry.core.facts import Fact
 from vmferry.core.job import ELSEWHERE, KINDS, Answer, JobStatus, Verb, answer, pause_refusal
-from vmferry.core.option_table import Role
+from vmferry.core.option_table import Policy, Role
 from vmferry.core.options import Mode, check_value, find_option, parse_setting, policy_objection, refusal
 from vmferry.core.policy import parse_policy
 from vmferry.core.status import is_over, source_status
@@ -277,7 +277,8 @@ async def change(
         )
     for name, value in values.items():
         option = find_option(name)
-        reason = policy_objection(option, value) or refusal(
+        objection = policy_objection(option, value)
+        window = refusal(
             option,
             source_status(attempt.facts),
             role=Role.SOURCE,
@@ -286,6 +287,8 @@ async def change(
             has_attempt=True,
             waits_for_disks=source_disks.are_copied(attempt),
         )
+        # What follows from another choice may be chosen otherwise when this is over; what vmferry never does may not.
+        reason = window or objection if option.policy is Policy.MANAGED else objection or window
         if reason is not None:
             raise OptionLocked(f"{name} cannot change now: {reason}")
     if values:

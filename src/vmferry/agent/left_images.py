@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmferry.agent")
 
 LOOK_S = 1.0
-"""How often it is looked whether an image's time is over."""
+"""How often it is looked whether an image's time is over, and whether it may go then: less and less often."""
 ASK_S = 3.0
 
 
@@ -68,6 +68,18 @@ class LeftImage:
     """No guest left it: it is the whole copy of a disk, of a move here that failed. `host` is where the guest is."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why an image whose time is over is still here."""
+
+    why: str
+    pause_s: float
+    until_s: float
+    """When it is looked at again; the agent's own time."""
+    is_over: bool = False
+    """It is not: whether it may go is nothing that can be found out any more."""
+
+
 class LeftImages:
     """Those of one host. Owned by its agent."""
 
@@ -75,6 +87,8 @@ class LeftImages:
         self.agent = agent
         self._left: dict[str, LeftImage] = {}
         """By path; the newest."""
+        self._waits: dict[str, Wait] = {}
+        """By path: images whose time is over, and that were kept when they were looked at last."""
         self._unwanted: set[str] = set()
         """Jobs that were cancelled: their copies are of no use."""
         self._tending: asyncio.Task[None] | None = None
@@ -142,6 +156,20 @@ class LeftImages:
         left = self._left.get(path)
         return left is not None and left.job == job and self._is_untouched(left)
 
+    def is_spent(self, path: str, vm: str) -> bool:
+        """The image is the copy of a try to bring that very guest here, untouched. Whoever does not go on with it goes
+        without: its QEMU was started anew, say, and nobody counts any more what was written since."""
+        left = self._left.get(path)
+        if left is None or not left.is_tried or left.vm != vm or self._is_used(left):
+            return False
+        return self._is_untouched(left)
+
+    async def make_room(self, path: str, vm: str) -> None:
+        """A place of that guest makes a new copy under this path: a spent one is taken away. Raises Unfit, OSError."""
+        if self.is_spent(path, vm) and self.agent.host.remove_left_image(path, self._left[path].stamp):
+            log.info("vm=%s image=%s result=removed: nobody counts what it lacks", vm, path)
+            await self.forget([path])
+
     async def renew(self, path: str, stamp: Stamp | None) -> None:
         """A place's QEMU has written to the image, and it looked so when that ended. What differs from the guest's disk
         is still only what the guest's bitmap has."""
@@ -156,6 +184,7 @@ class LeftImages:
             log.warning("vm=%s image=%s journal=left result=%s", left.vm, left.path, error)
             return
         self._left[left.path] = left
+        self._waits.pop(left.path, None)
 
     def find(self, job: str, disk: str) -> LeftImage | None:
         """The image that this disk was when its guest went with that job, if it still is as it was left."""
@@ -188,6 +217,7 @@ class LeftImages:
             if path in self._left:
                 await self.agent.journal.append(Entry.LET_GO, path)
                 del self._left[path]
+                self._waits.pop(path, None)
 
     # --- letting go -------------------------------------------------------------------------------------------
 
@@ -199,13 +229,48 @@ class LeftImages:
             self.agent.keep_task(self._tending)
 
     async def _let_go_in_time(self) -> None:
-        while due := [left for left in self._left.values() if left.let_go_s is not None]:
-            for left in due:
-                if self._is_used(left):
-                    await self._try_forget(left)
-                elif self.agent.clock.wall_s() >= (left.let_go_s or 0.0):
-                    await self._try_let_go(left)
-            await asyncio.sleep(LOOK_S)
+        is_due = True
+        while is_due:
+            is_due = await self.look()
+            await asyncio.sleep(LOOK_S if is_due else 0)
+
+    async def look(self) -> bool:
+        """Lets go of what may go now. False: nothing is left for which that will ever be known."""
+        for left in self._due():
+            wait = self._waits.get(left.path)
+            if self._is_used(left):
+                await self._try_forget(left)
+            elif self.agent.clock.wall_s() < (left.let_go_s or 0.0):
+                continue
+            elif wait is None or self.agent.clock.now_s() >= wait.until_s:
+                await self._try_let_go(left)
+        return bool(self._due())
+
+    def _due(self) -> list[LeftImage]:
+        over = {path for path, wait in self._waits.items() if wait.is_over}
+        return [left for left in self._left.values() if left.let_go_s is not None and left.path not in over]
+
+    def _wait(self, left: LeftImage, why: str, *, is_over: bool = False) -> None:
+        """It is kept, and looked at again later and later: nobody may ever start that guest again."""
+        before = self._waits.get(left.path)
+        pause_s = LOOK_S if before is None else min(2 * before.pause_s, limits.LEFT_IMAGE_ASK_S)
+        self._waits[left.path] = Wait(why, pause_s, self.agent.clock.now_s() + pause_s, is_over)
+        if before is None or before.why != why:
+            log.info("vm=%s image=%s result=waits: %s", left.vm, left.path, why)
+
+    def wire(self) -> list[dict[str, Any]]:
+        """Each image that is kept, for people. `waits`: why it is still here although its time is over."""
+        return [
+            {
+                "path": left.path,
+                "vm": left.vm,
+                "host": left.host,
+                "let_go_s": left.let_go_s,
+                "is_tried": left.is_tried,
+                "waits": self._waits[left.path].why if left.path in self._waits else "",
+            }
+            for left in sorted(self._left.values(), key=lambda left: left.path)
+        ]
 
     def _is_used(self, left: LeftImage) -> bool:
         """A VM of this host has it as a disk, and is not the one that is just leaving."""
@@ -222,7 +287,7 @@ class LeftImages:
         try:
             await self._let_go(left)
         except (VmferryError, OSError) as error:
-            log.info("vm=%s image=%s result=waits: %s", left.vm, left.path, error)
+            self._wait(left, str(error))
 
     async def _let_go(self, left: LeftImage) -> None:
         """Takes one away, if the guest runs where it went. An image that somebody changed is left, and forgotten.
@@ -232,7 +297,6 @@ class LeftImages:
             return
         if self._is_untouched(left):
             if not left.is_tried and not await self._runs_there(left):
-                log.info("vm=%s image=%s result=waits: the guest does not run on %s", left.vm, left.path, left.host)
                 return
             # Asked again: 1. it is untouched  2. the other host is asked  3. the guest comes back into it
             if self._left.get(left.path) is not left or self._is_awaited(left):
@@ -240,15 +304,25 @@ class LeftImages:
             if agent.host.remove_left_image(left.path, left.stamp):
                 log.info("vm=%s image=%s result=removed: its time is over", left.vm, left.path)
             elif self._is_untouched(left):
-                log.info("vm=%s image=%s result=waits: a QEMU has it open", left.vm, left.path)
+                self._wait(left, "a QEMU has it open")
                 return
         await agent.journal.append(Entry.LET_GO, left.path)
         self._left.pop(left.path, None)
+        self._waits.pop(left.path, None)
 
     async def _runs_there(self, left: LeftImage) -> bool:
+        """Whether the guest runs where it went; else it is written down what is waited for. A host that does not have
+        it any more says nothing of where it is: it may have moved on. Then nobody is asked again before a restart."""
         link = self.agent.peers.link(left.host)
         answer = await link.call("peer-runs", {"vm": left.vm}, deadline_s=ASK_S)
-        return bool(answer.get("runs"))
+        if answer.get("runs"):
+            return True
+        if answer.get("known", True):
+            self._wait(left, f"{left.vm} does not run on {left.host}")
+        else:
+            why = f"{left.host} does not have {left.vm} any more, and where it is now is not known here"
+            self._wait(left, why, is_over=True)
+        return False
 
 
 def _left(attempt: SourceAttempt, mirror: Mirror, stamp: Stamp, let_go_s: float | None) -> LeftImage:

@@ -2,16 +2,18 @@
 
 Theory of operation
 -------------------
-`core.monitor` says what becomes of a command: most go to QEMU, over the agent's own session, and come back as they are,
-errors too; those that would move the guest are vmferry's. Events are QEMU's own, with their times, but for `MIGRATION`:
-while vmferry moves the guest its status is vmferry's.
+`core.monitor_fates` says what becomes of a command: most go to QEMU, over the agent's own session, and come back as
+they are, errors too; those that would move the guest are vmferry's, and what would change it on its way waits until it
+is over. Events are QEMU's own, with their times, but for `MIGRATION`: while vmferry moves the guest its status is
+vmferry's.
 
     client -> monitor socket -> [passed on]  -> QEMU
                              -> [ours]       -> the agent's commands (`control`)
                              -> [held, never] -> an error in words
 
-Rule 1: at most one command of all clients of a VM is on its way to QEMU at a time, so that what the agent itself has to
-        say to it never waits behind clients.
+Rule 1: at most one command of all clients of a VM is on its way to QEMU at a time. QEMU carries the commands of one
+        session out one by one, so what the agent itself has to say waits behind one client's command at most, and for
+        as long as that takes: a snapshot of a minute holds it up for a minute. Only what is said out of band does not.
 Rule 2: a monitor lives as long as its host keeps the VM. A place where a guest is awaited has none: all that could be
         said to it is vmferry's to say.
 """
@@ -29,7 +31,9 @@ from vmferry.agent import control, mirror_jobs
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.vms import KeptVm
 from vmferry.core import monitor as core_monitor
-from vmferry.core.monitor import Fate, Setup
+from vmferry.core import monitor_fates
+from vmferry.core.monitor import Setup
+from vmferry.core.monitor_fates import Fate
 from vmferry.core.option_table import Kind
 from vmferry.core.options import Mode
 from vmferry.core.restore import RestoreFact
@@ -160,7 +164,7 @@ class Monitor:
     # --- commands ---
 
     async def _answer(self, session: Session, command: Command) -> Any:
-        fate, why = core_monitor.fate(command.name, command.arguments)
+        fate, why = monitor_fates.fate(command.name, command.arguments)
         match fate:
             case Fate.OURS if command.name.startswith("job-"):
                 return await self.job(command)
@@ -168,20 +172,34 @@ class Monitor:
                 return await _OURS[command.name](self, dict(command.arguments))
             case Fate.NEVER:
                 raise UsageError(f"{command.name}: {why}")
-            case Fate.HELD if (attempt := self._attempt()) is not None:
-                raise self._busy(command, attempt)
-            case Fate.HELD if self._is_about_to_run:
-                raise Busy(
-                    f"{self.kept.name} is being restored, and is about to run; {command.name} may be said again then",
-                    hint="'vmferry jobs' shows how far it is; 'vmferry stop --force' ends it",
-                )
-            case Fate.HELD if self._is_saved:
-                raise Busy(
-                    f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
-                    hint="'vmferry jobs' shows how far it is",
-                )
-            case _:
+            case Fate.HELD:
+                return await self._pass_unless_held(command)
+            case Fate.PASSED:
                 return await self._pass(command)
+
+    async def _pass_unless_held(self, command: Command) -> Any:
+        self._require_settled(command)
+        return await self._pass(command, is_asked_again=True)
+
+    def _require_settled(self, command: Command) -> None:
+        """Raises Busy, with a reason, while the guest is not this command's to change, and Blocked while a person holds
+        a blocker against what it would do; nothing was done."""
+        attempt = self._attempt()
+        if attempt is not None:
+            raise self._busy(command, attempt)
+        if self._is_about_to_run:
+            raise Busy(
+                f"{self.kept.name} is being restored, and is about to run; {command.name} may be said again then",
+                hint="'vmferry jobs' shows how far it is; 'vmferry stop --force' ends it",
+            )
+        if self._is_saved:
+            raise Busy(
+                f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
+                hint="'vmferry jobs' shows how far it is",
+            )
+        operation = monitor_fates.operation(command.name, command.arguments)
+        if operation is not None:
+            self._agent.blockers.require(self.kept.name, operation)
 
     def _busy(self, command: Command, attempt: SourceAttempt) -> Busy:
         return Busy(
@@ -190,10 +208,16 @@ class Monitor:
             hint="migrate_cancel ends the migration",
         )
 
-    async def _pass(self, command: Command) -> Any:
+    async def _pass(self, command: Command, *, is_asked_again: bool = False) -> Any:
+        """`is_asked_again`: whether it may be done is asked once more when its turn has come.
+
+        1. a client's command takes its time in QEMU  2. `quit` of another one waits for its turn  3. a third has the
+        guest migrated  4. the turn comes: what was true at 2 ended the guest while it moves."""
         if command.oob:
             return await self._execute(command)
         async with self._turn:
+            if is_asked_again:
+                self._require_settled(command)
             return await self._execute(command)
 
     async def _execute(self, command: Command) -> Any:
@@ -279,13 +303,18 @@ class Monitor:
 
     async def job(self, command: Command) -> Any:
         """A verb: vmferry's for its own jobs, QEMU's for all others but the mirrors of a migration."""
+        name = command.arguments.get("id")
+        if name in {job["id"] for job in self._jobs()}:
+            await self._control(command.name, **command.arguments)
+            return {}
         attempt = self._attempt()
-        if attempt is not None and self._is_a_mirrors(command.arguments.get("id")):
+        if attempt is not None and self._is_a_mirrors(name):
             raise self._busy(command, attempt)
-        if command.arguments.get("id") not in {job["id"] for job in self._jobs()}:
+        if isinstance(name, str) and name.startswith(monitor_fates.OWN):
+            raise UsageError(f"{command.name}: {monitor_fates.not_yours(name)}")
+        if command.name in monitor_fates.JOBS_PASS:
             return await self._pass(command)
-        await self._control(command.name, **command.arguments)
-        return {}
+        return await self._pass_unless_held(command)
 
     async def set_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return await self._set(self._setup.with_parameters(arguments), arguments)

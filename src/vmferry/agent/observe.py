@@ -135,12 +135,18 @@ def source_findings(word: str | None, log: FactLog, *, has_proof: bool) -> tuple
             return _unheard_of(word, log)
 
 
+_ASKED = "somebody asked its mirror to end"
+_WHY = {"aborting": "it is being given up", "waiting": _ASKED, "pending": _ASKED}
+
+
 def mirror_findings(words: Iterable[tuple[int, str, str | None, str]], log: FactLog) -> tuple[Finding, ...]:
     """What QEMU's word of each mirror's job proves: (the disk's number, its name, the job's status or None for a job
     that is not there, its error).
 
     A job that ended without an error is a disk that is equal if the guest was paused by then; before, somebody ended
-    it behind our back, and the guest has written on since."""
+    it behind our back, and the guest has written on since. One that only waits for its end was asked for it by us if
+    the guest is paused; before, somebody else asked, and may have asked for another end: `block-job-complete` would
+    have the guest go on on the copy, over the network."""
     paused = Fact.SWITCHOVER in log
     found: list[Finding] = []
     ready = drained = True
@@ -148,12 +154,13 @@ def mirror_findings(words: Iterable[tuple[int, str, str | None, str]], log: Fact
         if status == "concluded" and not error and paused:
             continue
         drained = False
-        if status in ("ready", "standby", "waiting", "pending"):
+        is_ending = status in ("waiting", "pending")
+        if status in ("ready", "standby") or (is_ending and paused):
             found.append((Fact.DISK_READY, number, name))
             continue
         ready = False
-        if error or status in (None, "null", "aborting", "concluded"):
-            why = error or ("it is being given up" if status == "aborting" else "its mirror is not there any more")
+        if error or is_ending or status in (None, "null", "aborting", "concluded"):
+            why = error or _WHY.get(status or "", "its mirror is not there any more")
             found.append((Fact.DISK_FAILED, 0, f"{name}: {why}"))
     if ready:
         found.append((Fact.DISKS_READY, 0, ""))

@@ -92,8 +92,8 @@ async def _runs(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dic
     """Whether this host keeps the VM, and its guest runs now. Raises QemuError when its QEMU does not say."""
     kept = agent.vms.get(str(arguments["vm"]))
     if kept is None or kept.machine is None or kept.machine.is_gone:
-        return {"runs": False}
-    return {"runs": await kept.machine.run_state() == "running"}
+        return {"runs": False, "known": kept is not None}
+    return {"runs": await kept.machine.run_state() == "running", "known": True}
 
 
 async def _identities(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -172,11 +172,11 @@ class Planner:
         wanted = [str(path) for path in arguments.get("copies", ())]
         since = {str(path): (str(at["job"]), str(at["id"])) for path, at in arguments.get("since", {}).items()}
         keeps_paths = bool(arguments.get("keeps_paths"))
-        rooms = {path: self._room(path, keeps_paths=keeps_paths, since=since.get(path)) for path in wanted}
+        rooms = {p: self._room(p, vm=vm, keeps_paths=keeps_paths, since=since.get(p)) for p in wanted}
         report = replace(report, rooms=rooms)
         return dict(msgspec.to_builtins(report, str_keys=True))
 
-    def _room(self, path: str, *, keeps_paths: bool, since: tuple[str, str] | None) -> RoomReport:
+    def _room(self, path: str, *, vm: str, keeps_paths: bool, since: tuple[str, str] | None) -> RoomReport:
         """Where the copy of this disk would be here: in what the guest left when it went (`since`: with which job,
         which disk), if that is there."""
         config = self.agent.config
@@ -186,7 +186,8 @@ class Planner:
             return replace(room, left_bytes=left.size_bytes)
         folder = None if keeps_paths else config.disk_dir
         there = path if folder is None else str(folder / os.path.basename(path))
-        return self.agent.host.image_room(there, config.qemu)
+        room = self.agent.host.image_room(there, config.qemu)
+        return replace(room, exists=room.exists and not self.agent.left_images.is_spent(there, vm))
 
     async def host_report(self, disks: list[DiskRef], *, accel: str, vm: str) -> HostReport:
         """This host as a place for that guest."""
@@ -472,6 +473,7 @@ def _with_disks(
     left = frozenset(disk.path for disk in copies if disk_rules.is_left(disk, there.rooms.get(disk.path)))
     against = disk_rules.objections(here.name, there.name, copies, there.rooms, from_spec=from_spec,
         verify=wanted.verify_disks, only_changes=wanted.only_changes,
+        takes_bitmaps=wanted.options.get("dirty-bitmaps") is True,
     )  # fmt: skip
     return replace(
         plan,
@@ -479,7 +481,7 @@ def _with_disks(
         image_paths=paths,
         left_there=left,
         objections=(*plan.objections, *against),
-        remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms)),
+        remarks=(*plan.remarks, *disk_rules.remarks(copies, there.rooms, clear_text=wanted.clear_text)),
         fence_paths=(),  # each host has images of its own: a lock on one says nothing of the other
     )
 

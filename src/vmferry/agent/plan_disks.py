@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vmferry.agent.machine import Machine
@@ -32,17 +32,52 @@ async def inserted_by_path(machine: Machine) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def other_disks(kept: KeptVm) -> tuple[str, ...]:
-    """Writable disks of the definition that the guest's QEMU does not have: with them its memory would run on wrong
-    disks elsewhere. Only of a VM that was started from a spec: its paths are those that QEMU was given."""
-    definition = kept.definition
-    writable = [choice.path for choice in choices(definition) if not choice.readonly]
-    if definition.spec is None or not writable:
-        return ()
-    found = await inserted_by_path(kept.require_machine())
+async def media(machine: Machine) -> dict[str, str]:
+    """What each device of the guest has for its disk: the block node and the file. Raises QemuError."""
+    found: dict[str, str] = {}
+    for device in await machine.execute("query-block"):
+        inserted = device.get("inserted")
+        name = str(device.get("qdev") or device.get("device") or "")
+        if inserted and name:
+            filename = (inserted.get("image") or {}).get("filename") or inserted.get("file", "")
+            found[name] = f"{filename} (node {inserted.get('node-name', 'without a name')})"
+    return found
+
+
+def exchanged(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...]:
+    """Devices whose medium is another one than it was, in words: the destination has opened what was there before."""
     return tuple(
-        f"its QEMU does not write to {path}, which its definition names" for path in writable if path not in found
+        f"{name} had {before.get(name, 'nothing')} when the migration was planned, and has {now.get(name, 'nothing')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     )
+
+
+async def other_disks(kept: KeptVm) -> tuple[str, ...]:
+    """Disks and media that the definition names and the guest's QEMU does not have, or the other way round, with what
+    to do: the destination opens those of the definition, and the guest's memory would run on wrong ones there. Only of
+    a VM that was started from a spec: its paths are those that QEMU was given."""
+    definition = kept.definition
+    if definition.spec is None:
+        return ()
+    wanted, named = choices(definition), {disk.path for disk in definition.disks}
+    found = await inserted_by_path(kept.require_machine())
+    missing = (
+        f"its QEMU does not {'have' if choice.readonly else 'write to'} {choice.path}, which its definition names: "
+        + (
+            "insert it again (blockdev-change-medium), or start the guest from a spec without it"
+            if choice.readonly
+            else "have it write there again (block-commit), or start the guest from a spec that names its disks"
+        )
+        for choice in wanted
+        if choice.path not in found
+    )
+    strange = (
+        f"its QEMU has {path}, which its definition does not name: take it out (eject, device_del)"
+        for path, inserted in found.items()
+        if path not in named and inserted.get("ro")
+    )
+    return (*missing, *strange)
 
 
 async def local_disks(kept: KeptVm, chosen: Collection[Choice], destination: str) -> tuple[LocalDisk, ...]:

@@ -26,9 +26,9 @@ from vmferry.agent import machine as machines
 from vmferry.agent import pins_after, restore_after, source_disks
 from vmferry.agent.destination import ORPHAN_RESTORED_S, DestinationAttempt
 from vmferry.agent.directories import holds_only_logs, prune_logs, remove_directory
+from vmferry.agent.machine_options import read_options
 from vmferry.agent.plan import taken_over
 from vmferry.agent.source import SourceAttempt
-from vmferry.agent.source_act import read_options
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Mirror, Place, RecoveryWay, Wanted
 from vmferry.core import hazards

@@ -111,6 +111,8 @@ class SourceAttempt(AttemptLoop[Effect]):
         self.channels: list[ChannelEnd] = []
         self.saved_options: dict[str, Any] = {}
         """What QEMU had before under every name of an option that was changed; journalled."""
+        self.media: dict[str, str] | None = None
+        """What the guest's devices had for disks when the move was planned; None: not known to this agent."""
         self.mirrors: tuple[Mirror, ...] = ()
         self.copying = source_disks.Copying()
         self.tracking = Tracking(context.clock, context.clock.now_s())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final, Literal, assert_never
 
@@ -17,8 +17,8 @@ import msgspec
 
 from vmferry import limits
 from vmferry.agent import channel as channels
-from vmferry.agent import fences, mirror_jobs, reconnect, source_disks, way_back
-from vmferry.agent.machine import Machine
+from vmferry.agent import fences, mirror_jobs, plan_disks, reconnect, source_disks, way_back
+from vmferry.agent.machine_options import remember_options, set_options
 from vmferry.agent.plan import Plan
 from vmferry.agent.source import SourceAttempt
 from vmferry.agent.wants import RecoveryWay
@@ -27,7 +27,7 @@ from vmferry.core.blockers import Operation
 from vmferry.core.effects import Effect
 from vmferry.core.facts import Fact
 from vmferry.core.option_table import OPTIONS, Kind, Role
-from vmferry.core.options import Mode, differences
+from vmferry.core.options import Mode
 from vmferry.core.table import Outcome
 from vmferry.core.view import Source, is_fenced, source_view
 from vmferry.errors import HostUnreachable, MigrationFailed, PlanRefused, QemuError, Unfit, VmferryError
@@ -59,7 +59,6 @@ DYING_S = 2.0
 AT_ONCE_BYTES_PER_S: Final = 100_000
 """10 kB in QEMU's rate window of 100 ms, which is 4 MiB of empty pages: no guest is sent whole in it."""
 _Command = tuple[str, dict[str, Any]]
-READ_OPTIONS: Final = (("query-migrate-capabilities", None), ("query-migrate-parameters", None))
 
 
 async def act(attempt: SourceAttempt, effect: Effect) -> None:
@@ -133,6 +132,20 @@ async def act(attempt: SourceAttempt, effect: Effect) -> None:
 
 
 async def _continue(attempt: SourceAttempt) -> None:
+    """The guest is paused, and goes on from here on disks that the destination has opened: it must write to those
+    still.
+
+    1. the guest is on its way  2. its QEMU is told to let it write to another image: by who has a monitor of their own,
+    or a job of before the move ends so  3. the destination has the image of the plan, without what came since 2"""
+    if attempt.media is not None:
+        wrong = plan_disks.exchanged(attempt.media, await plan_disks.media(attempt.machine))
+    else:  # the plan was another agent's
+        wrong = await plan_disks.other_disks(attempt.kept)
+    if wrong:
+        text = f"the guest's disks are not those that the destination has opened: {'; '.join(wrong)}"
+        hint = "wait until nobody changes the guest's disks (query-block-jobs), and migrate again"
+        attempt.fail(MigrationFailed(text, side="source", hint=hint))
+        return
     await attempt.machine.execute("migrate-continue", {"state": "pre-switchover"})
     attempt.note(Fact.CONTINUE)
     attempt.set_readings(source=Source.SWITCHING)
@@ -202,13 +215,14 @@ async def _turn_back(attempt: SourceAttempt, *, must: bool) -> None:
 
 async def _check_plan(attempt: SourceAttempt) -> None:
     """Raises PlanRefused with every blocker; nothing was changed anywhere."""
+    media = await plan_disks.media(attempt.machine)  # first: what the plan looks at is not older
     plan = await attempt.context.make_plan(attempt)
     if plan.objections:
         first = plan.objections[0]
         sentence = "; ".join(objection.message for objection in plan.objections)
         hints = "; ".join(objection.fix for objection in plan.objections if objection.fix)
         raise PlanRefused(sentence, side=first.side, hint=hints, retry="after-fix")
-    attempt.plan = plan
+    attempt.plan, attempt.media = plan, media
     if plan.copies:
         attempt.note(Fact.DISKS_WANTED, text=", ".join(disk.id for disk in plan.copies))
     attempt.note(Fact.PLANNED, text=plan.why)
@@ -316,36 +330,6 @@ async def _configure(attempt: SourceAttempt) -> None:
         creds = job_credentials.tls_creds_object(attempt.job, "source", context.job_directory, priority=priority)
         await attempt.machine.execute("object-add", creds)
     attempt.note(Fact.CONFIGURED)
-
-
-async def read_options(machine: Machine) -> dict[str, Any]:
-    """Every capability and parameter that QEMU has now, in one mapping."""
-    return _options_of(await machine.execute_all(READ_OPTIONS))
-
-
-def _options_of(answers: list[Any]) -> dict[str, Any]:
-    known, parameters = answers
-    return {**{c["capability"]: c["state"] for c in known}, **parameters}
-
-
-async def remember_options(attempt: SourceAttempt, names: Iterable[str]) -> None:
-    """Makes durable what QEMU has under these names, before they are set: whoever cleans up, also an agent that was
-    started since, puts it back. What may change later, on the way, is among them: a plan sets everything that it can.
-    Raises QemuError or Unfit; nothing may be set then."""
-    had = await read_options(attempt.machine)
-    before = {name: had[name] for name in names if name in had}
-    await attempt.context.journal.append(Entry.OPTIONS_BEFORE, attempt.job, before)
-    attempt.saved_options = before
-
-
-async def set_options(
-    machine: Machine, commands: Iterable[tuple[str, dict[str, Any]]], expected: Mapping[str, Any]
-) -> None:
-    """Applies all, reads back, compares. Raises QemuError naming every difference; nothing has started."""
-    answers = await machine.execute_all([*commands, *READ_OPTIONS])
-    wrong = differences(expected, _options_of(answers[-len(READ_OPTIONS) :]))
-    if wrong:
-        raise QemuError(f"{machine.vm}: QEMU did not take the options: {'; '.join(wrong)}")
 
 
 async def _start(attempt: SourceAttempt) -> None:

@@ -455,6 +455,9 @@ async def doctor(agent: Agent) -> dict[str, Any]:
         checks.append(probe.Check(f"agent of {name}", True, f"answers in {trip_ms:.1f} ms"))
         offset = probe_host.ClockOffset(name, (link.clock_offset_s or 0.0) * 1000, trip_ms / 2)
         checks.append(probe.offset_check(offset))
+    for left in (each for each in agent.left_images.wire() if each["waits"]):
+        fix = f"delete it when nobody wants {left['vm']} to come back into it"
+        checks.append(probe.Check(f"left image {left['path']}", None, f"its time is over; {left['waits']}", fix))
     return {
         "host": config.name,
         # Without KVM guests run under TCG: slow, and still fit to be moved.
@@ -472,4 +475,5 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         "peers": {name: link.is_up for name, link in agent.peers.links.items()},
         "running_jobs": [a.job for a in agent.attempts.values() if not a.ended.is_set()],
         "clear_text": agent.config.clear_text,
+        "left_images": agent.left_images.wire(),
     }

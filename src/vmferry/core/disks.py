@@ -125,10 +125,21 @@ def objections(
     from_spec: bool,
     verify: bool = False,
     only_changes: bool = False,
+    takes_bitmaps: bool = False,
 ) -> tuple[Objection, ...]:
     """Everything that speaks against copying these disks. `from_spec`: vmferry started the guest from a spec.
-    `only_changes`: a disk of which all would have to go is not wanted there."""
+    `only_changes`: a disk of which all would have to go is not wanted there. `takes_bitmaps`: QEMU's capability
+    dirty-bitmaps is asked for: it has every bitmap busy while memory moves, so that no round could begin."""
     found: list[Objection] = []
+    if takes_bitmaps:
+        found.append(
+            _objection(
+                "disk-copy-bitmaps",
+                "client",
+                "disks that are copied go by their dirty bitmaps, which the option dirty-bitmaps keeps busy",
+                "leave out dirty-bitmaps, or put the disks on storage that both hosts share",
+            )
+        )
     if not from_spec:
         found.append(
             _objection(
@@ -248,9 +259,11 @@ def _together(host: str, disks: Collection[LocalDisk], rooms: Mapping[str, RoomR
             )  # fmt: skip
 
 
-def remarks(disks: Collection[LocalDisk], rooms: Mapping[str, RoomReport]) -> tuple[Objection, ...]:
+def remarks(
+    disks: Collection[LocalDisk], rooms: Mapping[str, RoomReport], *, clear_text: bool = False
+) -> tuple[Objection, ...]:
     """What is copied, how large, and where to: for the person who asks for the plan."""
-    return tuple(
+    copied = tuple(
         Objection(
             "disk-copy",
             "both",
@@ -262,6 +275,14 @@ def remarks(disks: Collection[LocalDisk], rooms: Mapping[str, RoomReport]) -> tu
         for disk in disks
         if disk.path in rooms
     )
+    if not (clear_text and copied):
+        return copied
+    message = (
+        "the disks go over the network in clear text, as it was asked for by name: who reads there has them, and who "
+        "reaches the destination's port before the source does may write to the copies"
+    )
+    fix = "leave out --clear-text; agents that speak in clear text themselves need certificates first"
+    return (*copied, Objection("disk-copy-clear-text", "both", message, fix, Weight.WARNING))
 
 
 def _sent(disk: LocalDisk, room: RoomReport) -> str:

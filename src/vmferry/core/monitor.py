@@ -1,12 +1,7 @@
-"""What a VM's monitor does with each command of a client that was written for QEMU. Pure.
+"""What a client that was written for QEMU wants of the next migration. Pure.
 
 Theory of operation
 -------------------
-A client of the monitor socket believes that it talks to the VM's QEMU, and mostly it does. What would move the guest is
-answered by vmferry instead (`Fate.OURS`), and what would start, stop or end the guest behind the back of a migration
-that is on its way is refused for so long (`Fate.HELD`). Everything else goes to QEMU, and its answer comes back as it
-is.
-
 QEMU's migration is set up by several commands, and then told where to go; vmferry's is one command with everything in
 it. So what is set beforehand is remembered (`Setup`) and becomes the `Wish` of the next `migrate`.
 
@@ -19,67 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final
 
 from vmferry.core.option_table import OPTIONS, Kind, Policy
 from vmferry.core.options import Mode, check_value, find_option, policy_objection
 from vmferry.errors import UsageError
-
-
-class Fate(StrEnum):
-    """What becomes of a command."""
-
-    PASSED = "passed"
-    OURS = "ours"
-    HELD = "held"
-    """Passed on, but not while the guest is on its way."""
-    NEVER = "never"
-
-
-OURS: Final[frozenset[str]] = frozenset(
-    {
-        "migrate", "migrate-incoming", "migrate_cancel", "migrate-pause", "migrate-recover", "migrate-continue",
-        "migrate-start-postcopy", "migrate-set-parameters", "migrate-set-capabilities", "query-migrate",
-        "query-migrate-parameters", "query-migrate-capabilities", "query-jobs",
-        "job-cancel", "job-pause", "job-resume", "job-complete", "job-finalize", "job-dismiss", "job-change",
-    }
-)  # fmt: skip
-HELD: Final[frozenset[str]] = frozenset(
-    {
-        "cont", "stop", "quit", "blockdev-set-active", "snapshot-load",
-        "block-job-cancel", "block-job-complete", "blockdev-del", "block-export-del", "nbd-server-stop",
-    }
-)  # fmt: skip
-"""They decide whether the guest runs here, or take its mirrors away: that is the migration's until it is over."""
-NEVER: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "getfd": "a file descriptor cannot be passed on to QEMU here",
-        "add-fd": "a file descriptor cannot be passed on to QEMU here",
-    }
-)
-_HMP_HELD: Final = frozenset({"c", "cont", "s", "stop", "q", "quit", "loadvm"})
-
-
-def fate(name: str, arguments: Mapping[str, Any]) -> tuple[Fate, str]:
-    """What becomes of this command, and for one that is never passed on the reason."""
-    if name in OURS:
-        return Fate.OURS, ""
-    if name in NEVER:
-        return Fate.NEVER, NEVER[name]
-    if name == "human-monitor-command":
-        return _of_line(str(arguments.get("command-line", "")))
-    return (Fate.HELD if name in HELD else Fate.PASSED), ""
-
-
-def _of_line(line: str) -> tuple[Fate, str]:
-    """A line for people: it must not be a way around."""
-    word = (line.split() or [""])[0]
-    if word.startswith("migrate"):
-        return Fate.NEVER, f"use the command {word.replace('_', '-')} itself: vmferry moves this guest"
-    return (Fate.HELD if word in _HMP_HELD else Fate.PASSED), ""
-
 
 # --- where to -------------------------------------------------------------------------------------------------
 

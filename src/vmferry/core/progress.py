@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 ETA_SAMPLES: Final = 8
@@ -85,19 +85,22 @@ class Whole:
     total_bytes: int = 0
     percent: int = 0
     percent_error: int = 0
+    disks: tuple[int, int] = field(default=(0, 0), compare=False)
+    """(sent, all) in bytes, as it was said last: while no job of a disk is there nothing is said (a total of 0)."""
 
     def advance(self, memory: Progress, *, disks_current: int, disks_total: int, guest_bytes: int) -> Whole:
         """The numbers after one more reading of either. `guest_bytes`: the guest's memory, which counts as what is to
         be sent until QEMU has said more: disks go first."""
-        if not disks_total:
+        disks = (disks_current, disks_total) if disks_total else self.disks
+        if not disks[1]:
             return Whole(memory.current_bytes, memory.total_bytes, memory.percent, memory.percent_error)
-        total = disks_total + (memory.total_bytes or guest_bytes)
-        current = max(self.current_bytes, memory.current_bytes + disks_current)
+        total = disks[1] + (memory.total_bytes or guest_bytes)
+        current = max(self.current_bytes, memory.current_bytes + disks[0])
         total = max(total, current)
         if memory.percent == 100:  # the memory goes last
-            return Whole(total, total, 100, 0)
+            return Whole(total, total, 100, 0, disks)
         percent = max(self.percent, min(99, 100 * current // total))
-        return Whole(current, total, percent, math.ceil(memory.percent_error * memory.total_bytes / total))
+        return Whole(current, total, percent, math.ceil(memory.percent_error * memory.total_bytes / total), disks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,9 @@ class Block:
         self._written_bytes = 0
         self._stop_serving: Callable[[], None] | None = None
         self._clients: list[Link] = []
+        self._met_links: list[Link] = []
+        self._max_connections = 0
+        """0: no bound."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, name: str, arguments: dict[str, Any]) -> Any:
@@ -191,13 +194,29 @@ class Block:
     # --- what is there ---
 
     async def _do_query_block(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        return [self._device(device, self.nodes[node]) for device, node in self.drives if node in self.nodes]
+        return [self._device(device, self.nodes.get(node)) for device, node in self.drives]
 
-    def _device(self, device: str, node: Node) -> dict[str, Any]:
+    def _device(self, device: str, node: Node | None) -> dict[str, Any]:
+        found = {"device": "", "qdev": f"/machine/peripheral/{device}/virtio-backend"}
+        return found if node is None else {**found, "inserted": self._inserted(node)}
+
+    def _inserted(self, node: Node) -> dict[str, Any]:
         image = {"filename": self._file(node), "format": node.driver, "virtual-size": self._size(node)}
         inserted = {"node-name": node.name, "ro": node.read_only, "drv": node.driver, "image": image}
-        inserted |= _bitmaps(node)
-        return {"device": "", "qdev": f"/machine/peripheral/{device}/virtio-backend", "inserted": inserted}
+        return inserted | _bitmaps(node)
+
+    async def _do_eject(self, arguments: dict[str, Any]) -> None:
+        self._insert(str(arguments["id"]), "")
+
+    async def _do_blockdev_change_medium(self, arguments: dict[str, Any]) -> None:
+        name = f"#block{len(self.nodes)}"
+        self.nodes[name] = Node(name, "raw", filename=str(arguments["filename"]), read_only=True)
+        self._insert(str(arguments["id"]), name)
+
+    def _insert(self, device: str, node: str) -> None:
+        if device not in dict(self.drives):
+            raise Refused(f"Device '{device}' not found", "DeviceNotFound")
+        self.drives = tuple((each, node if each == device else had) for each, had in self.drives)
 
     def _file(self, node: Node) -> str:
         return self.nodes[node.below].filename if node.below in self.nodes else node.filename
@@ -224,7 +243,7 @@ class Block:
         """What the script has it write that it has not written yet."""
         more = int(self.state.script.get("wrote", 0)) - self._written_bytes
         self._written_bytes += max(0, more)
-        for node in (self.nodes[name] for _, name in self.drives if more > 0):
+        for node in (self.nodes[name] for _, name in self.drives if more > 0 and name):
             node.bitmaps = {name: count + more for name, count in node.bitmaps.items()}
 
     def _node_of(self, data: dict[str, Any]) -> Node:
@@ -299,6 +318,7 @@ class Block:
         if credentials is not None and credentials not in self.state.objects:
             raise Refused(f"No TLS credentials with id '{credentials}'")
         address = arguments["addr"]["data"]
+        self._max_connections = int(arguments.get("max-connections", 0))
         try:
             self._stop_serving = await self.state.outside.serve(address["host"], int(address["port"]), self._met)
         except OSError as error:
@@ -322,6 +342,11 @@ class Block:
         self.exports[str(arguments["name"])] = str(arguments["node-name"])
 
     def _met(self, link: Link) -> None:
+        self._met_links = [each for each in self._met_links if not each.lost.is_set()]
+        if self._max_connections and len(self._met_links) >= self._max_connections:
+            link.close()  # QEMU does not take it at all
+            return
+        self._met_links.append(link)
         self._keep(self._let_in(link), "fake-nbd-client")
 
     async def _let_in(self, link: Link) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +16,7 @@ from vmferry.core.restore import RestoreFact as F
 from vmferry.core.restore import RestoreLog
 from vmferry.errors import Busy
 from vmferry.qmp.client import QmpClient, connect_unix
-from vmferry.qmp.codec import Event
+from vmferry.qmp.codec import Command, Event
 from vmferry.qmp.errors import QmpCommandError
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -222,3 +222,93 @@ async def test_a_guest_that_lacks_pages_of_a_restore_is_not_rescued(make_site: M
     finally:
         back.ended.set()
         del site.agents["a"].restores._jobs["g"]
+
+
+@pytest.mark.proves("S96", "S114")
+async def test_nobody_changes_what_a_guest_writes_to_while_it_is_on_its_way(make_site: MakeSite) -> None:
+    """A nightly backup's snapshot: the guest would write to the overlay, and the destination open the base."""
+    site = await make_site("7.2")
+    site.director.change("a", dirty=True)
+    overlay = site.directory / "overlay.qcow2"
+    overlay.touch()
+    data = {"node-name": "disk0", "snapshot-file": str(overlay), "snapshot-node-name": "o", "mode": "existing"}
+    async with monitor_of(site) as (client, _):
+        wanted = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+        await client.execute("migrate-set-capabilities", wanted)
+        await client.execute("migrate", {"uri": "vmferry:b"})
+        await site.noted_by("a", Fact.SETUP_DONE)
+        for command, arguments in (
+            ("blockdev-snapshot-sync", data),
+            ("transaction", {"actions": [{"type": "blockdev-snapshot-sync", "data": data}]}),
+            ("blockdev-change-medium", {"id": "cd", "filename": "/x.iso"}),
+            ("human-monitor-command", {"command-line": f"snapshot_blkdev disk0 {overlay}"}),
+            ("human-monitor-command", {"command-line": "block_job_complete backup"}),
+            ("job-complete", {"id": "backup"}),
+            ("job-finalize", {"id": "backup"}),
+            ("a-command-of-a-qemu-to-come", {}),
+        ):
+            assert "on its way to b" in await refused(client, command, arguments), command
+        assert "found" in await refused(client, "job-dismiss", {"id": "backup"}), "a client's own job is not held"
+        await client.execute("migrate_cancel")
+        await site.settle()
+        assert "found" in await refused(client, "job-complete", {"id": "backup"}), "and afterwards nothing is"
+    await site.check("a")
+
+
+@pytest.mark.parametrize("verb", ["cancel", "complete", "pause", "resume", "set-speed", "finalize", "dismiss"])
+async def test_a_block_job_of_vmferrys_is_nobodys_to_lead(make_site: MakeSite, verb: str) -> None:
+    site = await make_site()
+    async with monitor_of(site) as (client, _):
+        said = await refused(client, f"block-job-{verb}", {"device": "vmferry-9a-disk0"})
+        assert "vmferry-9a-disk0 is vmferry's own" in said
+        if verb != "set-speed":
+            assert "vmferry's own" in await refused(client, f"job-{verb}", {"id": "vmferry-9a-disk0"})
+    await site.check("a")
+
+
+@pytest.mark.proves("S79", "S114")
+async def test_a_command_that_waited_for_its_turn_is_judged_when_it_comes(make_site: MakeSite) -> None:
+    """1. a client's command takes its time in QEMU  2. `quit` of another one waits for its turn  3. the guest is
+    migrated  4. the turn comes: the guest is on its way by then."""
+    site = await make_site()
+    monitor = site.agents["a"].monitors._open["g"]
+    async with monitor._turn:  # another client's
+        asked = [
+            asyncio.create_task(monitor._answer(cast("Any", None), Command(name, arguments)))
+            for name, arguments in (("quit", {}), ("job-finalize", {"id": "backup"}))
+        ]
+        attempt = await site.migrate(auto_finalize=False)
+        assert not any(each.done() for each in asked), "they were accepted, and wait"
+        await site.until_row(attempt, "M-hold")
+    for each in asked:
+        with pytest.raises(Busy, match="on its way to b"):
+            await each
+    await site.command("a", "job-finalize", id=attempt.job)
+    await site.settle()
+    await site.check("b")
+
+
+@pytest.mark.proves("S79", "S114")
+async def test_what_a_person_holds_against_an_operation_holds_in_a_monitor_too(make_site: MakeSite) -> None:
+    site = await make_site()
+    snapshot = {"actions": [{"type": "blockdev-snapshot-sync", "data": {"node-name": "disk0", "snapshot-file": "/x"}}]}
+    cases: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "stop": [("quit", {}), ("system_powerdown", {}), ("human-monitor-command", {"command-line": "q"})],
+        "snapshot": [
+            ("snapshot-save", {}), ("blockdev-snapshot-sync", {}), ("transaction", snapshot),
+            ("human-monitor-command", {"command-line": "savevm monday"}),
+        ],
+    }  # fmt: skip
+    async with monitor_of(site) as (client, _):
+        for operation, commands in cases.items():
+            held = {"vm": "g", "name": "audit", "operation": operation, "reason": "the auditors are in"}
+            await site.command("a", "blocker-add", **held)
+            for command, arguments in commands:
+                said = await refused(client, command, arguments)
+                assert f"{operation} is blocked by audit: the auditors are in" in said, (command, said)
+            await site.command("a", "blocker-remove", vm="g", name="audit")
+        assert "not been found" in await refused(client, "snapshot-save"), "QEMU's own word: it is asked now"
+        await site.command("a", "blocker-add", vm="g", name="audit", operation="stop", reason="the auditors are in")
+        await client.execute("stop")
+        await client.execute("cont")
+    await site.check("a")

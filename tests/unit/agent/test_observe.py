@@ -303,11 +303,21 @@ def mirrors(*words: tuple[str | None, str], paused: bool = False) -> list[tuple[
     return [(fact, round_no) for fact, round_no, _ in mirror_findings(told, log)]
 
 
+@pytest.mark.proves("S96", "S114")
+@pytest.mark.parametrize("status", ["waiting", "pending"])
+def test_a_mirror_that_somebody_asked_to_end_while_the_guest_runs_is_a_failure(status: str) -> None:
+    """1. somebody completes it  2. it is pending  3. the guest is paused, and the mirror let go: the guest would be
+    pivoted onto the copy, over the network."""
+    assert mirrors((status, ""), ("ready", "")) == [(F.DISK_FAILED, 0), (F.DISK_READY, 2)]
+    ((_, _, text),) = mirror_findings([(1, "disk0 (/d)", status, "")], hear("active"))
+    assert text == "disk0 (/d): somebody asked its mirror to end"
+
+
 def test_all_mirrors_must_be_ready() -> None:
     assert mirrors(("created", ""), ("running", "")) == []
     assert mirrors(("ready", ""), ("running", "")) == [(F.DISK_READY, 1)]
     assert mirrors(("standby", ""), ("ready", "")) == [(F.DISK_READY, 1), (F.DISK_READY, 2), (F.DISKS_READY, 0)]
-    assert (F.DISKS_READY, 0) in mirrors(("waiting", ""), ("pending", ""))
+    assert (F.DISKS_READY, 0) in mirrors(("waiting", ""), ("pending", ""), paused=True)
 
 
 def test_an_end_without_an_error_is_a_proof_only_while_the_guest_is_paused() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from vmferry.agent import source_options
+from vmferry.agent.machine_options import read_options
 from vmferry.agent.source import SourceAttempt
-from vmferry.agent.source_act import read_options
 from vmferry.agent.way_back import SLOWEST
 from vmferry.core.facts import Fact
+from vmferry.errors import OptionLocked
 from vmferry.jobs.journal import Entry
 from vmferry.testing.fake_site import MakeSite, Site
 
@@ -172,3 +173,22 @@ async def test_a_pace_that_is_remembered_just_as_the_pages_are_let_go_is_told(ma
     site.director.script("b")
     site.director.go("b", "cont")
     await site.settle()
+
+
+@pytest.mark.proves("S74", "S75", "S79")
+async def test_a_refused_change_names_the_window_of_an_option_in_use(make_site: MakeSite) -> None:
+    """Also of one that follows from another choice: that is not what hinders it now."""
+    site = await make_site()
+    attempt = await site.migrate(auto_finalize=False)
+    await site.until_row(attempt, "M-hold")
+    window = (
+        r"multifd-channels is in use since the channels were opened; it may change again when this migration is over"
+    )
+    for change in ({"config": {"multifd-channels": 8}}, {"settings": ["multifd-channels=8"]}):
+        with pytest.raises(OptionLocked, match=window):
+            await site.command("a", "job-change", id=attempt.job, **change)
+    with pytest.raises(OptionLocked, match="release-ram is refused: "):  # not now, and not when it is over
+        await site.command("a", "job-change", id=attempt.job, config={"release-ram": True})
+    await site.command("a", "job-finalize", id=attempt.job)
+    await site.settle()
+    await site.check("b")

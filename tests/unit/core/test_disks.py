@@ -105,6 +105,22 @@ def test_only_bytes_can_be_compared() -> None:
         assert [o.code for o in found] == expected
 
 
+@pytest.mark.proves("S96", "S114")
+def test_bitmaps_that_travel_and_disks_that_are_copied_do_not_go_together() -> None:
+    found = disks.objections("a", "b", [DISK], {DISK.path: ROOM}, from_spec=True, takes_bitmaps=True)
+    assert [(o.code, o.weight) for o in found] == [("disk-copy-bitmaps", Weight.BLOCKER)]
+    assert "dirty-bitmaps" in found[0].fix
+
+
+def test_a_plan_says_when_disks_go_in_clear_text() -> None:
+    def noted(*, clear_text: bool) -> list[tuple[str, Weight]]:
+        return [(o.code, o.weight) for o in disks.remarks([DISK], {DISK.path: ROOM}, clear_text=clear_text)]
+
+    assert noted(clear_text=False) == [("disk-copy", Weight.NOTE)]
+    assert noted(clear_text=True) == [("disk-copy", Weight.NOTE), ("disk-copy-clear-text", Weight.WARNING)]
+    assert disks.remarks([], {}, clear_text=True) == ()
+
+
 def test_only_images_that_are_more_than_their_bytes_need_a_tool() -> None:
     without = replace(ROOM, has_tool=False)
     assert codes(room=without) == []

@@ -1,4 +1,4 @@
-"""What becomes of each command of a monitor's client, and what its settings mean for the next migration."""
+"""What a monitor's client has set means for the next migration, and where it sends the guest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vmferry.core.monitor import HELD, NEVER, OURS, Fate, Setup, Wish, destination_of, fate
+from vmferry.core.monitor import Setup, Wish, destination_of
 from vmferry.core.option_table import OPTIONS, Kind, Policy
 from vmferry.core.options import Mode
 from vmferry.errors import UsageError
@@ -16,33 +16,6 @@ HOSTS = {"host-b": ("10.0.0.2", "fd00::2"), "host-c": ("10.0.0.3",)}
 
 def caps(**states: Any) -> dict[str, Any]:
     return {"capabilities": [{"capability": name.replace("_", "-"), "state": state} for name, state in states.items()]}
-
-
-def test_each_command_has_one_fate() -> None:
-    assert not OURS & HELD
-    assert not (OURS | HELD) & NEVER.keys()
-    assert {fate(name, {})[0] for name in OURS} == {Fate.OURS}
-    assert {fate(name, {})[0] for name in HELD} == {Fate.HELD}
-    assert all(fate(name, {}) == (Fate.NEVER, why) for name, why in NEVER.items())
-    assert fate("query-block", {}) == (Fate.PASSED, "")
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("info status", Fate.PASSED),
-        ("", Fate.PASSED),
-        ("cont", Fate.HELD),
-        (" c ", Fate.HELD),
-        ("stop", Fate.HELD),
-        ("loadvm x", Fate.HELD),
-        ("migrate -d tcp:h:1", Fate.NEVER),
-        ("migrate_set_parameter downtime-limit 3", Fate.NEVER),
-    ],
-)
-def test_a_line_for_people_is_no_way_around(line: str, expected: Fate) -> None:
-    assert fate("human-monitor-command", {"command-line": line})[0] is expected
-    assert fate("human-monitor-command", {})[0] is Fate.PASSED
 
 
 @pytest.mark.parametrize(

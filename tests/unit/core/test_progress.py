@@ -172,3 +172,32 @@ def test_without_disks_the_whole_is_the_memory() -> None:
     memory = Progress().advance(sample(100, 900)).advance(sample(200, 1800))
     whole = Whole().advance(memory, disks_current=0, disks_total=0, guest_bytes=1000)
     assert whole == Whole(200, 2000, memory.percent, memory.percent_error)
+
+
+@pytest.mark.proves("S101")
+@given(samples_strategy, st.data())
+def test_the_whole_never_runs_backwards_whatever_is_said_of_disks(samples: list[Sample], data: st.DataObject) -> None:
+    """Between two rounds, and once their results are dismissed, QEMU has no job of a disk: nothing is said of it
+    then."""
+    memory, whole = Progress(), Whole()
+    for each in samples:
+        memory = memory.advance(each)
+        current, total = data.draw(st.sampled_from([(0, 0), (0, 1 << 30), (1 << 20, 1 << 30), (1 << 30, 1 << 30)]))
+        before = whole
+        whole = whole.advance(memory, disks_current=current, disks_total=total, guest_bytes=1 << 20)
+        assert whole.current_bytes >= before.current_bytes
+        assert whole.percent >= before.percent
+        assert whole.total_bytes >= whole.current_bytes
+        assert 0 <= whole.percent_error <= 100
+    done = whole.advance(memory.finished(), disks_current=0, disks_total=0, guest_bytes=1 << 20)
+    assert (done.percent, done.current_bytes) == (100, done.total_bytes)
+    assert done.current_bytes >= whole.current_bytes
+
+
+def test_disks_of_which_nothing_is_said_count_as_they_were_last() -> None:
+    memory = Progress().advance(sample(100, 900))
+    with_disks = Whole().advance(memory, disks_current=2000, disks_total=3000, guest_bytes=1000)
+    silent = with_disks.advance(memory, disks_current=0, disks_total=0, guest_bytes=1000)
+    assert silent == with_disks == Whole(2100, 4000, 52, 0)
+    later = silent.advance(memory.advance(sample(400, 600)), disks_current=0, disks_total=0, guest_bytes=1000)
+    assert (later.current_bytes, later.total_bytes) == (2400, 4000)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -108,6 +109,10 @@ class SimProcess:
 
 def _close(coroutine: Any) -> None:
     """Lets a coroutine that will never go on run its `finally` blocks, which nobody sees any more."""
+    if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:  # it has not come to await what it was given
+        for given in coroutine.cr_frame.f_locals.values():
+            if inspect.iscoroutine(given):
+                given.close()
     for _ in range(CLOSE_TRIES):
         try:
             coroutine.close()
