@@ -136,8 +136,10 @@ async def _prepare(agent: Agent, who: str | None, arguments: dict[str, Any]) -> 
 
 def _refuse_other(agent: Agent, who: str | None, arguments: dict[str, Any], place: DestinationAttempt | None) -> None:
     """What one place says is never said of another: its guest would be taken for one that ran here."""
-    vm, source = str(arguments["vm"]), who or str(arguments["source"])
-    if place is not None and (place.vm, place.place.source) != (vm, source):
+    if place is None:
+        return
+    vm, source = str(arguments["vm"]), who or str(arguments.get("source", place.place.source))
+    if (place.vm, place.place.source) != (vm, source):
         raise Busy(
             f"{agent.config.name} has job {place.job} for {place.vm} from {place.place.source}, and none for {vm} from "
             f"{source}",
