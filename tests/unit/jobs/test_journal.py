@@ -136,6 +136,14 @@ def test_mirrors_and_the_images_that_a_job_made_are_remembered() -> None:
     assert state.jobs["j2"].images == {"/a": [1, 2], "/b": [1, 3]}
 
 
+def test_in_what_pages_a_restored_guests_qemu_has_its_memory_is_read_back() -> None:
+    rows = entries(
+        (Entry.RESTORE_WANTED, "j1", {}), (Entry.HOST_PAGES, "j1", {"ram": 2 << 20}), (Entry.WANTED, "j2", {})
+    )
+    jobs = replay(rows).jobs
+    assert (jobs["j1"].host_pages, jobs["j2"].host_pages) == ({"ram": 2 << 20}, {})
+
+
 @pytest.mark.proves("S114", "S123")
 def test_what_guests_left_is_read_back_until_it_is_let_go() -> None:
     first, newer = {"job": "j1"}, {"job": "j2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import msgspec
@@ -38,6 +39,16 @@ def test_there_and_back(seal: OpenSeal | SecretSeal, sections: list[bytes]) -> N
         if section:
             with pytest.raises(Damaged, match="more than"):
                 opened.section(number, len(section) - 1)
+
+
+def test_a_section_is_tight_or_has_more_bytes_than_it_may() -> None:
+    """One that says that it is shorter than what is stored of it would be read for nothing."""
+    sections = [b"", b"y" * 5000, os.urandom(5000)]
+    data = seal_object(SEAL, "x", INDEX, {}, sections)
+    opened = Opened(SEAL, "x", INDEX, data, len(data))
+    assert [opened.is_tight(number) for number in range(3)] == [True] * 3
+    opened._sections = [*opened._sections[:2], msgspec.structs.replace(opened._sections[2], plain=5)]
+    assert [opened.is_tight(number) for number in range(3)] == [True, True, False]
 
 
 @given(st.binary(max_size=100))

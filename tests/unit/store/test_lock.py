@@ -12,7 +12,7 @@ from tests.unit.store.conftest import ManualClock, Numbered
 from vmferry.limits import STORE_LOCK_RENEW_S, STORE_LOCK_STALE_S
 from vmferry.store import lock as module
 from vmferry.store.errors import LockLost, RepositoryBusy, StoreTransient
-from vmferry.store.lock import Kind, Lock, take
+from vmferry.store.lock import Kind, Lock, require_not_forgotten, take
 from vmferry.store.memory import MemoryStore
 from vmferry.testing.failing_store import Call, FailingStore, Fault
 
@@ -159,3 +159,18 @@ def test_a_lock_whose_answer_was_lost_is_taken_back(clock: ManualClock) -> None:
     with pytest.raises(StoreTransient):
         lock(failing, clock, Kind.EXCLUSIVE)
     assert inner.list("") == []
+
+
+def test_a_snapshot_that_is_being_forgotten_is_not_to_be_used(backend: MemoryStore, clock: ManualClock) -> None:
+    saving = lock(backend, clock, Kind.SHARED, "save web1")
+    mine = take(backend, clock, RANDOM, Kind.SHARED, "forget monday", forgets="5" * 32)
+    require_not_forgotten(backend, "6" * 32, clock.wall_s())
+    with pytest.raises(RepositoryBusy, match="being taken away: forget monday by process"):
+        require_not_forgotten(backend, "5" * 32, clock.wall_s())
+    mine.check()
+    clock.at_s += STORE_LOCK_STALE_S + 1
+    require_not_forgotten(backend, "5" * 32, clock.wall_s())
+    with pytest.raises(LockLost):
+        mine.check()
+    assert len(backend.list("locks/")) == 1, "that of the save is nobody's concern here"
+    saving.release()

@@ -116,7 +116,7 @@ def test_heads_that_cannot_be() -> None:
     cases: tuple[dict[str, Any], ...] = (
         {"blocks": [Block("a", 4095)]}, {"blocks": [Block("a", 1 << 60)]}, {"blocks": []},
         {"indexes": [IndexUse("11" * 15, 1)]}, {"indexes": [IndexUse("11" * 16, 1 << 40)]},
-        {"indexes": [IndexUse("zz" * 16, 1)]},
+        {"indexes": [IndexUse("zz" * 16, 1)]}, {"created_s": -1.0}, {"created_s": 1e18},
     )  # fmt: skip
     for changes in cases:
         bad = msgspec.structs.replace(good, **changes)
