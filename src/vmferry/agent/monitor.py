@@ -197,6 +197,9 @@ class Monitor:
                 f"{self.kept.name} is being saved, and goes on by itself; {command.name} may be said again then",
                 hint="'vmferry jobs' shows how far it is",
             )
+        doing = self._agent.claims.doing(self.kept.name)
+        if doing:  # a command has found the guest at rest, and is about to register what it does with it
+            raise Busy(f"{self.kept.name} is being {doing} at this very moment; {command.name} may be said again then")
         operation = monitor_fates.operation(command.name, command.arguments)
         if operation is not None:
             self._agent.blockers.require(self.kept.name, operation)

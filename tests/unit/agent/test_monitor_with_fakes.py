@@ -122,6 +122,21 @@ async def test_a_postcopy_waits_for_the_clients_word_and_a_cancel_ends_it(make_s
     await site.check("a")
 
 
+async def test_nothing_is_passed_between_the_look_at_a_guest_and_the_register_that_has_its_job(
+    make_site: MakeSite,
+) -> None:
+    """1. a migration is asked for, and finds the guest running  2. a client says quit  3. the job is registered"""
+    site = await make_site()
+    async with monitor_of(site) as (client, _):
+        with site.agents["a"].claims.hold("g", "sent somewhere"):
+            for command in ("quit", "stop"):
+                assert "being sent somewhere at this very moment" in await refused(client, command)
+            assert (await client.execute("query-status"))["status"] == "running"
+        await client.execute("stop")
+        await client.execute("cont")
+    await site.check("a")
+
+
 @pytest.mark.proves("S97", "S98", "S99")
 @pytest.mark.parametrize("verb", ["migrate-continue", "job-finalize", "job-cancel"])
 async def test_a_client_that_wants_a_say_has_it_in_qemus_words(make_site: MakeSite, verb: str) -> None:
@@ -277,6 +292,7 @@ async def test_a_command_that_waited_for_its_turn_is_judged_when_it_comes(make_s
             asyncio.create_task(monitor._answer(cast("Any", None), Command(name, arguments)))
             for name, arguments in (("quit", {}), ("job-finalize", {"id": "backup"}))
         ]
+        await asyncio.sleep(0)  # each of them comes to where it waits
         attempt = await site.migrate(auto_finalize=False)
         assert not any(each.done() for each in asked), "they were accepted, and wait"
         await site.until_row(attempt, "M-hold")
