@@ -211,7 +211,7 @@ async def test_qemus_own_client_drives_an_agent(make_pair: MakePair, guests: Gue
     commands: Any = await client.execute("query-commands")
     names = {row["name"] for row in commands}
     assert {"vm-run", "vm-list", "vm-migrate", "vm-cancel", "vm-set", "job-status"} <= names
-    job = "0123456789abcdef"
+    job = "0123456789abcdef" * 2
     wish = {"vm": "web1", "destination": "host-b", "mode": "precopy", "job": job}
     first: Any = await client.execute("vm-migrate", wish)
     again: Any = await client.execute("vm-migrate", wish)  # asked twice is asked once

@@ -70,7 +70,8 @@ def test_locked_options_are_refused_with_the_reason(make_pair: MakePair, guests:
         for setting, words in {
             "multifd-compression=zlib": "multifd-compression cannot change now",
             "xbzrle=on": "xbzrle cannot change now",
-            "multifd=on": "it follows from --multifd",
+            "multifd=on": "multifd is in use since the channels were opened",
+            "multifd-channels=4": "it follows from --multifd",
             "tls-creds=none": "it follows from the certificates",
             "release-ram=on": "destroys the copy",
             "max-postcopy-bandwidth=99999999999999999999": "out of range",

@@ -115,7 +115,11 @@ def test_a_linux_guest_loses_nothing_by_it(version: str, make_pair: MakePair, gu
             host.restart()
         # A QEMU whose main loop waits for a page takes no new session before the page is there. If the stream broke
         # before, nobody could tell it to recover: out of band is only who was let in by the main loop.
-        wait_true(lambda: pair.b.status("web1")["run_state"] == "running", why="host-b has its QEMU's monitor again")
+        wait_true(
+            lambda: pair.b.status("web1")["run_state"] == "running",
+            timeout_s=60,
+            why="host-b has its QEMU's monitor again",
+        )
         again_s = heals(pair)
     with pair.b.console("web1") as console:
         console.wait_walks(2, timeout_s=120)

@@ -287,8 +287,9 @@ async def change(
             has_attempt=True,
             waits_for_disks=source_disks.are_copied(attempt),
         )
-        # What follows from another choice may be chosen otherwise when this is over; what vmferry never does may not.
-        reason = window or objection if option.policy is Policy.MANAGED else objection or window
+        reason = objection or window
+        if option.policy is Policy.MANAGED:  # the other choice, which it follows from, may be another one later
+            reason = "; ".join(each for each in (window, objection) if each) or None
         if reason is not None:
             raise OptionLocked(f"{name} cannot change now: {reason}")
     if values:
