@@ -264,6 +264,20 @@ class Bed:
         await until_true(lambda: len(FakeFeed.made) > number and bool(FakeFeed.made[number].done))
         return FakeFeed.made[number]
 
+    async def loaded(self) -> FakeFeed:
+        """Its QEMU has the device state, and nobody has told it to run."""
+        self.begin()
+        self.qemu.state = "paused"
+        feed = await self.feed()
+        feed.say(facts={Fact.PACKAGE_LOADED})
+        return feed
+
+    async def ran(self) -> FakeFeed:
+        """And the guest runs."""
+        feed = await self.loaded()
+        await self.until(F.RAN)
+        return feed
+
     async def end(self) -> dict[str, Any]:
         async with asyncio.timeout(WAIT_S):
             await self.task

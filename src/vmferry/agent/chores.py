@@ -315,7 +315,7 @@ class Chores:
     def check(self, job: str, *, auto_dismiss: bool) -> None:
         """Before one is journalled. Raises UsageError, Busy."""
         agent = self._agent
-        job_ids.require_new(agent, job_ids.wanted(job))
+        job_ids.require_new(agent, job)
         agent.jobs.make_room(auto_dismiss=auto_dismiss)
         if len(self._jobs) >= limits.CHORES_MAX:
             raise Busy(

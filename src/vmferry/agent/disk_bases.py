@@ -133,9 +133,7 @@ def _of_restores(agent: Agent) -> Iterator[Known]:
 async def _without_forgotten(agent: Agent, found: list[Known]) -> tuple[list[Known], str]:
     """Without snapshots that are not there any more; and why nobody can say that, if nobody can."""
     try:
-        there = await agent.snapshot_store.with_repository(
-            lambda repository: frozenset(info.snapshot for info in repository.snapshots())
-        )
+        there = await agent.snapshot_store.with_repository(lambda repository: frozenset(repository.snapshot_ids()))
     except RepositoryError as error:
         return found, f" (whether it is still there is not known: {error.message})"
     return [each for each in found if each.path or each.snapshot in there], ""

@@ -202,15 +202,16 @@ async def job_change(agent: Agent, arguments: ChangeArguments) -> dict[str, Any]
 async def _of_mirror(agent: Agent, mirror: MirrorJob, verb: Verb) -> dict[str, Any]:
     """A verb for the job of a disk. Raises JobRefused, QemuError; CancelRefused of its migration."""
     _, does = _answered(agent, mirror.id, verb)
-    match verb:
-        case Verb.CANCEL if does:
-            await cancel(agent, mirror.attempt)
-        case Verb.PAUSE if does:
-            await mirror_jobs.pause(mirror)
-        case Verb.RESUME if does:
-            await mirror_jobs.resume(mirror)
-        case Verb.DISMISS if does:
-            mirror_jobs.dismiss(mirror)
+    if does:
+        match verb:
+            case Verb.CANCEL:
+                await cancel(agent, mirror.attempt)
+            case Verb.PAUSE:
+                await mirror_jobs.pause(mirror)
+            case Verb.RESUME:
+                await mirror_jobs.resume(mirror)
+            case Verb.DISMISS:
+                mirror_jobs.dismiss(mirror)
     return mirror_info(mirror).to_wire()
 
 

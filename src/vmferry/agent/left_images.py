@@ -229,10 +229,8 @@ class LeftImages:
             self.agent.keep_task(self._tending)
 
     async def _let_go_in_time(self) -> None:
-        is_due = True
-        while is_due:
-            is_due = await self.look()
-            await asyncio.sleep(LOOK_S if is_due else 0)
+        while await self.look():  # noqa: ASYNC110  what it waits for is time, and another host that tells nobody
+            await asyncio.sleep(LOOK_S)
 
     async def look(self) -> bool:
         """Lets go of what may go now. False: nothing is left for which that will ever be known."""

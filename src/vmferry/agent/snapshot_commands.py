@@ -8,13 +8,13 @@ Rule 1: all work is done in threads; the event loop only waits.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vmferry.agent import job_ids
 from vmferry.agent.wants import ChoreWanted
 from vmferry.core.job import EXPORT, IMPORT, PRUNE, VERIFY
 from vmferry.errors import UsageError
@@ -152,7 +152,7 @@ async def verify(agent: Agent, arguments: VerifyArguments) -> dict[str, Any]:
     Raises RepositoryError when the store cannot be reached, UnknownSnapshot, Busy."""
     if (known := _known(agent, arguments)) is not None:
         return known
-    wanted = ChoreWanted(arguments.job or uuid.uuid4().hex, VERIFY.name, name=arguments.name,
+    wanted = ChoreWanted(job_ids.wanted(arguments.job), VERIFY.name, name=arguments.name,
                          arguments={"rebuild_indexes": arguments.rebuild_indexes},
                          auto_dismiss=arguments.auto_dismiss)  # fmt: skip
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
@@ -172,7 +172,7 @@ async def prune(agent: Agent, arguments: PruneArguments) -> dict[str, Any]:
     if (known := _known(agent, arguments)) is not None:
         return known
     plan = {"dry_run": arguments.dry_run, "empty_below": arguments.empty_below, "drop_pins": arguments.drop_pins}
-    wanted = ChoreWanted(arguments.job or uuid.uuid4().hex, PRUNE.name, arguments=plan,
+    wanted = ChoreWanted(job_ids.wanted(arguments.job), PRUNE.name, arguments=plan,
                          auto_finalize=arguments.auto_finalize, auto_dismiss=arguments.auto_dismiss)  # fmt: skip
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
     return await agent.chores.begin(wanted)
@@ -208,7 +208,7 @@ def _known(agent: Agent, arguments: JobWish) -> dict[str, Any] | None:
 
 
 def _file_chore(kind: str, arguments: FileArguments) -> ChoreWanted:
-    return ChoreWanted(arguments.job or uuid.uuid4().hex, kind, name=arguments.name, file=arguments.file,
+    return ChoreWanted(job_ids.wanted(arguments.job), kind, name=arguments.name, file=arguments.file,
                        auto_dismiss=arguments.auto_dismiss)  # fmt: skip
 
 

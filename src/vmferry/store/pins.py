@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -107,10 +108,12 @@ def drop(repository: Repository, host: str) -> list[Pin]:
     return dropped
 
 
-def require_free(repository: Repository, snapshot: str | None = None) -> None:
-    """Raises RepositoryBusy while a guest needs this snapshot, or, for None, any."""
+def require_free(
+    repository: Repository, snapshot: str | None = None, *, but_jobs: Collection[str] = frozenset()
+) -> None:
+    """Raises RepositoryBusy while a guest needs this snapshot, or, for None, any; but for guests of these jobs."""
     for pin in all_pins(repository):
-        if snapshot is None or pin.snapshot in (snapshot, ""):
+        if pin.job not in but_jobs and (snapshot is None or pin.snapshot in (snapshot, "")):
             raise RepositoryBusy(
                 f"{pin.vm or 'a guest'} on {pin.host or 'an unknown host'} was restored from {pin.snapshot or 'it'} "
                 "and still has memory in the repository",

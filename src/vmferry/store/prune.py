@@ -251,13 +251,6 @@ class _Planner:
         return work.entry.size_bytes * (rows - len(work.rows)) // rows
 
 
-def _require_free(repository: Repository, but: frozenset[str]) -> None:
-    """Raises RepositoryBusy while a guest of any other job needs the repository."""
-    others = [pin for pin in pins.all_pins(repository) if pin.job not in but]
-    if others:
-        pins.require_free(repository, others[0].snapshot)
-
-
 def execute(
     repository: Repository,
     plan: PrunePlan,
@@ -275,7 +268,7 @@ def execute(
     """
     lock = repository.exclusive("prune", stale_s=stale_s)
     try:
-        _require_free(repository, but_pins)
+        pins.require_free(repository, but_jobs=but_pins)
         packs = repository.packs()
         now = _seen(repository.snapshot_ids().values(), repository.indexes().values(), packs.values())
         if now != plan.seen:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.restore_beds import LINES, Bed, use_fakes
+from tests.restore_beds import LINES, Bed, FakeFeed, use_fakes
 from vmferry.agent.restore_feed import Feed
 from vmferry.core.facts import Fact
 from vmferry.core.restore import RestoreFact as F
@@ -26,13 +26,21 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     use_fakes(monkeypatch)
 
 
+async def joined_again(bed: Bed, feed: FakeFeed, *, restarts: bool) -> FakeFeed:
+    """After a break, by the same agent or the next one."""
+    if restarts:
+        bed.task.cancel()
+        await asyncio.wait({bed.task})
+        await feed.stop()
+        await bed.take_up()
+    else:
+        feed.say(lost="the connection broke")
+    return await bed.feed(1)
+
+
 async def test_a_broken_channel_is_joined_again(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
-    bed.begin()
-    bed.qemu.state = "paused"
-    feed = await bed.feed()
-    feed.say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
+    feed = await bed.ran()
     bed.qemu.refuses["migrate-recover"] = QmpCommandError("migrate-recover", "GenericError", "not yet", peer="QEMU")
     feed.say(lost="the connection broke")
     again = await bed.feed(1)
@@ -57,20 +65,9 @@ async def test_huge_pages_are_sent_whole_after_a_break(
 
     monkeypatch.setattr("vmferry.agent.guest_memory.block_lines", lines)
     bed = Bed(tmp_path)
-    bed.begin()
-    bed.qemu.state = "paused"
-    feed = await bed.feed()
+    feed = await bed.ran()
     assert feed.given["page_bytes"]["pc.ram"] == 2 << 20
-    feed.say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
-    if restarts:
-        bed.task.cancel()
-        await asyncio.wait({bed.task})
-        await feed.stop()
-        await bed.take_up()
-    else:
-        feed.say(lost="the connection broke")
-    again = await bed.feed(1)
+    again = await joined_again(bed, feed, restarts=restarts)
     assert again.given["page_bytes"]["pc.ram"] == 2 << 20
     again.say(has_rejoined=True)
     again.say(facts={Fact.PEER_ACK})
@@ -85,21 +82,10 @@ async def test_the_order_of_first_touches_survives_a_break(
     """A known order is read ahead in after it too; what is recorded is all that the guest asked for, or nothing."""
     bed = Bed(tmp_path)
     bed.opened.order = known
-    bed.begin()
-    bed.qemu.state = "paused"
-    feed = await bed.feed()
+    feed = await bed.ran()
     assert feed.given["order"] is known
     feed.touches.add("pc.ram", 7, 2)
-    feed.say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
-    if restarts:
-        bed.task.cancel()
-        await asyncio.wait({bed.task})
-        await feed.stop()
-        await bed.take_up()
-    else:
-        feed.say(lost="the connection broke")
-    again = await bed.feed(1)
+    again = await joined_again(bed, feed, restarts=restarts)
     assert again.given["order"] is known
     again.touches.add("pc.ram", 3, 1)
     again.touches.add("pc.ram", 7, 1)

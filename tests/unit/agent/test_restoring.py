@@ -124,21 +124,12 @@ async def test_a_qemu_that_does_not_take_the_guest_is_told_in_its_own_words(tmp_
     assert bed.is_nothing_left()
 
 
-async def loaded(bed: Bed) -> FakeFeed:
-    """A lazy restore whose guest stands ready."""
-    bed.begin()
-    bed.qemu.state = "paused"
-    feed = await bed.feed()
-    feed.say(facts={Fact.PACKAGE_LOADED})
-    return feed
-
-
 @pytest.mark.proves("S58")
 async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp_path: Path) -> None:
     """`cont` that is refused may have been the second one, and the guest may have run."""
     bed = Bed(tmp_path)
     bed.qemu.refuses["cont"] = QmpCommandError("cont", "GenericError", "no lock", peer="QEMU")
-    feed = await loaded(bed)
+    feed = await bed.loaded()
     await bed.until(F.STANDS)
     brief = bed.attempt.brief()
     assert (brief["state"], brief["detail"]) == ("paused", "standing")
@@ -156,7 +147,7 @@ async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp
 async def test_a_guest_whose_order_to_run_took_effect_late_is_noticed(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.qemu.refuses["cont"] = QmpCommandError("cont", "GenericError", "no lock", peer="QEMU")
-    feed = await loaded(bed)
+    feed = await bed.loaded()
     await bed.until(F.STANDS)
     bed.qemu.resume()
     await bed.until(F.RAN)
@@ -170,7 +161,7 @@ async def test_a_guest_that_ran_and_stopped_at_once_keeps_its_disk(tmp_path: Pat
     """1. cont  2. the guest's first write finds no room  3. query-status says io-error: that is a guest that ran."""
     bed = Bed(tmp_path)
     bed.qemu.state_after = state
-    feed = await loaded(bed)
+    feed = await bed.loaded()
     await bed.until(F.RAN)
     assert state in bed.attempt.wire()["sentence"]
     feed.say(facts={Fact.PEER_ACK})
@@ -220,7 +211,7 @@ async def test_a_defect_before_the_guest_may_run_ends_the_restore(tmp_path: Path
 async def test_a_defect_after_the_guest_may_run_is_told_and_leaves_it_be(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
     bed.qemu.refuses["cont"] = KeyError("a field")
-    feed = await loaded(bed)
+    feed = await bed.loaded()
     await bed.until(F.RAN)
     assert bed.attempt.error is not None
     assert "a defect" in bed.attempt.error.message
@@ -247,10 +238,7 @@ async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_aw
 ) -> None:
     """Nor is it told as a guest that is here, with an exit code of 0."""
     bed = Bed(tmp_path)
-    bed.begin()
-    bed.qemu.state = "paused"
-    (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
+    await bed.ran()
     assert bed.qemu.on_gone is not None
     if is_whole:
         FakeFeed.made[0].say(facts={Fact.PEER_ACK})
@@ -265,10 +253,7 @@ async def test_the_end_of_a_guest_that_ran_ends_its_restore_and_takes_nothing_aw
 async def test_a_guest_that_a_person_stopped_does_not_come_back_with_the_end_of_its_restore(tmp_path: Path) -> None:
     """1. `vmferry stop` takes it out of the VMs  2. its restore, which waited for pages, hears that it is gone."""
     bed = Bed(tmp_path)
-    bed.begin()
-    bed.qemu.state = "paused"
-    (await bed.feed()).say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
+    await bed.ran()
     assert bed.qemu.on_gone is not None
     del bed.agent.vms["web1"]
     bed.qemu.on_gone()
@@ -279,11 +264,7 @@ async def test_a_guest_that_a_person_stopped_does_not_come_back_with_the_end_of_
 @pytest.mark.proves("S93", "S94")
 async def test_trouble_pauses_the_job_and_its_end_resumes_it(tmp_path: Path) -> None:
     bed = Bed(tmp_path)
-    bed.begin()
-    bed.qemu.state = "paused"
-    feed = await bed.feed()
-    feed.say(facts={Fact.PACKAGE_LOADED})
-    await bed.until(F.RAN)
+    feed = await bed.ran()
     error = RepositoryError("packs/x is damaged", retry="no", hint="verify")
     feed.say(trouble=SimpleNamespace(error=error, guest_waits=True))
     brief = bed.attempt.brief()
