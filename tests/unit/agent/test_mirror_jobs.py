@@ -238,7 +238,7 @@ class Speeds:
         return await self._execute(name, arguments, **more)
 
 
-@pytest.mark.proves("S84", "S96")
+@pytest.mark.proves("S96", "S114")
 async def test_memory_and_disks_share_what_the_job_may_send_and_the_pause_has_no_limit(make_site: MakeSite) -> None:
     site, attempt = await copying(make_site, settings=["max-bandwidth=8M"], auto_finalize=False)
     speeds = Speeds(attempt)
@@ -282,7 +282,7 @@ async def test_what_was_changed_holds_for_an_agent_that_begins_anew(make_site: M
     assert attempt.wire()["outcome"] == "destination"
 
 
-@pytest.mark.proves("S84")
+@pytest.mark.proves("S72", "S75")
 async def test_while_disks_are_copied_what_concerns_the_memory_can_change(make_site: MakeSite) -> None:
     site, attempt = await copying(make_site)
     await site.command("a", "job-change", id=attempt.job, downtime_limit=77)

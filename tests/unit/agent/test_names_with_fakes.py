@@ -290,7 +290,7 @@ async def test_an_id_of_a_job_is_32_digits(make_site: MakeSite, job: str) -> Non
     assert site.agents["a"].attempts == {}
 
 
-@pytest.mark.proves("S117")
+@pytest.mark.proves("S107")
 async def test_an_id_belongs_to_one_job_of_one_vm(make_site: MakeSite) -> None:
     """Another VM of the same id would be told that its guest runs over there."""
     site = await make_site()
@@ -307,7 +307,7 @@ async def test_an_id_belongs_to_one_job_of_one_vm(make_site: MakeSite) -> None:
     await site.check("b", "g")
 
 
-@pytest.mark.proves("S117")
+@pytest.mark.proves("S107")
 async def test_of_two_vms_that_want_one_id_at_the_same_moment_one_has_it(make_site: MakeSite) -> None:
     site = await make_site()
     await site.run_vm("h")
@@ -317,7 +317,7 @@ async def test_of_two_vms_that_want_one_id_at_the_same_moment_one_has_it(make_si
     await site.settle()
 
 
-@pytest.mark.proves("S117")
+@pytest.mark.proves("S107")
 async def test_a_place_is_not_given_to_another_vm_or_another_host(make_site: MakeSite) -> None:
     site = await make_site()
     prepare = peer_commands.COMMANDS["peer-prepare"]

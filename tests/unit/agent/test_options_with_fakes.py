@@ -104,7 +104,7 @@ async def held_back(site: Site) -> SourceAttempt:
     return attempt
 
 
-@pytest.mark.proves("S84")
+@pytest.mark.proves("S72")
 @pytest.mark.parametrize("anew", [False, True])
 async def test_the_pace_of_a_postcopy_that_is_held_back_changes_when_the_destination_has_run(
     make_site: MakeSite, anew: bool
@@ -136,7 +136,7 @@ async def test_the_pace_of_a_postcopy_that_is_held_back_changes_when_the_destina
     assert 1 << 20 not in seen
 
 
-@pytest.mark.proves("S84")
+@pytest.mark.proves("S72")
 async def test_a_pace_that_changes_while_the_old_one_is_set_is_set_too(make_site: MakeSite) -> None:
     """1. the destination has run: QEMU is told the pace  2. a person changes it, which only remembers it  3. done"""
     site = await make_site("7.2", "7.2")

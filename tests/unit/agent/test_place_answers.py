@@ -28,7 +28,6 @@ def answered(monkeypatch: pytest.MonkeyPatch, after: Callable[[int], Awaitable[N
     return asked
 
 
-@pytest.mark.proves("S121")
 async def test_a_place_whose_answer_is_lost_is_asked_for_again_and_is_the_same(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,7 +47,6 @@ async def test_a_place_whose_answer_is_lost_is_asked_for_again_and_is_the_same(
     await site.check("b")
 
 
-@pytest.mark.proves("S121")
 async def test_a_place_that_never_answers_ends_the_attempt_and_is_given_up(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +67,6 @@ async def test_a_place_that_never_answers_ends_the_attempt_and_is_given_up(
     await site.check("a")
 
 
-@pytest.mark.proves("S121")
 async def test_a_refusal_that_is_not_the_destinations_leaves_no_place_behind(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

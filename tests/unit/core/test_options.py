@@ -220,7 +220,7 @@ def test_a_refusal_names_its_window(name: str, status: S, role: Role, words: str
     assert words in (ask(OPTIONS[name], status, role) or "")
 
 
-@pytest.mark.proves("S84")
+@pytest.mark.proves("S75")
 @every_option
 def test_while_disks_are_copied_before_it_what_changes_with_the_memory_is_not_in_use(option: Option) -> None:
     """For hours, maybe; the public status is `setup` for so long."""
