@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
-from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.held_pages import HeldPages, HeldRuns, Room
 from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
 from vmferry.errors import VmferryError
 from vmferry.wire.events import RamBlock
@@ -141,7 +141,8 @@ def image_of(blocks: Sequence[RamBlock], pages: SnapshotPages, *, is_lazy: bool)
     """An image of these blocks with nothing but its zeros. `is_lazy`: it is sent in the order in which pages come."""
     image, room = Image(), Room(limits.RESTORE_PAGES_HELD_MAX)
     for wire in blocks:
-        block = image.blocks[wire.name] = ImageBlock(wire, HeldPages(room))
+        held = HeldPages(room) if is_lazy else HeldRuns(room)
+        block = image.blocks[wire.name] = ImageBlock(wire, held)
         block.have[:] = pages.is_zero(wire.name)
         np.logical_not(block.have, out=block.touched)
     image.arrivals = deque() if is_lazy else None
@@ -166,9 +167,9 @@ class LazySource:
         self.touches = Touches([block.name for block in image])
         """What was asked for, in order; the same page may be in it again."""
         self._pages, self._on_trouble, self._run_pages = pages, on_trouble, run_pages
-        stores = [block.store for block in image if isinstance(block.store, HeldPages)]
+        stores = [block.store for block in image if isinstance(block.store, HeldPages | HeldRuns)]
         assert len(stores) == len(image.blocks), "an image of `image_of`"
-        self._room = stores[0]._room
+        self._room = stores[0].room
         self._placing = threading.Lock()
         """Guards what is put where."""
         self._planning = threading.Lock()
@@ -291,7 +292,7 @@ class LazySource:
         try:
             if count == 1:
                 if not block.have[first]:
-                    self._place(block, np.array([first]), [self._pages.page(block.name, first)])
+                    self._place(block, np.array([first]), self._pages.page(block.name, first).reshape(1, -1))
             else:
                 numbers = _absent(block, first, first + count)
                 if len(numbers):
@@ -474,16 +475,15 @@ class LazySource:
 
     # --- into the image -----------------------------------------------------------------------------------
 
-    def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages | Sequence[Pages]) -> None:
+    def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages) -> None:
         store = block.store
-        assert isinstance(store, HeldPages)
+        assert isinstance(store, HeldPages | HeldRuns)
         with self._placing:
             absent = ~block.have[numbers] & ~block.sent[numbers]
             if not absent.all():
-                which = np.flatnonzero(absent).tolist()
-                numbers, pages = numbers[which], [pages[each] for each in which]
+                numbers, pages = numbers[absent], pages[absent]
             if len(numbers):
-                store.put(numbers.tolist(), pages, len(numbers))
+                store.put(numbers, pages)
                 block.have[numbers] = True
 
     def _note_trouble(self, who: str, error: VmferryError | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.engine_conversations import complete, paused, switch_over
 from vmferry import limits
 from vmferry.core.facts import Fact
-from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.held_pages import HeldPages, HeldRuns, Room
 from vmferry.engine.image import PAGE_BYTES, Image, Pages
 from vmferry.engine.lazy import LazySource, Touches, Trouble, image_of
 from vmferry.engine.outgoing import Outgoing
@@ -472,7 +472,7 @@ def test_held_pages_are_given_once() -> None:
     room = Room(2)
     store = HeldPages(room)
     pages = np.arange(3 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(3, PAGE_BYTES)
-    store.put([7, 8, 9], pages, 3)
+    store.put(np.array([7, 8, 9]), pages)
     assert room.is_full
     assert (store.read(8, 1) == pages[1]).all()
     assert (store.read_some(np.array([9, 7])) == pages[[2, 0]]).all()
@@ -482,7 +482,31 @@ def test_held_pages_are_given_once() -> None:
             store.read_some(numbers)
     with pytest.raises(OSError, match="page 8 is not here"):
         store.read(8, 1)
-    store.put([1], pages[:1], 1)
+    store.put(np.array([1]), pages[:1])
     store.close()
     with pytest.raises(OSError, match="is not here"):
         store.read(1, 1)
+
+
+def test_held_runs_are_given_once() -> None:
+    room = Room(6)
+    store = HeldRuns(room)
+    pages = np.arange(7 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(7, PAGE_BYTES)
+    pages[:, 0] = range(7)
+    store.put(np.array([10, 11, 14, 20]), pages[:4])
+    store.put(np.array([12, 13, 30]), pages[4:])
+    assert room.is_full
+    assert np.shares_memory(found := store.read(10, 2), pages), "no copy of what came together"
+    assert (found == pages[:2]).all()
+    assert (store.read_some(np.array([12, 14])) == pages[[4, 2]]).all(), "out of both"
+    for numbers in (np.array([10]), np.array([13, 14, 15]), np.array([99])):
+        with pytest.raises(OSError, match=f"page {10 if numbers[0] == 10 else 14 if numbers[0] == 13 else 99} is not"):
+            store.read_some(numbers)
+    assert (store.read_some(np.array([30])) == pages[[6]]).all()
+    assert (store.read(20, 1) == pages[3]).all()
+    assert room.held == 0
+    store.put(np.array([1, 2, 3, 4]), pages[:4])
+    assert (store.read_some(np.array([1, 3])) == pages[[0, 2]]).all()
+    store.close()
+    with pytest.raises(OSError, match="is not here"):
+        store.read(2, 1)
