@@ -328,8 +328,9 @@ class LazySource:
                 self._rest(pause_s)
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
                 with self._planning:
-                    self._had_bad, self._has_bad = self._has_bad, False
-                    self._runs = self._absent_runs()
+                    if self._has_bad:  # else another reader has begun the next pass already
+                        self._had_bad, self._has_bad = True, False
+                        self._runs = self._absent_runs()
                 continue
             while not self._read(run, who) and not self._rest(pause_s):
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)

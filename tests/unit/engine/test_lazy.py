@@ -346,6 +346,38 @@ def test_trouble_is_over_only_when_everything_is_there(bed: Bed) -> None:
     bed.until(lambda: bed.troubles[-1] is None)
 
 
+def test_two_readers_that_come_to_the_end_together_begin_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. both have rested after a pass  2. one begins the next  3. the other takes that one's runs, and its trouble."""
+    gone = GoneSnapshot(64)
+    image = image_of([RamBlock("pc.ram", gone.pages * PAGE_BYTES)], gone, is_lazy=False)
+    source = LazySource(image, gone, readers=2, run_pages=8)
+    together, begun = threading.Barrier(2), threading.Event()
+    passes: list[bool] = []
+    absent_runs = source._absent_runs
+
+    def rest(pause_s: float) -> bool:
+        if pause_s == limits.RESTORE_RETRY_MIN_S and not begun.is_set():
+            together.wait(WAIT_S)
+        return source._stopping.is_set()
+
+    def next_pass() -> Any:
+        begun.set()
+        passes.append(source._had_bad)
+        assert source._planning.locked()
+        return absent_runs()
+
+    monkeypatch.setattr(limits, "RESTORE_APART_SHARE", 1.0)
+    monkeypatch.setattr(source, "_rest", rest)
+    monkeypatch.setattr(source, "_absent_runs", next_pass)
+    source.start()
+    source.go()
+    gone.until_passes(3)
+    assert source.stop() == ()
+    image.close()
+    assert all(passes), "whoever begins a pass has found damage in the one before"
+    assert source.trouble is not None
+
+
 class MendedSnapshot(GoneSnapshot):
     """One damaged page, until it was tried alone with its host page."""
 
