@@ -38,7 +38,7 @@ from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
 from vmferry.errors import RepositoryError, UsageError, VmferryError
-from vmferry.store.errors import LockLost, StoreTransient, UnknownSnapshot
+from vmferry.store.errors import StoreTransient, UnknownSnapshot
 from vmferry.store.manifest import Block, Head
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository, SnapshotInfo
@@ -241,34 +241,32 @@ class SnapshotSink:
     def commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk] = ()) -> Head:
         """The snapshot is there, for good, when this returns. Waits for the store.
 
-        Raises RepositoryError: nothing was committed, unless `may_be_there`: then nobody knows. PlanRefused for a state
-        that is not kept.
+        Once: after an error there is only `abort`, and the same error again. Raises RepositoryError: nothing was
+        committed, unless `may_be_there`: then nobody knows. PlanRefused for a state that is not kept.
         """
         assert self.image.is_device_state_whole, "everything has come"
-        state = freeze(state_of(self.image))
         self._end_uploads()
-        if self._failed is not None:
-            raise self._failed
+        try:
+            if self._failed is not None:
+                raise self._failed
+            head = self._commit(name, words, disks)
+        except Exception as error:
+            # What was set aside is read once: called again, pages of an earlier pass would count as the last ones.
+            self._failed = error
+            raise
+        self.abort()
+        return head
+
+    def _commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk]) -> Head:
+        state = freeze(state_of(self.image))
         writer = self._the_writer()
         require_free(self._repository, name)
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
-        lost: StoreTransient | None = None
-        for last in (*(False,) * (_COMMIT_TRIES - 1), True):
-            try:
-                head = writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
-                break
-            except StoreTransient as error:
-                lost = error
-                if last:
-                    raise
-            except LockLost:
-                # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
-                if lost is not None and writer.may_be_there:
-                    raise lost from None
-                raise
-        self.abort()
-        return head
+        for _ in range(_COMMIT_TRIES - 1):
+            with contextlib.suppress(StoreTransient):
+                return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
+        return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
 
     def _put_spilled(self, writer: SnapshotWriter) -> None:
         if self._spilled is not None:

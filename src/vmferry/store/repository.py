@@ -59,6 +59,7 @@ from vmferry.store.errors import (
     ObjectExists,
     ObjectMissing,
     OtherRepository,
+    StorePermanent,
     StoreTransient,
     UnknownSnapshot,
 )
@@ -198,17 +199,30 @@ class Repository:
 
     def put_new(self, name: str, data: bytes) -> None:
         """Puts an object whose name holds fresh random bytes; what is there after a lost answer is ours."""
+        may_have_happened = False
         for last in (False, False, True):
             try:
-                self.backend.put(name, data)
+                self._put_or_find(name, data)
                 return
             except StoreTransient:
+                may_have_happened = True
                 if last:
                     raise
-            except ObjectExists:
-                if self.backend.get(name) != data:
-                    raise
-                return
+            except StorePermanent as error:
+                error.may_have_happened |= may_have_happened
+                raise
+
+    def _put_or_find(self, name: str, data: bytes) -> None:
+        try:
+            self.backend.put(name, data)
+        except ObjectExists:
+            try:
+                found = self.backend.get(name)
+            except StorePermanent as error:
+                error.may_have_happened = True
+                raise
+            if found != data:
+                raise
 
     def indexes(self) -> dict[bytes, Entry]:
         """All index objects, by id."""
