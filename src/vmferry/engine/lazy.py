@@ -429,32 +429,34 @@ class LazySource:
         if order is not None:
             yield from self._ordered(order)
         for block in sorted(self.image, key=lambda each: each.count):
-            unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            for begin in range(0, block.count, window):
-                end = min(begin + window, block.count)
-                absent = _absent(block, begin, end)
+            for begin, end, pieces in self._cut(block):
                 first = begin
-                for at in range(0, len(absent), max(self._run_pages // unit, 1) * unit):
-                    pages = absent[at : at + max(self._run_pages // unit, 1) * unit]
+                for pages in pieces:
                     stop = int(pages[-1]) + 1
                     yield _Run(block, pages, first, stop)
                     first = stop
                 if first < end:
-                    yield _Run(block, absent[:0], first, end)
+                    yield _Run(block, np.empty(0, np.intp), first, end)
 
     def _absent_runs(self) -> Iterator[_Run]:
         """What has not come yet, when everything was tried."""
         for block in self.image:
             unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            length = max(self._run_pages // unit, 1) * unit
-            for begin in range(0, block.count, window):
-                absent = _absent(block, begin, min(begin + window, block.count))
-                for at in range(0, len(absent), length):
-                    pages = absent[at : at + length]
+            for _, end, pieces in self._cut(block):
+                for pages in pieces:
                     stop = -(-(int(pages[-1]) + 1) // unit) * unit
-                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, block.count))
+                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, end))
+
+    def _cut(self, block: ImageBlock) -> Iterator[tuple[int, int, list[Numbers]]]:
+        """A block in stretches (first, stop) of whole host pages, and what is absent of each in pieces that are read
+        together."""
+        unit = block.host_page_pages
+        stretch = -(-ARRIVAL_PAGES_MAX // unit) * unit
+        length = max(self._run_pages // unit, 1) * unit
+        for begin in range(0, block.count, stretch):
+            end = min(begin + stretch, block.count)
+            absent = _absent(block, begin, end)
+            yield begin, end, [absent[at : at + length] for at in range(0, len(absent), length)]
 
     def _ordered(self, order: Touches) -> Iterator[_Run]:
         """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is
