@@ -98,6 +98,8 @@ class SnapshotSink:
         self._writer: SnapshotWriter | None = None
         self._base: SnapshotReader | None = None
         self._is_over = threading.Event()
+        self._committing = threading.Lock()
+        """Whoever holds it has the writer, and what was set aside."""
         self._spill_folder = spill_folder
         self._is_spilling = False
         self._spilled: Spill | None = None
@@ -246,14 +248,15 @@ class SnapshotSink:
         """
         assert self.image.is_device_state_whole, "everything has come"
         self._end_uploads()
-        try:
-            if self._failed is not None:
-                raise self._failed
-            head = self._commit(name, words, disks)
-        except Exception as error:
-            # What was set aside is read once: called again, pages of an earlier pass would count as the last ones.
-            self._failed = error
-            raise
+        with self._committing:
+            try:
+                if self._failed is not None:
+                    raise self._failed
+                head = self._commit(name, words, disks)
+            except Exception as error:
+                # What was set aside is read once: called again, pages of an earlier pass would count as the last ones.
+                self._failed = error
+                raise
         self.abort()
         return head
 
@@ -264,14 +267,17 @@ class SnapshotSink:
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
         for _ in range(_COMMIT_TRIES - 1):
+            self._require_wanted()
             with contextlib.suppress(StoreTransient):
                 return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
+        self._require_wanted()
         return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
 
     def _put_spilled(self, writer: SnapshotWriter) -> None:
         if self._spilled is not None:
             self._spilled.rewind()
         while self._order:
+            self._require_wanted()
             block, numbers, is_zero = self._order.popleft()
             if is_zero:
                 writer.put_zeros(block, numbers)
@@ -281,9 +287,17 @@ class SnapshotSink:
             writer.put_some(block, numbers, np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES))
 
     def abort(self) -> None:
-        """Gives back what the repository was asked to hold. Again, or after `commit`, is fine."""
+        """Gives back what the repository was asked to hold. Again, or after `commit`, is fine. Waits for a commit that
+        nobody waits for any more, which gives up between two steps.
+
+        1. it has put its manifest  2. its lock is given back  3. the snapshot is found, and told as saved  4. it looks
+        for its lock, and takes the manifest away again."""
         self._is_over.set()
         self._end_uploads()
+        with self._committing:
+            self._give_back()
+
+    def _give_back(self) -> None:
         if self._spilled is not None:
             self._spilled.close()
         for each in (self._writer, self._base):

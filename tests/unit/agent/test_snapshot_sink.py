@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from vmferry.agent.snapshot_sink import SnapshotSink
 from vmferry.engine.frozen import SnapshotWords
+from vmferry.errors import RepositoryError
 from vmferry.store.errors import StorePermanent
+from vmferry.store.manifest import Head
 from vmferry.store.memory import MemoryStore
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository, Shape
@@ -78,3 +81,51 @@ def test_a_commit_that_failed_is_never_carried_out_with_what_is_left(saved: Save
     assert again.value is caught.value
     assert not saved.sink.may_be_there
     assert saved.repository.snapshots() == []
+
+
+class Slow:
+    """What happens while a commit waits for the store."""
+
+    def __init__(self, saved: Saved, name: str, method: str) -> None:
+        saved.sink._end_uploads()
+        self.saved = saved
+        saved.faulty, saved.fault = (method, name), Fault.SLOW
+        self.result: list[object] = []
+        self.commit = threading.Thread(target=self._commit)
+        self.commit.start()
+        saved.store.is_waiting.wait()
+        saved.fault = None
+        self.abort = threading.Thread(target=saved.sink.abort)
+        self.abort.start()
+        saved.sink._is_over.wait()
+
+    def _commit(self) -> None:
+        try:
+            self.result.append(self.saved.sink.commit("one", WORDS))
+        except Exception as error:  # noqa: BLE001
+            self.result.append(error)
+
+    def go_on(self) -> object:
+        self.saved.store.may_go_on.set()
+        for thread in (self.commit, self.abort):
+            thread.join()
+        return self.result[0]
+
+
+def test_a_snapshot_that_is_seen_is_not_taken_back_by_whoever_cleans_up(saved: Saved) -> None:
+    """1. the manifest is put  2. a person cancels, and the lock is given back  3. the snapshot is found, and told as
+    saved  4. the commit looks for its lock, and deletes the manifest."""
+    slow = Slow(saved, "snapshots/", "put")
+    assert isinstance(slow.go_on(), Head)
+    saved.check()
+    assert saved.store.list("locks/") == []
+
+
+def test_a_commit_that_is_given_up_before_its_manifest_leaves_none(saved: Saved) -> None:
+    """And what was set aside is not closed while it is read."""
+    error = Slow(saved, "packs/", "put").go_on()
+    assert isinstance(error, RepositoryError)
+    assert "given up" in str(error)
+    assert not saved.sink.may_be_there
+    assert saved.repository.snapshots() == []
+    assert saved.store.list("locks/") == []
