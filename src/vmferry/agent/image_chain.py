@@ -12,9 +12,12 @@ import json
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vmferry.agent.images import run_tool, tool_of
+
+FLAT: Final = ("raw", "file")
+"""Formats of images that lie on nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ async def under(path: str, format: str, *, qemu: str) -> tuple[Image, ...] | Non
     """The files under an image, the nearest first; None: there is no qemu-img to say so.
 
     Raises Unfit when it does not, OSError when one of them is gone."""
-    if format in ("raw", "file"):
+    if format in FLAT:
         return ()
     program = tool_of(qemu)
     if program is None:

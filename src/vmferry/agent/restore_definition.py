@@ -53,6 +53,9 @@ _MAC: Final = re.compile(r"\bmac(?:addr)?\"?\s*[=:]\s*\"?([0-9A-Fa-f]{2}(?::[0-9
 _EXCLUSIVE: Final = re.compile(
     r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
 )
+_STORED: Final = ("read-only", "external-snapshot")
+"""Ways of a disk whose image is the snapshot's."""
+_SINCE: Final = "since the snapshot was made"
 _ON_A_NETWORK: Final = frozenset({"tap"})
 
 
@@ -236,10 +239,11 @@ def disk_doubts(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
     for image, under in _stored(disks):
         with contextlib.suppress(OSError):  # `disk_objections` tells
             if not image_chain.look(image.path).is_file:
-                found.append(
-                    f"{image.path}{under} is a device, and nobody can say whether it was written to since the snapshot "
-                    "was made"
-                )
+                found.append(f"{image.path}{under} is a device, and nobody can say whether it was written to {_SINCE}")
+    for disk in disks:
+        # There was no qemu-img, or an early vmferry that did not ask.
+        if disk.way in _STORED and disk.chain is None and disk.format not in image_chain.FLAT:
+            found.append(f"what {disk.path} lies on was not known, so nor is whether that was written to {_SINCE}")
     return tuple(found)
 
 
@@ -247,13 +251,13 @@ def unless_accepted(doubts: Sequence[str], accept: Sequence[str]) -> tuple[tuple
     """(what forbids a restore, what should be known), as `clashes`. Pure."""
     if UNCHECKED_DISK in accept:
         return (), tuple(f"{doubt}; that was accepted" for doubt in doubts)
-    return tuple(f"{doubt}; say --accept {UNCHECKED_DISK} if nobody has" for doubt in doubts), ()
+    return tuple(f"{doubt}; say --accept {UNCHECKED_DISK} if it was not" for doubt in doubts), ()
 
 
 def _stored(disks: Sequence[FrozenDisk]) -> Iterator[tuple[FrozenDisk | FrozenImage, str]]:
     """Each image that must be what it was, and under which it lies, in words."""
     for disk in disks:
-        if disk.way in ("read-only", "external-snapshot"):
+        if disk.way in _STORED:
             yield disk, ""
             for image in disk.chain or ():
                 yield image, f" under {disk.path}"

@@ -190,6 +190,20 @@ def test_of_a_device_nobody_can_say_whether_it_is_what_it_was(monkeypatch: pytes
     )
 
 
+@pytest.mark.parametrize("way", ["read-only", "external-snapshot"])
+def test_an_image_of_which_nobody_knew_what_it_lies_on_is_doubtful(tmp_path: Path, way: str) -> None:
+    """Its base may have been changed since; nothing would tell."""
+    image = tmp_path / "a.qcow2"
+    image.write_bytes(b"abc")
+    seen = os.stat(image)
+    disk = frozen_disk(str(image), format="qcow2", way=way, size_bytes=3, mtime_ns=seen.st_mtime_ns)
+    assert disk_objections([disk]) == ()
+    (doubt,) = disk_doubts([disk])
+    assert f"what {image} lies on was not known" in doubt
+    for known in (dataclasses.replace(disk, chain=()), dataclasses.replace(disk, format="raw")):
+        assert disk_doubts([known]) == ()
+
+
 def test_a_file_below_dev_is_a_file(tmp_path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
         seen = os.stat(file.name)
