@@ -49,6 +49,7 @@ log = logging.getLogger("vmferry.agent")
 Numbers = npt.NDArray[np.int64]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _COMMIT_TRIES = 3
+_NUMBER_BYTES = 8
 
 
 def check_name(name: str) -> None:
@@ -111,8 +112,9 @@ class SnapshotSink:
         self._uploader: threading.Thread | None = None
         self._has_all = False
         self._failed: Exception | None = None
-        self._order: deque[tuple[str, Numbers, bool]] = deque()
-        """What was spilled: block, pages, and whether they are zero (then nothing of them is in the file)."""
+        self._order: deque[tuple[str, int, bool]] = deque()
+        """What was spilled: block, how many pages, and whether they are zero. In the file are their numbers, and behind
+        those their content if they are not zero."""
 
     @property
     def snapshot(self) -> str:
@@ -136,22 +138,26 @@ class SnapshotSink:
     def put(self, block: str, numbers: Numbers, pages: Pages) -> None:
         """See `PageSink`."""
         self.stored_pages += len(numbers)
-        if self._hand_over(block, numbers, pages):
-            return
+        if not self._hand_over(block, numbers, pages):
+            self._set_aside(block, numbers, pages)
+
+    def put_zeros(self, block: str, numbers: Numbers) -> None:
+        """See `PageSink`."""
+        if not self._hand_over(block, numbers, None):
+            self._set_aside(block, numbers, None)
+
+    def _set_aside(self, block: str, numbers: Numbers, pages: Pages | None) -> None:
         try:
             if self._spilled is None:
                 assert self._spill_folder is not None, "it says whether there is spilling"
                 is_secret = self._repository.config.encryption is not None
                 self._spilled = Spill(self._spill_folder, is_secret=is_secret)
-            self._spilled.write(np.ascontiguousarray(pages).data)
+            self._spilled.write(np.ascontiguousarray(numbers, np.int64).data)
+            if pages is not None:
+                self._spilled.write(np.ascontiguousarray(pages).data)
         except OSError as error:
             raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
-        self._order.append((block, numbers.copy(), False))
-
-    def put_zeros(self, block: str, numbers: Numbers) -> None:
-        """See `PageSink`."""
-        if not self._hand_over(block, numbers, None):
-            self._order.append((block, numbers.copy(), True))
+        self._order.append((block, len(numbers), pages is None))
 
     def _hand_over(self, block: str, numbers: Numbers, pages: Pages | None) -> bool:
         """Into the queue, when there is room. False: the guest stands, and nothing waits."""
@@ -278,12 +284,13 @@ class SnapshotSink:
             self._spilled.rewind()
         while self._order:
             self._require_wanted()
-            block, numbers, is_zero = self._order.popleft()
+            block, count, is_zero = self._order.popleft()
+            assert self._spilled is not None, "their numbers are there"
+            numbers = np.frombuffer(self._spilled.read(count * _NUMBER_BYTES), np.int64)
             if is_zero:
                 writer.put_zeros(block, numbers)
                 continue
-            assert self._spilled is not None, "their content is there"
-            data = self._spilled.read(len(numbers) * PAGE_BYTES)
+            data = self._spilled.read(count * PAGE_BYTES)
             writer.put_some(block, numbers, np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES))
 
     def abort(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from vmferry.agent.snapshot_sink import SnapshotSink
 from vmferry.engine.frozen import SnapshotWords
 from vmferry.errors import RepositoryError
+from vmferry.store.config import KeyFile
 from vmferry.store.errors import StorePermanent
 from vmferry.store.manifest import Head
 from vmferry.store.memory import MemoryStore
@@ -27,11 +29,11 @@ WORDS = SnapshotWords(vm="g", host="a", job="1" * 32, machine="pc-q35-7.2", was_
 class Saved:
     """A guest of 64 pages: all of them in a first pass, and the first ones again, set aside while it stands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: KeyFile | None = None) -> None:
         self.fault: Fault | None = None
         self.faulty = ("put", "packs/")
         self.store = FailingStore(MemoryStore(), self._fault_of)
-        self.repository = Repository.create(self.store, shape=Shape(pack_bytes=1 << 16))
+        self.repository = Repository.create(self.store, key=key, shape=Shape(pack_bytes=1 << 16))
         self.sink = SnapshotSink(self.repository, vm="g", spill_folder=folder)
         self.sink.image.add_block(RamBlock("pc.ram", PAGES * 4096, None))
         self.first, self.last = (np.random.default_rng(seed).bytes(PAGES * 4096) for seed in (1, 2))
@@ -63,7 +65,9 @@ def saved(tmp_path: Path) -> Iterator[Saved]:
     made.sink.abort()
 
 
-def test_a_commit_keeps_the_last_version_of_each_page(saved: Saved) -> None:
+@pytest.mark.parametrize("key", [None, KeyFile(bytes(range(32)))], ids=["open", "encrypted"])
+def test_a_commit_keeps_the_last_version_of_each_page(tmp_path: Path, key: KeyFile | None) -> None:
+    saved = Saved(tmp_path / "spill", key)
     saved.sink.commit("one", WORDS)
     saved.check()
 
@@ -129,3 +133,23 @@ def test_a_commit_that_is_given_up_before_its_manifest_leaves_none(saved: Saved)
     assert not saved.sink.may_be_there
     assert saved.repository.snapshots() == []
     assert saved.store.list("locks/") == []
+
+
+def test_what_is_set_aside_takes_no_memory(tmp_path: Path) -> None:
+    """A guest that writes faster than it is saved is stopped, and its last pass may be all of its memory."""
+    repository = Repository.create(MemoryStore())
+    sink = SnapshotSink(repository, vm="g", spill_folder=tmp_path / "spill")
+    sink.image.add_block(RamBlock("pc.ram", (1 << 20) * 4096, None))
+    sink.spill()
+    numbers = np.arange(1 << 20)
+    tracemalloc.start()
+    try:
+        sink.put_zeros("pc.ram", numbers)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20, "and not 8 bytes per page"
+    finally:
+        tracemalloc.stop()
+    sink.image.is_device_state_whole = True
+    sink.commit("one", WORDS)
+    (info,) = repository.snapshots()
+    assert info.head is not None
+    assert info.head.counts.zero == 1 << 20
