@@ -272,12 +272,16 @@ class SnapshotSink:
         require_free(self._repository, name)
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
-        for _ in range(_COMMIT_TRIES - 1):
-            self._require_wanted()
-            with contextlib.suppress(StoreTransient):
+        tries_left = _COMMIT_TRIES
+        while True:
+            if not writer.may_be_there:  # what was put is seen through: only a look for the lock says what it is worth
+                self._require_wanted()
+            tries_left -= 1
+            try:
                 return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
-        self._require_wanted()
-        return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
+            except StoreTransient:
+                if not tries_left:
+                    raise
 
     def _put_spilled(self, writer: SnapshotWriter) -> None:
         if self._spilled is not None:

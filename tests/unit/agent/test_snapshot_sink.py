@@ -31,6 +31,7 @@ class Saved:
 
     def __init__(self, folder: Path, key: KeyFile | None = None) -> None:
         self.fault: Fault | None = None
+        self.times = 1000
         self.faulty = ("put", "packs/")
         self.store = FailingStore(MemoryStore(), self._fault_of)
         self.repository = Repository.create(self.store, key=key, shape=Shape(pack_bytes=1 << 16))
@@ -47,7 +48,10 @@ class Saved:
         self.sink.put("pc.ram", np.arange(count), np.frombuffer(data, np.uint8).reshape(-1, 4096)[:count])
 
     def _fault_of(self, call: Call) -> Fault | None:
-        return self.fault if (call.method, call.name.split("/")[0] + "/") == self.faulty else None
+        if (call.method, call.name.split("/")[0] + "/") != self.faulty or not self.times:
+            return None
+        self.times -= self.fault is not None
+        return self.fault
 
     def check(self) -> None:
         """The snapshot is there, with the last version of each page."""
@@ -123,6 +127,15 @@ def test_a_snapshot_that_is_seen_is_not_taken_back_by_whoever_cleans_up(saved: S
     assert isinstance(slow.go_on(), Head)
     saved.check()
     assert saved.store.list("locks/") == []
+
+
+def test_a_manifest_that_was_put_is_seen_through_although_nobody_waits(saved: Saved) -> None:
+    """1. it is put  2. the look for the lock is not answered  3. a person cancels  4. the lock is looked for again."""
+    slow = Slow(saved, "snapshots/", "put")
+    saved.faulty, saved.fault, saved.times = ("size", "locks/"), Fault.REFUSED, 3
+    assert isinstance(slow.go_on(), Head)
+    assert saved.times == 0
+    saved.check()
 
 
 def test_a_commit_that_is_given_up_before_its_manifest_leaves_none(saved: Saved) -> None:
