@@ -341,6 +341,10 @@ STORE_HEAD_BYTES_MAX = 16 << 20
 # Heads that are kept for the next listing, as they are stored: some hundred, at three times that in memory.
 STORE_HEADS_KEPT_BYTES = 4 << 20
 
+# Heads of manifests that are read side by side for a listing: of an object store each is a round trip of 10 to 100 ms,
+# and 500 shall take seconds and not a minute. Each has a thread and 64 KiB for that long.
+STORE_HEADS_AT_ONCE = 16
+
 # Device state of QEMU has some 100 KiB, with vGPUs some GiB; it is held in memory.
 STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
 

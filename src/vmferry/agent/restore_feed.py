@@ -169,7 +169,7 @@ class Feed:
         return self.outgoing.outcome()
 
     async def stop(self) -> None:
-        """Ends the threads. One that hangs in a read of the repository ends with that."""
+        """Ends the threads, begun or not; again is fine. One that hangs in a read of the repository ends with that."""
         await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:

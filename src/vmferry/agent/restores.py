@@ -28,15 +28,17 @@ from vmferry.agent import job_ids, restore_trust, restored_disks, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
-    SAME_ADDRESS,
+    ACCEPTED,
     GuestIdentity,
     Renewed,
     clashes,
+    disk_doubts,
     disk_objections,
     host_objections,
     identity_of,
     memory_objection,
     renew,
+    unless_accepted,
 )
 from vmferry.agent.restored_disks import RestoredDisks
 from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
@@ -374,9 +376,9 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
 
 def _check(agent: Agent, arguments: RestoreArguments) -> None:
     """Raises UsageError, Busy."""
-    unknown = set(arguments.accept) - {SAME_ADDRESS}
+    unknown = set(arguments.accept) - {*ACCEPTED}
     if unknown:
-        raise UsageError(f"--accept {unknown.pop()} is not known; there is {SAME_ADDRESS}")
+        raise UsageError(f"--accept {unknown.pop()} is not known; there are {' and '.join(ACCEPTED)}")
     agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
     agent.restores.require_room()
 
@@ -422,14 +424,16 @@ async def _wanted(
 ) -> RestoreWanted:
     """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
     vm = mine.vm
-    _, (others, unasked), reasons = await asyncio.gather(
+    _, (others, unasked), reasons, doubts = await asyncio.gather(
         vm_commands.free_name(agent, vm),
         identities(agent, but=job),
         asyncio.to_thread(disk_objections, found.disks),
+        asyncio.to_thread(disk_doubts, found.disks),
     )
     refused, notes = clashes(mine, others, accept=arguments.accept)
     lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy, saved_by=found.words.qemu_version)
-    refused = (*reasons, *refused, *lacks)
+    doubtful, accepted = unless_accepted(doubts, arguments.accept)
+    refused = (*reasons, *doubtful, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
     return RestoreWanted(
@@ -442,7 +446,7 @@ async def _wanted(
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
-        notes=(*notes, *unasked, *known),
+        notes=(*notes, *accepted, *unasked, *known),
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
     )

@@ -376,10 +376,8 @@ class SaveJob:
         return MigrationFailed(f"{self.vm} was not saved: {text}", side="source")
 
     async def _keep(self, sink: SnapshotSink) -> None:
-        """The commit. Raises RepositoryError: there is no snapshot then, but if its manifest's put was tried nobody
-        knows."""
-        from vmferry.store.errors import StoreTransient
-
+        """The commit. Raises RepositoryError: there is no snapshot then, unless its manifest's put may have been done:
+        then nobody knows."""
         self._check_cancel()
         if self._incoming is not None:  # the writer has one user at a time
             outcome = await in_own_thread(f"save-end-{self.vm}", self._incoming.stop)
@@ -397,9 +395,9 @@ class SaveJob:
             commit = asyncio.ensure_future(self.agent.snapshot_store.run(work))
         try:
             self.head = await self._answer(commit)
-        except StoreTransient:
+        except Exception as error:
             if sink.may_be_there:
-                self.note(SaveFact.UNKNOWN, text="the repository's answer to the commit was lost")
+                self.note(SaveFact.UNKNOWN, text=f"the commit may have been carried out: {error}")
             raise
         self.snapshot = sink.snapshot
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")

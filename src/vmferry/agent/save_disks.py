@@ -274,7 +274,7 @@ async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...], *,
     found = []
     for disk in definition["disks"]:
         path = str(disk["path"])
-        seen = await asyncio.to_thread(os.stat, path)
+        seen = await asyncio.to_thread(image_chain.look, path)
         under = await image_chain.under(path, str(disk["format"]), qemu=qemu)
         over = by_path.get(path)
         found.append(
@@ -282,8 +282,8 @@ async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...], *,
                 path=path,
                 format=str(disk["format"]),
                 way="read-only" if over is None else "external-snapshot",
-                size_bytes=seen.st_size,
-                mtime_ns=seen.st_mtime_ns,
+                size_bytes=seen.size_bytes,
+                mtime_ns=seen.mtime_ns,
                 overlay="" if over is None else over.overlay,
                 node="" if over is None else over.node,
                 chain=None if under is None else tuple(FrozenImage(**dataclasses.asdict(each)) for each in under),

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from vmferry.engine.image import Pages
 from vmferry.engine.incoming import Incoming
 from vmferry.engine.shared import IncomingOptions
 from vmferry.engine.stream_file import stream, was_running
-from vmferry.errors import UsageError
+from vmferry.errors import MigrationFailed, RepositoryError, UsageError
 from vmferry.store.manifest import Head
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
@@ -84,7 +85,7 @@ def export(repository: Repository, wanted: ChoreWanted, watch: Watch) -> dict[st
 
 def load(repository: Repository, wanted: ChoreWanted, watch: Watch, *, host: str) -> dict[str, Any]:
     """Keeps a stream file as a snapshot. Raises UsageError when there is no such file, RemoteProtocolError when it is
-    no whole stream, RepositoryError, and what `watch` raises; nothing is kept then."""
+    no whole stream, RepositoryError, and what `watch` raises: nothing is kept then. MigrationFailed: nobody knows."""
     path, name = Path(wanted.file), wanted.name
     require_free(repository, name)
     sink = SnapshotSink(repository)
@@ -111,13 +112,44 @@ def load(repository: Repository, wanted: ChoreWanted, watch: Watch, *, host: str
             vm="", host=host, job=wanted.job, machine=state.machine, was_running=was_running(state), way="import"
         )
         watch.no_return()
-        head = sink.commit(name, words)
+        try:
+            head = sink.commit(name, words)
+        except RepositoryError as error:
+            if not sink.may_be_there:
+                raise
+            failed = "the import could not be committed"
+            kept = kept_after_all(lambda: repository, wanted, because=failed)
+            if kept is None:  # a put whose answer was lost may be carried out yet
+                raise _unknown(wanted, failed, error) from error
+            return kept
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}", cause=error) from error
     finally:
         incoming.stop()
         sink.abort()
     return loaded(sink.snapshot, head)
+
+
+def kept_after_all(opened: Callable[[], Repository], wanted: ChoreWanted, *, because: str) -> dict[str, Any] | None:
+    """What is told of an import that nobody heard the end of; None if it is not listed. Raises MigrationFailed when
+    nobody can say."""
+    try:
+        listed = opened().snapshots()
+    except RepositoryError as error:
+        raise _unknown(wanted, because, error) from error
+    for info in listed:
+        if info.head is not None and info.head.metadata.get("job") == wanted.job:
+            return loaded(info.snapshot, info.head)
+    return None
+
+
+def _unknown(wanted: ChoreWanted, because: str, cause: Exception) -> MigrationFailed:
+    return MigrationFailed(
+        f"{because}, and whether {wanted.name} is there nobody knows: {cause}",
+        guest="unharmed",
+        hint="'vmferry snapshots' will tell",
+        cause=cause,
+    )
 
 
 def loaded(snapshot: str, head: Head) -> dict[str, Any]:

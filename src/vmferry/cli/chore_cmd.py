@@ -200,7 +200,7 @@ def _plan_lines(wire: Wire) -> Iterable[str]:
         f"{format_size(plan['freed_bytes'])}"
     )
     if plan["too_young"]:
-        yield f"  {plan['too_young']} objects that nobody needs are younger than an hour and stay"
+        yield f"  {plan['too_young']} objects of which nobody needs all are younger than an hour and stay"
 
 
 def _done_lines(wire: Wire) -> Iterable[str]:

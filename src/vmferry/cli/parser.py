@@ -386,7 +386,8 @@ def _add_restore(commands: Any) -> None:
                          help="restore it there; that agent's repository must have the snapshot")  # fmt: skip
     restore.add_argument("--paused", action="store_true", help="do not start the guest")
     restore.add_argument("--accept", action="append", default=[], metavar="CODE",
-                         help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+                         help="same-address: a card's address that another VM has on a network, too; unchecked-disk: a "
+                         "disk on a device, which nobody has written to since the snapshot")  # fmt: skip
     restore.add_argument("--trust-definition", action="store_true",
                          help="take arguments of QEMU out of the snapshot that this host does not know")  # fmt: skip
     restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")

@@ -192,7 +192,11 @@ class LazySource:
         self._told: Trouble | None = None
         self._telling = threading.Lock()
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._serve_asked, name=f"{name}-asked", daemon=True)]
+        self._beginning = threading.Lock()
+        """Guards who has begun: nobody begins once it is to end."""
+        self._threads: list[threading.Thread] = []
+        """Those that have begun."""
+        self._serving = [threading.Thread(target=self._serve_asked, name=f"{name}-asked", daemon=True)]
         self._ahead = [
             threading.Thread(target=self._read_ahead, args=(f"ahead-{number}",), name=f"{name}-ahead-{number}",
                              daemon=True)
@@ -203,15 +207,18 @@ class LazySource:
 
     def start(self) -> None:
         """Serves what is asked for from now on."""
-        for thread in self._threads:
-            thread.start()
+        self._begin(self._serving)
 
     def go(self) -> None:
         """Reads ahead from now on. Of a recovery only when it is known what has arrived (RESUME_ACK)."""
-        started, self._ahead = self._ahead, []
-        self._threads += started
-        for thread in started:
-            thread.start()
+        self._begin(self._ahead)
+
+    def _begin(self, threads: list[threading.Thread]) -> None:
+        """Those of them that have not begun. Any thread: a sender's says `go` while the owner's says `stop`."""
+        with self._beginning:
+            while threads and not self._stopping.is_set():
+                threads[0].start()
+                self._threads.append(threads.pop(0))
 
     @property
     def trouble(self) -> Trouble | None:
@@ -237,14 +244,16 @@ class LazySource:
         return Trouble(error, "asked" in begun)
 
     def stop(self, *, timeout_s: float = limits.ENGINE_STOP_S) -> tuple[str, ...]:
-        """Ends it, and joins its threads; the names of those that hang in a read, which end with that."""
-        self._stopping.set()
+        """Ends it, begun or not, and joins its threads; the names of those that hang in a read, which end with that."""
+        with self._beginning:
+            self._stopping.set()
+            threads = tuple(self._threads)
         self._room.wake()
         self.retry()
-        for thread in self._threads:
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
-        return tuple(thread.name for thread in self._threads if thread.is_alive())
+        return tuple(thread.name for thread in threads if thread.is_alive())
 
     # --- for the sender, on its thread --------------------------------------------------------------------
 
@@ -266,7 +275,7 @@ class LazySource:
         again: deque[tuple[ImageBlock, int, int]] = deque()
         while not self._stopping.is_set():
             with self._wanted:
-                if not self._asked and not again:
+                if not self._asked and not again and not self._stopping.is_set():
                     self._wanted.wait(pause_s if self._failed else None)
                 is_new = bool(self._asked)
                 wanted = self._asked.popleft() if is_new else None
@@ -422,32 +431,34 @@ class LazySource:
         if order is not None:
             yield from self._ordered(order)
         for block in sorted(self.image, key=lambda each: each.count):
-            unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            for begin in range(0, block.count, window):
-                end = min(begin + window, block.count)
-                absent = _absent(block, begin, end)
+            for begin, end, pieces in self._cut(block):
                 first = begin
-                for at in range(0, len(absent), max(self._run_pages // unit, 1) * unit):
-                    pages = absent[at : at + max(self._run_pages // unit, 1) * unit]
+                for pages in pieces:
                     stop = int(pages[-1]) + 1
                     yield _Run(block, pages, first, stop)
                     first = stop
                 if first < end:
-                    yield _Run(block, absent[:0], first, end)
+                    yield _Run(block, np.empty(0, np.intp), first, end)
 
     def _absent_runs(self) -> Iterator[_Run]:
         """What has not come yet, when everything was tried."""
         for block in self.image:
             unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            length = max(self._run_pages // unit, 1) * unit
-            for begin in range(0, block.count, window):
-                absent = _absent(block, begin, min(begin + window, block.count))
-                for at in range(0, len(absent), length):
-                    pages = absent[at : at + length]
+            for _, end, pieces in self._cut(block):
+                for pages in pieces:
                     stop = -(-(int(pages[-1]) + 1) // unit) * unit
-                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, block.count))
+                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, end))
+
+    def _cut(self, block: ImageBlock) -> Iterator[tuple[int, int, list[Numbers]]]:
+        """A block in stretches (first, stop) of whole host pages, and what is absent of each in pieces that are read
+        together."""
+        unit = block.host_page_pages
+        stretch = -(-ARRIVAL_PAGES_MAX // unit) * unit
+        length = max(self._run_pages // unit, 1) * unit
+        for begin in range(0, block.count, stretch):
+            end = min(begin + stretch, block.count)
+            absent = _absent(block, begin, end)
+            yield begin, end, [absent[at : at + length] for at in range(0, len(absent), length)]
 
     def _ordered(self, order: Touches) -> Iterator[_Run]:
         """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is

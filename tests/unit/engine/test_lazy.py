@@ -500,6 +500,41 @@ def test_a_full_restore_says_when_it_is_over(bed: Bed) -> None:
     bed.outgoing.image = image
 
 
+@pytest.mark.parametrize("steps", [(), ("start",), ("go",), ("start", "go"), ("go", "start")])
+def test_a_stop_ends_it_whatever_has_begun_and_nothing_begins_afterwards(bed: Bed, steps: tuple[str, ...]) -> None:
+    bed.make()
+    for step in steps:
+        getattr(bed.source, step)()
+    assert bed.source.stop() == ()
+    begun = len(bed.source._threads)
+    assert begun == len(steps)
+    bed.source.start()
+    bed.source.go()
+    assert len(bed.source._threads) == begun
+    assert bed.source.stop() == ()
+
+
+def test_a_stop_before_a_reader_waits_is_not_missed(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. the reader sees that it is to go on  2. it is stopped  3. it waits for somebody who asks for a page."""
+    bed.make()
+    is_set, looking, go = threading.Event.is_set, threading.Event(), threading.Event()
+    stopping = bed.source._stopping
+
+    def slow(self: threading.Event) -> bool:
+        answer = is_set(self)
+        if self is stopping and threading.current_thread().name.endswith("-asked") and not is_set(looking):
+            looking.set()
+            go.wait()
+        return answer
+
+    monkeypatch.setattr(threading.Event, "is_set", slow)
+    bed.source.start()
+    looking.wait()
+    assert bed.source.stop(timeout_s=0) == ("restore-asked",)
+    go.set()
+    assert bed.source.stop() == ()
+
+
 def test_held_pages_are_given_once() -> None:
     room = Room(2)
     store = HeldPages(room)

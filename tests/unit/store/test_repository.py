@@ -200,7 +200,7 @@ def looked_at(store: Store, deed: Callable[[Repository], object]) -> list[str]:
     store.repository.backend = failing
     deed(store.repository)
     store.repository.backend = store.backend
-    return [call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/")]
+    return sorted(call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/"))
 
 
 def test_a_snapshot_is_found_by_its_id_without_a_look_at_any_other(store: Store) -> None:
