@@ -466,6 +466,17 @@ SNAPSHOT_THREADS_MAX = 8
 # room as it writes, and after a dozen the next dozen would not end otherwise.
 SAVE_PASSES_MAX = 12
 
+# A copy of a disk that is saved may have sent so many times what the disk has, and so much more for a small one: then
+# the guest writes faster than it is copied. The copy of a guest that writes half as fast ends after twice its size.
+SAVE_COPY_TIMES = 4
+SAVE_COPY_MORE_BYTES = 1 << 30
+
+# The guest stands while the copies of its disks get the rest of what it wrote: as in a migration.
+SAVE_DRAIN_S = 8.0
+
+# How long copies that are given up may take to end before they are asked again.
+SAVE_OBEY_S = 3.0
+
 # How long a save's guest may stand while a person's leave is awaited (auto-finalize is off): as in a migration.
 SAVE_HOLD_S = 60.0
 
