@@ -393,9 +393,10 @@ async def mirror_to_a_node_of_its_own(pair: Pair) -> None:
 
 
 async def mirror_to_a_full_node(pair: Pair) -> None:
-    """It fails with the reason, and the guest does not notice."""
+    """It fails with the reason, and the guest does not notice. The target is not known to be empty, so that even of an
+    empty disk there is something to write."""
     source = pair.source
-    image = {"driver": "null-co", "size": 1 << 20, "read-zeroes": True}
+    image = {"driver": "null-co", "size": 1 << 20}
     target = {"driver": "blkdebug", "node-name": "target", "image": image}
     full = {"event": "none", "errno": 28, "immediately": False, "once": False}
     await source.execute("blockdev-add", {**target, "inject-error": [full]})
