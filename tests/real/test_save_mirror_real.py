@@ -204,7 +204,6 @@ def small_folder(folder: Path, size: int) -> Iterator[Path]:
 def test_a_target_that_gets_full_is_told_and_the_guest_does_not_notice(
     version: str, make_pair: MakePair, guests: Guests, tmp_path: Path
 ) -> None:
-    host = make_pair(version).a
     spec = guests.linux()
     image = guests.folder / "web1.img"
     with image.open("r+b") as file:  # behind what the guest writes to
@@ -212,6 +211,7 @@ def test_a_target_that_gets_full_is_told_and_the_guest_does_not_notice(
         for _ in range(240):
             file.write(os.urandom(MIB))
     with small_folder(tmp_path / "small", 200 * MIB) as folder:
+        host = make_pair(version).a  # it sees what was mounted before
         host.ok("run", spec, timeout_s=120)
         with host.console("web1") as console:
             console.wait_ready(timeout_s=WALKS_S)

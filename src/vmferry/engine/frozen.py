@@ -220,6 +220,9 @@ went on in an overlay. `mirror`: the file is a copy of that instant, and the gue
 `none`: the snapshot was imported, and nobody knows of its disks."""
 
 
+_OF_COPIES = ("disk", "virtual_bytes")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenImage:
     """A file under a disk's own: it must stay untouched as well."""
@@ -260,8 +263,9 @@ class FrozenDisk:
         return self.disk or self.path
 
     def to_wire(self) -> dict[str, Any]:
-        """Plain values, for the manifest."""
-        return asdict(self)
+        """Plain values, for the manifest. Of disks that are not copies an earlier agent reads them, too."""
+        wire = asdict(self)
+        return wire if self.way == "mirror" else {key: wire[key] for key in wire if key not in _OF_COPIES}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> FrozenDisk:

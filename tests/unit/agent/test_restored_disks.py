@@ -191,6 +191,14 @@ async def test_one_under_another_restores_stays(bed: Bed, tmp_path: Path) -> Non
     assert not bed.path.exists()
 
 
+async def test_one_under_a_disk_of_another_host_stays(bed: Bed) -> None:
+    """Also when the guest there was powered off: its host tells what its disks lie on."""
+    bed.elsewhere = [GuestIdentity("web7", "host-b", bases=(str(bed.path),))]
+    await bed.refused("a disk of web7 on host-b lies on it", force=True)
+    (mine,) = await bed.disks.bases()
+    assert (mine.vm, mine.host, mine.bases) == ("web2", "host-a", ("/images/a.img",))
+
+
 async def test_one_that_a_process_has_open_stays(bed: Bed) -> None:
     with bed.path.open("rb") as file:
         lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, USES_BASE, 1, 0)
