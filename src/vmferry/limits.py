@@ -471,6 +471,10 @@ SAVE_PASSES_MAX = 12
 SAVE_COPY_TIMES = 4
 SAVE_COPY_MORE_BYTES = 1 << 30
 
+# What a copy of a disk may lack as the memory begins to go. A guest that never stops writing is never quite equal to
+# its copy; this is written in the pause, in less than a second on any disk that can carry a guest.
+SAVE_COPY_REST_BYTES = 32 << 20
+
 # The guest stands while the copies of its disks get the rest of what it wrote: as in a migration.
 SAVE_DRAIN_S = 8.0
 

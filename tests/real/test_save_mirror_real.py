@@ -242,6 +242,40 @@ def test_a_target_that_gets_full_is_told_and_the_guest_does_not_notice(
         assert report.complaints() == []
 
 
+@contextlib.contextmanager
+def block_device(file: Path, size: int) -> Iterator[str]:
+    """A device of the host with so many bytes of noise."""
+    file.write_bytes(os.urandom(size))
+    done = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("no loop device can be made here")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+
+
+def test_a_device_is_copied_into_a_file(make_pair: MakePair, guests: Guests, tmp_path: Path) -> None:
+    with block_device(tmp_path / "device.img", 32 * MIB) as device:
+        spec = Path(guests.linux())
+        spec.write_text(spec.read_text().replace(str(guests.folder / "web1.img"), device))
+        host = make_pair(NEWEST).a
+        host.ok("run", str(spec), timeout_s=120)
+        with host.console("web1") as console:
+            console.wait_ready(timeout_s=WALKS_S)
+            assert "--disks-dir" in host.refused("save", "web1", "one", "--disks", "mirror", code=8)["hint"]
+            wire = host.ok("save", "web1", "one", "--disks", "mirror", "--disks-dir", str(tmp_path), timeout_s=120)
+            console.wait_walks(1, timeout_s=WALKS_S, region="disk")
+        assert wire["copies"] == {device: str(tmp_path / "web1-disk0.one.stored.qcow2")}
+        host.ok("restore", "one", "--as", "web2", timeout_s=120)
+        there = host.vm_directory("web2") / "serial.log"
+        wait_true(partial(_has_checked, there), timeout_s=WALKS_S, why="two checks of memory and disk")
+        assert b"\nE " not in there.read_bytes()
+        for vm in ("web1", "web2"):
+            host.ok("stop", vm, "--force")
+
+
 def _free_bytes(folder: Path) -> int:
     seen = os.statvfs(folder)
     return seen.f_bavail * seen.f_frsize

@@ -70,7 +70,7 @@ class Copying:
     sizes: dict[str, int] = field(default_factory=dict)
     """What the guest sees of each disk, by the path of its copy."""
     first_bytes: dict[str, int] = field(default_factory=dict)
-    """What each mirror had to send as it was looked at first, by its job."""
+    """What each mirror had to send as QEMU spoke of it first, by its job."""
 
 
 def copies_of(job: str, disks: Sequence[tuple[str, str, str]]) -> tuple[StoredCopy, ...]:
@@ -109,9 +109,13 @@ async def make(job: SaveJob) -> None:
     while True:
         job.look_anew()
         found = await _look(job)
-        if all(state["status"] in GOES_ON for state in found.values()):
+        for name, state in found.items():
+            if state["total-progress"]:
+                job.copying.first_bytes.setdefault(name, int(state["total-progress"]))
+        late = [each for each in copies if not is_near(found[each.job], job.copying.first_bytes.get(each.job, 0))]
+        if not late:
             break
-        for each in copies:
+        for each in late:
             _require_end_in_sight(job, each, found[each.job])
         await job.pause(POLL_S)
     job.note(SaveFact.COPIES_READY, text=format_size(job.counted.disks_done_bytes), by="QEMU")
@@ -218,15 +222,22 @@ async def _look(job: SaveJob) -> dict[str, dict[str, Any]]:
     return found
 
 
+def is_near(state: dict[str, Any], first_bytes: int) -> bool:
+    """Whether a copy has all that its disk has but for what the guest is just writing. QEMU calls it ready when for a
+    moment nothing at all is left; with a guest that never stops writing that moment may come only in the pause.
+    `first_bytes`: what it had to send as it began; 0: QEMU did not say so yet. Pure."""
+    done, whole = int(state["current-progress"]), int(state["total-progress"])
+    return state["status"] in GOES_ON or (0 < first_bytes <= done and whole - done <= limits.SAVE_COPY_REST_BYTES)
+
+
 def _require_end_in_sight(job: SaveJob, copy: StoredCopy, state: dict[str, Any]) -> None:
     """Raises MigrationFailed for a copy that runs after its disk."""
     done, whole = int(state["current-progress"]), int(state["total-progress"])
-    first = job.copying.first_bytes.setdefault(copy.job, whole)
-    size = max(first, job.copying.sizes[copy.stored])
-    if state["status"] not in GOES_ON and done > limits.SAVE_COPY_TIMES * size + limits.SAVE_COPY_MORE_BYTES:
+    size = job.copying.first_bytes.get(copy.job, 0)
+    if done > limits.SAVE_COPY_TIMES * size + limits.SAVE_COPY_MORE_BYTES:
         raise MigrationFailed(
-            f"{job.vm} writes to {copy.path} faster than it is copied: {format_size(done)} were copied of a disk of "
-            f"{format_size(size)}, and {format_size(whole - done)} are left",
+            f"{job.vm} writes to {copy.path} faster than it is copied: {format_size(done)} were copied of "
+            f"{format_size(size)} that it had, and {format_size(whole - done)} are left",
             side="source",
             hint="save it when it writes less, put the copies on a faster disk (--disks-dir), or say --disks "
             "external-snapshot, which copies nothing",

@@ -63,7 +63,7 @@ class SaveFact(StrEnum):
     COPYING = "copying"
     """QEMU is about to be told to copy the guest's disks while it runs (text: which)."""
     COPIES_READY = "copies-ready"
-    """Every copy has all that its disk has, and follows what the guest writes."""
+    """Every copy has all that its disk has but for what the guest is just writing, and follows that."""
     ACTS = "acts"
     """QEMU is about to be told to send its guest; in the journal before it is told."""
     REFUSED = "refused"

@@ -11,7 +11,7 @@ import pytest
 from tests.save_mirror_sites import VERSIONS, begin, check_untouched, left, save, stored
 from tests.save_sites import DISK, ended, names, repository, until_fact, with_disk
 from vmferry import limits
-from vmferry.agent import images, save_disks, save_ways
+from vmferry.agent import images, save_disks, save_mirrors, save_ways
 from vmferry.agent.machine import Machine
 from vmferry.agent.save import SaveJob
 from vmferry.agent.snapshot_sink import find
@@ -255,6 +255,26 @@ async def test_one_that_runs_after_its_disk_for_ever_is_given_up(
     assert "external-snapshot" in wire["error"]["hint"]
     assert left(site) == set()
     await check_untouched(site, image)
+
+
+@pytest.mark.parametrize(
+    ("status", "done", "whole", "first", "near"),
+    [
+        ("running", 0, 0, 0, False),
+        ("running", 10 << 20, 10 << 20, 0, False),
+        ("running", 8 << 20, 16 << 20, 16 << 20, False),
+        ("running", 20 << 20, 24 << 20, 16 << 20, True),
+        ("running", 20 << 20, 84 << 20, 16 << 20, False),
+        ("ready", 0, 0, 0, True),
+        ("standby", 16 << 20, 16 << 20, 16 << 20, True),
+    ],
+)
+def test_a_guest_that_never_stops_writing_is_near_enough(
+    status: str, done: int, whole: int, first: int, near: bool
+) -> None:
+    """Never before all of the disk was sent once: a small disk is not copied while the guest stands."""
+    state = {"status": status, "current-progress": done, "total-progress": whole}
+    assert save_mirrors.is_near(state, first) is near
 
 
 async def test_a_rest_that_takes_longer_than_a_guest_may_stand(
