@@ -475,6 +475,10 @@ SAVE_COPY_MORE_BYTES = 1 << 30
 # its copy; this is written in the pause, in less than a second on any disk that can carry a guest.
 SAVE_COPY_REST_BYTES = 32 << 20
 
+# What copies leave free on a file system on which the guest's own images or the agent's journal are: an image that
+# cannot grow stops its guest.
+SAVE_COPY_LEAVES_BYTES = 256 << 20
+
 # The guest stands while the copies of its disks get the rest of what it wrote: as in a migration.
 SAVE_DRAIN_S = 8.0
 

@@ -14,6 +14,9 @@ A death of the agent leaves mirrors at work, and nothing that the guest notices.
 so the next agent finds what of them is still there, ends exactly those, and takes away the images, unless a snapshot
 may name them (`core.saving.may_name_copies`).
 
+A file system that its copies share with the guest's own images is never filled by them: an image that cannot grow
+would stop the guest. Copies are given up before that.
+
 A guest's write never waits for its copy (`copy-mode` background), and no trouble of a copy is reported to the guest.
 What that costs: a guest that writes faster than its copy grows may never be equal to it. So a copy that has sent
 several times what its disk has is given up, and so is a rest that takes longer than a guest may stand.
@@ -29,7 +32,7 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +74,8 @@ class Copying:
     """What the guest sees of each disk, by the path of its copy."""
     first_bytes: dict[str, int] = field(default_factory=dict)
     """What each mirror had to send as QEMU spoke of it first, by its job."""
+    shared: tuple[str, ...] = ()
+    """Folders of copies on whose file system the guest's images or the agent's state are."""
 
 
 def copies_of(job: str, disks: Sequence[tuple[str, str, str]]) -> tuple[StoredCopy, ...]:
@@ -97,6 +102,9 @@ async def make(job: SaveJob) -> None:
     MigrationFailed, MigrationCancelled; what was begun until then is `settle`'s to end."""
     machine, copies = job.kept.require_machine(), job.wanted.copies
     job.copying.sizes = await _sizes(job)
+    folders = {os.path.dirname(each.stored) for each in copies}
+    others = [*(each.path for each in copies), str(job.agent.config.state_dir)]
+    job.copying.shared = tuple(await asyncio.to_thread(lambda: sorted(f for f in folders if is_shared(f, others))))
     await _make_images(job)
     for each in copies:
         await _require_ours(job, each.stored)
@@ -211,8 +219,39 @@ async def _states(job: SaveJob) -> dict[str, dict[str, Any]]:
     return found
 
 
+def is_shared(folder: str, others: Iterable[str]) -> bool:
+    """Whether one of the others is on the folder's file system. Asks the file system; what is not there is on none."""
+    found = set()
+    for path in others:
+        with contextlib.suppress(OSError):
+            found.add(os.stat(path).st_dev)
+    try:
+        return os.stat(folder).st_dev in found
+    except OSError:
+        return False
+
+
+def _free_bytes(folder: str) -> int:
+    seen = os.statvfs(folder)
+    return seen.f_bavail * seen.f_frsize
+
+
+async def _require_room(job: SaveJob) -> None:
+    """Raises MigrationFailed while there is still room for what the guest itself writes; OSError."""
+    for folder in job.copying.shared:
+        free = await asyncio.to_thread(_free_bytes, folder)
+        if free < limits.SAVE_COPY_LEAVES_BYTES:
+            raise MigrationFailed(
+                f"{format_size(free)} are left in {folder}, where {job.vm} or its agent has to write, too: its disks "
+                "are not copied any further",
+                side="source",
+                hint="make room there, or put the copies on another file system with --disks-dir",
+            )
+
+
 async def _look(job: SaveJob) -> dict[str, dict[str, Any]]:
-    """The same of mirrors that nobody has asked to end."""
+    """The same of mirrors that nobody has asked to end; also raises what `_require_room` does."""
+    await _require_room(job)
     found = await _states(job)
     for copy in job.wanted.copies:
         if found[copy.job]["status"] in OVER:

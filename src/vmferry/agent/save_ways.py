@@ -17,13 +17,16 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from vmferry import limits
 from vmferry.agent import image_chain, images, save_disks, save_mirrors
 from vmferry.agent.machine import Machine
 from vmferry.agent.vms import KeptVm
 from vmferry.agent.wants import Overlay, SaveWanted, StoredCopy
+from vmferry.core.disk_reports import RoomReport
 from vmferry.core.saving import SaveFact, may_name_copies
 from vmferry.errors import PlanRefused, UsageError
 from vmferry.units import format_size
@@ -104,8 +107,9 @@ class Planned:
     copies: tuple[StoredCopy, ...] = ()
 
 
-async def plan(kept: KeptVm, wish: Wish, *, qemu: str) -> Planned:
-    """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps; UsageError."""
+async def plan(kept: KeptVm, wish: Wish, *, qemu: str, state_dir: Path) -> Planned:
+    """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps; UsageError.
+    `state_dir`: the agent's, which copies must not fill."""
     if wish.folder and wish.disks != MIRROR:
         raise UsageError(f"--disks-dir is where --disks {MIRROR} puts its copies, and nothing else does that")
     definition, writable = kept.definition, kept.definition.writable_paths()
@@ -148,7 +152,7 @@ async def plan(kept: KeptVm, wish: Wish, *, qemu: str) -> Planned:
         if disk["path"] in writable
     ]
     if wish.disks == MIRROR:
-        return Planned(copies=await _plan_copies(kept, wish, disks, qemu=qemu))
+        return Planned(copies=await _plan_copies(kept, wish, disks, qemu=qemu, state_dir=state_dir))
     return Planned(overlays=await _plan_overlays(kept, wish, disks))
 
 
@@ -170,11 +174,14 @@ async def _plan_overlays(kept: KeptVm, wish: Wish, disks: Sequence[_Disk]) -> tu
     return tuple(found)
 
 
-async def _plan_copies(kept: KeptVm, wish: Wish, disks: Sequence[_Disk], *, qemu: str) -> tuple[StoredCopy, ...]:
+async def _plan_copies(
+    kept: KeptVm, wish: Wish, disks: Sequence[_Disk], *, qemu: str, state_dir: Path
+) -> tuple[StoredCopy, ...]:
     if wish.folder and not os.path.isabs(wish.folder):
         raise UsageError(f"--disks-dir {wish.folder!r} is no absolute path, and the agent has its own current folder")
     await _require_no_other_job(kept.name, kept.require_machine())
-    found, rooms = [], {}
+    found: list[tuple[str, str, str]] = []
+    rooms: dict[str, RoomReport] = {}
     for disk in disks:
         if disk.opened.format not in FORMATS or disk.opened.is_encrypted:
             what = "encrypted" if disk.opened.is_encrypted else disk.opened.format or "of a format without a name"
@@ -206,19 +213,31 @@ async def _plan_copies(kept: KeptVm, wish: Wish, disks: Sequence[_Disk], *, qemu
             )
         rooms[disk.path] = room
         found.append((disk.opened.node, disk.path, stored))
+    await _require_room(kept.name, disks, rooms, qemu=qemu, state_dir=state_dir)
+    return save_mirrors.copies_of(wish.job, found)
+
+
+async def _require_room(
+    vm: str, disks: Sequence[_Disk], rooms: Mapping[str, RoomReport], *, qemu: str, state_dir: Path
+) -> None:
+    """By file system, since several copies may go to one."""
     needed: dict[str, int] = {}
+    others = [*(disk.path for disk in disks), str(state_dir)]
     for disk in disks:
         room = rooms[disk.path]
-        needed[room.filesystem] = total = needed.get(room.filesystem, 0) + await _needed_bytes(disk, qemu=qemu)
+        if room.filesystem not in needed:
+            is_shared = await asyncio.to_thread(save_mirrors.is_shared, room.folder, others)
+            needed[room.filesystem] = limits.SAVE_COPY_LEAVES_BYTES if is_shared else 0
+        needed[room.filesystem] += await _needed_bytes(disk, qemu=qemu)
+        total = needed[room.filesystem]
         if room.free_bytes is not None and total > room.free_bytes:
             raise PlanRefused(
-                f"the copies of the disks of {kept.name} need {total} bytes ({format_size(total)}) in {room.folder}, "
-                f"and {room.free_bytes} ({format_size(room.free_bytes)}) are free there",
+                f"the copies of the disks of {vm} need {total} bytes ({format_size(total)}) in {room.folder}, with "
+                f"what has to stay free there, and {room.free_bytes} ({format_size(room.free_bytes)}) are free",
                 side="source",
                 retry="after-fix",
                 hint="make room, or say --disks-dir with another folder",
             )
-    return save_mirrors.copies_of(wish.job, found)
 
 
 async def _require_no_other_job(vm: str, machine: Machine) -> None:

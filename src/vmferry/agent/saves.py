@@ -282,7 +282,7 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
             hint="say --pause: a guest that stands writes nothing",
         )
     wish = save_ways.Wish(job=job, name=arguments.name, disks=arguments.disks, folder=arguments.disks_dir)
-    planned = await save_ways.plan(kept, wish, qemu=agent.config.qemu)
+    planned = await save_ways.plan(kept, wish, qemu=agent.config.qemu, state_dir=agent.config.state_dir)
     if arguments.way == "background":
         for is_so, why in (
             (arguments.pause, "with pause the guest stands anyway"),

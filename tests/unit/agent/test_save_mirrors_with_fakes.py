@@ -199,7 +199,7 @@ def test_a_device_needs_a_folder_for_its_copy() -> None:
     kept = Kept()
     for plan, way in ((save_ways._plan_overlays, "external-snapshot"), (save_ways._plan_copies, "mirror")):
         wish = save_ways.Wish(job="1f" * 16, name="one", disks=way)
-        more = {"qemu": "/nowhere/qemu"} if way == "mirror" else {}
+        more: dict[str, Any] = {"qemu": "/nowhere/qemu", "state_dir": Path("/nowhere")} if way == "mirror" else {}
         with pytest.raises(PlanRefused, match="is a device") as caught:
             asyncio.run(plan(kept, wish, [disk], **more))
         assert "--disks-dir DIR" in caught.value.hint
@@ -287,6 +287,31 @@ async def test_a_rest_that_takes_longer_than_a_guest_may_stand(
     assert "still lacked" in wire["error"]["message"]
     assert (names(site), left(site)) == ([], set())
     await check_untouched(site, image)
+
+
+async def test_a_copy_never_takes_the_room_that_the_guest_itself_needs(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An image that cannot grow stops its guest. Only on a file system of the copies' own they may meet its end."""
+    site, image = await with_disk(make_site)
+    site.director.script("a", {"mirror": "hold"})
+    job = await begin(site)
+    await site.director.reached("a", "mirror")
+    monkeypatch.setattr(save_mirrors, "_free_bytes", lambda folder: limits.SAVE_COPY_LEAVES_BYTES - 1)
+    wire = await ended(job)
+    assert "has to write, too" in wire["error"]["message"]
+    assert left(site) == set()
+    await check_untouched(site, image)
+    monkeypatch.setattr(save_mirrors, "is_shared", lambda folder, others: False)
+    site.director.script("a")
+    assert (await save(site))["outcome"] == "saved"
+
+
+def test_what_is_on_one_file_system(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"")
+    assert save_mirrors.is_shared(str(tmp_path), ["/not/there", str(tmp_path / "a")])
+    assert not save_mirrors.is_shared(str(tmp_path), ["/not/there", "/proc"])
+    assert not save_mirrors.is_shared("/not/there", ["/not/there", "/proc"])
 
 
 async def test_no_image_is_made_over_anothers(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
