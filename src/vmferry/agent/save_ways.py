@@ -336,7 +336,8 @@ def _remove(path: str, job: SaveJob) -> bool:
 def wire(job: SaveJob) -> dict[str, Any]:
     """What became of the disks, as plain values."""
     wanted, facts = job.wanted, job.facts
+    are_there = SaveFact.COPIED in facts and (not job.is_over or may_name_copies(facts))
     return {
         "goes_on_in": {each.path: each.overlay for each in wanted.overlays if SaveFact.DISKS in facts},
-        "copies": {each.path: each.stored for each in wanted.copies if SaveFact.COPIED in facts},
+        "copies": {each.path: each.stored for each in wanted.copies if are_there},
     }

@@ -382,6 +382,7 @@ async def test_a_commit_that_is_refused_leaves_no_copy(make_site: MakeSite, monk
     _put(monkeypatch, StorePermanent("no room for the manifest"))
     wire = await save(site)
     assert "no room for the manifest" in wire["error"]["message"]
+    assert wire["copies"] == {}, "they were taken away again"
     assert (names(site), left(site)) == ([], set())
     await check_untouched(site, image)
 
