@@ -49,7 +49,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/snapshot_store.py", "vmferry.store"): _STORES,
     ("late-import", f"{AGENT}/save.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/save.py", "vmferry.engine"): _STORES,
-    ("late-import", f"{AGENT}/save_disks.py", "vmferry.engine"): _STORES,
+    ("late-import", f"{AGENT}/save_ways.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/saves.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/snapshot_commands.py", "vmferry.store"): _STORES,

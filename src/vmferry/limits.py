@@ -474,6 +474,25 @@ SNAPSHOT_THREADS_MAX = 8
 # room as it writes, and after a dozen the next dozen would not end otherwise.
 SAVE_PASSES_MAX = 12
 
+# A copy of a disk that is saved may have sent so many times what the disk has, and so much more for a small one: then
+# the guest writes faster than it is copied. The copy of a guest that writes half as fast ends after twice its size.
+SAVE_COPY_TIMES = 4
+SAVE_COPY_MORE_BYTES = 1 << 30
+
+# What a copy of a disk may lack as the memory begins to go. A guest that never stops writing is never quite equal to
+# its copy; this is written in the pause, in less than a second on any disk that can carry a guest.
+SAVE_COPY_REST_BYTES = 32 << 20
+
+# What copies leave free on a file system on which the guest's own images or the agent's journal are: an image that
+# cannot grow stops its guest.
+SAVE_COPY_LEAVES_BYTES = 256 << 20
+
+# The guest stands while the copies of its disks get the rest of what it wrote: as in a migration.
+SAVE_DRAIN_S = 8.0
+
+# How long copies that are given up may take to end before they are asked again.
+SAVE_OBEY_S = 3.0
+
 # How long a save's guest may stand while a person's leave is awaited (auto-finalize is off): as in a migration.
 SAVE_HOLD_S = 60.0
 

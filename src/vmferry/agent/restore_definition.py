@@ -53,7 +53,9 @@ _MAC: Final = re.compile(r"\bmac(?:addr)?\"?\s*[=:]\s*\"?([0-9A-Fa-f]{2}(?::[0-9
 _EXCLUSIVE: Final = re.compile(
     r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
 )
-_STORED: Final = ("read-only", "external-snapshot")
+_KEEPS_WRITES: Final = ("external-snapshot", "mirror")
+"""Ways in which a disk that the guest writes to is kept."""
+_STORED: Final = ("read-only", *_KEEPS_WRITES)
 """Ways of a disk whose image is the snapshot's."""
 _SINCE: Final = "since the snapshot was made"
 _ON_A_NETWORK: Final = frozenset({"tap"})
@@ -74,6 +76,8 @@ class GuestIdentity:
     """Images that it may change."""
     exclusive: tuple[str, ...] = ()
     """What it names on its host and only one process can have."""
+    bases: tuple[str, ...] = ()
+    """Images under disks that restores made for it."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -168,14 +172,14 @@ def renew(definition: VmDefinition, disks: Sequence[FrozenDisk], *, name: str, f
 
     Raises PlanRefused for what a snapshot of this kind cannot be restored with, SpecError for a malformed one.
     """
-    frozen = {disk.path: disk for disk in disks}
+    frozen = {disk.guest_path: disk for disk in disks}
     overlays: list[Overlay] = []
     moved: dict[str, DiskRef] = {}
     for number, disk in enumerate(definition.disks):
         if disk.readonly:
             continue
         stored = frozen.get(disk.path)
-        if stored is None or stored.way != "external-snapshot":
+        if stored is None or stored.way not in _KEEPS_WRITES:
             raise PlanRefused(
                 f"the snapshot does not keep what {definition.name} had on {disk.path}",
                 side="client",

@@ -369,7 +369,8 @@ def _add_migration_commands(commands: Any) -> None:
 
 
 def _add_restore(commands: Any) -> None:
-    disks = _command(commands, "disks", "vm_cmd:disks", "list the disks that restores made here, and who needs them",
+    disks = _command(commands, "disks", "vm_cmd:disks",
+                     "list the disks that restores and saves made here, and who needs them",
                      epilog=DISKS_EPILOG)  # fmt: skip
     disks.add_argument("--remove", metavar="DISK", help="take this one away, for good; one that is needed stays")
     disks.add_argument("--force", action="store_true",
@@ -424,8 +425,11 @@ def _add_snapshots(commands: Any) -> None:
     save.add_argument("--pause", action="store_true", help="the guest stands still until its snapshot is there")
     save.add_argument("--way", choices=("auto", "precopy", "background"), default="auto",
                       help="how its memory is taken (default: auto)")  # fmt: skip
-    save.add_argument("--disks", choices=("refuse", "external-snapshot"), default="refuse",
+    save.add_argument("--disks", choices=("refuse", "mirror", "external-snapshot"), default="refuse",
                       help="what becomes of disks that the guest writes to (default: refuse)")  # fmt: skip
+    save.add_argument("--disks-dir", default="", metavar="DIR",
+                      help="with --disks mirror: the folder of the agent's host in which the copies are made, as an "
+                      "absolute path (default: beside each disk)")  # fmt: skip
     save.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     save.add_argument("--no-auto-finalize", action="store_true",
                       help="pause before the guest's last state is taken, until 'vmferry job finalize VM'; for a "

@@ -20,8 +20,12 @@ examples
   vmferry restore monday --as web2 --on host-b --lazy
 """
 DISKS_EPILOG = """\
-What a restored guest writes goes into files of its own, which stay when the guest has ended: it may be wanted again.
-'vmferry stop NAME --remove-disks' ends a guest for good, together with them.
+What a restored guest writes goes into files of its own (overlay), which stay when the guest has ended: it may be wanted
+again. 'vmferry stop NAME --remove-disks' ends a guest for good, together with them.
+
+What 'vmferry save --disks mirror' copied (copy) stays as long as nobody takes it away, also when its snapshot is
+forgotten: guests that were restored from that may lie on it. One that a snapshot has, or on which something lies, is
+needed, and is not removed. After 'vmferry forget' this list says which copies nobody needs any more.
 
 examples
   vmferry disks
@@ -45,11 +49,20 @@ ways
   auto        background where it can be had, else precopy (the default)
 
 disks
-  Read-only disks are fine. A guest that writes to a disk is refused, unless --disks external-snapshot says what shall
-  become of it: each of its images stays as it is at the instant of the snapshot, and the guest goes on in a new file
-  VM-diskN.NAME.qcow2 beside it. The image must stay where it is, unchanged, as long as the snapshot is to be restored.
-  Write the new file into the guest's spec: with the old image the guest would begin in the past, and 'vmferry run'
-  refuses that. The last lines of the save say what belongs there.
+  Read-only disks are fine. A guest that writes to a disk is refused, unless --disks says what shall become of it.
+
+  mirror             each disk is copied while the guest runs, into a new file VM-diskN.NAME.stored.qcow2 beside it, or
+                     in --disks-dir (for a disk that is a device it has to be said). The guest stands only for what it
+                     wrote last, and goes on as before, on its own disk. Takes time and room for all that the disk
+                     has. A guest that writes faster than it is copied is told so, and goes on unsaved
+  external-snapshot  each image stays as it is at the instant of the snapshot, and the guest goes on in a new file
+                     VM-diskN.NAME.qcow2 beside it. Takes no time and no room at first, and the guest has one more
+                     file in its chain. Write the new file into the guest's spec: with the old image the guest would
+                     begin in the past, and 'vmferry run' refuses that. The last lines of the save say what belongs
+                     there
+
+  The image that the snapshot names (the copy, or the old image) must stay where it is, unchanged, as long as the
+  snapshot is to be restored. 'vmferry disks' lists copies, and who needs them.
 
 Whatever happens (a full disk, a repository that is gone, an agent that dies), the guest goes on, and a save that did
 not end leaves no snapshot, only objects that 'vmferry prune' takes away.
@@ -61,6 +74,7 @@ exit codes
 
 examples
   vmferry save web1 before-upgrade
+  vmferry save db1 nightly --disks mirror --disks-dir /srv/copies
   vmferry save db1 nightly --disks external-snapshot --json | jq .downtime_ms
 """
 INIT_EPILOG = """\

@@ -69,6 +69,17 @@ def test_a_restore_has_overlays_of_its_own_and_keeps_what_the_guest_knows() -> N
     assert spec.disk[1].path == "/images/cd.iso"
 
 
+def test_a_restore_of_a_copy_lies_on_the_copy(tmp_path: Path) -> None:
+    copy = tmp_path / "a.stored.qcow2"
+    copy.write_bytes(b"abc")
+    stored = frozen_disk(str(copy), way="mirror", format="qcow2", disk="/images/a.img", size_bytes=3)
+    found = renew(definition(disk=DISKS), [stored], name="web2", folder="/disks", tag="cafe")
+    (overlay,) = found.overlays
+    assert (overlay.backing, overlay.backing_format) == (str(copy), "qcow2")
+    assert "was changed since" in disk_objections([stored])[0]
+    assert disk_objections([dataclasses.replace(stored, mtime_ns=os.stat(copy).st_mtime_ns)]) == ()
+
+
 def test_a_disk_that_the_snapshot_does_not_keep_is_refused() -> None:
     for disks in ([], [frozen_disk(way="none")], [frozen_disk("/images/other.img")]):
         with pytest.raises(PlanRefused, match="does not keep what web1 had on /images/a"):
