@@ -11,9 +11,9 @@ A row whose pack is gone was put elsewhere by `prune`: it is looked for by id, a
 among all others (`moved`). Those are read one after the other, and only one with a page that is wanted stays: memory is
 for what a snapshot uses, and not for what else is in the repository.
 
-Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
-        which is never held while something is read or inflated. Indexes are added under another one; numbers that were
-        given out keep their meaning.
+Rule 1: threads may read at the same time. What they share, the frames that were inflated last and the bases that were
+        found, is under one lock, which is never held while something is read or inflated. Indexes are added under
+        another one; numbers that were given out keep their meaning.
 Rule 2: a frame is kept when a page of it has been found right. One with a page that is wrong is kept no more, and the
         store is asked once more: what was damaged may be whole again, brought back from a copy.
 """
@@ -70,6 +70,8 @@ class PageSource:
         self._frames: OrderedDict[tuple[int, int], Pages] = OrderedDict()
         self._lock = threading.Lock()
         self._adding = threading.Lock()
+        self._looking = threading.Lock()
+        """Held by whoever looks for bases."""
 
     def add(self, index: Index) -> int:
         """Its first number."""
@@ -109,18 +111,48 @@ class PageSource:
         """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without.
 
         An id may come more than once: an index can have a page twice, as a writer that does not remember all pages
-        stores some again."""
+        stores some again. A page that is stored whole goes before one that is a difference, and such a one counts only
+        with its base: differences may outlive theirs."""
         leaders, positions = first_of_each(ids)
         found = self._find_distinct(ids[leaders], is_whole=is_whole)
         return np.asarray(found[positions])
 
     def _find_distinct(self, ids: Ids, *, is_whole: bool) -> Numbers:
+        found = self._find_whole(ids)
+        if is_whole or not np.any(found == UNKNOWN):
+            return found
+        at = np.flatnonzero(found == UNKNOWN)
+        for positions, numbers, bases in self._differences_of(ids[at]):
+            has_base = self._find_whole_of(bases) != UNKNOWN
+            found[at[positions[has_base]]] = numbers[has_base]
+        return found
+
+    def _find_whole(self, ids: Ids) -> Numbers:
+        """Of distinct ids; UNKNOWN for those that are nowhere stored whole."""
         wanted = _numbered(ids)
         found = np.full(len(ids), UNKNOWN, np.uint32)
         for k, index in enumerate(self.indexes):
-            for positions, rows in _hits(index, self._live[k], wanted, is_whole=is_whole):
+            for positions, rows in _hits(index, self._live[k], wanted, is_whole=True):
                 found[positions] = rows + self.starts[k]
         return found
+
+    def _find_whole_of(self, ids: Ids) -> Numbers:
+        """The same of ids that may come more than once."""
+        leaders, positions = first_of_each(ids)
+        return np.asarray(self._find_whole(ids[leaders])[positions])
+
+    def _differences_of(self, ids: Ids) -> Iterator[tuple[npt.NDArray[np.intp], Numbers, Ids]]:
+        """For each index with some of these distinct ids as differences: their positions, numbers, and bases' ids."""
+        wanted = _numbered(ids)
+        for k, index in enumerate(self.indexes):
+            found = [
+                (positions, rows[index.are_differences(rows)], index.are_differences(rows))
+                for positions, rows in _hits(index, self._live[k], wanted, is_whole=False)
+            ]
+            positions = np.concatenate([np.zeros(0, np.intp), *(at[are].astype(np.intp) for at, _, are in found)])
+            rows = np.concatenate([np.zeros(0, np.int64), *(rows for _, rows, _ in found)])
+            if len(rows):
+                yield positions, (rows + self.starts[k]).astype(np.uint32), index.bases_of(rows)
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """As `find`, and if one is not found among the indexes that are here, those others that have one are added."""
@@ -131,18 +163,24 @@ class PageSource:
             with self._adding:
                 self._add_others(distinct[found == UNKNOWN], is_whole=is_whole)
             found = self._find_distinct(distinct, is_whole=is_whole)
+        if not is_whole and np.any(found == UNKNOWN):  # a difference is there, perhaps, and its base is somewhere else
+            bases = [each for _, _, each in self._differences_of(distinct[found == UNKNOWN])]
+            if bases:
+                self.find_anywhere(np.concatenate(bases), is_whole=True)
+                found = self._find_distinct(distinct, is_whole=False)
         return np.asarray(found[positions])
 
     def _add_others(self, ids: Ids, *, is_whole: bool) -> None:
-        """Adds those of the others that have some of these."""
+        """Adds those of the others that have some of these. A difference is no end of the search for its page: it may
+        have outlived its base, and the page may be stored whole in another one."""
         lost = np.ones(len(ids), np.bool_)
         wanted = _numbered(ids)
         others = () if self._others is None else self._others({each.index_id for each in self.indexes})
         for index in others:
             live, has_some = self._packs_there(index), False
-            for positions, _ in _hits(index, live, wanted, is_whole=is_whole):
+            for positions, rows in _hits(index, live, wanted, is_whole=is_whole):
                 has_some = has_some or bool(lost[positions].any())
-                lost[positions] = False
+                lost[positions[~index.are_differences(rows)]] = False
             if has_some:
                 self.add(index)
             if not lost.any():
@@ -186,15 +224,25 @@ class PageSource:
     def find_bases(self, k: int, rows: npt.NDArray[np.int64]) -> Numbers:
         """As `bases_of`; UNKNOWN for those that are nowhere. Of pages that no snapshot needs, bases may be gone."""
         ids = self.indexes[k].bases_of(rows)
-        numbers = self._bases.find(ids)
-        if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
-            # All that this index may ever ask for, at once: looking for one takes as long.
-            every = self.indexes[k].frames.bases
-            every = every[self._bases.find(every) == UNKNOWN]
-            found = self.find_anywhere(every, is_whole=True)
-            self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
-            numbers = self._bases.find(ids)
+        numbers = self._known_bases(ids)
+        if not np.any(numbers == UNKNOWN):
+            return numbers
+        # Whoever comes while somebody looks waits for that: until then nobody knows whether a base is nowhere.
+        with self._looking:
+            numbers = self._known_bases(ids)
+            if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
+                # All that this index may ever ask for, at once: looking for one takes as long.
+                every = self.indexes[k].frames.bases
+                every = every[self._known_bases(every) == UNKNOWN]
+                found = self.find_anywhere(every, is_whole=True)
+                with self._lock:
+                    self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
+                numbers = self._known_bases(ids)
         return numbers
+
+    def _known_bases(self, ids: Ids) -> Numbers:
+        with self._lock:
+            return self._bases.find(ids)
 
     def _is_worth_a_look(self, k: int) -> bool:
         """Whether to look for bases of index `k`: once, and for whoever waits for them again after a while, among what

@@ -21,6 +21,7 @@ Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_CREATED_S_MAX, STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
 from vmferry.store.backend import again
-from vmferry.store.errors import LockLost, StorePermanent
+from vmferry.store.errors import Damaged, LockLost, StorePermanent
 from vmferry.store.index import Index
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
 from vmferry.store.manifest import (
@@ -48,6 +49,8 @@ from vmferry.store.packer import Packer
 from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.reader import SnapshotReader, all_indexes
 from vmferry.store.repository import Repository
+
+log = logging.getLogger("vmferry.store")
 
 _CHUNK: Final = 1 << 16
 
@@ -88,6 +91,8 @@ class SnapshotWriter:
         """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
         self._is_there = False
         """The manifest was put, and the lock was still there afterwards: nothing can take that back."""
+        self.base_damage = ""
+        """What of the base could not be read; pages that changed there were stored whole."""
         self._differences = 0
         self._packer = Packer(repository, self._lock.renew_if_due)
 
@@ -249,7 +254,13 @@ class SnapshotWriter:
     ) -> None:
         """Stores those pages as differences for which that is worth it, and writes their numbers into `given`."""
         inside = np.flatnonzero(numbers < len(base.table(block)))
-        has, base_ids, base_pages, base_numbers = base.bases_for(block, numbers[inside])
+        try:
+            has, base_ids, base_pages, base_numbers = base.bases_for(block, numbers[inside])
+        except Damaged as error:  # of an old snapshot: these pages are stored whole, and need nothing of it
+            if not self.base_damage:
+                log.warning("snapshot=%s effect=read-base result=%s", base.snapshot, error)
+            self.base_damage = self.base_damage or str(error)
+            return
         which = inside[has]
         different = pages[which] ^ base_pages
         few = np.count_nonzero(different, axis=1) <= STORE_DIFFERENT_BYTES_MAX
