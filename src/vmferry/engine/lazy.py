@@ -49,6 +49,8 @@ log = logging.getLogger("vmferry.engine")
 Numbers = npt.NDArray[np.intp]
 _TOGETHER: Final = 8
 """Neighbours that are read with a page that was touched before."""
+_DAMAGE: Final = "damage"
+"""Whose trouble damaged objects are: everybody's who reads ahead, until all is there."""
 _ROOM_S: Final = 1.0
 """How long a reader waits for room before it looks whether it is still wanted."""
 
@@ -332,7 +334,8 @@ class LazySource:
                 run = self._next_run()
             if run is None:
                 if not self._has_bad:
-                    self._note_trouble(who, None)
+                    for each in (who, _DAMAGE):
+                        self._note_trouble(each, None)
                     return
                 self._rest(pause_s)
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
@@ -375,8 +378,9 @@ class LazySource:
         pages = run.pages[~run.block.have[run.pages]]
         error = self._bring(run.block, pages, who)
         if error is None:
+            self._note_trouble(who, None)
             if not (self._has_bad or self._had_bad):
-                self._note_trouble(who, None)
+                self._note_trouble(_DAMAGE, None)
             self._arrive(run)
             return True
         if error.retry != "no":
@@ -396,7 +400,9 @@ class LazySource:
                 self._place(block, pages, self._pages.read_some(block.name, pages))
         except Exception as error:  # noqa: BLE001  as above
             found = _as_ours(error)
-            self._note_trouble(who, found)
+            is_damage = found.retry == "no"
+            self._has_bad |= is_damage  # whatever becomes of it: it is looked at in another pass before it is over
+            self._note_trouble(_DAMAGE if is_damage else who, found)
             return found
         finally:
             self._reading.pop(who, None)
