@@ -65,6 +65,7 @@ ALLOWED: Final[dict[tuple[str, str, str], str]] = {
     ("late-import", f"{AGENT}/restores.py", "vmferry.agent"): _STORES,
     ("late-import", f"{AGENT}/restores.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/restores.py", "vmferry.store"): _STORES,
+    ("late-import", f"{AGENT}/restore_spec.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/touch_orders.py", "vmferry.engine"): _STORES,
     ("late-import", f"{AGENT}/touch_orders.py", "numpy"): _STORES,
     ("records-fact", f"{AGENT}/restoring.py", "note"): "the one way into a restore's own log",

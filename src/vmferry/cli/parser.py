@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from vmferry import __version__
 from vmferry.cli.snapshot_epilogs import (
     DISKS_EPILOG,
+    EXPORT_EPILOG,
+    IMPORT_EPILOG,
     INIT_EPILOG,
     RESTORE_EPILOG,
     RUN_EPILOG,
@@ -115,15 +117,6 @@ stays. It never touches a snapshot. Cancelled in the middle it has done a part, 
 exit codes
   0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
   repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
-"""
-EXPORT_EPILOG = """\
-The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
-'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
-'vmferry inspect-stream' read it. The guest's disks are not in it.
-
-examples
-  vmferry export before-upgrade /var/tmp/web1.stream
-  vmferry import /var/tmp/web1.stream web1-copy
 """
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
@@ -383,12 +376,15 @@ def _add_restore(commands: Any) -> None:
         "--lazy", action="store_true", help="run the guest at once; its memory follows as it is needed"
     )
     restore.add_argument("--as", dest="rename", default="", metavar="VM", help="the name that the guest gets")
+    restore.add_argument("--spec", default="", metavar="FILE",
+                         help="for a snapshot that was imported, and only for one: what its guest is made of, as "
+                         "'vmferry run' takes it")  # fmt: skip
     restore.add_argument("--on", dest="host", default="", metavar="HOST",
                          help="restore it there; that agent's repository must have the snapshot")  # fmt: skip
     restore.add_argument("--paused", action="store_true", help="do not start the guest")
     restore.add_argument("--accept", action="append", default=[], metavar="CODE",
-                         help="same-address: a card's address that another VM has on a network, too; unchecked-disk: a "
-                         "disk on a device, which nobody has written to since the snapshot")  # fmt: skip
+                         help="same-address: a card's address that another VM has on a network, too; unchecked-disk: "
+                         "a disk on a device or of a --spec, which nobody has written to since")  # fmt: skip
     restore.add_argument("--trust-definition", action="store_true",
                          help="take arguments of QEMU out of the snapshot that this host does not know")  # fmt: skip
     restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
@@ -463,7 +459,8 @@ def _add_snapshots(commands: Any) -> None:
                       epilog=EXPORT_EPILOG)  # fmt: skip
     export.add_argument("name", metavar="NAME", help="its name or its id")
     export.add_argument("file", metavar="FILE", help="a new file on the agent's host")
-    load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot")
+    load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot",
+                    epilog=IMPORT_EPILOG)  # fmt: skip
     load.add_argument("file", metavar="FILE", help="a file on the agent's host")
     load.add_argument("name", metavar="NAME", help="the snapshot's")
     for chore in (verify, prune, export, load):

@@ -11,6 +11,12 @@ ways
   The stored disks stay as they are: each restore writes to overlays of its own. What the guest has in common with a
   VM that runs (UUID, addresses of its cards) is named; what would do harm is refused before anything is started.
 
+a snapshot that was imported
+  --spec FILE says what its guest is made of, as for 'vmferry run': name (or --as), memory, CPUs, cards, disks, in the
+  order in which the guest had them. The machine type is the stream's; a spec that names another one is refused. Of the
+  spec's disks the snapshot knows nothing: they have to be what they were when the guest was saved, or its memory and
+  its disk do not belong together, so --accept unchecked-disk has to be said. The guest writes to overlays on them.
+
 exit codes
   0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
   All of them: 'vmferry exit-codes'.
@@ -18,6 +24,7 @@ exit codes
 examples
   vmferry restore monday --lazy
   vmferry restore monday --as web2 --on host-b --lazy
+  vmferry restore web1-copy --spec web1.toml --accept unchecked-disk
 """
 DISKS_EPILOG = """\
 What a restored guest writes goes into files of its own (overlay), which stay when the guest has ended: it may be wanted
@@ -84,4 +91,27 @@ none of it. It is encrypted if the agent has a --repository-key. A repository th
 
 exit codes
   0 there is one;  25 the place cannot be used, or has something else in it. All of them: 'vmferry exit-codes'.
+"""
+EXPORT_EPILOG = """\
+The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
+'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
+'vmferry inspect-stream' read it. The guest's disks are not in it, nor
+what its machine is made of: to restore it from there a spec is needed ('vmferry restore --help').
+
+examples
+  vmferry export before-upgrade /var/tmp/web1.stream
+  vmferry import /var/tmp/web1.stream web1-copy
+"""
+IMPORT_EPILOG = """\
+Keeps what a QEMU wrote that migrated into a file, or what 'vmferry export' wrote. A stream does not say what its
+machine is made of, nor which disks it had: 'vmferry restore NAME --spec FILE' does, and asks for --accept
+unchecked-disk if the spec has disks.
+
+exit codes
+  0 it is kept;  2 there is no such file;  20 it is no whole stream;  25 the repository refuses, or has that name.
+  All of them: 'vmferry exit-codes'.
+
+examples
+  vmferry import /var/tmp/web1.stream web1-copy
+  vmferry restore web1-copy --spec web1.toml
 """
