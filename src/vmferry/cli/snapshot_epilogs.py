@@ -98,6 +98,11 @@ The file is what a QEMU writes that migrates into a file: a QEMU of the same mac
 'vmferry inspect-stream' read it. The guest's disks are not in it, nor
 what its machine is made of: to restore it from there a spec is needed ('vmferry restore --help').
 
+exit codes
+  0 it is there, whole;  2 there is a file of that name, or no such folder;  12 cancelled;  25 the repository
+  refuses, or something in it is damaged;  26 the file cannot be written: no room, for example. Unless it is 0 nothing
+  is left of it. All of them: 'vmferry exit-codes'.
+
 examples
   vmferry export before-upgrade /var/tmp/web1.stream
   vmferry import /var/tmp/web1.stream web1-copy
@@ -108,8 +113,8 @@ machine is made of, nor which disks it had: 'vmferry restore NAME --spec FILE' d
 unchecked-disk if the spec has disks.
 
 exit codes
-  0 it is kept;  2 there is no such file;  20 it is no whole stream;  25 the repository refuses, or has that name.
-  All of them: 'vmferry exit-codes'.
+  0 it is kept;  2 there is no such file;  12 cancelled;  20 it is no whole stream;  25 the repository refuses, or has
+  that name;  26 the file cannot be read. All of them: 'vmferry exit-codes'.
 
 examples
   vmferry import /var/tmp/web1.stream web1-copy

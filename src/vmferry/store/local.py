@@ -209,7 +209,7 @@ class LocalFolder:
         """The object has its name, durably, when this returns or raises FileExistsError: that may be ours, of a put
         whose sync failed. Raises StoreTransient when it is there, and nobody knows for how long."""
         try:
-            _link_or_rename(temporary, target)
+            link_or_rename(temporary, target)
         except FileExistsError:
             self._sync_name(target)
             raise
@@ -235,13 +235,17 @@ class LocalFolder:
         _sync_folder(folder.parent)
 
 
-def _link_or_rename(temporary: Path, target: Path) -> None:
+def link_or_rename(temporary: Path, target: Path) -> None:
+    """Gives a file its name; what has that name stays. Raises OSError, FileExistsError if something has.
+
+    Where there are no hard links the old name is gone afterwards, and a name that somebody takes between the look and
+    the rename is lost."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if target.exists():
+        if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
         temporary.rename(target)
 
