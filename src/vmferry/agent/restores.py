@@ -70,7 +70,7 @@ class RestoreArguments:
     """`vm-restore`."""
 
     name: str
-    """The snapshot's name, or its id."""
+    """The snapshot's name, its id, or the beginning of its id."""
     rename: str = ""
     """The name that the guest gets; '': the one that it had."""
     host: str = ""
@@ -398,7 +398,7 @@ def _check(agent: Agent, arguments: RestoreArguments) -> None:
 
 
 def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
-    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError, also when this is
+    """A snapshot by whatever names it, described. In a thread of the store. Raises RepositoryError, also when this is
     not the repository that is `meant`, by its id."""
     from vmferry.agent import snapshot_sink
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords

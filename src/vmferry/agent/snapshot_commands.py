@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotName:
-    """A snapshot, by its name or its id."""
+    """A snapshot, by its name, its id, or the beginning of its id."""
 
     name: str
 

@@ -48,6 +48,7 @@ log = logging.getLogger("vmferry.agent")
 
 Numbers = npt.NDArray[np.int64]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BEGINNING = re.compile(r"[0-9a-f]{8,31}")
 _COMMIT_TRIES = 3
 _NUMBER_BYTES = 8
 
@@ -69,19 +70,28 @@ def require_free(repository: Repository, name: str) -> None:
 
 
 def find(repository: Repository, word: str) -> SnapshotInfo:
-    """The snapshot that a person means, by its name or its id. Raises UnknownSnapshot; RepositoryError if two hosts
-    gave the same name in the same moment."""
+    """The snapshot that a person means: by its id, which is what agents say to each other; else by its name; else by
+    the beginning of its id, of 8 digits or more.
+
+    Raises UnknownSnapshot; RepositoryError if several begin so, or two hosts gave the same name in the same moment."""
     with contextlib.suppress(UnknownSnapshot):
         return repository.snapshot(word)
-    named = [info for info in repository.each_snapshot() if info.head is not None and info.head.name == word]
-    if not named:
+    named, begun = [], []
+    for info in repository.each_snapshot():
+        if info.head is not None and info.head.name == word:
+            named.append(info)
+        elif _BEGINNING.fullmatch(word) and info.snapshot.startswith(word):
+            begun.append(info)
+    found = named or begun
+    if not found:
         raise UnknownSnapshot(
             f"the repository has no snapshot {word}", retry="no", hint="'vmferry snapshots' lists them"
         )
-    if len(named) > 1:
-        ids = ", ".join(sorted(info.snapshot for info in named))
-        raise RepositoryError(f"{len(named)} snapshots are named {word}; say which by its id: {ids}", retry="no")
-    return named[0]
+    if len(found) > 1:
+        are, by = ("are named", "its id") if named else ("have an id that begins with", "more of it")
+        ids = ", ".join(sorted(info.snapshot for info in found))
+        raise RepositoryError(f"{len(found)} snapshots {are} {word}; say which by {by}: {ids}", retry="no")
+    return found[0]
 
 
 def _size(numbers: Numbers, pages: Pages | None) -> int:

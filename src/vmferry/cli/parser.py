@@ -371,7 +371,11 @@ def _add_restore(commands: Any) -> None:
                        "there")  # fmt: skip
     restore = _command(commands, "restore", "restore_cmd:restore", "bring a guest back from a snapshot",
                        epilog=RESTORE_EPILOG)  # fmt: skip
-    restore.add_argument("snapshot", metavar="NAME", help="the snapshot's name, or its id")
+    restore.add_argument(
+        "snapshot",
+        metavar="NAME",
+        help="the snapshot's name, or its id or the beginning of it, as 'vmferry snapshots' shows it",
+    )
     restore.add_argument(
         "--lazy", action="store_true", help="run the guest at once; its memory follows as it is needed"
     )
@@ -438,11 +442,16 @@ def _add_snapshots(commands: Any) -> None:
     verify = _command(commands, "verify", "chore_cmd:verify",
                       "read every snapshot and name what is damaged",
                       epilog=VERIFY_EPILOG)  # fmt: skip
-    verify.add_argument("name", nargs="?", metavar="NAME", help="tell only what concerns this snapshot")
+    verify.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="tell only what concerns this snapshot (its name, or the beginning of its id)",
+    )
     verify.add_argument("--rebuild-indexes", action="store_true",
                         help="first make indexes that are missing or damaged again, from their packs")  # fmt: skip
     forget = _command(commands, "forget", "snapshot_cmd:forget", "take a snapshot away; 'prune' frees its room")
-    forget.add_argument("name", metavar="NAME", help="its name or its id")
+    forget.add_argument("name", metavar="NAME", help="its name, or its id or the beginning of it (8 digits or more)")
     prune = _command(commands, "prune", "chore_cmd:prune", "free the room of what no snapshot needs",
                      epilog=PRUNE_EPILOG)  # fmt: skip
     prune.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
@@ -457,7 +466,7 @@ def _add_snapshots(commands: Any) -> None:
                        help="show the plan, which waits for 'vmferry job finalize JOB', for an hour")  # fmt: skip
     export = _command(commands, "export", "chore_cmd:export", "write a snapshot as a plain stream file of QEMU's",
                       epilog=EXPORT_EPILOG)  # fmt: skip
-    export.add_argument("name", metavar="NAME", help="its name or its id")
+    export.add_argument("name", metavar="NAME", help="its name, or its id or the beginning of it (8 digits or more)")
     export.add_argument("file", metavar="FILE", help="a new file on the agent's host")
     load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot",
                     epilog=IMPORT_EPILOG)  # fmt: skip
