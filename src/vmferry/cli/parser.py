@@ -111,6 +111,8 @@ In a script say --yes. To look first and decide later:
   vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
   vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
 
+With --detach it waits in the same way, unless --yes is said as well; the last line (.next) says how it goes on.
+
 It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
 stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
 
