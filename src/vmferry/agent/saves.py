@@ -241,7 +241,7 @@ async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
     for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, save_ways.DISKS)):
         if value not in allowed:
             raise UsageError(f"{what} {value!r} is not possible; allowed: {', '.join(allowed)}")
-    with agent.claims.hold(arguments.vm, "saved"):
+    with agent.claims.hold(arguments.vm, "saved"), agent.snapshot_names.hold(arguments.name, job):
         agent.blockers.require_free(arguments.vm, Operation.SNAPSHOT)
         agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
         wanted = await _checked(agent, arguments, job)

@@ -7,6 +7,7 @@ Rule 1: all work is done in threads; the event loop only waits.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ async def export(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
 
 async def load(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
     """Keeps a stream file of this host as a snapshot. Returns the job at once. Raises UsageError, RepositoryError when
-    the name is taken, Busy; the job fails as `snapshot_files.load` does."""
+    the name is taken, Busy, also when another job is about to take it; the job fails as `snapshot_files.load` does."""
     return await _begin_with_file(agent, IMPORT.name, arguments, _require_importable)
 
 
@@ -200,8 +201,10 @@ async def _begin_with_file(
         return known
     wanted = _file_chore(kind, arguments)
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
-    await agent.snapshot_store.with_repository(lambda repository: require(repository, wanted))
-    return await agent.chores.begin(wanted)
+    is_new = kind == IMPORT.name
+    with agent.snapshot_names.hold(wanted.name, wanted.job) if is_new else contextlib.nullcontext():
+        await agent.snapshot_store.with_repository(lambda repository: require(repository, wanted))
+        return await agent.chores.begin(wanted)
 
 
 def _known(agent: Agent, arguments: JobWish) -> dict[str, Any] | None:
