@@ -325,9 +325,16 @@ def _info(attempt: RestoreAttempt) -> JobInfo:
         auto_dismiss=attempt.wanted.auto_dismiss,
         percent=moved.pages * 100 // moved.pages_whole if moved.pages_whole else None,
         percent_error=0,
-        verbs=[verb.value for verb in Verb if answer(KINDS[RESTORE.name], verb, state).answer is Answer.DOES],
+        verbs=_verbs(attempt, state),
         revision=attempt.revision,
     )
+
+
+def _verbs(attempt: RestoreAttempt, state: JobStatus) -> list[str]:
+    """What it takes: by the table, and without a cancel that would be refused since the guest may have run."""
+    found = [verb for verb in Verb if answer(KINDS[RESTORE.name], verb, state).answer is Answer.DOES]
+    refusal = core.cancel_refusal(attempt.log)
+    return [verb.value for verb in found if verb is not Verb.CANCEL or refusal is None]
 
 
 # --- the command ----------------------------------------------------------------------------------------------
