@@ -256,10 +256,9 @@ def _filled_meanwhile(host: AgentHost, copy: Path, filler: Path) -> dict[str, An
         thread = threading.Thread(target=fill, args=(may_stop,), name="filler")
         thread.start()
         try:
-            job = host.execute("vm-save", vm="web1", name="one", disks="mirror", **{"disks-dir": str(copy.parent)})[
-                "job"
-            ]
-            wait_true(lambda job=job: host.execute("job-status", job=job)["over"], timeout_s=60, why="it has an end")
+            wish = {"vm": "web1", "name": "one", "disks": "mirror", "disks-dir": str(copy.parent)}
+            job = host.execute("vm-save", **wish)["job"]
+            wait_true(partial(_is_over, host, job), timeout_s=60, why="it has an end")
         finally:
             may_stop.set()
             thread.join()
