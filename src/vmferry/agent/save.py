@@ -407,8 +407,8 @@ class SaveJob:
         self.snapshot = sink.snapshot
         if sink.base_damage:
             self.notes.append(
-                f"not all of {self.vm}'s snapshot before could be read ({sink.base_damage}); pages that are the same in "
-                "both are stored once: 'vmferry verify' tells whether this one lacks any"
+                f"not all of {self.vm}'s snapshot before could be read ({sink.base_damage}); pages that are in both "
+                "are stored once: 'vmferry verify' tells whether this one lacks any"
             )
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
 
