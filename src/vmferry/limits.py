@@ -400,10 +400,6 @@ RESTORE_PAGES_HELD_MAX = 2048
 RESTORE_LAZY_RUN_PAGES = 64
 RESTORE_FULL_RUN_PAGES = 512
 
-# Threads that read ahead for a full restore: one inflates while the other copies. A third only waits for the
-# interpreter. A lazy restore has one: what it reads is not waited for, and it stands in the way of what is.
-RESTORE_FULL_READERS = 2
-
 # A read of the repository that takes longer is told as trouble while it still goes on: an object store's library tries
 # by itself for a minute before it says anything.
 RESTORE_STALL_S = 3.0

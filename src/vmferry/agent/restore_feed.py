@@ -89,7 +89,7 @@ class Feed:
             self.image,
             reader,
             order=order,
-            readers=1 if lazy else limits.RESTORE_FULL_READERS,
+            readers=1,
             run_pages=limits.RESTORE_LAZY_RUN_PAGES if lazy else limits.RESTORE_FULL_RUN_PAGES,
             on_trouble=self._hear_trouble,
             name=name,

@@ -405,6 +405,11 @@ class SaveJob:
                 self.note(SaveFact.UNKNOWN, text=f"the commit may have been carried out: {error}")
             raise
         self.snapshot = sink.snapshot
+        if sink.base_damage:
+            self.notes.append(
+                f"not all of {self.vm}'s snapshot before could be read ({sink.base_damage}); pages that are in both "
+                "are stored once: 'vmferry verify' tells whether this one lacks any"
+            )
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
 
     async def _answer(self, commit: asyncio.Future[Head]) -> Head:

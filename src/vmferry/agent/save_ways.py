@@ -222,18 +222,20 @@ async def _require_room(
 ) -> None:
     """By file system, since several copies may go to one."""
     needed: dict[str, int] = {}
+    leaves: dict[str, int] = {}
     others = [*(disk.path for disk in disks), str(state_dir)]
     for disk in disks:
         room = rooms[disk.path]
-        if room.filesystem not in needed:
+        if room.filesystem not in leaves:
             is_shared = await asyncio.to_thread(save_mirrors.is_shared, room.folder, others)
-            needed[room.filesystem] = limits.SAVE_COPY_LEAVES_BYTES if is_shared else 0
-        needed[room.filesystem] += await _needed_bytes(disk, qemu=qemu)
-        total = needed[room.filesystem]
-        if room.free_bytes is not None and total > room.free_bytes:
+            leaves[room.filesystem] = limits.SAVE_COPY_LEAVES_BYTES if is_shared else 0
+        stays = leaves[room.filesystem]
+        needed[room.filesystem] = total = needed.get(room.filesystem, 0) + await _needed_bytes(disk, qemu=qemu)
+        if room.free_bytes is not None and total + stays > room.free_bytes:
+            more = f", of which {format_size(stays)} have to stay free for {vm} itself" if stays else ""
             raise PlanRefused(
-                f"the copies of the disks of {vm} need {total} bytes ({format_size(total)}) in {room.folder}, with "
-                f"what has to stay free there, and {room.free_bytes} ({format_size(room.free_bytes)}) are free",
+                f"the copies of the disks of {vm} need {total} bytes ({format_size(total)}) in {room.folder}, and "
+                f"{room.free_bytes} ({format_size(room.free_bytes)}) are free there{more}",
                 side="source",
                 retry="after-fix",
                 hint="make room, or say --disks-dir with another folder",

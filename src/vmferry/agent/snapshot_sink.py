@@ -136,6 +136,11 @@ class SnapshotSink:
         """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
         return self._writer is not None and self._writer.may_be_there
 
+    @property
+    def base_damage(self) -> str:
+        """What of the VM's snapshot before could not be read; '' if nothing was met."""
+        return "" if self._writer is None else self._writer.base_damage
+
     def spill(self) -> None:
         """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
         if self._spill_folder is not None:

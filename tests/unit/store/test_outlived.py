@@ -9,12 +9,14 @@ import pytest
 
 from tests.unit.store.conftest import RAM, ManualClock, Numbered, Store, memory, new_store, touched
 from vmferry.store.errors import Damaged
+from vmferry.store.manifest import Block
 from vmferry.store.memory import MemoryStore
 from vmferry.store.page_ids import PAGE_BYTES, Pages
 from vmferry.store.prune import execute, plan_prune
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Shape
 from vmferry.store.verify import verify
+from vmferry.store.writer import SnapshotWriter
 
 ONE_PACK = Shape(pack_bytes=10_000_000, index_pages=1_000_000)
 """A save is one pack."""
@@ -127,5 +129,13 @@ def test_a_damaged_base_costs_room_and_no_save(clock: ManualClock) -> None:
         backend.put(name, bytes(whole))
     later = touched(pages, 150)
     changed = np.flatnonzero((later != pages).any(axis=1))
-    with SnapshotReader(store.repository, store.later(first, later)) as reader:
+    block = Block(RAM, later.nbytes)
+    with (
+        SnapshotReader(store.repository, first) as base,
+        SnapshotWriter(store.repository, [block], base=base) as writer,
+    ):
+        writer.put(RAM, 0, later)
+        writer.commit("vm")
+    assert "packs/" in writer.base_damage
+    with SnapshotReader(store.repository, writer.snapshot) as reader:
         assert np.array_equal(reader.read_some(RAM, changed), later[changed])
