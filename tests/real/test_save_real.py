@@ -113,7 +113,10 @@ def test_a_saved_linux_guest_goes_on_and_what_was_kept_runs_in_a_plain_qemu(
     assert host.ok("verify")["whole"]
 
 
-def test_an_imported_linux_guest_is_restored_with_its_spec(make_pair: MakePair, guests: Guests, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [[], ["--lazy", "--wait"]], ids=["full", "lazy"])
+def test_an_imported_linux_guest_is_restored_with_its_spec(
+    make_pair: MakePair, guests: Guests, tmp_path: Path, way: list[str]
+) -> None:
     """Saved, exported, forgotten, imported: its own checks of memory and disk go on, and the stored disk stays."""
     host = make_pair(NEWEST).a
     spec = guests.linux()
@@ -134,7 +137,16 @@ def test_an_imported_linux_guest_is_restored_with_its_spec(make_pair: MakePair, 
         assert said in refused["message"] + refused["hint"]
     (disk,) = (each.path for each in vm_spec.load(spec).disk)
     stored = Path(disk).read_bytes()
-    wire = host.ok("restore", "theirs", "--spec", spec, "--accept", "unchecked-disk", timeout_s=120)
+    with_disk = ("--accept", "unchecked-disk", *way)
+    for memory in ("64M", "256M"):
+        other = Path(spec).with_name("other.toml")
+        other.write_text(Path(spec).read_text().replace('memory = "128M"', f'memory = "{memory}"'))
+        assert vm_spec.load(other).memory == memory
+        done = host.cli("restore", "theirs", "--spec", str(other), *with_disk, timeout_s=120)
+        assert done.code != 0, "memory of another size"
+        assert "pc.ram" in done.err or "memory" in done.err, done.err
+        assert host.ok("ls")["vms"] == [], "nothing of it is left"
+    wire = host.ok("restore", "theirs", "--spec", spec, *with_disk, timeout_s=120)
     assert wire["detail"] == "completed"
     serial = host.vm_directory("web1") / "serial.log"
     with SerialReader.follow(serial) as console:

@@ -16,6 +16,7 @@ a snapshot that was imported
   order in which the guest had them. The machine type is the stream's; a spec that names another one is refused. Of the
   spec's disks the snapshot knows nothing: they have to be what they were when the guest was saved, or its memory and
   its disk do not belong together, so --accept unchecked-disk has to be said. The guest writes to overlays on them.
+  A spec builds the machine that 'vmferry run' builds: QEMU refuses the state of a guest that had another one.
 
 exit codes
   0 the guest runs (or is there, with --paused);  8 refused, nothing was made;  25 the repository, or something in it.
