@@ -31,21 +31,22 @@ def main(paths: Sequence[str]) -> int:
     first = subprocess.run([*pytest, "-n", WORKERS, "--dist", "loadfile", "--durations", "10", *wanted], cwd=ROOT)
     if first.returncode != 1:
         return first.returncode
-    failed = _failed_before()
+    failed = failed_before(wanted)
     if not 0 < len(failed) <= FAILED_BEFORE_MAX:
         return first.returncode
     print(f"\n{len(failed)} failed and are tried once more on the quieter host:", *failed, sep="\n  ", flush=True)
     return subprocess.run([*pytest, "-p", "no:xdist", *failed], cwd=ROOT).returncode
 
 
-def _failed_before() -> list[str]:
-    """The tests that failed in the run that has just ended, as pytest's cache has them."""
-    cache = ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed"
+def failed_before(paths: Sequence[str], *, root: Path = ROOT) -> list[str]:
+    """The tests below these paths that failed in the run that has just ended, as pytest's cache has them: it forgets of
+    a path what passes there."""
+    cache = root / ".pytest_cache" / "v" / "cache" / "lastfailed"
     try:
         found = json.loads(cache.read_text())
     except (OSError, ValueError):
         return []
-    return sorted(name for name in found if name.startswith("tests/real"))
+    return sorted(name for name in found if any(name.startswith(path.rstrip("/")) for path in paths))
 
 
 if __name__ == "__main__":

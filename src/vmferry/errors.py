@@ -285,11 +285,19 @@ class RepositoryError(VmferryError):
     code = "repository"
 
 
+class FileFailed(VmferryError):
+    """A file that was named cannot be written or read whole: no room, no right, a fault of its disk."""
+
+    exit_code = 26
+    code = "file"
+    default_hint = "mend what the message says, or name a file elsewhere, and run the command again"
+
+
 ERROR_CLASSES: tuple[type[VmferryError], ...] = (
     VmferryError, UsageError, SpecError, UnknownVm, UnknownHost, HostUnreachable, NotTrusted, PlanRefused,
     Busy, OptionLocked, MigrationFailed, MigrationCancelled, Uncertain, GuestHeld, GuestLost,
     AgentUnreachable, QemuError, CancelRefused, Unfit, RemoteProtocolError,
-    RescueRefused, JobRefused, UnknownJob, Blocked, RepositoryError,
+    RescueRefused, JobRefused, UnknownJob, Blocked, RepositoryError, FileFailed,
 )  # fmt: skip
 _BY_CODE = {cls.code: cls for cls in ERROR_CLASSES}
 assert len(_BY_CODE) == len(ERROR_CLASSES), "two error classes share a code"

@@ -341,6 +341,10 @@ STORE_HEAD_BYTES_MAX = 16 << 20
 # Heads that are kept for the next listing, as they are stored: some hundred, at three times that in memory.
 STORE_HEADS_KEPT_BYTES = 4 << 20
 
+# Heads of manifests that are read side by side for a listing: of an object store each is a round trip of 10 to 100 ms,
+# and 500 shall take seconds and not a minute. Each has a thread and 64 KiB for that long.
+STORE_HEADS_AT_ONCE = 16
+
 # Device state of QEMU has some 100 KiB, with vGPUs some GiB; it is held in memory.
 STORE_DEVICE_STATE_BYTES_MAX = 1 << 30
 
@@ -465,6 +469,25 @@ SNAPSHOT_THREADS_MAX = 8
 # Passes over a guest's memory before a save stops it for the rest: each pass that a guest keeps up with costs as much
 # room as it writes, and after a dozen the next dozen would not end otherwise.
 SAVE_PASSES_MAX = 12
+
+# A copy of a disk that is saved may have sent so many times what the disk has, and so much more for a small one: then
+# the guest writes faster than it is copied. The copy of a guest that writes half as fast ends after twice its size.
+SAVE_COPY_TIMES = 4
+SAVE_COPY_MORE_BYTES = 1 << 30
+
+# What a copy of a disk may lack as the memory begins to go. A guest that never stops writing is never quite equal to
+# its copy; this is written in the pause, in less than a second on any disk that can carry a guest.
+SAVE_COPY_REST_BYTES = 32 << 20
+
+# What copies leave free on a file system on which the guest's own images or the agent's journal are: an image that
+# cannot grow stops its guest.
+SAVE_COPY_LEAVES_BYTES = 256 << 20
+
+# The guest stands while the copies of its disks get the rest of what it wrote: as in a migration.
+SAVE_DRAIN_S = 8.0
+
+# How long copies that are given up may take to end before they are asked again.
+SAVE_OBEY_S = 3.0
 
 # How long a save's guest may stand while a person's leave is awaited (auto-finalize is off): as in a migration.
 SAVE_HOLD_S = 60.0

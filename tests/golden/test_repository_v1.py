@@ -24,8 +24,9 @@ from vmferry.store.writer import SnapshotWriter
 
 KEPT = Path(__file__).parent / "repository-v1"
 KEYS: dict[str, Key | None] = {
-    "open": None, "pass-phrase": PassPhrase("golden"), "key-file": KeyFile(bytes(range(32))),
+    "open": None, "open-checked": None, "pass-phrase": PassPhrase("golden"), "key-file": KeyFile(bytes(range(32))),
 }  # fmt: skip
+"""`open` is from before frames had checks (2026-11-26)."""
 
 
 def first() -> Pages:

@@ -28,6 +28,7 @@ from vmferry.testing.hosts import NEWEST, PAIRS, QEMUS, AgentHost, Guests, MakeP
 from vmferry.testing.qemus import image_tool
 from vmferry.testing.serial_log import SerialReader
 from vmferry.testing.stream_loader import StreamLoader, differing_pages, read_ram
+from vmferry.vm import spec as vm_spec
 
 pytestmark = pytest.mark.real
 
@@ -110,6 +111,50 @@ def test_a_saved_linux_guest_goes_on_and_what_was_kept_runs_in_a_plain_qemu(
             console.wait_walks(2, timeout_s=WALKS_S)
     check_errors(report_of(pair.folder / "loader"))
     assert host.ok("verify")["whole"]
+
+
+@pytest.mark.parametrize("way", [[], ["--lazy", "--wait"]], ids=["full", "lazy"])
+def test_an_imported_linux_guest_is_restored_with_its_spec(
+    make_pair: MakePair, guests: Guests, tmp_path: Path, way: list[str]
+) -> None:
+    """Saved, exported, forgotten, imported: its own checks of memory and disk go on, and the stored disk stays."""
+    host = make_pair(NEWEST).a
+    spec = guests.linux()
+    host.ok("run", spec)
+    with host.console("web1") as console:
+        console.wait_ready(timeout_s=WALKS_S)
+        console.wait_walks(1, timeout_s=WALKS_S)
+        wire = host.ok("save", "web1", "one", "--disks", "external-snapshot", timeout_s=120)
+    assert wire["outcome"] == "saved", wire
+    before = (host.vm_directory("web1") / "serial.log").read_bytes()
+    file = tmp_path / "one.stream"
+    host.ok("export", "one", str(file))
+    host.ok("stop", "web1", "--force")
+    host.ok("forget", "one")
+    host.ok("import", str(file), "theirs")
+    for words, said in (([], "--spec FILE"), (["--spec", spec], "--accept unchecked-disk")):
+        refused = host.refused("restore", "theirs", *words, code=8)
+        assert said in refused["message"] + refused["hint"]
+    (disk,) = (each.path for each in vm_spec.load(spec).disk)
+    stored = Path(disk).read_bytes()
+    with_disk = ("--accept", "unchecked-disk", *way)
+    for memory in ("64M", "256M"):
+        other = Path(spec).with_name("other.toml")
+        other.write_text(Path(spec).read_text().replace('memory = "128M"', f'memory = "{memory}"'))
+        assert vm_spec.load(other).memory == memory
+        done = host.cli("restore", "theirs", "--spec", str(other), *with_disk, timeout_s=120)
+        assert done.code != 0, "memory of another size"
+        assert "pc.ram" in done.err or "memory" in done.err, done.err
+        assert host.ok("ls")["vms"] == [], "nothing of it is left"
+    wire = host.ok("restore", "theirs", "--spec", spec, *with_disk, timeout_s=120)
+    assert wire["detail"] == "completed"
+    serial = host.vm_directory("web1") / "serial.log"
+    with SerialReader.follow(serial) as console:
+        console.wait_walks(2, timeout_s=WALKS_S)
+    wait_true(lambda: serial.read_bytes().count(b"\nW disk ") >= 2, timeout_s=WALKS_S, why="two checks of the disk")
+    report = analyse_chain([[Chunk(0.0, before)], [Chunk(0.0, serial.read_bytes())]])
+    check_errors(report)
+    assert Path(disk).read_bytes() == stored, "the guest writes to an overlay"
 
 
 @pytest.mark.parametrize("version", QEMUS)

@@ -39,7 +39,7 @@ def test_no_exit_code_is_ever_reused() -> None:
         "not-trusted": 7, "refused": 8, "busy": 9, "option-locked": 10, "failed": 11, "cancelled": 12,
         "uncertain": 13, "held": 14, "lost": 15, "agent-unreachable": 16, "qemu": 17, "cancel-refused": 18,
         "unfit": 19, "protocol": 20, "rescue-refused": 21, "job-refused": 22, "unknown-job": 23, "blocked": 24,
-        "repository": 25,
+        "repository": 25, "file": 26,
     }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from vmferry.agent.plan import Plan, Planner
 from vmferry.agent.restore import restore
 from vmferry.agent.restores import Restores
 from vmferry.agent.saves import Saves
+from vmferry.agent.snapshot_names import SnapshotNames
 from vmferry.agent.snapshot_store import SnapshotStore
 from vmferry.agent.source import SourceAttempt, run_attempt
 from vmferry.agent.vms import KeptVm, VmDefinition
@@ -116,6 +117,7 @@ class Agent:
         self.restores = Restores(self)
         self.saves = Saves(self)
         self.chores = Chores(self)
+        self.snapshot_names = SnapshotNames(self)
         self.source_hands: Callable[[SourceAttempt, Effect], Awaitable[None]] = source_act.act
         self.destination_hands: Callable[[DestinationAttempt, DestinationEffect], Awaitable[None]] = destination_act.act
         self._is_restored = asyncio.Event()

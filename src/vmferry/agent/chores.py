@@ -298,6 +298,10 @@ class Chores:
         """The chore with this id that is at work, or None."""
         return self._jobs.get(job)
 
+    def at_work(self) -> Iterator[Chore]:
+        """Every chore that is not over."""
+        return iter(self._jobs.values())
+
     def has(self, job: str) -> bool:
         """Whether a chore has this id, or had it."""
         return job in self._jobs or job in self.results

@@ -127,6 +127,9 @@ def of_save(wire: dict[str, Any]) -> Iterator[Known]:
 
 def _of_restores(agent: Agent) -> Iterator[Known]:
     for disk in agent.restores.disks.known():
+        if disk.is_copy:
+            yield Known(disk.path, "", "", disk.vm, disk.snapshot, disk.name)
+            continue
         yield Known(disk.backing, disk.path, f"to which {disk.vm} writes since it was restored from {disk.name}")
 
 
@@ -147,7 +150,7 @@ def look(paths: Sequence[str], known: Sequence[Known]) -> list[Known]:
     found = []
     for path in paths:
         seen: set[str] = set()
-        for each in [*(k for k in known if _is_same(k.base, path)), *_beside(path)]:
+        for each in [*(k for k in known if _is_same(k.base, path)), *beside(path)]:
             if each.path in seen:
                 continue
             if _lies_on(each.path, path):
@@ -185,7 +188,7 @@ def _is_same(path: str, other: str) -> bool:
     return path == other or os.path.realpath(path) == os.path.realpath(other)
 
 
-def _beside(path: str) -> Iterator[Known]:
+def beside(path: str) -> Iterator[Known]:
     """Files in the folder of an image that say that they lie on it. Only regular files are opened; a device's folder
     has no images."""
     real = os.path.realpath(path)

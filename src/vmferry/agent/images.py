@@ -96,7 +96,16 @@ def room(path: str, *, qemu: str) -> RoomReport:
     )
 
 
-async def make(path: str, *, job: str, size_bytes: int, format: str, options: tuple[str, ...], qemu: str) -> Identity:
+async def make(
+    path: str,
+    *,
+    job: str,
+    size_bytes: int,
+    format: str,
+    options: tuple[str, ...],
+    qemu: str,
+    side: Side = "destination",
+) -> Identity:
     """An empty image under its temporary name. Raises Unfit; nothing is left then."""
     name = temporary(path, job)
     try:
@@ -108,12 +117,12 @@ async def make(path: str, *, job: str, size_bytes: int, format: str, options: tu
                 os.close(descriptor)
         else:
             os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-            await _create(name, size_bytes=size_bytes, format=format, options=options, qemu=qemu)
+            await _create(name, size_bytes=size_bytes, format=format, options=options, qemu=qemu, side=side)
         found = os.stat(name)
     except OSError as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
-        raise Unfit(f"the image {path} cannot be made: {error.strerror}", side="destination", cause=error) from error
+        raise Unfit(f"the image {path} cannot be made: {error.strerror}", side=side, cause=error) from error
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -121,25 +130,23 @@ async def make(path: str, *, job: str, size_bytes: int, format: str, options: tu
     return found.st_dev, found.st_ino
 
 
-async def _create(name: str, *, size_bytes: int, format: str, options: tuple[str, ...], qemu: str) -> None:
+async def _create(name: str, *, size_bytes: int, format: str, options: tuple[str, ...], qemu: str, side: Side) -> None:
     program = tool_of(qemu)
     if program is None:
-        raise Unfit("there is no qemu-img to make an image with", side="destination", hint="install qemu-utils")
+        raise Unfit("there is no qemu-img to make an image with", side=side, hint="install qemu-utils")
     more = ("-o", ",".join(options)) if options else ()
     words = ("create", "-q", "-f", format, *more, "--", name, str(size_bytes))
-    await run_tool(program, *words, what=f"make {name}", side="destination")
+    await run_tool(program, *words, what=f"make {name}", side=side)
 
 
-def publish(path: str, *, job: str) -> None:
+def publish(path: str, *, job: str, side: Side = "destination") -> None:
     """The image gets its own name. Raises Unfit where a file has that name; nothing of it was touched."""
     name = temporary(path, job)
     try:
         os.link(name, path)
         os.unlink(name)
     except OSError as error:
-        raise Unfit(
-            f"the image {path} cannot get its name: {error.strerror}", side="destination", cause=error
-        ) from error
+        raise Unfit(f"the image {path} cannot get its name: {error.strerror}", side=side, cause=error) from error
 
 
 def remove(path: str, identity: Identity | None, *, job: str) -> bool:
@@ -157,7 +164,7 @@ def remove(path: str, identity: Identity | None, *, job: str) -> bool:
 
 
 def sync(path: str) -> None:
-    """What was written to the file is on the disk. Raises OSError."""
+    """What was written to the file, or made in the folder, is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

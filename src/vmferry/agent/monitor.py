@@ -145,8 +145,11 @@ class Monitor:
         return back is not None and RestoreFact.RAN not in back.log
 
     def _is_a_mirrors(self, job: Any) -> bool:
-        """Whether this is QEMU's own name of a job that has another one here: a mirror's of the migration."""
-        attempt = self._attempt()
+        """Whether this is QEMU's own name of a job that has another one here: a mirror's of the migration, or of a
+        save."""
+        attempt, save = self._attempt(), self._agent.saves.active(self.kept.name)
+        if save is not None and any(job == each.job for each in save.wanted.copies):
+            return True
         return attempt is not None and any(job in mirror_jobs.qemu_jobs(mirror) for mirror in attempt.mirrors)
 
     def _on_event(self, event: Event) -> None:
@@ -300,7 +303,8 @@ class Monitor:
         return [info.to_wire() for info in self._agent.jobs.infos() if info.vm == self.kept.name]
 
     async def query_jobs(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        """QEMU's own, and vmferry's of this VM; mirrors of a migration are among the latter."""
+        """QEMU's own, and vmferry's of this VM; mirrors of a migration are among the latter. Those of a save are
+        part of its job."""
         theirs = await self._machine.execute("query-jobs")
         return [*(job for job in theirs if not self._is_a_mirrors(job["id"])), *self._jobs()]
 

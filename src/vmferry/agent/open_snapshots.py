@@ -171,8 +171,8 @@ class OpenSnapshots:
                     break
             try:
                 is_new = await run(reader.keep_lock)
-            except RepositoryError as error:
-                log.warning("snapshot=%s effect=renew-lock result=%s", snapshot, error)
+            except Exception as error:  # noqa: BLE001 - without an owner it gets stale, and is never taken anew
+                log.warning("snapshot=%s effect=renew-lock result=%r", snapshot, error)
             else:
                 if is_new:
                     self._on_new(snapshot)

@@ -97,8 +97,9 @@ async def _runs(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dic
 
 
 async def _identities(agent: Agent, who: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the VMs of this host could clash with."""
-    return {"identities": [each.to_wire() for each in restores.local_identities(agent)]}
+    """What the VMs of this host could clash with, and which images disks of this host lie on."""
+    found = [*restores.local_identities(agent), *await agent.restores.disks.bases()]
+    return {"identities": [each.to_wire() for each in found]}
 
 
 async def _list(agent: Agent, who: str | None, arguments: dict[str, Any]) -> Any:

@@ -14,19 +14,24 @@ The rest is compared with every VM that this agent or another one keeps:
 
 `accept` takes a clash of addresses upon oneself; what only one process can have stays refused.
 
+Stored images must be what they were. A file's size and time say so. A device says only how large it is: whether
+somebody has written to it since is a person's to know (`accept` again).
+
 Rule 1: nothing is changed or made here; all of it is known before anything is started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from vmferry.agent import image_chain
 from vmferry.agent.vms import DiskRef, VmDefinition
 from vmferry.core.preflight import QEMU_OVERHEAD_BYTES
 from vmferry.errors import PlanRefused, SpecError
@@ -40,12 +45,19 @@ if TYPE_CHECKING:
     from vmferry.vm.probe_qemu import QemuFacts
 
 SAME_ADDRESS: Final = "same-address"
+UNCHECKED_DISK: Final = "unchecked-disk"
+ACCEPTED: Final = (SAME_ADDRESS, UNCHECKED_DISK)
 """What `--accept` takes."""
 _MAC: Final = re.compile(r"\bmac(?:addr)?\"?\s*[=:]\s*\"?([0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5})\b")
 """`mac=`, `macaddr=`, and as JSON has it."""
 _EXCLUSIVE: Final = re.compile(
     r"\b(?:path|filename|file|mem-path|ifname|hostfwd|port|localaddr|listen|guestfwd)=([^,\"\s]+)"
 )
+_KEEPS_WRITES: Final = ("external-snapshot", "mirror")
+"""Ways in which a disk that the guest writes to is kept."""
+_STORED: Final = ("read-only", *_KEEPS_WRITES)
+"""Ways of a disk whose image is the snapshot's."""
+_SINCE: Final = "since the snapshot was made"
 _ON_A_NETWORK: Final = frozenset({"tap"})
 
 
@@ -64,6 +76,8 @@ class GuestIdentity:
     """Images that it may change."""
     exclusive: tuple[str, ...] = ()
     """What it names on its host and only one process can have."""
+    bases: tuple[str, ...] = ()
+    """Images under disks that restores made for it."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -158,14 +172,14 @@ def renew(definition: VmDefinition, disks: Sequence[FrozenDisk], *, name: str, f
 
     Raises PlanRefused for what a snapshot of this kind cannot be restored with, SpecError for a malformed one.
     """
-    frozen = {disk.path: disk for disk in disks}
+    frozen = {disk.guest_path: disk for disk in disks}
     overlays: list[Overlay] = []
     moved: dict[str, DiskRef] = {}
     for number, disk in enumerate(definition.disks):
         if disk.readonly:
             continue
         stored = frozen.get(disk.path)
-        if stored is None or stored.way != "external-snapshot":
+        if stored is None or stored.way not in _KEEPS_WRITES:
             raise PlanRefused(
                 f"the snapshot does not keep what {definition.name} had on {disk.path}",
                 side="client",
@@ -209,22 +223,48 @@ def disk_objections(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
     """What is wrong with the stored images and with what they lie on, a sentence each: missing, or not what they were.
     Reads the file system."""
     found = []
-    for disk in disks:
-        if disk.way not in ("read-only", "external-snapshot"):
+    for image, under in _stored(disks):
+        name = f"the disk image {image.path}{under}"
+        try:
+            seen = image_chain.look(image.path)
+        except OSError as error:
+            found.append(f"{name} of the snapshot is not there: {error.strerror}")
             continue
-        images: list[FrozenDisk | FrozenImage] = [disk, *(disk.chain or ())]
-        for image in images:
-            name = f"the disk image {image.path}{'' if image is disk else f' under {disk.path}'}"
-            try:
-                seen = os.stat(image.path)
-            except OSError as error:
-                found.append(f"{name} of the snapshot is not there: {error.strerror}")
-                continue
-            if image.path.startswith("/dev/"):
-                continue
-            if (seen.st_size, seen.st_mtime_ns) != (image.size_bytes, image.mtime_ns):
-                found.append(f"{name} was changed since the snapshot was made")
+        if seen.is_file and (seen.size_bytes, seen.mtime_ns) != (image.size_bytes, image.mtime_ns):
+            found.append(f"{name} was changed since the snapshot was made")
+        elif not seen.is_file and 0 not in (seen.size_bytes, image.size_bytes) and seen.size_bytes != image.size_bytes:
+            found.append(f"{name} has {seen.size_bytes} bytes, and had {image.size_bytes} when the snapshot was made")
     return tuple(found)
+
+
+def disk_doubts(disks: Sequence[FrozenDisk]) -> tuple[str, ...]:
+    """Of which stored images nobody can say whether they are what they were, a sentence each. Reads the file system."""
+    found = []
+    for image, under in _stored(disks):
+        with contextlib.suppress(OSError):  # `disk_objections` tells
+            if not image_chain.look(image.path).is_file:
+                found.append(f"{image.path}{under} is a device, and nobody can say whether it was written to {_SINCE}")
+    for disk in disks:
+        # There was no qemu-img, or an early vmferry that did not ask.
+        if disk.way in _STORED and disk.chain is None and disk.format not in image_chain.FLAT:
+            found.append(f"what {disk.path} lies on was not known, so nor is whether that was written to {_SINCE}")
+    return tuple(found)
+
+
+def unless_accepted(doubts: Sequence[str], accept: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(what forbids a restore, what should be known), as `clashes`. Pure."""
+    if UNCHECKED_DISK in accept:
+        return (), tuple(f"{doubt}; that was accepted" for doubt in doubts)
+    return tuple(f"{doubt}; say --accept {UNCHECKED_DISK} if it was not" for doubt in doubts), ()
+
+
+def _stored(disks: Sequence[FrozenDisk]) -> Iterator[tuple[FrozenDisk | FrozenImage, str]]:
+    """Each image that must be what it was, and under which it lies, in words."""
+    for disk in disks:
+        if disk.way in _STORED:
+            yield disk, ""
+            for image in disk.chain or ():
+                yield image, f" under {disk.path}"
 
 
 def memory_objection(definition: VmDefinition, blocks: Sequence[Block]) -> str:

@@ -78,7 +78,6 @@ class Feed:
         self._loop = loop
         self._on_news = on_news
         self.is_lazy, self._is_broken = lazy, broken
-        self._trouble: Trouble | None = None
         blocks = [
             RamBlock(each.name, each.size_bytes, size if (size := page_bytes.get(each.name, PAGE_BYTES)) != PAGE_BYTES
                      else None)
@@ -129,7 +128,7 @@ class Feed:
     @property
     def trouble(self) -> Trouble | None:
         """Why pages do not come, if that is so."""
-        return self._trouble or self.source.stalled()
+        return self.source.trouble or self.source.stalled()
 
     def has(self, fact: Fact) -> bool:
         """Whether the endpoint has recorded it."""
@@ -169,7 +168,7 @@ class Feed:
         return self.outgoing.outcome()
 
     async def stop(self) -> None:
-        """Ends the threads. One that hangs in a read of the repository ends with that."""
+        """Ends the threads, begun or not; again is fine. One that hangs in a read of the repository ends with that."""
         await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
@@ -195,6 +194,6 @@ class Feed:
             self.source.go()
         self._tell()
 
-    def _hear_trouble(self, trouble: Trouble | None) -> None:
-        self._trouble = trouble
+    def _hear_trouble(self, _: Trouble | None) -> None:
+        # Threads may tell in another order than it was: what is so is asked of the source.
         self._tell()

@@ -1,13 +1,17 @@
-"""Disks that restores made on this host: which there are, who needs each, and taking one away when a person says so.
+"""Disks that restores and saves made on this host: which there are, who needs each, and taking one away when a person
+says so.
 
 Theory of operation
 -------------------
 What a restored guest writes goes into files of its own (`overlays`). They outlive the guest: one that was powered off
-may be wanted again, and nobody but a person knows. So they are listed for as long as they are there, and the journal
-keeps the jobs that made them. They go when a person names one, or stops a guest and says that its disks go with it.
+may be wanted again, and nobody but a person knows. So do copies of disks that saves made (`save_mirrors`): they outlive
+their snapshots, since restored guests may lie on them. So both are listed for as long as they are there, and the
+journal keeps the jobs that made them. They go when a person names one, or stops a guest and says that its disks go with
+it.
 
-    who needs one (`why_kept`)    its restore, or another one's file on top of it; a VM of any host that answers; a
-                                  process that has it open; a snapshot that has it underneath
+    who needs one (`why_kept`)    the job that makes it; another file on top of it, of a restore of any host that
+                                  answers or beside it; a VM of any such host; a process that has it open; a snapshot
+                                  that has it, or has it underneath
 
 Rule 1: nothing is taken away that somebody is seen to need, whatever a person says; `force` is for what could not be
         seen: a host or a repository that does not answer.
@@ -27,10 +31,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from vmferry.agent import image_chain, images
+from vmferry.agent import disk_bases, image_chain, images
 from vmferry.agent.images import Identity
 from vmferry.agent.restore_definition import GuestIdentity
 from vmferry.agent.restoring import RestoreWanted
+from vmferry.agent.wants import SaveWanted
+from vmferry.core.job import SAVE
 from vmferry.errors import Busy, RepositoryError, UsageError, VmferryError
 from vmferry.jobs.journal import Entry, JobState
 from vmferry.vm import image_locks
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmferry.agent")
 
 IN_USE: Final = "a process has it open"
+OVERLAY: Final = "overlay"
+COPY: Final = "copy"
 Ask = Callable[["Agent"], Awaitable[tuple[list[GuestIdentity], tuple[str, ...]]]]
 """What all hosts' VMs have, and a sentence for each host that did not say."""
 
@@ -58,7 +66,7 @@ class RemoveArguments:
 
 @dataclass(frozen=True, slots=True)
 class RestoredDisk:
-    """A file that a restore made."""
+    """A file that a restore or a save made."""
 
     path: str
     backing: str
@@ -67,6 +75,17 @@ class RestoredDisk:
     name: str
     """The snapshot's."""
     identity: Identity
+    kind: str = OVERLAY
+    """What it is: a restored guest writes to an `overlay`, a snapshot has a `copy`."""
+    repository: str = ""
+    """Of a copy: where its snapshot is, or was."""
+    snapshot: str = ""
+    """The id of that; empty: none, or not known."""
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether a save made it."""
+        return self.kind == COPY
 
     def is_there(self) -> bool:
         """Whether the file of that name is the one that was made. Asks the file system."""
@@ -108,6 +127,7 @@ class Needs:
             *(f"{other.path} lies on it" for other in self.here if other.backing == path),
             *(f"{vm} needs it" for vm, files in self.files.items() if path in files),
             *(f"{vm.vm} on {vm.host} needs it" for vm in self.elsewhere if path in vm.writable),
+            *(f"a disk of {vm.vm} on {vm.host} lies on it" for vm in self.elsewhere if path in vm.bases),
             *([f"the snapshot {self.under[path]} needs it"] if path in self.under else []),
             *(() if force else self.unasked),
         ]
@@ -123,42 +143,68 @@ def of_job(wanted: RestoreWanted, made: Mapping[str, Identity]) -> list[Restored
     ]
 
 
+def copies_of_save(
+    wanted: SaveWanted, made: Mapping[str, Identity], *, snapshot: str | None = None
+) -> list[RestoredDisk]:
+    """The copies that one save made. `snapshot`: the id of the one that has them."""
+    return [
+        RestoredDisk(
+            each.stored, "", wanted.vm, wanted.job, wanted.name, made[each.stored], COPY, wanted.repository,
+            snapshot or "",
+        )
+        for each in wanted.copies
+        if each.stored in made
+    ]  # fmt: skip
+
+
 class RestoredDisks:
     """Owned by the agent's restores."""
 
     def __init__(self, agent: Agent, *, ask: Ask) -> None:
         self._agent, self._ask = agent, ask
         self._ended: dict[str, RestoredDisk] = {}
-        """Of restores that are over, by path."""
+        """Of jobs that are over, by path."""
 
     async def take_up(self, state: JobState) -> None:
-        """What the journal says of a restore that has ended. If nothing of it is left, the journal may forget it."""
+        """What the journal says of a restore or a save that has ended. If nothing of it is left, the journal may forget
+        it."""
         if not state.images:
             return
         try:
-            wanted = msgspec.convert(state.body, RestoreWanted)
             made = msgspec.convert(state.images, dict[str, tuple[int, int]])
+            if state.role == SAVE.name:
+                snapshot = (state.ended or {}).get("snapshot")
+                found = copies_of_save(msgspec.convert(state.body, SaveWanted), made, snapshot=snapshot)
+            else:
+                found = of_job(msgspec.convert(state.body, RestoreWanted), made)
         except msgspec.ValidationError as error:  # another version's: no reason not to start
             log.warning("job=%s effect=look-for-disks result=%s", state.job, error)
             return
-        self.remember(of_job(wanted, made))
+        self.remember(found)
         await self._forget_gone(state.job)
 
     def remember(self, disks: Iterable[RestoredDisk]) -> None:
-        """Those of a restore that is over."""
+        """Those of a job that is over."""
         self._ended |= {each.path: each for each in disks}
 
     def known(self) -> list[RestoredDisk]:
-        """Those that were made and are not known to be gone, also by restores at work."""
+        """Those that were made and are not known to be gone, also by jobs at work."""
         known = dict(self._ended)
         for attempt in self._agent.restores.at_work():
             known |= {each.path: each for each in of_job(attempt.wanted, attempt.images)}
+        for save in self._agent.saves.at_work():
+            known |= {each.path: each for each in copies_of_save(save.wanted, save.images)}
         return list(known.values())
 
     async def here(self) -> list[RestoredDisk]:
-        """Those that are there, also of restores at work."""
+        """Those that are there, also of jobs at work."""
         known = self.known()
         return await asyncio.to_thread(lambda: [each for each in known if each.is_there()])
+
+    async def bases(self) -> list[GuestIdentity]:
+        """Which images lie under disks that are here, for hosts that want to take one away."""
+        host = self._agent.config.name
+        return [GuestIdentity(each.vm, host, bases=(each.backing,)) for each in await self.here() if each.backing]
 
     async def look(self) -> Needs:
         """Who needs which file."""
@@ -180,11 +226,25 @@ class RestoredDisks:
         """Who needs it; '' if nobody does, as far as can be seen."""
         if self._agent.restores.by_id(disk.job) is not None:
             return "its restore is at work"
+        if self._agent.saves.by_id(disk.job) is not None:
+            return "its save is at work"
         is_open = await asyncio.to_thread(_is_open, disk.path)
         if is_open:
             return IN_USE
         why = needs.why(disk.path, force=force)
+        if not why and disk.is_copy:
+            why = await self._why_copy(disk, force=force)
         return why or ("" if is_open is not None or force else "nobody can say whether a process has it open")
+
+    async def _why_copy(self, disk: RestoredDisk, *, force: bool) -> str:
+        """What is asked of copies only: overlays have no snapshot of their own, and folders of their own."""
+        beside = await asyncio.to_thread(lambda: next(disk_bases.beside(disk.path), None))
+        if beside is not None:
+            return f"{beside.path} lies on it"
+        place = self._agent.snapshot_store.place
+        if disk.repository == place or force:
+            return ""
+        return f"its snapshot is or was in {disk.repository}, and this agent has {place}: nobody can say"
 
     async def remove(self, disk: RestoredDisk, *, force: bool = False) -> str:
         """Takes it away. Why it was not, or ''."""
@@ -282,7 +342,7 @@ def _under_snapshots(repository: Repository) -> dict[str, str]:
 
 
 async def listed(agent: Agent, arguments: Any) -> list[dict[str, Any]]:
-    """Every disk that a restore made on this host and that is there, and who needs it."""
+    """Every disk that a restore or a save made on this host and that is there, and who needs it."""
     disks = agent.restores.disks
     found, needs = [], await disks.look()
     for disk in needs.here:
@@ -296,11 +356,14 @@ async def listed(agent: Agent, arguments: Any) -> list[dict[str, Any]]:
 
 
 async def remove(agent: Agent, arguments: RemoveArguments) -> dict[str, Any]:
-    """Takes one away. Raises UsageError for a file that no restore of this host made, Busy for one that is needed."""
+    """Takes one away. Raises UsageError for a file that no restore and no save of this host made, Busy for one that is
+    needed."""
     disks = agent.restores.disks
     disk = next((each for each in await disks.here() if each.path == arguments.path), None)
     if disk is None:
-        raise UsageError(f"no restore of this host made {arguments.path}", hint="'vmferry disks' lists what is there")
+        raise UsageError(
+            f"no restore and no save of this host made {arguments.path}", hint="'vmferry disks' lists what is there"
+        )
     why = await disks.remove(disk, force=arguments.force)
     if why:
         hint = "'vmferry disks' shows who needs which"

@@ -24,19 +24,21 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmferry import limits
-from vmferry.agent import job_ids, restore_trust, restored_disks, vm_commands
+from vmferry.agent import job_ids, restore_spec, restore_trust, restored_disks, vm_commands
 from vmferry.agent.job_book import JobInfo
 from vmferry.agent.open_snapshots import OpenSnapshots
 from vmferry.agent.restore_definition import (
-    SAME_ADDRESS,
+    ACCEPTED,
     GuestIdentity,
     Renewed,
     clashes,
+    disk_doubts,
     disk_objections,
     host_objections,
     identity_of,
     memory_objection,
     renew,
+    unless_accepted,
 )
 from vmferry.agent.restored_disks import RestoredDisks
 from vmferry.agent.restoring import RestoreAttempt, RestoreWanted
@@ -51,6 +53,7 @@ from vmferry.vm import spec as vm_spec
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
+    from vmferry.agent.restore_spec import Given
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
     from vmferry.engine.lazy import Touches
     from vmferry.store.manifest import Head
@@ -67,7 +70,7 @@ class RestoreArguments:
     """`vm-restore`."""
 
     name: str
-    """The snapshot's name, or its id."""
+    """The snapshot's name, its id, or the beginning of its id."""
     rename: str = ""
     """The name that the guest gets; '': the one that it had."""
     host: str = ""
@@ -81,6 +84,10 @@ class RestoreArguments:
     accept: list[str] = field(default_factory=list)
     trust_definition: bool = False
     """Arguments of QEMU in the snapshot's definition that this host does not know are a person's own."""
+    spec_path: str = ""
+    """For a snapshot that was imported: the path of a spec, on the host whose agent is asked first."""
+    spec: dict[str, Any] | None = None
+    """The same in wire form, as it goes on to another host."""
     job: str = ""
     """Minted by the client, so that asking twice is asking once; made here if empty."""
     auto_dismiss: bool = True
@@ -318,9 +325,16 @@ def _info(attempt: RestoreAttempt) -> JobInfo:
         auto_dismiss=attempt.wanted.auto_dismiss,
         percent=moved.pages * 100 // moved.pages_whole if moved.pages_whole else None,
         percent_error=0,
-        verbs=[verb.value for verb in Verb if answer(KINDS[RESTORE.name], verb, state).answer is Answer.DOES],
+        verbs=_verbs(attempt, state),
         revision=attempt.revision,
     )
+
+
+def _verbs(attempt: RestoreAttempt, state: JobStatus) -> list[str]:
+    """What it takes: by the table, and without a cancel that would be refused since the guest may have run."""
+    found = [verb for verb in Verb if answer(KINDS[RESTORE.name], verb, state).answer is Answer.DOES]
+    refusal = core.cancel_refusal(attempt.log)
+    return [verb.value for verb in found if verb is not Verb.CANCEL or refusal is None]
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -347,6 +361,12 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
         # A name means another guest in another repository: what is meant is settled where the person is.
         meant = await agent.snapshot_store.with_repository(lambda repository: find(repository, arguments.name))
         wish = {**msgspec.to_builtins(arguments), "host": "", "name": meant.snapshot, "repository": meant.repository}
+        # An earlier agent knows of no spec, and needs not, as long as there is none.
+        wish = {key: value for key, value in wish.items() if key not in ("spec_path", "spec")}
+        spec = await asyncio.to_thread(restore_spec.wish_of, arguments.spec_path, arguments.spec)
+        if spec is not None:
+            restore_spec.require_fit(arguments.name, meant.words, spec)
+            wish["spec"] = spec
         answered = await link.call("peer-forward", {"command": "vm-restore", "arguments": wish}, deadline_s=FORWARD_S)
         return dict(answered)
     job = job_ids.wanted(arguments.job)
@@ -358,14 +378,17 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
     found = await agent.snapshot_store.with_repository(
         lambda repository: find(repository, arguments.name, meant=arguments.repository)
     )
-    vm = arguments.rename or found.words.vm
+    spec = await asyncio.to_thread(restore_spec.wish_of, arguments.spec_path, arguments.spec)
+    restore_spec.require_fit(arguments.name, found.words, spec)
+    given = None if spec is None else await restore_spec.given(agent, spec, found.words)
+    vm = arguments.rename or (found.words.vm if given is None else given.definition.name)
     if not vm_spec.is_name(vm):
         raise UsageError(f"{vm!r} is no name of a VM", hint="say --as NAME")
     with agent.claims.hold(vm, "restored"):
-        renewed = await _renewed(agent, arguments, found, vm=vm, job=job)
+        renewed = await _renewed(agent, arguments, found, given, vm=vm, job=job)
         mine = identity_of(renewed.definition, host=agent.config.name)
         with agent.restores.promised(job, mine):
-            wanted = await _wanted(agent, arguments, found, renewed, mine=mine, job=job)
+            wanted = await _wanted(agent, arguments, found, renewed, given, mine=mine, job=job)
             await agent.journal.append(Entry.RESTORE_WANTED, job, msgspec.to_builtins(wanted))
             attempt = RestoreAttempt(agent, wanted)
             agent.restores.begin(attempt)
@@ -374,15 +397,15 @@ async def restore(agent: Agent, arguments: RestoreArguments) -> dict[str, Any]:
 
 def _check(agent: Agent, arguments: RestoreArguments) -> None:
     """Raises UsageError, Busy."""
-    unknown = set(arguments.accept) - {SAME_ADDRESS}
+    unknown = set(arguments.accept) - {*ACCEPTED}
     if unknown:
-        raise UsageError(f"--accept {unknown.pop()} is not known; there is {SAME_ADDRESS}")
+        raise UsageError(f"--accept {unknown.pop()} is not known; there are {' and '.join(ACCEPTED)}")
     agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
     agent.restores.require_room()
 
 
 def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
-    """A snapshot by its name or its id, described. In a thread of the store. Raises RepositoryError, also when this is
+    """A snapshot by whatever names it, described. In a thread of the store. Raises RepositoryError, also when this is
     not the repository that is `meant`, by its id."""
     from vmferry.agent import snapshot_sink
     from vmferry.engine.frozen import FrozenDisk, SnapshotWords
@@ -393,7 +416,8 @@ def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
         raise RepositoryError(
             f"this host's repository ({own[:12]}) is not the one that has the snapshot ({meant[:12]})",
             retry="after-fix",
-            hint="give both agents the same --repository, or export the snapshot and import it there",
+            hint="give both agents the same --repository, or export the snapshot, import it there, and "
+            "restore that with --spec FILE",
         )
     info = snapshot_sink.find(repository, name)
     if info.head is None:
@@ -402,34 +426,46 @@ def find(repository: Repository, name: str, *, meant: str = "") -> _Found:
     return _Found(own, info.snapshot, info.head, words, tuple(FrozenDisk.from_wire(each) for each in info.head.disks))
 
 
-async def _renewed(agent: Agent, arguments: RestoreArguments, found: _Found, *, vm: str, job: str) -> Renewed:
+async def _renewed(
+    agent: Agent, arguments: RestoreArguments, found: _Found, given: Given | None, *, vm: str, job: str
+) -> Renewed:
     """The VM that it would be. Raises PlanRefused, RepositoryError."""
-    if found.words.definition is None:
-        raise PlanRefused(
-            f"the snapshot {arguments.name} was imported, and nobody knows what its machine is made of", side="client"
-        )
-    old = restore_trust.read_definition(found.words.definition, found.disks)
-    await restore_trust.require_trust(agent, old, is_said=arguments.trust_definition)
-    objection = "" if restore_trust.powers(old) else memory_objection(old, found.head.blocks)
+    if given is None:
+        definition, disks = restore_trust.read_definition(found.words.definition, found.disks), found.disks
+        await restore_trust.require_trust(agent, definition, is_said=arguments.trust_definition)
+    else:  # a person's own, as one that is run
+        definition, disks = given.definition, given.disks
+    objection = "" if restore_trust.powers(definition) else memory_objection(definition, found.head.blocks)
     if objection:  # arguments that somebody vouched for may give a guest any memory
         raise PlanRefused(f"{arguments.name} cannot be restored: {objection}", side="client")
     folder = agent.config.disk_dir or agent.config.state_dir / "disks"
-    return renew(old, found.disks, name=vm, folder=str(folder), tag=job[:8])
+    return renew(definition, disks, name=vm, folder=str(folder), tag=job[:8])
 
 
 async def _wanted(
-    agent: Agent, arguments: RestoreArguments, found: _Found, renewed: Renewed, *, mine: GuestIdentity, job: str
+    agent: Agent,
+    arguments: RestoreArguments,
+    found: _Found,
+    renewed: Renewed,
+    given: Given | None,
+    *,
+    mine: GuestIdentity,
+    job: str,
 ) -> RestoreWanted:
     """Asks everything that can be asked before something is made. Raises PlanRefused with every reason."""
     vm = mine.vm
-    _, (others, unasked), reasons = await asyncio.gather(
+    _, (others, unasked), reasons, doubts = await asyncio.gather(
         vm_commands.free_name(agent, vm),
         identities(agent, but=job),
-        asyncio.to_thread(disk_objections, found.disks),
+        asyncio.to_thread(disk_objections, found.disks if given is None else given.disks),
+        asyncio.to_thread(disk_doubts, found.disks),
     )
     refused, notes = clashes(mine, others, accept=arguments.accept)
+    if given is not None:
+        doubts, reasons = given.doubts, (*reasons, *restore_spec.written_by(given.disks, others))
     lacks, known = await _host_objections(agent, renewed, lazy=arguments.lazy, saved_by=found.words.qemu_version)
-    refused = (*reasons, *refused, *lacks)
+    doubtful, accepted = unless_accepted(doubts, arguments.accept)
+    refused = (*reasons, *doubtful, *refused, *lacks)
     if refused:
         raise PlanRefused(f"{arguments.name} cannot be restored as {vm}: {'; '.join(refused)}", side="client")
     return RestoreWanted(
@@ -442,7 +478,7 @@ async def _wanted(
         definition=renewed.definition.to_wire(),
         directory=str(agent.vm_directory / f"{vm}-{job[:8]}"),
         overlays=renewed.overlays,
-        notes=(*notes, *unasked, *known),
+        notes=(*notes, *accepted, *unasked, *known),
         auto_dismiss=arguments.auto_dismiss,
         wanted_s=agent.clock.wall_s(),
     )

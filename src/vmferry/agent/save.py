@@ -10,7 +10,7 @@ The way there is a straight line (`_save`); whatever ends it, the way back is a 
     3. `migrate` to a socket of ours; pages go into packs   QEMU loses its connection and stays with its guest; packs
                                                             that nobody needs are left, for `prune`
     4. only for writable disks, or for a person's leave:    the guest stands until the next agent cancels the
-       QEMU's pause before the switchover, new images       migration; images: see `save_disks`
+       QEMU's pause before the switchover, disks            migration; disks: see `save_disks`, `save_mirrors`
     5. the last pages, set aside in a file, and the device  QEMU goes back by itself; once it has completed, the guest
        state; QEMU has completed                            stands until the next agent says `cont`
     6. `cont`                                               the guest runs; what was saved is lost with the agent
@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vmferry import limits
-from vmferry.agent import job_events, save_back, save_disks, save_report
+from vmferry.agent import job_events, save_back, save_mirrors, save_report, save_ways
 from vmferry.agent.images import Identity
 from vmferry.agent.own_threads import in_own_thread
 from vmferry.agent.save_back import CONT_S, RETRY_FIRST_S, RETRY_LAST_S
@@ -59,6 +59,7 @@ from vmferry.core.saving import (
     halt_of,
     halted,
     may_cancel,
+    may_name_copies,
     ran_at_instant,
     save_job,
     word_of,
@@ -108,7 +109,7 @@ class SaveJob:
     def __post_init__(self) -> None:
         self.facts = SaveLog()
         self.revision = 0
-        self.counted = Counted()
+        self.counted = Counted(guest_bytes=self.kept.definition.memory_bytes)
         self.error: VmferryError | None = None
         self.head: Head | None = None
         self.snapshot = ""
@@ -125,11 +126,13 @@ class SaveJob:
         self._sink: SnapshotSink | None = None
         self._incoming: Incoming | None = None
         self._cleaning: asyncio.Future[None] | None = None
+        self.copying = save_mirrors.Copying()
         self.sizes: dict[str, int] = {}
         """What the guest sees of its disks, by their new files."""
         self.disks_settled = not self.was_restored
-        """Whether it is known, and durable, which files the guest's disks are now."""
+        """Whether it is known, and durable, which files the guest's disks are now, and none is copied any more."""
         self._options = SaveOptions(self.wanted, self.options_before)
+        self._hands = save_ways.hands_of(self.wanted)
 
     # --- what others see ----------------------------------------------------------------------------------
 
@@ -208,11 +211,11 @@ class SaveJob:
             else:
                 await self._whole_way()
             await self.give_back()
-            await save_disks.settle(self)
-            await save_disks.take_away(self)
+            await self._hands.settle(self)
             await self._clean_up()
-            if self.was_restored or SaveFact.UNKNOWN in self.facts:
+            if SaveFact.KEPT not in self.facts and (self.was_restored or may_name_copies(self.facts)):
                 await self._look_for_it()
+            await save_ways.take_away(self)
         except asyncio.CancelledError:  # the agent ends: a moment for the guest, if it stands
             with contextlib.suppress(VmferryError, TimeoutError):
                 async with asyncio.timeout(CLOSING_S):
@@ -283,7 +286,7 @@ class SaveJob:
         self._check_cancel()
         await self._options.apply(machine, self._remember_options)
         self.note(SaveFact.CONFIGURED, text=self.way)
-        await save_disks.make(self)
+        await self._hands.make(self)
         if self.wanted.pause:
             await self._stop("asked for")
         incoming, ours, theirs = self._endpoint(sink)
@@ -316,8 +319,7 @@ class SaveJob:
         """Until QEMU has completed. Raises MigrationFailed, MigrationCancelled."""
         machine = self.kept.require_machine()
         while True:
-            self._wake.clear()
-            self._check_cancel()
+            self.look_anew()
             info = await machine.migration()
             self.counted.count(info)
             match word_of(info.get("status")):
@@ -328,10 +330,11 @@ class SaveJob:
                 case Word.WAITS:
                     await self._at_the_switchover()
                 case Word.GOING:
+                    await self._hands.watch(self)
                     await self._look_at_the_guest()
                     if self.counted.passes > limits.SAVE_PASSES_MAX and self.way == "precopy":
                         await self._stop(f"it writes faster than it is saved, after {self.counted.passes} passes")
-            await self._pause(POLL_S)
+            await self.pause(POLL_S)
 
     async def _at_the_switchover(self) -> None:
         """The guest stands and its disks are quiet: leave, new images, and on."""
@@ -341,13 +344,13 @@ class SaveJob:
         self.note(SaveFact.STANDS, by="QEMU")
         until_s = self.agent.clock.now_s() + limits.SAVE_HOLD_S
         while awaits_leave(self.facts):
-            self._wake.clear()
-            self._check_cancel()
+            self.look_anew()
+            await self._hands.watch(self)
             if self.agent.clock.now_s() >= until_s:
                 raise MigrationFailed(f"nobody gave leave within {limits.SAVE_HOLD_S:g} s; {self.vm} goes on")
-            await self._pause(POLL_S)
-        if SaveFact.DISKS not in self.facts and self.wanted.overlays:
-            await save_disks.switch(self)
+            await self.pause(POLL_S)
+        if self.wanted.keeps_disks and SaveFact.DISKS not in self.facts and SaveFact.COPIED not in self.facts:
+            await self._hands.switch(self)
         with contextlib.suppress(QmpCommandError):  # it went on by itself, or is over: the next look says which
             await machine.execute("migrate-continue", {"state": "pre-switchover"})
 
@@ -362,7 +365,7 @@ class SaveJob:
                 break
             if self.agent.clock.now_s() >= until_s:
                 raise MigrationFailed(f"the state of {self.vm} is not whole {limits.SAVE_WHOLE_S:g} s after its end")
-            await self._pause(POLL_S)
+            await self.pause(POLL_S)
         if not incoming.image.is_device_state_whole or incoming.error is not None:
             raise incoming.error or MigrationFailed(f"the state of {self.vm} did not come whole")
         self.note(SaveFact.WHOLE, by="endpoint")
@@ -376,17 +379,17 @@ class SaveJob:
         return MigrationFailed(f"{self.vm} was not saved: {text}", side="source")
 
     async def _keep(self, sink: SnapshotSink) -> None:
-        """The commit. Raises RepositoryError: there is no snapshot then, but if its manifest's put was tried nobody
-        knows."""
-        from vmferry.store.errors import StoreTransient
-
+        """The commit. Raises RepositoryError: there is no snapshot then, unless its manifest's put may have been done:
+        then nobody knows."""
         self._check_cancel()
         if self._incoming is not None:  # the writer has one user at a time
             outcome = await in_own_thread(f"save-end-{self.vm}", self._incoming.stop)
             if outcome.threads_left:
                 raise MigrationFailed(f"the endpoint of the save does not end: {', '.join(outcome.threads_left)}")
-        wanted = self.wanted  # nobody writes to these disks any more
-        self.disks = await save_disks.describe(wanted.definition, wanted.overlays, qemu=self.agent.config.qemu)
+        self.disks = await save_ways.describe(self)  # nobody writes to them any more
+        if self.wanted.copies:
+            await self.agent.journal.append(Entry.SAVE_ACTS, self.job, {"commits": True})
+            self.note(SaveFact.COMMITS)
         self._check_cancel()
         self.is_committing = True
         work = functools.partial(sink.commit, self.wanted.name, self._words(), self.disks)
@@ -397,11 +400,16 @@ class SaveJob:
             commit = asyncio.ensure_future(self.agent.snapshot_store.run(work))
         try:
             self.head = await self._answer(commit)
-        except StoreTransient:
+        except Exception as error:
             if sink.may_be_there:
-                self.note(SaveFact.UNKNOWN, text="the repository's answer to the commit was lost")
+                self.note(SaveFact.UNKNOWN, text=f"the commit may have been carried out: {error}")
             raise
         self.snapshot = sink.snapshot
+        if sink.base_damage:
+            self.notes.append(
+                f"not all of {self.vm}'s snapshot before could be read ({sink.base_damage}); pages that are in both "
+                "are stored once: 'vmferry verify' tells whether this one lacks any"
+            )
         self.note(SaveFact.KEPT, text=self.snapshot, by="repository")
 
     async def _answer(self, commit: asyncio.Future[Head]) -> Head:
@@ -428,7 +436,7 @@ class SaveJob:
                 found = await in_own_thread(f"save-look-{self.vm}", lambda: self._find(store.open_repository()))
         except Exception as error:  # noqa: BLE001 - nobody can say now; 'vmferry snapshots' will
             log.warning("job=%s vm=%s save effect=look-for-snapshot result=%s", self.job, self.vm, error)
-            if did(self.facts) is Did.SEND:
+            if did(self.facts) is Did.SEND and (self.was_restored or SaveFact.UNKNOWN in self.facts):
                 self.note(SaveFact.UNKNOWN, text=str(error))
             return
         if found is not None:
@@ -438,6 +446,8 @@ class SaveJob:
             if self.was_restored:
                 self.notes.append("the agent restarted on the way; times are not known")
             self.note(SaveFact.KEPT, text=found.snapshot, by="repository")
+        elif not self.was_restored and SaveFact.UNKNOWN not in self.facts:
+            self.note(SaveFact.ABSENT, by="repository")
 
     def _find(self, repository: Repository) -> SnapshotInfo | None:
         return next(
@@ -559,7 +569,13 @@ class SaveJob:
         """Durable before QEMU has others: whoever ends this save puts them back."""
         await self.agent.journal.append(Entry.OPTIONS_BEFORE, self.job, values)
 
-    async def _pause(self, seconds: float) -> None:
+    def look_anew(self) -> None:
+        """From here on whatever happens ends the next `pause`. Raises MigrationCancelled."""
+        self._wake.clear()
+        self._check_cancel()
+
+    async def pause(self, seconds: float) -> None:
+        """So long, or until something happened."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()

@@ -1,8 +1,8 @@
-"""The disks of a guest that is saved: what of them belongs to the instant of its memory.
+"""Disks of a guest that is saved as external snapshots: their images stay as they are, and it goes on in new ones.
 
 Theory of operation
 -------------------
-A read-only disk is the same at every instant. A writable one is kept as an *external snapshot*: in QEMU's pause before
+In QEMU's pause before
 the switchover, when the guest stands and its writes are flushed, all of its writable disks are given new files in one
 transaction. The old image files are what the disks were at that instant, and nobody writes to them any more; the guest
 goes on in the new ones, which have the old ones underneath.
@@ -12,10 +12,7 @@ goes on in the new ones, which have the old ones underneath.
 A death between 2 and 3 leaves a guest that has disks that its definition does not know: the next agent asks QEMU which
 files it has open, and mends that (`mend`). Files in which no guest goes on are taken away again.
 
-Rule 1: what cannot be kept is refused before anything happens: disks that nobody said how to keep, or that only QEMU
-        knows of, files that exist, a VM whose command line is not ours (it could not be started anywhere else with
-        other disks).
-Rule 2: a save that fails after the transaction leaves the guest in its new files: nothing is lost, and the chain is one
+Rule 1: a save that fails after the transaction leaves the guest in its new files: nothing is lost, and the chain is one
         file longer.
 """
 
@@ -26,95 +23,41 @@ import dataclasses
 import logging
 import os
 import stat
-import uuid
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from vmferry.agent import image_chain, images, overlays
+from vmferry.agent import overlays
 from vmferry.agent.machine import Machine
 from vmferry.agent.save_back import RETRY_FIRST_S, RETRY_LAST_S
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import Overlay
 from vmferry.core.saving import SaveFact
-from vmferry.errors import PlanRefused, QemuError, Unfit
+from vmferry.errors import QemuError, Unfit
 from vmferry.jobs.journal import Entry
 from vmferry.qmp.errors import QmpCommandError
 
 if TYPE_CHECKING:
     from vmferry.agent.agent import Agent
     from vmferry.agent.save import SaveJob
-    from vmferry.engine.frozen import FrozenDisk
 
 log = logging.getLogger("vmferry.agent")
 
-EXTERNAL_SNAPSHOT: Final = "external-snapshot"
 TRANSACTION_S: Final = 30.0
 """Flushes and makes a qcow2 file per disk."""
 
 
-async def plan(kept: KeptVm, name: str, disks: str, *, qemu: str) -> tuple[Overlay, ...]:
-    """What happens to the guest's writable disks. Raises PlanRefused, in words, for what no way keeps."""
-    definition = kept.definition
-    writable = definition.writable_paths()
-    opened = await _open_images(kept.require_machine())
-    unnamed = sorted(path for path, image in opened.items() if image.is_writable and path not in writable)
-    if unnamed:
-        raise PlanRefused(
-            f"{kept.name} writes to {', '.join(unnamed)}, which its definition does not name: no way keeps what its "
-            "QEMU was given later, or by other means",
-            side="source",
-            hint="take that disk out of the guest first (device_del on its monitor)",
-        )
-    if not writable:
-        return ()
-    listed = ", ".join(writable)
-    if disks != EXTERNAL_SNAPSHOT:
-        raise PlanRefused(
-            f"{kept.name} writes to {listed}, and a snapshot of its memory alone would not fit to them later",
-            side="source",
-            hint="say --disks external-snapshot: these files are left as they are at that instant, and the guest goes "
-            "on in new ones on top of them",
-        )
-    if definition.spec is None:
-        raise PlanRefused(
-            f"{kept.name} was not started from a spec: with other disks than on its command line ({listed}) it could "
-            "not be moved any more",
-            side="source",
-            hint="save it without writable disks, or start it from a spec",
-        )
-    if images.tool_of(qemu) is None:
-        raise PlanRefused(
-            f"there is no qemu-img to make the files in which {kept.name} would go on",
-            side="source",
-            hint="install qemu-utils",
-        )
-    formats = {disk["path"]: disk.get("format", "raw") for disk in definition.spec["disk"]}
-    numbers = {disk["path"]: number for number, disk in enumerate(definition.spec["disk"])}
-    found = []
-    for path in writable:
-        if path.startswith("/dev/"):
-            raise PlanRefused(f"{path} is a device, and no new file can be put on top of it here", side="source")
-        if path not in opened:
-            raise PlanRefused(f"{kept.name}: its QEMU has no disk {path} open", side="source", retry="no")
-        # Not after the image's own name: that would grow with each snapshot.
-        overlay = os.path.join(os.path.dirname(path), f"{kept.name}-disk{numbers[path]}.{name}.qcow2")
-        if await asyncio.to_thread(os.path.lexists, overlay):
-            raise PlanRefused(f"{overlay}, where the guest would go on, exists already", side="source")
-        node = f"disk{numbers[path]}-{uuid.uuid4().hex[:12]}"  # QEMU takes 31 characters, and each name once
-        found.append(Overlay(opened[path].node, path, str(formats[path]), overlay, node))
-    return tuple(found)
-
-
-class _Open(NamedTuple):
+class Open(NamedTuple):
     """An image that QEMU has open at the top of a disk."""
 
     node: str
     size_bytes: int
     """What the guest sees."""
     is_writable: bool
+    format: str
+    is_encrypted: bool
 
 
-async def _open_images(machine: Machine) -> dict[str, _Open]:
-    """By path."""
+async def open_images(machine: Machine) -> dict[str, Open]:
+    """What QEMU has at the top of each disk, by path. Raises QemuError."""
     found = {}
     for device in await machine.execute("query-block"):
         inserted = device.get("inserted")
@@ -122,7 +65,11 @@ async def _open_images(machine: Machine) -> dict[str, _Open]:
             image = inserted.get("image", {})
             path = str(image.get("filename", inserted.get("file", "")))
             is_writable = not inserted.get("ro", False)
-            found[path] = _Open(str(inserted["node-name"]), int(image.get("virtual-size", 0)), is_writable)
+            is_encrypted = bool(image.get("encrypted"))
+            found[path] = Open(
+                str(inserted["node-name"]), int(image.get("virtual-size", 0)), is_writable,
+                str(image.get("format", "")), is_encrypted,
+            )  # fmt: skip
     return found
 
 
@@ -140,7 +87,7 @@ async def make(job: SaveJob) -> None:
 
 async def _sizes(job: SaveJob) -> dict[str, int]:
     """What each new file has to be like; the image under it is open at the top of its disk. Raises QemuError."""
-    opened = await _open_images(job.kept.require_machine())
+    opened = await open_images(job.kept.require_machine())
     found = {}
     for each in job.wanted.overlays:
         image = opened.get(each.path)
@@ -162,15 +109,8 @@ async def _check(job: SaveJob) -> None:
             raise QemuError(f"{path}, where {job.vm} would go on, is not the file that was made for it", retry="yes")
 
 
-async def take_away(job: SaveJob) -> None:
-    """The new files, where it is known that no guest goes on in them. Trouble is a line in the log."""
-    if SaveFact.DISKS in job.facts or not job.disks_settled:
-        return
-    for path, identity in job.images.items():
-        try:
-            await asyncio.to_thread(images.remove, path, identity, job=job.job)
-        except OSError as error:
-            log.warning("job=%s vm=%s image=%s effect=remove result=%s", job.job, job.vm, path, error)
+async def watch(job: SaveJob) -> None:
+    """The new files wait for the pause; nothing of them is at work."""
 
 
 async def switch(job: SaveJob) -> None:
@@ -257,36 +197,9 @@ async def mend(agent: Agent, kept: KeptVm, overlays: tuple[Overlay, ...]) -> boo
     machine = kept.machine
     if not overlays or machine is None or machine.is_gone:
         return False
-    top = await _open_images(machine)
+    top = await open_images(machine)
     done = tuple(each for each in overlays if each.overlay in top)
     left = tuple(each for each in done if each.path in kept.definition.writable_paths())
     if done:  # also if only the journal does not know
         await _redefine(agent, kept, left)
     return bool(done)
-
-
-async def describe(definition: dict[str, Any], overlays: tuple[Overlay, ...], *, qemu: str) -> list[FrozenDisk]:
-    """The guest's disks of that instant, for the manifest. Raises OSError when a file is gone, Unfit when nobody can
-    say what one lies on."""
-    from vmferry.engine.frozen import FrozenDisk, FrozenImage
-
-    by_path = {each.path: each for each in overlays}
-    found = []
-    for disk in definition["disks"]:
-        path = str(disk["path"])
-        seen = await asyncio.to_thread(os.stat, path)
-        under = await image_chain.under(path, str(disk["format"]), qemu=qemu)
-        over = by_path.get(path)
-        found.append(
-            FrozenDisk(
-                path=path,
-                format=str(disk["format"]),
-                way="read-only" if over is None else "external-snapshot",
-                size_bytes=seen.st_size,
-                mtime_ns=seen.st_mtime_ns,
-                overlay="" if over is None else over.overlay,
-                node="" if over is None else over.node,
-                chain=None if under is None else tuple(FrozenImage(**dataclasses.asdict(each)) for each in under),
-            )
-        )
-    return found

@@ -56,7 +56,7 @@ class SaveOptions:
             on |= {BACKGROUND}
         else:
             self.way = "precopy"
-            waits = {"pause-before-switchover"} if self._wanted.overlays or not self._wanted.auto_finalize else set()
+            waits = {"pause-before-switchover"} if self._wanted.keeps_disks or not self._wanted.auto_finalize else set()
             await _switch(machine, dict.fromkeys({"return-path", *waits}, True))
             on |= {"return-path", *waits}
         await machine.execute("migrate-set-parameters", wanted)
@@ -68,7 +68,7 @@ class SaveOptions:
     async def _is_background(self, machine: Machine, capabilities: Mapping[str, bool]) -> bool:
         """Raises PlanRefused if it has to be one and cannot."""
         wanted = self._wanted
-        if wanted.way == "precopy" or wanted.pause or wanted.overlays or not wanted.auto_finalize:
+        if wanted.way == "precopy" or wanted.pause or wanted.keeps_disks or not wanted.auto_finalize:
             return False
         if not wanted.running_before:
             return False  # QEMU 7.2 starts its guest after the first moment, also one that was paused

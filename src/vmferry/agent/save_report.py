@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vmferry.agent import save_ways
 from vmferry.core.job import SAVE
 from vmferry.core.saving import SaveFact, awaits_leave, save_status
 
@@ -19,6 +21,12 @@ class Counted:
     transferred_bytes: int = 0
     remaining_bytes: int = 0
     passes: int = 0
+    disks_done_bytes: int = 0
+    disks_whole_bytes: int = 0
+    """Of disks that are copied: what was sent, and that with what is left; it grows while the guest writes."""
+    guest_bytes: int = 0
+    """The guest's memory: what is assumed to follow the disks as long as QEMU says nothing of it."""
+    percent: int = 0
     stop_s: float | None = None
     resume_s: float | None = None
 
@@ -29,6 +37,12 @@ class Counted:
         self.remaining_bytes = int(ram.get("remaining", 0))
         self.passes = int(ram.get("dirty-sync-count", self.passes))
 
+    def count_disks(self, jobs: Iterable[dict[str, Any]]) -> None:
+        """What query-jobs said of the copies."""
+        found = list(jobs)
+        self.disks_done_bytes = sum(int(job["current-progress"]) for job in found)
+        self.disks_whole_bytes = sum(int(job["total-progress"]) for job in found)
+
     @property
     def downtime_ms(self) -> float | None:
         """How long the guest stood, by QEMU's own event times."""
@@ -37,10 +51,13 @@ class Counted:
         return round((self.resume_s - self.stop_s) * 1000, 3)
 
     def progress(self) -> dict[str, Any]:
-        """As a migration's."""
-        whole = self.transferred_bytes + self.remaining_bytes
-        percent = self.transferred_bytes * 100 // whole if whole else 0
-        return {"current_bytes": self.transferred_bytes, "whole_bytes": whole, "percent": percent}
+        """As a migration's. What the guest writes meanwhile makes the whole larger, and never takes a percent back."""
+        memory = self.transferred_bytes + self.remaining_bytes
+        if self.disks_whole_bytes and not memory:
+            memory = self.guest_bytes
+        whole, done = self.disks_whole_bytes + memory, self.disks_done_bytes + self.transferred_bytes
+        self.percent = max(self.percent, done * 100 // whole if whole else 0)
+        return {"current_bytes": done, "whole_bytes": whole, "percent": self.percent}
 
 
 def wire(job: SaveJob) -> dict[str, Any]:
@@ -66,16 +83,24 @@ def wire(job: SaveJob) -> dict[str, Any]:
         "transferred_bytes": job.counted.transferred_bytes,
         "passes": job.counted.passes,
         "progress": job.counted.progress(),
+        "copying": _copying(job),
         "pages": None if counts is None else counts.pages,
         "zero_pages": None if counts is None else counts.zero,
         "known_pages": None if counts is None else counts.known,
         "stored_bytes": None if counts is None else counts.stored_bytes,
         "disks": [disk.to_wire() for disk in job.disks],
-        "goes_on_in": {each.path: each.overlay for each in job.wanted.overlays if SaveFact.DISKS in job.facts},
+        **save_ways.wire(job),
         "notes": list(job.notes),
         "error": None if job.error is None else job.error.to_wire(),
         "timeline": _timeline(job),
     }
+
+
+def _copying(job: SaveJob) -> dict[str, int] | None:
+    """How far the copies of the disks are, until the memory goes."""
+    if SaveFact.COPYING not in job.facts or SaveFact.STARTED in job.facts:
+        return None
+    return {"done_bytes": job.counted.disks_done_bytes, "whole_bytes": job.counted.disks_whole_bytes}
 
 
 def sentence(job: SaveJob) -> str:
@@ -107,6 +132,8 @@ def _sentence(job: SaveJob) -> str:
         return f"{vm} was not saved: {why}."
     if awaits_leave(job.facts):
         return f"{vm} stands still and waits for leave ('vmferry job finalize') to be saved as {name}."
+    if _copying(job) is not None:
+        return f"The disks of {vm} are being copied, to save it as {name}."
     return f"{vm} is being saved as {name}."
 
 

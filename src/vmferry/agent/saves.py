@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmferry.agent import job_ids, save_disks
+from vmferry.agent import job_ids, save_ways
 from vmferry.agent.job_book import JobInfo
+from vmferry.agent.restored_disks import copies_of_save
 from vmferry.agent.save import SaveJob
 from vmferry.agent.vms import KeptVm, VmDefinition
 from vmferry.agent.wants import SaveWanted
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmferry.agent")
 
 WAYS = ("auto", "precopy", "background")
-DISKS = ("refuse", save_disks.EXTERNAL_SNAPSHOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,9 @@ class SaveArguments:
     pause: bool = False
     """The guest stands until its snapshot is committed."""
     disks: str = "refuse"
-    """What happens to writable disks: 'refuse', or 'external-snapshot'."""
+    """What happens to writable disks: 'refuse', 'external-snapshot', or 'mirror'."""
+    disks_dir: str = ""
+    """Where the copies of a 'mirror' go, an absolute path on the VM's host; empty: beside their disks."""
     auto_finalize: bool = True
     """False: the guest's last stop waits, the guest paused, until `job-finalize`; for a minute, then it goes on."""
     auto_dismiss: bool = True
@@ -120,6 +122,7 @@ class Saves:
         if self._jobs.get(save.vm) is save:
             del self._jobs[save.vm]  # with the maps of all the guest's pages
         self.results[save.job] = wire
+        self._agent.restores.disks.remember(copies_of_save(save.wanted, save.images, snapshot=wire["snapshot"]))
         self._agent.jobs.ended(
             SAVE.name, save.job, wire, auto_dismiss=save.wanted.auto_dismiss, auto_finalize=save.wanted.auto_finalize
         )
@@ -132,6 +135,7 @@ class Saves:
         if state.ended is not None:
             self.results[state.job] = state.ended
             self._agent.jobs.remember(SAVE.name, state)
+            await self._agent.restores.disks.take_up(state)
             return
         wanted = msgspec.convert(state.body, SaveWanted)
         kept = self._agent.vms.get(wanted.vm)
@@ -147,6 +151,8 @@ class Saves:
             save.note(SaveFact.ACTS, by="journal")
         elif state.did == Did.STOP.value:
             save.note(SaveFact.STOPPED, text="it may have been", by="journal")
+        if state.commits:
+            save.note(SaveFact.COMMITS, by="journal")
         if state.halted:
             save.note(SaveFact.HALTED, text=state.halted, by="journal")
         if state.cancel_wanted:
@@ -232,10 +238,10 @@ async def save(agent: Agent, arguments: SaveArguments) -> dict[str, Any]:
         return known
     job_ids.require_new(agent, job)
     check_name(arguments.name)
-    for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, DISKS)):
+    for what, value, allowed in (("way", arguments.way, WAYS), ("disks", arguments.disks, save_ways.DISKS)):
         if value not in allowed:
             raise UsageError(f"{what} {value!r} is not possible; allowed: {', '.join(allowed)}")
-    with agent.claims.hold(arguments.vm, "saved"):
+    with agent.claims.hold(arguments.vm, "saved"), agent.snapshot_names.hold(arguments.name, job):
         agent.blockers.require_free(arguments.vm, Operation.SNAPSHOT)
         agent.jobs.make_room(auto_dismiss=arguments.auto_dismiss)
         wanted = await _checked(agent, arguments, job)
@@ -275,12 +281,13 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
             side="source",
             hint="say --pause: a guest that stands writes nothing",
         )
-    overlays = await save_disks.plan(kept, arguments.name, arguments.disks, qemu=agent.config.qemu)
+    wish = save_ways.Wish(job=job, name=arguments.name, disks=arguments.disks, folder=arguments.disks_dir)
+    planned = await save_ways.plan(kept, wish, qemu=agent.config.qemu, state_dir=agent.config.state_dir)
     if arguments.way == "background":
         for is_so, why in (
             (arguments.pause, "with pause the guest stands anyway"),
             (not arguments.auto_finalize, "it cannot wait for leave"),
-            (bool(overlays), "nobody can say at which instant its disks would have to be kept"),
+            (planned != save_ways.Planned(), "nobody can say at which instant its disks would have to be kept"),
             (state != "running", "it is paused, and QEMU before 8.0 would start it"),
         ):
             if is_so:
@@ -292,7 +299,9 @@ async def _checked(agent: Agent, arguments: SaveArguments, job: str) -> SaveWant
         way=arguments.way,
         pause=arguments.pause,
         running_before=state == "running",
-        overlays=overlays,
+        overlays=planned.overlays,
+        copies=planned.copies,
+        repository=agent.snapshot_store.place,
         definition=kept.definition.to_wire(),
         generation=kept.generation,
         identity=dataclasses.asdict(kept.identity),

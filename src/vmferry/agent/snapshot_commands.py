@@ -7,9 +7,11 @@ Rule 1: all work is done in threads; the event loop only waits.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotName:
-    """A snapshot, by its name or its id."""
+    """A snapshot, by its name, its id, or the beginning of its id."""
 
     name: str
 
@@ -180,26 +182,29 @@ async def prune(agent: Agent, arguments: PruneArguments) -> dict[str, Any]:
 
 async def export(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
     """Writes a snapshot into a new file on this host that a QEMU loads. Returns the job at once. Raises UsageError,
-    UnknownSnapshot, Busy; the job fails as `snapshot_files.export` does."""
-    return await _begin_with_file(agent, EXPORT.name, arguments, _require_snapshot)
+    also when the file is there already, FileFailed, UnknownSnapshot, Busy; the job fails as `snapshot_files.export`
+    does."""
+    return await _begin_with_file(agent, EXPORT.name, arguments, _require_exportable)
 
 
 async def load(agent: Agent, arguments: FileArguments) -> dict[str, Any]:
     """Keeps a stream file of this host as a snapshot. Returns the job at once. Raises UsageError, RepositoryError when
-    the name is taken, Busy; the job fails as `snapshot_files.load` does."""
-    return await _begin_with_file(agent, IMPORT.name, arguments, _require_free)
+    the name is taken, Busy, also when another job is about to take it; the job fails as `snapshot_files.load` does."""
+    return await _begin_with_file(agent, IMPORT.name, arguments, _require_importable)
 
 
 async def _begin_with_file(
-    agent: Agent, kind: str, arguments: FileArguments, require: Callable[[Repository, str], None]
+    agent: Agent, kind: str, arguments: FileArguments, require: Callable[[Repository, ChoreWanted], None]
 ) -> dict[str, Any]:
     _require_path(arguments.file)
     if (known := _known(agent, arguments)) is not None:
         return known
     wanted = _file_chore(kind, arguments)
     agent.chores.check(wanted.job, auto_dismiss=wanted.auto_dismiss)
-    await agent.snapshot_store.with_repository(lambda repository: require(repository, wanted.name))
-    return await agent.chores.begin(wanted)
+    is_new = kind == IMPORT.name
+    with agent.snapshot_names.hold(wanted.name, wanted.job) if is_new else contextlib.nullcontext():
+        await agent.snapshot_store.with_repository(lambda repository: require(repository, wanted))
+        return await agent.chores.begin(wanted)
 
 
 def _known(agent: Agent, arguments: JobWish) -> dict[str, Any] | None:
@@ -218,11 +223,18 @@ def _require_snapshot(repository: Repository, name: str) -> None:
     find(repository, name)
 
 
-def _require_free(repository: Repository, name: str) -> None:
+def _require_exportable(repository: Repository, wanted: ChoreWanted) -> None:
+    from vmferry.agent.snapshot_files import require_new
+
+    require_new(Path(wanted.file))
+    _require_snapshot(repository, wanted.name)
+
+
+def _require_importable(repository: Repository, wanted: ChoreWanted) -> None:
     from vmferry.agent.snapshot_sink import check_name, require_free
 
-    check_name(name)
-    require_free(repository, name)
+    check_name(wanted.name)
+    require_free(repository, wanted.name)
 
 
 def _require_path(text: str) -> None:

@@ -7,9 +7,11 @@ Rule 2: an import goes through the same endpoint as a save, so it refuses what a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,8 @@ from vmferry.engine.image import Pages
 from vmferry.engine.incoming import Incoming
 from vmferry.engine.shared import IncomingOptions
 from vmferry.engine.stream_file import stream, was_running
-from vmferry.errors import UsageError
+from vmferry.errors import FileFailed, MigrationFailed, RepositoryError, UsageError, VmferryError
+from vmferry.store.local import link_or_rename
 from vmferry.store.manifest import Head
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.reader import SnapshotReader
@@ -42,10 +45,33 @@ def part_of(path: Path, job: str) -> Path:
     return path.with_name(f".{path.name}.{job}.part")
 
 
+_NAMED_WRONG = frozenset({errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP})
+"""What a person mends with another name; all else is the host's."""
+
+
+def _told(path: Path, what: str, error: OSError) -> VmferryError:
+    words = f"{path} cannot be {what}: {error.strerror or error}"
+    return (UsageError if error.errno in _NAMED_WRONG else FileFailed)(words, cause=error)
+
+
+def require_new(path: Path) -> None:
+    """Raises UsageError if something has this name already, or its folder is not there; FileFailed if nobody may look.
+    Asked before anything is read: a guest's memory is long on its way, and its file gets its name when all is there."""
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except OSError as error:
+        raise _told(path, "written", error) from error
+
+
 def export(repository: Repository, wanted: ChoreWanted, watch: Watch) -> dict[str, Any]:
-    """Writes the snapshot into a new file, durably. Raises UsageError when the file cannot be made, RepositoryError
-    when the snapshot cannot be read whole, and what `watch` raises; then there is no file."""
+    """Writes the snapshot into a new file, durably. Raises UsageError when there is one of that name or no folder for
+    it, FileFailed when it cannot be written, RepositoryError when the snapshot cannot be read whole, and what `watch`
+    raises; then there is no file of ours."""
     path = Path(wanted.file)
+    require_new(path)
     info = find(repository, wanted.name)
     part = part_of(path, wanted.job)
     with SnapshotReader(repository, info.snapshot) as reader:
@@ -71,10 +97,10 @@ def export(repository: Repository, wanted: ChoreWanted, watch: Watch) -> dict[st
                         size_bytes += file.write(bytes(buffer))
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(part, path)  # fails where the name is taken
+            link_or_rename(part, path)  # fails where the name is taken
             _sync_folder(path.parent)
         except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror or error}", cause=error) from error
+            raise _told(path, "written", error) from error
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -83,8 +109,9 @@ def export(repository: Repository, wanted: ChoreWanted, watch: Watch) -> dict[st
 
 
 def load(repository: Repository, wanted: ChoreWanted, watch: Watch, *, host: str) -> dict[str, Any]:
-    """Keeps a stream file as a snapshot. Raises UsageError when there is no such file, RemoteProtocolError when it is
-    no whole stream, RepositoryError, and what `watch` raises; nothing is kept then."""
+    """Keeps a stream file as a snapshot. Raises UsageError when there is no such file, FileFailed when it cannot be
+    read, RemoteProtocolError when it is no whole stream, RepositoryError, and what `watch` raises: nothing is kept
+    then. MigrationFailed: nobody knows."""
     path, name = Path(wanted.file), wanted.name
     require_free(repository, name)
     sink = SnapshotSink(repository)
@@ -111,13 +138,44 @@ def load(repository: Repository, wanted: ChoreWanted, watch: Watch, *, host: str
             vm="", host=host, job=wanted.job, machine=state.machine, was_running=was_running(state), way="import"
         )
         watch.no_return()
-        head = sink.commit(name, words)
+        try:
+            head = sink.commit(name, words)
+        except RepositoryError as error:
+            if not sink.may_be_there:
+                raise
+            failed = "the import could not be committed"
+            kept = kept_after_all(lambda: repository, wanted, because=failed)
+            if kept is None:  # a put whose answer was lost may be carried out yet
+                raise _unknown(wanted, failed, error) from error
+            return kept
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}", cause=error) from error
+        raise _told(path, "read", error) from error
     finally:
         incoming.stop()
         sink.abort()
     return loaded(sink.snapshot, head)
+
+
+def kept_after_all(opened: Callable[[], Repository], wanted: ChoreWanted, *, because: str) -> dict[str, Any] | None:
+    """What is told of an import that nobody heard the end of; None if it is not listed. Raises MigrationFailed when
+    nobody can say."""
+    try:
+        listed = opened().snapshots()
+    except RepositoryError as error:
+        raise _unknown(wanted, because, error) from error
+    for info in listed:
+        if info.head is not None and info.head.metadata.get("job") == wanted.job:
+            return loaded(info.snapshot, info.head)
+    return None
+
+
+def _unknown(wanted: ChoreWanted, because: str, cause: Exception) -> MigrationFailed:
+    return MigrationFailed(
+        f"{because}, and whether {wanted.name} is there nobody knows: {cause}",
+        guest="unharmed",
+        hint="'vmferry snapshots' will tell",
+        cause=cause,
+    )
 
 
 def loaded(snapshot: str, head: Head) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from vmferry.engine.frozen import FrozenDisk, SnapshotWords, freeze, state_of
 from vmferry.engine.image import PAGE_BYTES, Pages
 from vmferry.engine.passing import PassingImage
 from vmferry.errors import RepositoryError, UsageError, VmferryError
-from vmferry.store.errors import LockLost, StoreTransient, UnknownSnapshot
+from vmferry.store.errors import StoreTransient, UnknownSnapshot
 from vmferry.store.manifest import Block, Head
 from vmferry.store.reader import SnapshotReader
 from vmferry.store.repository import Repository, SnapshotInfo
@@ -48,7 +48,9 @@ log = logging.getLogger("vmferry.agent")
 
 Numbers = npt.NDArray[np.int64]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_BEGINNING = re.compile(r"[0-9a-f]{8,31}")
 _COMMIT_TRIES = 3
+_NUMBER_BYTES = 8
 
 
 def check_name(name: str) -> None:
@@ -68,19 +70,28 @@ def require_free(repository: Repository, name: str) -> None:
 
 
 def find(repository: Repository, word: str) -> SnapshotInfo:
-    """The snapshot that a person means, by its name or its id. Raises UnknownSnapshot; RepositoryError if two hosts
-    gave the same name in the same moment."""
+    """The snapshot that a person means: by its id, which is what agents say to each other; else by its name; else by
+    the beginning of its id, of 8 digits or more.
+
+    Raises UnknownSnapshot; RepositoryError if several begin so, or two hosts gave the same name in the same moment."""
     with contextlib.suppress(UnknownSnapshot):
         return repository.snapshot(word)
-    named = [info for info in repository.each_snapshot() if info.head is not None and info.head.name == word]
-    if not named:
+    named, begun = [], []
+    for info in repository.each_snapshot():
+        if info.head is not None and info.head.name == word:
+            named.append(info)
+        elif _BEGINNING.fullmatch(word) and info.snapshot.startswith(word):
+            begun.append(info)
+    found = named or begun
+    if not found:
         raise UnknownSnapshot(
             f"the repository has no snapshot {word}", retry="no", hint="'vmferry snapshots' lists them"
         )
-    if len(named) > 1:
-        ids = ", ".join(sorted(info.snapshot for info in named))
-        raise RepositoryError(f"{len(named)} snapshots are named {word}; say which by its id: {ids}", retry="no")
-    return named[0]
+    if len(found) > 1:
+        are, by = ("are named", "its id") if named else ("have an id that begins with", "more of it")
+        ids = ", ".join(sorted(info.snapshot for info in found))
+        raise RepositoryError(f"{len(found)} snapshots {are} {word}; say which by {by}: {ids}", retry="no")
+    return found[0]
 
 
 def _size(numbers: Numbers, pages: Pages | None) -> int:
@@ -98,6 +109,8 @@ class SnapshotSink:
         self._writer: SnapshotWriter | None = None
         self._base: SnapshotReader | None = None
         self._is_over = threading.Event()
+        self._committing = threading.Lock()
+        """Whoever holds it has the writer, and what was set aside."""
         self._spill_folder = spill_folder
         self._is_spilling = False
         self._spilled: Spill | None = None
@@ -109,8 +122,9 @@ class SnapshotSink:
         self._uploader: threading.Thread | None = None
         self._has_all = False
         self._failed: Exception | None = None
-        self._order: deque[tuple[str, Numbers, bool]] = deque()
-        """What was spilled: block, pages, and whether they are zero (then nothing of them is in the file)."""
+        self._order: deque[tuple[str, int, bool]] = deque()
+        """What was spilled: block, how many pages, and whether they are zero. In the file are their numbers, and behind
+        those their content if they are not zero."""
 
     @property
     def snapshot(self) -> str:
@@ -121,6 +135,11 @@ class SnapshotSink:
     def may_be_there(self) -> bool:
         """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
         return self._writer is not None and self._writer.may_be_there
+
+    @property
+    def base_damage(self) -> str:
+        """What of the VM's snapshot before could not be read; '' if nothing was met."""
+        return "" if self._writer is None else self._writer.base_damage
 
     def spill(self) -> None:
         """The guest stands: from now on nothing waits for the store. Any thread; without a folder nothing changes."""
@@ -134,22 +153,26 @@ class SnapshotSink:
     def put(self, block: str, numbers: Numbers, pages: Pages) -> None:
         """See `PageSink`."""
         self.stored_pages += len(numbers)
-        if self._hand_over(block, numbers, pages):
-            return
+        if not self._hand_over(block, numbers, pages):
+            self._set_aside(block, numbers, pages)
+
+    def put_zeros(self, block: str, numbers: Numbers) -> None:
+        """See `PageSink`."""
+        if not self._hand_over(block, numbers, None):
+            self._set_aside(block, numbers, None)
+
+    def _set_aside(self, block: str, numbers: Numbers, pages: Pages | None) -> None:
         try:
             if self._spilled is None:
                 assert self._spill_folder is not None, "it says whether there is spilling"
                 is_secret = self._repository.config.encryption is not None
                 self._spilled = Spill(self._spill_folder, is_secret=is_secret)
-            self._spilled.write(np.ascontiguousarray(pages).data)
+            self._spilled.write(np.ascontiguousarray(numbers, np.int64).data)
+            if pages is not None:
+                self._spilled.write(np.ascontiguousarray(pages).data)
         except OSError as error:
             raise RepositoryError(f"the guest's last pages cannot be set aside: {error}", cause=error) from error
-        self._order.append((block, numbers.copy(), False))
-
-    def put_zeros(self, block: str, numbers: Numbers) -> None:
-        """See `PageSink`."""
-        if not self._hand_over(block, numbers, None):
-            self._order.append((block, numbers.copy(), True))
+        self._order.append((block, len(numbers), pages is None))
 
     def _hand_over(self, block: str, numbers: Numbers, pages: Pages | None) -> bool:
         """Into the queue, when there is room. False: the guest stands, and nothing waits."""
@@ -241,51 +264,66 @@ class SnapshotSink:
     def commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk] = ()) -> Head:
         """The snapshot is there, for good, when this returns. Waits for the store.
 
-        Raises RepositoryError: nothing was committed, unless `may_be_there`: then nobody knows. PlanRefused for a state
-        that is not kept.
+        Once: after an error there is only `abort`, and the same error again. Raises RepositoryError: nothing was
+        committed, unless `may_be_there`: then nobody knows. PlanRefused for a state that is not kept.
         """
         assert self.image.is_device_state_whole, "everything has come"
-        state = freeze(state_of(self.image))
         self._end_uploads()
-        if self._failed is not None:
-            raise self._failed
+        with self._committing:
+            try:
+                if self._failed is not None:
+                    raise self._failed
+                head = self._commit(name, words, disks)
+            except Exception as error:
+                # What was set aside is read once: called again, pages of an earlier pass would count as the last ones.
+                self._failed = error
+                raise
+        self.abort()
+        return head
+
+    def _commit(self, name: str, words: SnapshotWords, disks: Sequence[FrozenDisk]) -> Head:
+        state = freeze(state_of(self.image))
         writer = self._the_writer()
         require_free(self._repository, name)
         self._put_spilled(writer)
         plain: list[dict[str, Any]] = [disk.to_wire() for disk in disks]
-        lost: StoreTransient | None = None
-        for last in (*(False,) * (_COMMIT_TRIES - 1), True):
+        tries_left = _COMMIT_TRIES
+        while True:
+            if not writer.may_be_there:  # what was put is seen through: only a look for the lock says what it is worth
+                self._require_wanted()
+            tries_left -= 1
             try:
-                head = writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
-                break
-            except StoreTransient as error:
-                lost = error
-                if last:
+                return writer.commit(name, device_state=state, disks=plain, metadata=words.to_wire())
+            except StoreTransient:
+                if not tries_left:
                     raise
-            except LockLost:
-                # 1. the manifest is put  2. the lock is given back, and that answer is lost  3. again: no lock is there
-                if lost is not None and writer.may_be_there:
-                    raise lost from None
-                raise
-        self.abort()
-        return head
 
     def _put_spilled(self, writer: SnapshotWriter) -> None:
         if self._spilled is not None:
             self._spilled.rewind()
         while self._order:
-            block, numbers, is_zero = self._order.popleft()
+            self._require_wanted()
+            block, count, is_zero = self._order.popleft()
+            assert self._spilled is not None, "their numbers are there"
+            numbers = np.frombuffer(self._spilled.read(count * _NUMBER_BYTES), np.int64)
             if is_zero:
                 writer.put_zeros(block, numbers)
                 continue
-            assert self._spilled is not None, "their content is there"
-            data = self._spilled.read(len(numbers) * PAGE_BYTES)
+            data = self._spilled.read(count * PAGE_BYTES)
             writer.put_some(block, numbers, np.frombuffer(data, np.uint8).reshape(-1, PAGE_BYTES))
 
     def abort(self) -> None:
-        """Gives back what the repository was asked to hold. Again, or after `commit`, is fine."""
+        """Gives back what the repository was asked to hold. Again, or after `commit`, is fine. Waits for a commit that
+        nobody waits for any more, which gives up between two steps.
+
+        1. it has put its manifest  2. its lock is given back  3. the snapshot is found, and told as saved  4. it looks
+        for its lock, and takes the manifest away again."""
         self._is_over.set()
         self._end_uploads()
+        with self._committing:
+            self._give_back()
+
+    def _give_back(self) -> None:
         if self._spilled is not None:
             self._spilled.close()
         for each in (self._writer, self._base):

@@ -110,18 +110,12 @@ class SnapshotStore:
         from vmferry.store.errors import ObjectMissing
 
         with self._lock:
-            if self._repository is None:
-                key = self._key()
-                if self._backend is None:
-                    self._require_config()
-                    self._backend = self._open_backend()
-                try:
-                    self._repository = _opened(self._backend, key)
-                except ObjectMissing as error:
-                    if self._config.repository:
-                        raise self._none(error) from error
-                    self._repository = _made(self._backend, key)
-            return self._repository
+            try:
+                return self._there(self._require_config)
+            except ObjectMissing as error:
+                if self._config.repository:
+                    raise self._none(error) from error
+                return self._make()
 
     def make_repository(self) -> tuple[Repository, bool]:
         """The repository of the configured place, made there if there is none; and whether it was. In a thread.
@@ -130,21 +124,31 @@ class SnapshotStore:
         from vmferry.store.errors import ObjectMissing
 
         with self._lock:
-            if self._repository is not None:
-                return self._repository, False
-            key = self._key()
-            if self._backend is None:
-                self._require_room()
-                self._backend = self._open_backend()
             try:
-                self._repository = _opened(self._backend, key)
+                return self._there(self._require_room), False
             except ObjectMissing:
+                assert self._backend is not None, "it says that there is none"
                 others = [] if self._folder is not None else [entry.name for entry in self._backend.list("")]
                 if others:
                     raise self._not_empty(others) from None
-                self._repository = _made(self._backend, key)
-                return self._repository, True
-            return self._repository, False
+                return self._make(), True
+
+    def _there(self, require: Callable[[], None]) -> Repository:
+        """The open one, or the one of this place, which is opened. Under the lock. `require` looks at the place before
+        anything is opened there, for that makes a folder. Raises ObjectMissing, and what else a store raises."""
+        if self._repository is None:
+            key = self._key()
+            if self._backend is None:
+                require()
+                self._backend = self._open_backend()
+            self._repository = _opened(self._backend, key)
+        return self._repository
+
+    def _make(self) -> Repository:
+        """Where `_there` has found none."""
+        assert self._backend is not None, "it says that there is none"
+        self._repository = _made(self._backend, self._key())
+        return self._repository
 
     @property
     def _folder(self) -> Path | None:
@@ -155,7 +159,7 @@ class SnapshotStore:
         return Path(where.removeprefix("file://")) if where else self._config.repository_folder
 
     def _require_config(self) -> None:
-        """Before anything is opened in a configured folder, for that makes the folder. Raises RepositoryError."""
+        """Raises RepositoryError for a configured folder without a repository."""
         from vmferry.store import config as config_object
 
         if not self._config.repository or self._folder is None:

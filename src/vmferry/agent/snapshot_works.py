@@ -17,7 +17,7 @@ import msgspec
 from vmferry.agent import snapshot_files
 from vmferry.agent.snapshot_sink import find
 from vmferry.agent.wants import ChoreWanted
-from vmferry.errors import MigrationFailed, RepositoryError
+from vmferry.errors import MigrationFailed
 from vmferry.store import pins
 from vmferry.store import verify as verifying
 from vmferry.store.errors import PlanOutdated
@@ -60,14 +60,9 @@ def after(opened: Opened, wanted: ChoreWanted, host: str, watch: Watch) -> dict[
         snapshot_files.part_of(Path(wanted.file), wanted.job).unlink(missing_ok=True)
         raise MigrationFailed(f"{restarted}; if there is a {wanted.file}, it is whole", guest="unharmed")
     if wanted.kind == "import":
-        try:
-            listed = opened().snapshots()
-        except RepositoryError as error:
-            text = f"{restarted}, and whether {wanted.name} is there nobody knows: {error}"
-            raise MigrationFailed(text, guest="unharmed", hint="'vmferry snapshots' will tell", cause=error) from error
-        for info in listed:
-            if info.head is not None and info.head.metadata.get("job") == wanted.job:
-                return snapshot_files.loaded(info.snapshot, info.head)
+        found = snapshot_files.kept_after_all(opened, wanted, because=restarted)
+        if found is not None:
+            return found
     raise MigrationFailed(restarted, guest="unharmed", hint="begin it anew")
 
 

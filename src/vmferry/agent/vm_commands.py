@@ -113,7 +113,7 @@ async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
     machine_type = facts.concrete_machine(spec.machine)
     if machine_type is None:
         raise SpecError(f"{spec.name}: this host's QEMU has no machine type {spec.machine}")
-    accel = await _accel(agent, spec.accel, facts)
+    accel = await accel_for(agent, spec.accel, facts)
     pinned = vm_spec.pin(spec, machine=machine_type, accel=accel)
     runtime = RuntimePaths(str(agent.vm_directory / f"{spec.name}-{uuid.uuid4().hex[:8]}"))
     argv = vm_argv.build_argv(
@@ -145,9 +145,10 @@ async def _run(agent: Agent, spec: vm_spec.VmSpec) -> None:
     await agent.monitors.settle()
 
 
-async def _accel(
+async def accel_for(
     agent: Agent, wished: Literal["auto", "tcg", "kvm"], facts: probe_qemu.QemuFacts
 ) -> Literal["tcg", "kvm"]:
+    """What a spec's accelerator is on this host. Raises SpecError for one that its QEMU does not offer."""
     if wished == "tcg":
         return "tcg"
     if wished == "kvm":

@@ -132,6 +132,21 @@ class Overlay:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredCopy:
+    """A writable disk of a guest that is saved: QEMU copies it into a new file, and the guest stays where it is."""
+
+    node: str
+    """QEMU's node of the disk."""
+    path: str
+    stored: str
+    """The new file, a qcow2 image with nothing under it."""
+    job: str
+    """QEMU's job, and below its node of the new file, and the one that it puts above the disk meanwhile."""
+    target: str
+    filter: str
+
+
+@dataclass(frozen=True, slots=True)
 class SaveWanted:
     """What was asked for: the body of the journal's SAVE_WANTED entry."""
 
@@ -145,6 +160,9 @@ class SaveWanted:
     """The guest stands until its snapshot is committed."""
     running_before: bool = True
     overlays: tuple[Overlay, ...] = ()
+    copies: tuple[StoredCopy, ...] = ()
+    repository: str = ""
+    """Where the snapshot is to be."""
     definition: dict[str, Any] = field(default_factory=dict)
     """What the guest is made of at that instant: before it goes on in new files."""
     generation: int = 0
@@ -153,6 +171,11 @@ class SaveWanted:
     """Its QEMU's process (`ProcessIdentity`): no other one is acted on for this save."""
     auto_finalize: bool = True
     auto_dismiss: bool = True
+
+    @property
+    def keeps_disks(self) -> bool:
+        """Whether disks have to be kept in the pause before the switchover."""
+        return bool(self.overlays or self.copies)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
+from vmferry import limits
 from vmferry.cli import client as agent_client
 from vmferry.cli import ending
 from vmferry.cli.main import report_error
@@ -52,7 +53,7 @@ def prune(arguments: Namespace) -> int:
     with agent_client.connect(arguments.socket) as client:
         wire = _begin(client, arguments, "snapshot-prune", wish)
         if arguments.detach:
-            return _begun(wire, as_json=arguments.json)
+            return _begun({**wire, "next": _leave(wire)}, as_json=arguments.json)
         wire = _follow(client, wire, quiet=arguments.json, until_planned=True)
         if not wire["over"] and is_asked:
             for line in _plan_lines(wire):
@@ -103,8 +104,19 @@ def _begin(client: BlockingClient, arguments: Namespace, command: str, wish: Wir
 
 
 def _begun(wire: Wire, *, as_json: bool) -> int:
-    print(json.dumps(wire) if as_json else f"{wire['kind']}: job {wire['job']} has begun")
+    """`next`, if there is one: what has to be done yet, or it does nothing."""
+    text = f"{wire['kind']}: job {wire['job']} has begun"
+    print(json.dumps(wire) if as_json else "; ".join(filter(None, (text, wire.get("next")))))
     return 0
+
+
+def _leave(wire: Wire) -> str:
+    """What a person has to know who does not wait for a plan."""
+    job, hold = wire["job"], f"{limits.PRUNE_HOLD_S / 60:.0f} minutes"
+    return (
+        f"its plan, if there is anything to do, waits for leave for {hold}, and nothing is done before: 'vmferry job "
+        f"finalize {job}' gives it, 'vmferry job cancel {job}' gives the plan up"
+    )
 
 
 def _follow(client: BlockingClient, wire: Wire, *, quiet: bool, until_planned: bool = False) -> Wire:
@@ -200,7 +212,7 @@ def _plan_lines(wire: Wire) -> Iterable[str]:
         f"{format_size(plan['freed_bytes'])}"
     )
     if plan["too_young"]:
-        yield f"  {plan['too_young']} objects that nobody needs are younger than an hour and stay"
+        yield f"  {plan['too_young']} objects of which nobody needs all are younger than an hour and stay"
 
 
 def _done_lines(wire: Wire) -> Iterable[str]:

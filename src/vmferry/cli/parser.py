@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from vmferry import __version__
 from vmferry.cli.snapshot_epilogs import (
     DISKS_EPILOG,
+    EXPORT_EPILOG,
+    IMPORT_EPILOG,
     INIT_EPILOG,
     RESTORE_EPILOG,
     RUN_EPILOG,
@@ -109,21 +111,14 @@ In a script say --yes. To look first and decide later:
   vmferry prune --no-auto-finalize --json      the plan, as .plan, and its .job, which waits for an hour
   vmferry job finalize JOB                     carries it out; 'vmferry job cancel JOB' gives it up
 
+With --detach it waits in the same way, unless --yes is said as well; the last line (.next) says how it goes on.
+
 It waits for nobody: while somebody saves or restores it is refused (25, retry: yes). What is younger than an hour
 stays. It never touches a snapshot. Cancelled in the middle it has done a part, and the next prune does the rest.
 
 exit codes
   0 done, or nothing was to be done;  2 nobody can be asked;  12 the answer was no, or it was cancelled;  25 the
   repository is busy, damaged, or has changed since the plan. All of them: 'vmferry exit-codes'.
-"""
-EXPORT_EPILOG = """\
-The file is what a QEMU writes that migrates into a file: a QEMU of the same machine type loads it with
-'-incoming file:FILE' (8.2 and newer) or '-incoming "exec:cat FILE"', and QEMU's own analyze-migration.py and
-'vmferry inspect-stream' read it. The guest's disks are not in it.
-
-examples
-  vmferry export before-upgrade /var/tmp/web1.stream
-  vmferry import /var/tmp/web1.stream web1-copy
 """
 BLOCK_EPILOG = """\
 A blocker lasts until it is removed, over restarts of the agent, and goes along when the VM moves. 'vmferry status NAME'
@@ -369,7 +364,8 @@ def _add_migration_commands(commands: Any) -> None:
 
 
 def _add_restore(commands: Any) -> None:
-    disks = _command(commands, "disks", "vm_cmd:disks", "list the disks that restores made here, and who needs them",
+    disks = _command(commands, "disks", "vm_cmd:disks",
+                     "list the disks that restores and saves made here, and who needs them",
                      epilog=DISKS_EPILOG)  # fmt: skip
     disks.add_argument("--remove", metavar="DISK", help="take this one away, for good; one that is needed stays")
     disks.add_argument("--force", action="store_true",
@@ -377,16 +373,24 @@ def _add_restore(commands: Any) -> None:
                        "there")  # fmt: skip
     restore = _command(commands, "restore", "restore_cmd:restore", "bring a guest back from a snapshot",
                        epilog=RESTORE_EPILOG)  # fmt: skip
-    restore.add_argument("snapshot", metavar="NAME", help="the snapshot's name, or its id")
+    restore.add_argument(
+        "snapshot",
+        metavar="NAME",
+        help="the snapshot's name, or its id or the beginning of it, as 'vmferry snapshots' shows it",
+    )
     restore.add_argument(
         "--lazy", action="store_true", help="run the guest at once; its memory follows as it is needed"
     )
     restore.add_argument("--as", dest="rename", default="", metavar="VM", help="the name that the guest gets")
+    restore.add_argument("--spec", default="", metavar="FILE",
+                         help="for a snapshot that was imported, and only for one: what its guest is made of, as "
+                         "'vmferry run' takes it")  # fmt: skip
     restore.add_argument("--on", dest="host", default="", metavar="HOST",
                          help="restore it there; that agent's repository must have the snapshot")  # fmt: skip
     restore.add_argument("--paused", action="store_true", help="do not start the guest")
     restore.add_argument("--accept", action="append", default=[], metavar="CODE",
-                         help="same-address: a card's address that another VM has on a network, too")  # fmt: skip
+                         help="same-address: a card's address that another VM has on a network, too; unchecked-disk: "
+                         "a disk on a device or of a --spec, which nobody has written to since")  # fmt: skip
     restore.add_argument("--trust-definition", action="store_true",
                          help="take arguments of QEMU out of the snapshot that this host does not know")  # fmt: skip
     restore.add_argument("--wait", action="store_true", help="with --lazy: until all of its memory is there")
@@ -423,8 +427,11 @@ def _add_snapshots(commands: Any) -> None:
     save.add_argument("--pause", action="store_true", help="the guest stands still until its snapshot is there")
     save.add_argument("--way", choices=("auto", "precopy", "background"), default="auto",
                       help="how its memory is taken (default: auto)")  # fmt: skip
-    save.add_argument("--disks", choices=("refuse", "external-snapshot"), default="refuse",
+    save.add_argument("--disks", choices=("refuse", "mirror", "external-snapshot"), default="refuse",
                       help="what becomes of disks that the guest writes to (default: refuse)")  # fmt: skip
+    save.add_argument("--disks-dir", default="", metavar="DIR",
+                      help="with --disks mirror: the folder of the agent's host in which the copies are made, as an "
+                      "absolute path (default: beside each disk)")  # fmt: skip
     save.add_argument("--detach", action="store_true", help="return as soon as the agent has taken it on")
     save.add_argument("--no-auto-finalize", action="store_true",
                       help="pause before the guest's last state is taken, until 'vmferry job finalize VM'; for a "
@@ -437,11 +444,16 @@ def _add_snapshots(commands: Any) -> None:
     verify = _command(commands, "verify", "chore_cmd:verify",
                       "read every snapshot and name what is damaged",
                       epilog=VERIFY_EPILOG)  # fmt: skip
-    verify.add_argument("name", nargs="?", metavar="NAME", help="tell only what concerns this snapshot")
+    verify.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="tell only what concerns this snapshot (its name, or the beginning of its id)",
+    )
     verify.add_argument("--rebuild-indexes", action="store_true",
                         help="first make indexes that are missing or damaged again, from their packs")  # fmt: skip
     forget = _command(commands, "forget", "snapshot_cmd:forget", "take a snapshot away; 'prune' frees its room")
-    forget.add_argument("name", metavar="NAME", help="its name or its id")
+    forget.add_argument("name", metavar="NAME", help="its name, or its id or the beginning of it (8 digits or more)")
     prune = _command(commands, "prune", "chore_cmd:prune", "free the room of what no snapshot needs",
                      epilog=PRUNE_EPILOG)  # fmt: skip
     prune.add_argument("--dry-run", action="store_true", help="show the plan and do nothing")
@@ -456,9 +468,10 @@ def _add_snapshots(commands: Any) -> None:
                        help="show the plan, which waits for 'vmferry job finalize JOB', for an hour")  # fmt: skip
     export = _command(commands, "export", "chore_cmd:export", "write a snapshot as a plain stream file of QEMU's",
                       epilog=EXPORT_EPILOG)  # fmt: skip
-    export.add_argument("name", metavar="NAME", help="its name or its id")
+    export.add_argument("name", metavar="NAME", help="its name, or its id or the beginning of it (8 digits or more)")
     export.add_argument("file", metavar="FILE", help="a new file on the agent's host")
-    load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot")
+    load = _command(commands, "import", "chore_cmd:load", "keep a plain stream file of QEMU's as a snapshot",
+                    epilog=IMPORT_EPILOG)  # fmt: skip
     load.add_argument("file", metavar="FILE", help="a file on the agent's host")
     load.add_argument("name", metavar="NAME", help="the snapshot's")
     for chore in (verify, prune, export, load):

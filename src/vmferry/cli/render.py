@@ -12,7 +12,9 @@ _DISK_BYTES = ("current-progress", "total-progress")
 
 
 def is_copying(brief: dict[str, Any]) -> bool:
-    """The guest's disks are on their way, and its memory is not yet."""
+    """The guest's disks are on their way, or copied for a save, and its memory is not yet."""
+    if brief.get("copying"):
+        return True
     return brief["status"] == "setup" and any(disk["status"] == "running" for disk in brief.get("disks") or ())
 
 
@@ -63,7 +65,7 @@ class ProgressLine:
         detail = ""
         percent = brief.get("percent") or 0
         if is_copying(brief):
-            done, total = (sum(int(disk[key]) for disk in brief["disks"]) for key in _DISK_BYTES)
+            done, total = _copied(brief)
             detail = f"disks: {format_size(done)} of {format_size(total)}"
             percent = 100 * done // total if total else 0
         if brief.get("remaining_bytes") is not None and brief.get("mbps") is not None:
@@ -84,6 +86,13 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _copied(brief: dict[str, Any]) -> tuple[int, int]:
+    if brief.get("copying"):
+        return brief["copying"]["done_bytes"], brief["copying"]["whole_bytes"]
+    done, total = (sum(int(disk[key]) for disk in brief["disks"]) for key in _DISK_BYTES)
+    return done, total
 
 
 def time_left(low_ms: float | None, high_ms: float | None) -> str:

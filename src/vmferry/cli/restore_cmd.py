@@ -28,6 +28,8 @@ def restore(arguments: Namespace) -> int:
         "job": os.urandom(16).hex(),
         "auto-dismiss": not arguments.no_auto_dismiss,
     }
+    if arguments.spec:
+        wish["spec-path"] = os.path.abspath(arguments.spec)
     with agent_client.connect(arguments.socket) as client:
         wire = agent_client.execute(client, "vm-restore", wish)
         if not arguments.detach:

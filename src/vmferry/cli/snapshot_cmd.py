@@ -29,6 +29,7 @@ def save(arguments: Namespace) -> int:
         "way": arguments.way,
         "pause": arguments.pause,
         "disks": arguments.disks,
+        "disks-dir": arguments.disks_dir,
         "auto-finalize": not arguments.no_auto_finalize,
         "auto-dismiss": not arguments.no_auto_dismiss,
     }
@@ -66,6 +67,8 @@ def _end_lines(wire: dict[str, Any]) -> Iterator[str]:
     for path, overlay in wire.get("goes_on_in", {}).items():
         yield f"  {path} stays as it is; the guest goes on in {overlay}"
         yield f'  in its spec write from now on: path = "{overlay}", format = "qcow2"'
+    for path, copy in wire.get("copies", {}).items():
+        yield f"  {path} was copied to {copy}; the guest goes on in {path}"
     if not wire.get("error"):
         yield f"  {format_size(wire['pages'] * 4096)} of memory, {format_size(wire['stored_bytes'])} stored"
 

@@ -97,7 +97,7 @@ def stop(arguments: Namespace) -> int:
 
 
 def disks(arguments: Namespace) -> int:
-    """The disks that restores made on the agent's host; or one is taken away."""
+    """The disks that restores and saves made on the agent's host; or one is taken away."""
     if arguments.remove:
         wish = {"path": arguments.remove, "force": arguments.force}
         wire = agent_client.once(arguments.socket, "restored-disk-remove", wish)
@@ -108,12 +108,19 @@ def disks(arguments: Namespace) -> int:
         print(json.dumps({"disks": found}))
         return 0
     if not found:
-        print("no restore has left a disk here")
+        print("no restore and no save has left a disk here")
         return 0
     rows = [
-        (each["path"], each["vm"], each["name"], format_size(each["allocated_bytes"]), each["needed"] or "nobody")
+        (
+            each["path"],
+            each["kind"],
+            each["vm"],
+            each["name"],
+            format_size(each["allocated_bytes"]),
+            each["needed"] or "nobody",
+        )
         for each in found
     ]
-    for line in table(("DISK", "VM", "SNAPSHOT", "SIZE", "NEEDED"), rows):
+    for line in table(("DISK", "KIND", "VM", "SNAPSHOT", "SIZE", "NEEDED"), rows):
         print(line)
     return 0

@@ -60,6 +60,10 @@ class SaveFact(StrEnum):
     """A person gave it."""
     CONFIGURED = "configured"
     """QEMU's options are those of a save (text: the way)."""
+    COPYING = "copying"
+    """QEMU is about to be told to copy the guest's disks while it runs (text: which)."""
+    COPIES_READY = "copies-ready"
+    """Every copy has all that its disk has but for what the guest is just writing, and follows that."""
     ACTS = "acts"
     """QEMU is about to be told to send its guest; in the journal before it is told."""
     REFUSED = "refused"
@@ -76,6 +80,8 @@ class SaveFact(StrEnum):
     """What QEMU's run state was at the instant that is kept, as its stream has it (text; '': it does not say)."""
     DISKS = "disks"
     """The images of that instant are not written to any more: the guest goes on in new files (text: which)."""
+    COPIED = "copied"
+    """The copies are what the disks were at that instant, and nobody writes to them any more (text: which)."""
     WHOLE = "whole"
     """All memory and all device state of one instant are here."""
     RESUMED = "resumed"
@@ -84,10 +90,14 @@ class SaveFact(StrEnum):
     """The guest stands although it ran before, and QEMU does not start it (text: why). A person is told."""
     LEFT = "left"
     """The guest was not given back: it is gone, or it is not the save's any more (text: why)."""
+    COMMITS = "commits"
+    """The commit is about to be tried; in the journal before, where copies of disks would hang on it."""
     KEPT = "kept"
     """The snapshot is in the repository, for good (text: its id)."""
     UNKNOWN = "unknown"
     """The commit's answer was lost, or is not awaited any more: nobody knows whether the snapshot is there."""
+    ABSENT = "absent"
+    """The repository refused the commit, and has no such snapshot."""
     ERROR = "error"
     RESTARTED = "restarted"
     """The agent that had begun it is gone, and with it what had come."""
@@ -109,6 +119,7 @@ _STATES: Final[tuple[tuple[SaveFact, J], ...]] = (
     (SaveFact.RESTARTED, J.ABORTING),
     (SaveFact.WHOLE, J.PENDING),
     (SaveFact.STARTED, J.RUNNING),
+    (SaveFact.COPYING, J.RUNNING),
     (SaveFact.WANTED, J.CREATED),
 )
 """The first fact that is there decides."""
@@ -138,7 +149,13 @@ def save_status(log: SaveLog) -> str:
         return "pre-switchover"
     if SaveFact.WHOLE in log or SaveFact.STANDS in log:
         return "device"
-    return "active" if SaveFact.STARTED in log else "setup"
+    return "active" if SaveFact.STARTED in log or SaveFact.COPYING in log else "setup"
+
+
+def may_name_copies(log: SaveLog) -> bool:
+    """Whether a snapshot names the copies of the disks, or may: then nobody takes them away. A refused commit counts
+    until it was looked whether the snapshot is there."""
+    return SaveFact.KEPT in log or SaveFact.UNKNOWN in log or (SaveFact.COMMITS in log and SaveFact.ABSENT not in log)
 
 
 def may_cancel(log: SaveLog, *, is_committing: bool, stands: bool = False) -> str | None:

@@ -214,9 +214,13 @@ def _unreadable(what: str) -> RepositoryError:
 
 # --- what the owner says of a snapshot ------------------------------------------------------------------------
 
-DiskWay = Literal["read-only", "external-snapshot", "none"]
+DiskWay = Literal["read-only", "external-snapshot", "mirror", "none"]
 """`read-only`: nobody changes it. `external-snapshot`: the file is what the disk was at that instant, and the guest
-went on in an overlay. `none`: the snapshot was imported, and nobody knows of its disks."""
+went on in an overlay. `mirror`: the file is a copy of that instant, and the guest stayed on its own disk.
+`none`: the snapshot was imported, and nobody knows of its disks."""
+
+
+_OF_COPIES = ("disk", "virtual_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,14 +248,24 @@ class FrozenDisk:
     mtime_ns: int
     overlay: str = ""
     """Where the saved guest went on: its own, and no part of the snapshot."""
+    disk: str = ""
+    """The guest's own file, no part of the snapshot either, where `path` is a copy of it."""
+    virtual_bytes: int | None = None
+    """What the guest sees of a copy."""
     node: str = ""
     """QEMU's node of the disk."""
     chain: tuple[FrozenImage, ...] | None = None
     """What it lies on, the nearest first; None: nobody knows."""
 
+    @property
+    def guest_path(self) -> str:
+        """What the guest's definition calls it."""
+        return self.disk or self.path
+
     def to_wire(self) -> dict[str, Any]:
-        """Plain values, for the manifest."""
-        return asdict(self)
+        """Plain values, for the manifest. Of disks that are not copies an earlier agent reads them, too."""
+        wire = asdict(self)
+        return wire if self.way == "mirror" else {key: wire[key] for key in wire if key not in _OF_COPIES}
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> FrozenDisk:

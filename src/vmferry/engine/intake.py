@@ -149,9 +149,25 @@ class MainIntake:
         slab[_ROOM_BYTES : _ROOM_BYTES + len(self._first)] = self._first
         self._digest(slab, len(self._first))
         while self.end is None:
-            self._look_up()
+            try:
+                self._look_up()
+            except Gone:
+                self._take_the_rest(slab)
+                raise
             if self.end is None:
                 self._read(slab)
+
+    def _take_the_rest(self, slab: memoryview) -> None:
+        """Nothing can be said any more; what had come before counts. A source that died will not send it again.
+
+        1. the source sends its last pages and closes   2. a word of ours cannot be written   3. the pages are still
+        here to read
+        """
+        while not self.wire.is_cut and not self._voice.is_full:
+            count = self.wire.read_much(slab[_ROOM_BYTES:])
+            if not count:
+                return
+            self._digest(slab, count)
 
     def _look_up(self) -> None:
         """What others want: a cut, an order, a failure to be told; and what is still to be said. Raises Gone."""

@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry import limits
-from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.held_pages import HeldPages, HeldRuns, Room
 from vmferry.engine.image import ARRIVAL_PAGES_MAX, Image, ImageBlock, Map, Pages
 from vmferry.errors import VmferryError
 from vmferry.wire.events import RamBlock
@@ -49,6 +49,8 @@ log = logging.getLogger("vmferry.engine")
 Numbers = npt.NDArray[np.intp]
 _TOGETHER: Final = 8
 """Neighbours that are read with a page that was touched before."""
+_DAMAGE: Final = "damage"
+"""Whose trouble damaged objects are: everybody's who reads ahead, until all is there."""
 _ROOM_S: Final = 1.0
 """How long a reader waits for room before it looks whether it is still wanted."""
 
@@ -141,7 +143,8 @@ def image_of(blocks: Sequence[RamBlock], pages: SnapshotPages, *, is_lazy: bool)
     """An image of these blocks with nothing but its zeros. `is_lazy`: it is sent in the order in which pages come."""
     image, room = Image(), Room(limits.RESTORE_PAGES_HELD_MAX)
     for wire in blocks:
-        block = image.blocks[wire.name] = ImageBlock(wire, HeldPages(room))
+        held = HeldPages(room) if is_lazy else HeldRuns(room)
+        block = image.blocks[wire.name] = ImageBlock(wire, held)
         block.have[:] = pages.is_zero(wire.name)
         np.logical_not(block.have, out=block.touched)
     image.arrivals = deque() if is_lazy else None
@@ -166,9 +169,9 @@ class LazySource:
         self.touches = Touches([block.name for block in image])
         """What was asked for, in order; the same page may be in it again."""
         self._pages, self._on_trouble, self._run_pages = pages, on_trouble, run_pages
-        stores = [block.store for block in image if isinstance(block.store, HeldPages)]
+        stores = [block.store for block in image if isinstance(block.store, HeldPages | HeldRuns)]
         assert len(stores) == len(image.blocks), "an image of `image_of`"
-        self._room = stores[0]._room
+        self._room = stores[0].room
         self._placing = threading.Lock()
         """Guards what is put where."""
         self._planning = threading.Lock()
@@ -191,7 +194,11 @@ class LazySource:
         self._told: Trouble | None = None
         self._telling = threading.Lock()
         self._stopping = threading.Event()
-        self._threads = [threading.Thread(target=self._serve_asked, name=f"{name}-asked", daemon=True)]
+        self._beginning = threading.Lock()
+        """Guards who has begun: nobody begins once it is to end."""
+        self._threads: list[threading.Thread] = []
+        """Those that have begun."""
+        self._serving = [threading.Thread(target=self._serve_asked, name=f"{name}-asked", daemon=True)]
         self._ahead = [
             threading.Thread(target=self._read_ahead, args=(f"ahead-{number}",), name=f"{name}-ahead-{number}",
                              daemon=True)
@@ -202,15 +209,18 @@ class LazySource:
 
     def start(self) -> None:
         """Serves what is asked for from now on."""
-        for thread in self._threads:
-            thread.start()
+        self._begin(self._serving)
 
     def go(self) -> None:
         """Reads ahead from now on. Of a recovery only when it is known what has arrived (RESUME_ACK)."""
-        started, self._ahead = self._ahead, []
-        self._threads += started
-        for thread in started:
-            thread.start()
+        self._begin(self._ahead)
+
+    def _begin(self, threads: list[threading.Thread]) -> None:
+        """Those of them that have not begun. Any thread: a sender's says `go` while the owner's says `stop`."""
+        with self._beginning:
+            while threads and not self._stopping.is_set():
+                threads[0].start()
+                self._threads.append(threads.pop(0))
 
     @property
     def trouble(self) -> Trouble | None:
@@ -236,14 +246,16 @@ class LazySource:
         return Trouble(error, "asked" in begun)
 
     def stop(self, *, timeout_s: float = limits.ENGINE_STOP_S) -> tuple[str, ...]:
-        """Ends it, and joins its threads; the names of those that hang in a read, which end with that."""
-        self._stopping.set()
+        """Ends it, begun or not, and joins its threads; the names of those that hang in a read, which end with that."""
+        with self._beginning:
+            self._stopping.set()
+            threads = tuple(self._threads)
         self._room.wake()
         self.retry()
-        for thread in self._threads:
+        for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
-        return tuple(thread.name for thread in self._threads if thread.is_alive())
+        return tuple(thread.name for thread in threads if thread.is_alive())
 
     # --- for the sender, on its thread --------------------------------------------------------------------
 
@@ -265,7 +277,7 @@ class LazySource:
         again: deque[tuple[ImageBlock, int, int]] = deque()
         while not self._stopping.is_set():
             with self._wanted:
-                if not self._asked and not again:
+                if not self._asked and not again and not self._stopping.is_set():
                     self._wanted.wait(pause_s if self._failed else None)
                 is_new = bool(self._asked)
                 wanted = self._asked.popleft() if is_new else None
@@ -291,7 +303,7 @@ class LazySource:
         try:
             if count == 1:
                 if not block.have[first]:
-                    self._place(block, np.array([first]), [self._pages.page(block.name, first)])
+                    self._place(block, np.array([first]), self._pages.page(block.name, first).reshape(1, -1))
             else:
                 numbers = _absent(block, first, first + count)
                 if len(numbers):
@@ -322,13 +334,15 @@ class LazySource:
                 run = self._next_run()
             if run is None:
                 if not self._has_bad:
-                    self._note_trouble(who, None)
+                    for each in (who, _DAMAGE):
+                        self._note_trouble(each, None)
                     return
                 self._rest(pause_s)
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
                 with self._planning:
-                    self._had_bad, self._has_bad = self._has_bad, False
-                    self._runs = self._absent_runs()
+                    if self._has_bad:  # else another reader has begun the next pass already
+                        self._had_bad, self._has_bad = True, False
+                        self._runs = self._absent_runs()
                 continue
             while not self._read(run, who) and not self._rest(pause_s):
                 pause_s = min(pause_s * 2, limits.RESTORE_RETRY_MAX_S)
@@ -364,8 +378,9 @@ class LazySource:
         pages = run.pages[~run.block.have[run.pages]]
         error = self._bring(run.block, pages, who)
         if error is None:
+            self._note_trouble(who, None)
             if not (self._has_bad or self._had_bad):
-                self._note_trouble(who, None)
+                self._note_trouble(_DAMAGE, None)
             self._arrive(run)
             return True
         if error.retry != "no":
@@ -385,7 +400,9 @@ class LazySource:
                 self._place(block, pages, self._pages.read_some(block.name, pages))
         except Exception as error:  # noqa: BLE001  as above
             found = _as_ours(error)
-            self._note_trouble(who, found)
+            is_damage = found.retry == "no"
+            self._has_bad |= is_damage  # whatever becomes of it: it is looked at in another pass before it is over
+            self._note_trouble(_DAMAGE if is_damage else who, found)
             return found
         finally:
             self._reading.pop(who, None)
@@ -420,32 +437,34 @@ class LazySource:
         if order is not None:
             yield from self._ordered(order)
         for block in sorted(self.image, key=lambda each: each.count):
-            unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            for begin in range(0, block.count, window):
-                end = min(begin + window, block.count)
-                absent = _absent(block, begin, end)
+            for begin, end, pieces in self._cut(block):
                 first = begin
-                for at in range(0, len(absent), max(self._run_pages // unit, 1) * unit):
-                    pages = absent[at : at + max(self._run_pages // unit, 1) * unit]
+                for pages in pieces:
                     stop = int(pages[-1]) + 1
                     yield _Run(block, pages, first, stop)
                     first = stop
                 if first < end:
-                    yield _Run(block, absent[:0], first, end)
+                    yield _Run(block, np.empty(0, np.intp), first, end)
 
     def _absent_runs(self) -> Iterator[_Run]:
         """What has not come yet, when everything was tried."""
         for block in self.image:
             unit = block.host_page_pages
-            window = -(-ARRIVAL_PAGES_MAX // unit) * unit
-            length = max(self._run_pages // unit, 1) * unit
-            for begin in range(0, block.count, window):
-                absent = _absent(block, begin, min(begin + window, block.count))
-                for at in range(0, len(absent), length):
-                    pages = absent[at : at + length]
+            for _, end, pieces in self._cut(block):
+                for pages in pieces:
                     stop = -(-(int(pages[-1]) + 1) // unit) * unit
-                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, block.count))
+                    yield _Run(block, pages, int(pages[0]) // unit * unit, min(stop, end))
+
+    def _cut(self, block: ImageBlock) -> Iterator[tuple[int, int, list[Numbers]]]:
+        """A block in stretches (first, stop) of whole host pages, and what is absent of each in pieces that are read
+        together."""
+        unit = block.host_page_pages
+        stretch = -(-ARRIVAL_PAGES_MAX // unit) * unit
+        length = max(self._run_pages // unit, 1) * unit
+        for begin in range(0, block.count, stretch):
+            end = min(begin + stretch, block.count)
+            absent = _absent(block, begin, end)
+            yield begin, end, [absent[at : at + length] for at in range(0, len(absent), length)]
 
     def _ordered(self, order: Touches) -> Iterator[_Run]:
         """Pages that were touched before, with their neighbours: a snapshot has those in one piece mostly, which is
@@ -474,16 +493,15 @@ class LazySource:
 
     # --- into the image -----------------------------------------------------------------------------------
 
-    def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages | Sequence[Pages]) -> None:
+    def _place(self, block: ImageBlock, numbers: Numbers, pages: Pages) -> None:
         store = block.store
-        assert isinstance(store, HeldPages)
+        assert isinstance(store, HeldPages | HeldRuns)
         with self._placing:
             absent = ~block.have[numbers] & ~block.sent[numbers]
             if not absent.all():
-                which = np.flatnonzero(absent).tolist()
-                numbers, pages = numbers[which], [pages[each] for each in which]
+                numbers, pages = numbers[absent], pages[absent]
             if len(numbers):
-                store.put(numbers.tolist(), pages, len(numbers))
+                store.put(numbers, pages)
                 block.have[numbers] = True
 
     def _note_trouble(self, who: str, error: VmferryError | None) -> None:

@@ -63,7 +63,7 @@ class Entry(StrEnum):
     LET_GO = "let-go"
     """It was taken away, or is something else now."""
     IMAGES_GONE = "images-gone"
-    """Of a restore that is over: no file that it made is there any more."""
+    """Of a restore or a save that is over: no file that it made is there any more."""
     RECOVERY_WAY = "recovery-way"
     """Source: how the destination is reached without the agents' link, should the postcopy break; the newest counts."""
     COMMITTED = "committed"
@@ -142,6 +142,8 @@ class JobState:
     """A save: what it may have told its QEMU (`saving.Did`)."""
     halted: str = ""
     """A save: the run state into which something else brought its guest."""
+    commits: bool = False
+    """A save: its commit may have been tried."""
     fenced: str = ""
     """Why the destination counts as fenced; empty: it does not."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -209,6 +211,7 @@ def _of_job(job: JobState, entry: Written) -> None:
         case Entry.SAVE_ACTS:
             job.did = str(entry.body.get("did", job.did))
             job.halted = str(entry.body.get("halted", job.halted))
+            job.commits = bool(entry.body.get("commits", job.commits))
         case Entry.DISMISSED:
             job.dismissed = True
         case Entry.CANCEL_WANTED:
@@ -258,7 +261,7 @@ def _of_job(job: JobState, entry: Written) -> None:
 KEEP_ENDED_JOBS = 200
 """Results of ended jobs that are kept over a restart, and as many of chores; older ones are forgotten with their
 entries. Those that wait to be dismissed are not counted and not forgotten (`limits.JOBS_UNDISMISSED_MAX` bounds
-them), nor are restores of which disks are left: nobody else knows whose they are."""
+them), nor are restores and saves of which disks are left: nobody else knows whose they are."""
 
 
 class JournalStore(Protocol):
@@ -361,7 +364,8 @@ def _forget_old(db: sqlite3.Connection) -> None:
                 "  AND json_extract(body, '$.auto_dismiss') = 0"
                 "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='dismissed'))"
                 " AND subject NOT IN (SELECT subject FROM entry WHERE kind='image-made'"
-                "  AND subject IN (SELECT subject FROM entry WHERE kind='restore-wanted')"
+                "  AND subject IN (SELECT subject FROM entry WHERE kind='restore-wanted'"
+                "   OR (kind='save-wanted' AND json_array_length(body, '$.copies') > 0))"
                 "  AND subject NOT IN (SELECT subject FROM entry WHERE kind='images-gone'))"
                 " ORDER BY seq DESC LIMIT -1 OFFSET ?",
                 (KEEP_ENDED_JOBS,),

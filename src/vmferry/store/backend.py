@@ -8,7 +8,8 @@ promises rests on four properties:
 
 Rule 1: `put` is atomic: until it returns, others see nothing or all of the object; after it returned, the object
         survives a crash of the host. It never replaces an object: `ObjectExists`.
-Rule 2: a `put` that raised StoreTransient may have happened. Again with the same bytes: done, or `ObjectExists`.
+Rule 2: a `put` that raised StoreTransient may have happened. Again with the same bytes: done, or `ObjectExists`, which
+        is as durable. After StorePermanent it has not, unless the error says that it `may_have_happened`.
 Rule 3: what `put` or `delete` did is seen by every later call of anybody (strong consistency: local file systems, NFS
         with `sync` and no attribute cache, S3 since 2020).
 Rule 4: what a broken `put` leaves behind is seen under `tmp/` or is not there at all, and may be deleted by anybody.

@@ -33,6 +33,7 @@ VERSION: Final = 1
 CHUNKER: Final = "pages-4096"
 HASH: Final = "sha256-128"
 COMPRESSION: Final = "zstd"
+FRAME_CHECK: Final = "sha256-128"
 KEY_BYTES: Final = 32
 _SALT_BYTES: Final = 16
 _SCRYPT_COST: Final = 1 << 15
@@ -66,8 +67,8 @@ class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block: int = 0
 
 
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See the module's text. Hexadecimal where it is bytes."""
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """See the module's text. Hexadecimal where it is bytes. What came later has a default, which is not written."""
 
     format: Literal["vmferry-repository"]
     version: Literal[1]
@@ -79,6 +80,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frame_pages: int
     encryption: Encryption | None
     proof: str
+    frame_check: Literal["sha256-128"] | None = None
+    """What frames of pages carry in a repository without encryption; None: nothing (before 2026-11-26)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ def new_config(
     elif isinstance(key, KeyFile):
         encryption = Encryption("aes-256-gcm", "key-file", salt.hex())
     config = Config(
-        FORMAT, VERSION, repository.hex(), created_s, CHUNKER, HASH, COMPRESSION, frame_pages, encryption, ""
+        FORMAT, VERSION, repository.hex(), created_s, CHUNKER, HASH, COMPRESSION, frame_pages, encryption, "",
+        FRAME_CHECK if encryption is None else None,
     )  # fmt: skip
     if encryption is None or key is None:
         proof = hashlib.sha256(_rest(config)).digest()
@@ -128,7 +132,8 @@ def read_config(data: bytes, key: Key | None) -> tuple[Config, Secrets]:
             raise Damaged(NAME, "it does not fit its proof")
         if key is not None:
             raise WrongKey("the repository is not encrypted, and a key was given: is it the right one?")
-        return config, Secrets(OpenSeal(repository), derived(repository, b"vmferry: ids of pages"))
+        seal = OpenSeal(repository, frames=config.frame_check is not None)
+        return config, Secrets(seal, derived(repository, b"vmferry: ids of pages"))
     if key is None:
         raise WrongKey("the repository is encrypted: its key file or pass phrase is needed")
     if len(salt) != _SALT_BYTES:

@@ -34,6 +34,9 @@ class StoreTransient(RepositoryError):
 class StorePermanent(RepositoryError):
     """The store refuses (no room, no permission, wrong address), and will until somebody mends that."""
 
+    may_have_happened: bool = False
+    """Of a put: it was tried more than once, and a try before the one that was refused may have been carried out."""
+
 
 class Damaged(RepositoryError):
     """An object of the repository is not what was written; nothing of it was handed out."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,7 @@ class PackFacts:
     ids: Ids
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a frame is."""
 
     pack: int
@@ -56,7 +55,7 @@ class Place:
     length: int
     kind: int
     first_row: int
-    count: int
+    pages: int
 
 
 class Index:
@@ -105,8 +104,18 @@ class Index:
             length=int(self.frames.lengths[frame]),
             kind=int(self.frames.kinds[frame]),
             first_row=int(self.first_rows[frame]),
-            count=int(self.frames.counts[frame]),
+            pages=int(self.frames.counts[frame]),
         )
+
+    def places(self, frames: npt.NDArray[np.int64]) -> list[Place]:
+        """Where frames are: `place` for many of them."""
+        packs = self.packs_of(frames)
+        known = self.frames
+        columns = (
+            packs, frames - self.first_frames[packs], self._offsets[frames], known.lengths[frames],
+            known.kinds[frames], self.first_rows[frames], known.counts[frames],
+        )  # fmt: skip
+        return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
     def pack_rows(self) -> npt.NDArray[np.int64]:
         """The first row of each pack, and the number of all rows."""

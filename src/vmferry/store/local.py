@@ -97,8 +97,7 @@ class LocalFolder:
                 with open(temporary, "xb", buffering=0) as file:
                     _write_all(file.fileno(), data)
                     os.fsync(file.fileno())
-                _link(temporary, target)
-                _sync_folder(target.parent)
+                self._link(temporary, target)
             finally:
                 with contextlib.suppress(OSError):  # what is left is under tmp/, where prune finds it
                     temporary.unlink()
@@ -206,6 +205,25 @@ class LocalFolder:
             return StorePermanent(f"{text} ({self.root})", hint=_FULL_HINT, cause=error)
         return (StoreTransient if error.errno in _AGAIN else StorePermanent)(text, cause=error)
 
+    def _link(self, temporary: Path, target: Path) -> None:
+        """The object has its name, durably, when this returns or raises FileExistsError: that may be ours, of a put
+        whose sync failed. Raises StoreTransient when it is there, and nobody knows for how long."""
+        try:
+            link_or_rename(temporary, target)
+        except FileExistsError:
+            self._sync_name(target)
+            raise
+        self._sync_name(target)
+
+    def _sync_name(self, target: Path) -> None:
+        try:
+            _sync_folder(target.parent)
+        except OSError as error:
+            name = target.relative_to(self.root).as_posix()
+            raise StoreTransient(
+                f"{name}: it is there, but might not outlive a crash of the host: {error.strerror}", cause=error
+            ) from error
+
     def _make(self, folder: Path) -> None:
         """Makes a folder and what is missing above it, each durable before something is put into it."""
         if folder.is_dir():
@@ -217,21 +235,25 @@ class LocalFolder:
         _sync_folder(folder.parent)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+def link_or_rename(temporary: Path, target: Path) -> None:
+    """Gives a file its name; what has that name stays. Raises OSError, FileExistsError if something has.
 
-
-def _link(temporary: Path, target: Path) -> None:
+    Where there are no hard links the old name is gone afterwards, and a name that somebody takes between the look and
+    the rename is lost."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        if target.exists():
+        if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
         temporary.rename(target)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -20,7 +20,8 @@ times of the store's own clock, so hosts' clocks do not matter. Whoever goes on 
 Had 4 come before 3, the pruner would have seen the manifest. If the writer finds its lock in 5, then 2 has not been,
 so 3 will see the manifest. A pruner looks for its own lock before every single delete, for the same reason.
 
-Rule 1: renewing is a new object and then the end of the old one; one that finds the old one gone gives up.
+Rule 1: renewing is a new object and then the end of the old one; one that finds the old one gone gives up, and one that
+        does not find out has the old one still.
 Rule 2: no threads: owners call `renew_if_due` as they work.
 """
 
@@ -111,13 +112,21 @@ class Lock:
             raise self._lost()
         if self._clock.now_s() - self._renewed_s < min(STORE_LOCK_RENEW_S, self._stale_s / 10):
             return
-        old = self._name
+        old, renewed_s = self._name, self._renewed_s
         self._put()
+        new = self._name
         try:
             again(lambda: self._backend.size(old))
-        except ObjectMissing:
-            self.release()
-            raise self._lost() from None
+        except RepositoryError as error:
+            # The new one proves nothing: 1. the old one is taken away, and pages are deleted  2. the new one is put
+            # 3. nobody answers whether the old one is there  4. the commit looks for its lock, and finds the new one
+            is_gone = isinstance(error, ObjectMissing)
+            self._name, self._renewed_s = ("" if is_gone else old), renewed_s
+            with contextlib.suppress(RepositoryError):  # it gets stale by itself
+                again(lambda: self._backend.delete(new))
+            if is_gone:
+                raise self._lost() from None
+            raise
         again(lambda: self._backend.delete(old))
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ class ObjectStore:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None, *, retries: int = STORE_RETRIES_MAX) -> None:
-        self._url = url
+        self._url, self._tries_again = url, retries > 0
         try:
             self._store = from_url(
                 url,
@@ -59,6 +59,10 @@ class ObjectStore:
                 obstore.put(self._store, checked_name(name), data, mode="create", use_multipart=False)
         except ObjectMissing as error:
             raise StorePermanent(f"{self._url}: there is no such place to write to", cause=error) from error
+        except StorePermanent as error:
+            # 1. it is done, and the answer is lost  2. obstore tries again  3. a key that has run out is refused
+            error.may_have_happened = self._tries_again
+            raise
 
     def get(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """See `Backend`."""

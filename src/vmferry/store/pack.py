@@ -163,7 +163,7 @@ def read_whole(seal: Seal, name: str, data: bytes) -> Directory:
 def inflate_frame(seal: Seal, name: str, number: int, stored: bytes, kind: int, count: int) -> Pages:
     """Frame `number` (from 0) of a pack: its pages, or their differences to their bases. Raises Damaged.
 
-    Without encryption nothing proves yet that they are what they should be: compare them with their ids.
+    Unless the seal `proves_frames`, nothing proves yet that they are what they should be: compare them with their ids.
     """
     data = seal.open_frame(name, number + 1, stored)
     if kind & COMPRESSED:

@@ -78,7 +78,7 @@ class PrunePlan:
     remove_leftovers: tuple[Entry, ...]
     kept_packs: int
     too_young: int
-    """Objects that nobody needs and that are not old enough."""
+    """Objects of which nobody needs all, and that are not old enough."""
     freed_bytes: int
     """About: what is removed, less what emptied packs still hold."""
 
@@ -148,7 +148,7 @@ class _Planner:
             done += manifest.size_bytes
         self._mark_bases()
         remove: list[Entry] = []
-        empty: list[PackWork] = []
+        works: list[PackWork] = []
         kept: set[bytes] = set()
         indexed: set[bytes] = set()
         for index, used in zip(self._source.indexes, self._used, strict=True):
@@ -163,13 +163,16 @@ class _Planner:
                 if not len(rows):
                     remove.append(entry)
                 elif share < self._empty_below:
-                    empty.append(PackWork(entry, index.index_id, rows))
+                    works.append(PackWork(entry, index.index_id, rows))
                 else:
                     kept.add(pack_id)
         remove += [entry for pack_id, entry in self._packs.items() if pack_id not in indexed]
         leftovers = self._repository.backend.list(LEFTOVERS)
         old_packs, young = self._old(remove)
-        kept |= {pack_id for pack_id, entry in self._packs.items() if entry in young}
+        young += self._old(work.entry for work in works)[1]
+        are_young = frozenset(young)
+        empty = [work for work in works if work.entry not in are_young]
+        kept |= {pack_id for pack_id, entry in self._packs.items() if entry in are_young}
         indexes, young_indexes = self._old(self._useless_indexes(kept))
         old_leftovers, young_leftovers = self._old(leftovers)
         going = [*old_packs, *indexes, *old_leftovers]

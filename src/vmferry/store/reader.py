@@ -64,7 +64,9 @@ class SnapshotReader:
         manifest = self._repository.manifest(self.snapshot)
         self.head: Head = manifest.head
         self.device_state = manifest.device_state
-        self.source = PageSource(self._repository, lambda known: all_indexes(self._repository, known))
+        self.source = PageSource(
+            self._repository, lambda known: all_indexes(self._repository, known), compares_ids=False
+        )
         add_uses(self.source, self._repository, manifest.head)
         self._tables: list[Table] = []
         for block, table in zip(manifest.head.blocks, manifest.tables, strict=True):

@@ -46,8 +46,8 @@ def rebuild_indexes(
     stale_s: float = STORE_LOCK_STALE_S,
 ) -> Rebuilt:
     """Makes every index that packs speak of and that cannot be read. `on_bytes` is told before each pack that no index
-    names how many bytes of those are done; what it raises ends the work, and nothing was done. Raises RepositoryBusy.
-    """
+    names how many bytes of those are done, and 0 of 0 while indexes are read; what it raises ends the work, and nothing
+    was done. Raises RepositoryBusy."""
     lock = repository.exclusive("rebuild indexes", stale_s=stale_s)
     try:
         return _rebuild(repository, lock, on_bytes)
@@ -59,6 +59,8 @@ def _rebuild(repository: Repository, lock: Lock, on_bytes: Callable[[int, int], 
     source = PageSource(repository)
     named: set[bytes] = set()
     for index_id in repository.indexes():
+        lock.renew_if_due()
+        on_bytes(0, 0)
         try:
             index = repository.index(index_id)
         except Damaged:
@@ -146,8 +148,8 @@ def _with_differences(source: PageSource, index: Index, repository: Repository) 
         place = index.place(frame)
         name = pack_name(index.pack_ids[place.pack])
         stored = repository.part(name, place.offset, place.length)
-        differences = inflate_frame(repository.seal, name, place.number, stored, place.kind, place.count)
-        here = np.arange(place.first_row, place.first_row + place.count)
+        differences = inflate_frame(repository.seal, name, place.number, stored, place.kind, place.pages)
+        here = np.arange(place.first_row, place.first_row + place.pages)
         ids[here] = repository.ids.of(differences ^ source.read(source.bases_of(k, here)))
     return index.with_ids(ids)
 

@@ -59,10 +59,11 @@ from vmferry.store.errors import (
     ObjectExists,
     ObjectMissing,
     OtherRepository,
+    StorePermanent,
     StoreTransient,
     UnknownSnapshot,
 )
-from vmferry.store.heads import KeptHeads
+from vmferry.store.heads import FirstReads, KeptHeads
 from vmferry.store.index import Index, index_name, read_index
 from vmferry.store.lock import Lock
 from vmferry.store.manifest import Head, Manifest, manifest_name, read_head, read_manifest
@@ -198,17 +199,30 @@ class Repository:
 
     def put_new(self, name: str, data: bytes) -> None:
         """Puts an object whose name holds fresh random bytes; what is there after a lost answer is ours."""
+        may_have_happened = False
         for last in (False, False, True):
             try:
-                self.backend.put(name, data)
+                self._put_or_find(name, data)
                 return
             except StoreTransient:
+                may_have_happened = True
                 if last:
                     raise
-            except ObjectExists:
-                if self.backend.get(name) != data:
-                    raise
-                return
+            except StorePermanent as error:
+                error.may_have_happened |= may_have_happened
+                raise
+
+    def _put_or_find(self, name: str, data: bytes) -> None:
+        try:
+            self.backend.put(name, data)
+        except ObjectExists:
+            try:
+                found = self.backend.get(name)
+            except StorePermanent as error:
+                error.may_have_happened = True
+                raise
+            if found != data:
+                raise
 
     def indexes(self) -> dict[bytes, Entry]:
         """All index objects, by id."""
@@ -234,7 +248,8 @@ class Repository:
         name = manifest_name(snapshot)
         try:
             # Its head first, a small read: it says whether the whole may be as large as it is.
-            self._head(snapshot, again(lambda: self.backend.size(name)))
+            size = again(lambda: self.backend.size(name))
+            self._head(snapshot, size, lambda: self._first_read(snapshot, size))
             data = self._bounded(name, STORE_MANIFEST_BYTES_MAX)
         except ObjectMissing as error:
             raise UnknownSnapshot(f"the repository has no snapshot {snapshot}", cause=error) from error
@@ -277,9 +292,12 @@ class Repository:
         """Every snapshot, one at a time, in no order: for whoever looks for some of them."""
         entries = self.snapshot_ids()
         self._heads.keep_only(entries.keys())
-        for snapshot, entry in entries.items():
-            with contextlib.suppress(ObjectMissing, UnknownSnapshot):  # forgotten since the listing
-                yield self._listed(snapshot, entry)
+        kept = {snapshot: self._heads.get(snapshot, entry) for snapshot, entry in entries.items()}
+        unread = [snapshot for snapshot, head in kept.items() if head is None]
+        with FirstReads(lambda snapshot: self._first_read(snapshot, entries[snapshot].size_bytes), unread) as reads:
+            for snapshot, entry in entries.items():
+                with contextlib.suppress(ObjectMissing, UnknownSnapshot):  # forgotten since the listing
+                    yield self._listed(snapshot, entry, kept[snapshot], reads)
 
     def snapshot(self, snapshot: str) -> SnapshotInfo:
         """One, by its id: no other is looked at. Raises UnknownSnapshot."""
@@ -287,7 +305,7 @@ class Repository:
             name = manifest_name(snapshot)
             with contextlib.suppress(ObjectMissing):
                 size = again(lambda: self.backend.size(name))
-                return self._info(snapshot, size)[0]
+                return self._info(snapshot, size, lambda: self._first_read(snapshot, size))[0]
         raise UnknownSnapshot(f"the repository has no snapshot {snapshot}")
 
     def require_snapshot(self, snapshot: str) -> None:
@@ -311,29 +329,32 @@ class Repository:
         finally:
             lock.release()
 
-    def _listed(self, snapshot: str, entry: Entry) -> SnapshotInfo:
-        """Raises ObjectMissing."""
-        head = self._heads.get(snapshot, entry)
+    def _listed(self, snapshot: str, entry: Entry, head: Head | None, reads: FirstReads) -> SnapshotInfo:
+        """`head`: it was kept. Raises ObjectMissing."""
         if head is not None:
             return SnapshotInfo(snapshot, entry.size_bytes, head)
-        info, head_bytes = self._info(snapshot, entry.size_bytes)
+        info, head_bytes = self._info(snapshot, entry.size_bytes, lambda: reads.take(snapshot))
         if info.head is not None:
             self._heads.keep(snapshot, entry, info.head, head_bytes)
         return info
 
-    def _info(self, snapshot: str, size: int) -> tuple[SnapshotInfo, int]:
+    def _info(self, snapshot: str, size: int, first: Callable[[], bytes]) -> tuple[SnapshotInfo, int]:
         """And the bytes that its head has in the store. Raises ObjectMissing."""
         try:
-            head, head_bytes = self._head(snapshot, size)
+            head, head_bytes = self._head(snapshot, size, first)
         except Damaged as error:
             self._require_same()  # with the keys of another repository everything looks damaged
             return SnapshotInfo(snapshot, size, None, str(error)), 0
         return SnapshotInfo(snapshot, size, head), head_bytes
 
-    def _head(self, snapshot: str, size: int) -> tuple[Head, int]:
-        """The head, and the bytes that it has."""
+    def _first_read(self, snapshot: str, size: int) -> bytes:
+        """What most heads fit into."""
         name = manifest_name(snapshot)
-        data = again(lambda: self.backend.get(name, 0, min(size, _FIRST_READ_BYTES)))
+        return again(lambda: self.backend.get(name, 0, min(size, _FIRST_READ_BYTES)))
+
+    def _head(self, snapshot: str, size: int, first: Callable[[], bytes]) -> tuple[Head, int]:
+        """The head, and the bytes that it has. `first` gives its first part."""
+        name, data = manifest_name(snapshot), first()
         end = head_end(name, data, MANIFEST, size)
         if end > len(data):
             data = again(lambda: self.backend.get(name, 0, end))

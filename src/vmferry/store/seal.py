@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 A sealed piece is bound to its object's name and to its number in it, so a piece cannot stand in for another one.
 
-* `OpenSeal`: for a repository without encryption. Heads, tables and directories carry 16 bytes of keyed SHA-256. The
-  key is in the config object, for everybody to see: this finds damage, not malice. Frames of pages carry nothing,
-  because every page is compared with its id before it is handed out.
+* `OpenSeal`: for a repository without encryption. Every piece carries 16 bytes of keyed SHA-256. The key is in the
+  config object, for everybody to see: this finds damage, not malice. In repositories of older configs frames of pages
+  carry nothing (`frames=False`), and every page is compared with its id before it is handed out.
 * `SecretSeal`: AES-256-GCM (cryptography). Each object has a key of its own, HMAC-SHA256(master, its name); the nonce
   is the piece's number. A nonce is therefore used once: names are random, and an object is written once.
 
@@ -38,6 +38,11 @@ class Seal(Protocol):
         """By how much a frame grows; other pieces grow by SEAL_BYTES."""
         ...
 
+    @property
+    def proves_frames(self) -> bool:
+        """Whether what `open_frame` gives back is what was written. Else pages have to be compared with their ids."""
+        ...
+
     def close(self, name: str, number: int, data: bytes) -> bytes:
         """A head, table or directory -> what is stored."""
         ...
@@ -51,7 +56,7 @@ class Seal(Protocol):
         ...
 
     def open_frame(self, name: str, number: int, sealed: bytes) -> bytes:
-        """The reverse; without encryption the content is not proved yet. Raises Damaged."""
+        """The reverse; see `proves_frames`. Raises Damaged."""
         ...
 
 
@@ -61,12 +66,12 @@ def derived(secret: bytes, what: bytes) -> bytes:
 
 
 class OpenSeal:
-    """Finds damage; hides nothing."""
+    """Finds damage; hides nothing. `frames`: also that of frames of pages."""
 
-    frame_bytes: Final = 0
-
-    def __init__(self, key: bytes) -> None:
-        self._key = derived(key, b"vmferry: checks of objects")
+    def __init__(self, key: bytes, *, frames: bool = True) -> None:
+        self._begun = hashlib.sha256(derived(key, b"vmferry: checks of objects"))
+        self.proves_frames = frames
+        self.frame_bytes = SEAL_BYTES if frames else 0
 
     def close(self, name: str, number: int, data: bytes) -> bytes:
         """See `Seal`."""
@@ -80,15 +85,15 @@ class OpenSeal:
         return data
 
     def close_frame(self, name: str, number: int, data: bytes) -> bytes:
-        """As it is."""
-        return data
+        """See `Seal`."""
+        return self.close(name, number, data) if self.proves_frames else data
 
     def open_frame(self, name: str, number: int, sealed: bytes) -> bytes:
-        """As it is."""
-        return sealed
+        """See `Seal`."""
+        return self.open(name, number, sealed) if self.proves_frames else sealed
 
     def _check(self, name: str, number: int, data: bytes) -> bytes:
-        check = hashlib.sha256(self._key)
+        check = self._begun.copy()
         check.update(_place(name, number))
         check.update(data)
         return check.digest()[:SEAL_BYTES]
@@ -98,6 +103,7 @@ class SecretSeal:
     """Hides and proves."""
 
     frame_bytes: Final = SEAL_BYTES
+    proves_frames: Final = True
 
     def __init__(self, master: bytes) -> None:
         self._master = master

@@ -3,16 +3,17 @@
 Theory of operation
 -------------------
 A number leads to an index and a row, the row to a frame of a pack, the frame to its pages; a page that is a difference
-leads to its base, which is found by id. Every page is compared with its id before it is handed out, so whatever
-happened on the way, what comes out is what was saved, or `Damaged` with the pack's name.
+leads to its base, which is found by id. What comes out is what was saved, or `Damaged` with the pack's name: a frame is
+proved by its seal, as the index that says what is in it was; and each page is compared with its id where frames carry
+no proof, and for whoever wants to know that what was saved was right (`compares_ids`).
 
 A row whose pack is gone was put elsewhere by `prune`: it is looked for by id, among the indexes that are here and then
 among all others (`moved`). Those are read one after the other, and only one with a page that is wanted stays: memory is
 for what a snapshot uses, and not for what else is in the repository.
 
-Rule 1: threads may read at the same time. What they share, the frames that were inflated last, is under one lock,
-        which is never held while something is read or inflated. Indexes are added under another one; numbers that were
-        given out keep their meaning.
+Rule 1: threads may read at the same time. What they share, the frames that were inflated last and the bases that were
+        found, is under one lock, which is never held while something is read or inflated. Indexes are added under
+        another one; numbers that were given out keep their meaning.
 Rule 2: a frame is kept when a page of it has been found right. One with a page that is wrong is kept no more, and the
         store is asked once more: what was damaged may be whole again, brought back from a copy.
 """
@@ -37,6 +38,8 @@ from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
 _SEARCH_ROWS = 1 << 16
+_FRAMES_AT_ONCE = 128
+"""4 MiB of pages in frames of 8."""
 _MOVED_PAGES = 1 << 19
 """Pages that are looked for by id at a time: 36 bytes each. Those that follow are in the same indexes mostly."""
 
@@ -46,9 +49,14 @@ class PageSource:
     for what is not found."""
 
     def __init__(
-        self, repository: Repository, others: Callable[[Collection[bytes]], Iterable[Index]] | None = None
+        self,
+        repository: Repository,
+        others: Callable[[Collection[bytes]], Iterable[Index]] | None = None,
+        *,
+        compares_ids: bool = True,
     ) -> None:
         self._repository = repository
+        self._compares_ids = compares_ids or not repository.seal.proves_frames
         self._others = others
         self._present = repository.packs()
         self.indexes: list[Index] = []
@@ -62,6 +70,8 @@ class PageSource:
         self._frames: OrderedDict[tuple[int, int], Pages] = OrderedDict()
         self._lock = threading.Lock()
         self._adding = threading.Lock()
+        self._looking = threading.Lock()
+        """Held by whoever looks for bases."""
 
     def add(self, index: Index) -> int:
         """Its first number."""
@@ -101,18 +111,48 @@ class PageSource:
         """Numbers of these ids in packs that are there (stored whole, if so wanted), UNKNOWN for those without.
 
         An id may come more than once: an index can have a page twice, as a writer that does not remember all pages
-        stores some again."""
+        stores some again. A page that is stored whole goes before one that is a difference, and such a one counts only
+        with its base: differences may outlive theirs."""
         leaders, positions = first_of_each(ids)
         found = self._find_distinct(ids[leaders], is_whole=is_whole)
         return np.asarray(found[positions])
 
     def _find_distinct(self, ids: Ids, *, is_whole: bool) -> Numbers:
+        found = self._find_whole(ids)
+        if is_whole or not np.any(found == UNKNOWN):
+            return found
+        at = np.flatnonzero(found == UNKNOWN)
+        for positions, numbers, bases in self._differences_of(ids[at]):
+            has_base = self._find_whole_of(bases) != UNKNOWN
+            found[at[positions[has_base]]] = numbers[has_base]
+        return found
+
+    def _find_whole(self, ids: Ids) -> Numbers:
+        """Of distinct ids; UNKNOWN for those that are nowhere stored whole."""
         wanted = _numbered(ids)
         found = np.full(len(ids), UNKNOWN, np.uint32)
         for k, index in enumerate(self.indexes):
-            for positions, rows in _hits(index, self._live[k], wanted, is_whole=is_whole):
+            for positions, rows in _hits(index, self._live[k], wanted, is_whole=True):
                 found[positions] = rows + self.starts[k]
         return found
+
+    def _find_whole_of(self, ids: Ids) -> Numbers:
+        """The same of ids that may come more than once."""
+        leaders, positions = first_of_each(ids)
+        return np.asarray(self._find_whole(ids[leaders])[positions])
+
+    def _differences_of(self, ids: Ids) -> Iterator[tuple[npt.NDArray[np.intp], Numbers, Ids]]:
+        """For each index with some of these distinct ids as differences: their positions, numbers, and bases' ids."""
+        wanted = _numbered(ids)
+        for k, index in enumerate(self.indexes):
+            found = [
+                (positions, rows[index.are_differences(rows)], index.are_differences(rows))
+                for positions, rows in _hits(index, self._live[k], wanted, is_whole=False)
+            ]
+            positions = np.concatenate([np.zeros(0, np.intp), *(at[are].astype(np.intp) for at, _, are in found)])
+            rows = np.concatenate([np.zeros(0, np.int64), *(rows for _, rows, _ in found)])
+            if len(rows):
+                yield positions, (rows + self.starts[k]).astype(np.uint32), index.bases_of(rows)
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """As `find`, and if one is not found among the indexes that are here, those others that have one are added."""
@@ -123,18 +163,24 @@ class PageSource:
             with self._adding:
                 self._add_others(distinct[found == UNKNOWN], is_whole=is_whole)
             found = self._find_distinct(distinct, is_whole=is_whole)
+        if not is_whole and np.any(found == UNKNOWN):  # a difference is there, perhaps, and its base is somewhere else
+            bases = [each for _, _, each in self._differences_of(distinct[found == UNKNOWN])]
+            if bases:
+                self.find_anywhere(np.concatenate(bases), is_whole=True)
+                found = self._find_distinct(distinct, is_whole=False)
         return np.asarray(found[positions])
 
     def _add_others(self, ids: Ids, *, is_whole: bool) -> None:
-        """Adds those of the others that have some of these."""
+        """Adds those of the others that have some of these. A difference is no end of the search for its page: it may
+        have outlived its base, and the page may be stored whole in another one."""
         lost = np.ones(len(ids), np.bool_)
         wanted = _numbered(ids)
         others = () if self._others is None else self._others({each.index_id for each in self.indexes})
         for index in others:
             live, has_some = self._packs_there(index), False
-            for positions, _ in _hits(index, live, wanted, is_whole=is_whole):
+            for positions, rows in _hits(index, live, wanted, is_whole=is_whole):
                 has_some = has_some or bool(lost[positions].any())
-                lost[positions] = False
+                lost[positions[~index.are_differences(rows)]] = False
             if has_some:
                 self.add(index)
             if not lost.any():
@@ -178,15 +224,25 @@ class PageSource:
     def find_bases(self, k: int, rows: npt.NDArray[np.int64]) -> Numbers:
         """As `bases_of`; UNKNOWN for those that are nowhere. Of pages that no snapshot needs, bases may be gone."""
         ids = self.indexes[k].bases_of(rows)
-        numbers = self._bases.find(ids)
-        if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
-            # All that this index may ever ask for, at once: looking for one takes as long.
-            every = self.indexes[k].frames.bases
-            every = every[self._bases.find(every) == UNKNOWN]
-            found = self.find_anywhere(every, is_whole=True)
-            self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
-            numbers = self._bases.find(ids)
+        numbers = self._known_bases(ids)
+        if not np.any(numbers == UNKNOWN):
+            return numbers
+        # Whoever comes while somebody looks waits for that: until then nobody knows whether a base is nowhere.
+        with self._looking:
+            numbers = self._known_bases(ids)
+            if np.any(numbers == UNKNOWN) and self._is_worth_a_look(k):
+                # All that this index may ever ask for, at once: looking for one takes as long.
+                every = self.indexes[k].frames.bases
+                every = every[self._known_bases(every) == UNKNOWN]
+                found = self.find_anywhere(every, is_whole=True)
+                with self._lock:
+                    self._bases.add(every[found != UNKNOWN], found[found != UNKNOWN])
+                numbers = self._known_bases(ids)
         return numbers
+
+    def _known_bases(self, ids: Ids) -> Numbers:
+        with self._lock:
+            return self._bases.find(ids)
 
     def _is_worth_a_look(self, k: int) -> bool:
         """Whether to look for bases of index `k`: once, and for whoever waits for them again after a while, among what
@@ -230,11 +286,16 @@ class PageSource:
         if index.frames.kinds[frame] & DIFFERENCES:
             base = int(self.bases_of(k, np.array([row]))[0])
             page = page ^ self.page(base)
+        if not self._compares_ids:
+            return page
         return page if self._repository.ids.is_page(page, index.ids[row].tobytes()) else None
 
     def read(self, numbers: Numbers) -> Pages:
         """Pages, one per number; ZERO gives zeros. Raises Damaged."""
-        out = np.zeros((len(numbers), PAGE_BYTES), np.uint8)
+        # Zeros are written where they are wanted only: all else is overwritten, or an error is raised.
+        out = np.empty((len(numbers), PAGE_BYTES), np.uint8)
+        if np.any(are_zero := numbers == ZERO):
+            out[are_zero] = 0
         for k, at, rows in self.split(numbers):
             self._read_index(k, at, rows, out)
         return out
@@ -242,20 +303,64 @@ class PageSource:
     def _read_index(
         self, k: int, at: npt.NDArray[np.intp], rows: npt.NDArray[np.int64], out: Pages, *, is_again: bool = False
     ) -> None:
-        index = self.indexes[k]
         order = np.argsort(rows, kind="stable")
         at, rows = at[order], rows[order]
-        of_rows = index.frames_of(rows)
-        frames, begins = np.unique(of_rows, return_index=True)
-        ends = np.append(begins[1:], len(rows))
-        slots = rows - index.first_rows[of_rows]
-        for pages, frame, begin, end in zip(self._frames_of(k, frames), frames, begins, ends, strict=True):
-            part = slice(int(begin), int(end))
-            _scatter(out, at[part], pages, slots[part])
-            if index.frames.kinds[frame] & DIFFERENCES:
-                out[at[part]] ^= self.read(self.bases_of(k, rows[part]))
+        of_rows = self.indexes[k].frames_of(rows)
+        # So many rows at a time that their frames' pages are not much at once.
+        edges = np.flatnonzero(np.diff(of_rows)) + 1
+        begin = 0
+        for end in (*edges[_FRAMES_AT_ONCE - 1 :: _FRAMES_AT_ONCE].tolist(), len(rows)):
+            part = slice(begin, end)
+            self._read_rows(k, at[part], rows[part], of_rows[part], out)
+            begin = end
+        if self._compares_ids:
+            self._compare(k, at, rows, of_rows, out, is_again=is_again)
+
+    def _read_rows(
+        self,
+        k: int,
+        at: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.int64],
+        of_rows: npt.NDArray[np.int64],
+        out: Pages,
+    ) -> None:
+        """Rows in ascending order; nothing is compared yet."""
+        index = self.indexes[k]
+        edges = np.flatnonzero(np.diff(of_rows)) + 1
+        begins = [0, *edges.tolist()]
+        frames = of_rows[begins]
+        # Pages that lie side by side here and there are copied together.
+        is_begin = np.ones(len(rows), np.bool_)
+        is_begin[1:] = (np.diff(rows) != 1) | (np.diff(at) != 1)
+        is_begin[begins] = True
+        cuts = np.flatnonzero(is_begin)
+        pieces = zip(
+            (np.searchsorted(begins, cuts, side="right") - 1).tolist(),
+            (rows[cuts] - index.first_rows[of_rows[cuts]]).tolist(),
+            at[cuts].tolist(),
+            np.diff(cuts, append=len(rows)).tolist(),
+            strict=True,
+        )
+        found = self._frames_of(k, frames)
+        for which, slot, to, count in pieces:
+            out[to : to + count] = found[which][slot : slot + count]
+        are = index.are_differences(rows)
+        if are.any():
+            out[at[are]] ^= self.read(self.bases_of(k, rows[are]))
+
+    def _compare(
+        self,
+        k: int,
+        at: npt.NDArray[np.intp],
+        rows: npt.NDArray[np.int64],
+        of_rows: npt.NDArray[np.int64],
+        out: Pages,
+        *,
+        is_again: bool,
+    ) -> None:
+        """Each page with its id; what was wrong and came from a frame that was kept is read once more."""
         found = self._repository.ids.of_some(out, at.tolist())
-        wrong = np.flatnonzero((found != index.ids[rows]).any(axis=1))
+        wrong = np.flatnonzero((found != self.indexes[k].ids[rows]).any(axis=1))
         if not len(wrong):
             return
         were_kept = [self._let_go(k, frame) for frame in np.unique(of_rows[wrong]).tolist()]
@@ -263,44 +368,46 @@ class PageSource:
             raise self._wrong(k, int(of_rows[wrong[0]]))
         self._read_index(k, at, rows, out, is_again=True)
 
-    def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> Iterable[Pages]:
+    def _frames_of(self, k: int, frames: npt.NDArray[np.int64]) -> list[Pages]:
         """These frames' pages, in order; neighbours in a pack are read at once. For runs: what was kept is used, and
         nothing more is kept."""
-        index = self.indexes[k]
+        index, numbers = self.indexes[k], frames.tolist()
+        with self._lock:
+            kept = [self._frames.get((k, frame)) for frame in numbers]
+        found: list[Pages] = []
         run: list[Place] = []
-        for frame in frames.tolist():
-            kept = self._kept(k, frame)
-            if kept is not None:
-                yield from self._inflate_run(index, run)
-                run = []
-                yield kept
-                continue
-            place = index.place(frame)
+        for pages, place in zip(kept, index.places(frames), strict=True):
             if run and (
-                place.pack != run[-1].pack
-                or place.number != run[-1].number + 1
+                pages is not None
+                or (place.pack, place.number) != (run[-1].pack, run[-1].number + 1)
                 or place.offset + place.length - run[0].offset > STORE_READ_BYTES
             ):
-                yield from self._inflate_run(index, run)
+                found += self._inflate_run(index, run)
                 run = []
-            run.append(place)
-        yield from self._inflate_run(index, run)
+            if pages is None:
+                run.append(place)
+            else:
+                found.append(pages)
+        if run:
+            found += self._inflate_run(index, run)
+        return found
 
-    def _inflate_run(self, index: Index, run: Sequence[Place]) -> Iterable[Pages]:
-        if not run:
-            return
-        name = pack_name(index.pack_ids[run[0].pack])
-        first = run[0].offset
+    def _inflate_run(self, index: Index, run: Sequence[Place]) -> list[Pages]:
+        """Neighbours in one pack."""
+        name, first, seal = pack_name(index.pack_ids[run[0].pack]), run[0].offset, self._repository.seal
         data = self._repository.part(name, first, run[-1].offset + run[-1].length - first)
+        found = []
         for place in run:
-            stored = data[place.offset - first : place.offset - first + place.length]
-            yield inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+            begin = place.offset - first
+            stored = data[begin : begin + place.length]
+            found.append(inflate_frame(seal, name, place.number, stored, place.kind, place.pages))
+        return found
 
     def _inflate(self, index: Index, place: Place) -> Pages:
         """One frame."""
         name = pack_name(index.pack_ids[place.pack])
         stored = self._repository.part(name, place.offset, place.length)
-        return inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.count)
+        return inflate_frame(self._repository.seal, name, place.number, stored, place.kind, place.pages)
 
     def _keep(self, k: int, frame: int, pages: Pages) -> None:
         with self._lock:
@@ -352,12 +459,3 @@ def _hits(
             rows = rows[~index.are_differences(rows)]
         if len(rows):
             yield position[rows - begin], rows
-
-
-def _scatter(out: Pages, at: npt.NDArray[np.intp], pages: Pages, slots: npt.NDArray[np.int64]) -> None:
-    """out[at] = pages[slots], in one copy where both are runs: most are."""
-    last = len(at) - 1
-    if at[last] - at[0] == last and slots[last] - slots[0] == last and (at[1:] - at[:-1] == 1).all():
-        out[at[0] : at[last] + 1] = pages[slots[0] : slots[last] + 1]
-    else:
-        out[at] = pages[slots]

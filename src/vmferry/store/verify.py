@@ -57,8 +57,8 @@ class Verdict:
 
 
 def verify(repository: Repository, on_bytes: Callable[[int, int], None] = lambda done, of: None) -> Verdict:
-    """Reads everything. `on_bytes` is told after each pack how many bytes of how many are done; what it raises ends the
-    search. Raises RepositoryBusy."""
+    """Reads everything. `on_bytes` is told before each object how many bytes of packs are done, of how many (0 of 0
+    while indexes are read); what it raises ends the search. Raises RepositoryBusy."""
     lock = repository.shared("verify")
     try:
         return _Search(repository, on_bytes, lock.renew_if_due).run()
@@ -114,6 +114,7 @@ class _Search:
     def _read_indexes(self) -> None:
         for index_id in self._repository.indexes():
             self._renew()
+            self._on_bytes(0, 0)
             try:
                 index = self._repository.index(index_id)
             except Damaged as error:

@@ -12,14 +12,16 @@ those the ordinals of new pages. `commit` translates them into what a manifest h
 Rule 1: the order of `repository`: packs, indexes, manifest, each durable before the next; a look for the lock at last.
 Rule 2: `abort`, or any error, leaves objects that `prune` takes away, and never a manifest. Of an error in `commit`:
         LockLost means that nothing was committed. After StoreTransient the same `commit` can be called again, which
-        does what is left; nothing was committed, unless `may_be_there`: then the manifest's put was tried, and nobody
-        knows.
+        does what is left. After any other nothing was committed, unless `may_be_there`: then the manifest's put may
+        have been carried out, and nobody knows.
 Rule 3: one thread. Memory: 20 bytes per page that the repository knows (up to `STORE_KNOWN_PAGES_MAX`: 84 MB), 4 per
         page of the guest and per new page, one pack.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -28,7 +30,8 @@ import numpy.typing as npt
 
 from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_CREATED_S_MAX, STORE_DIFFERENT_BYTES_MAX, STORE_LOCK_STALE_S
-from vmferry.store.errors import LockLost
+from vmferry.store.backend import again
+from vmferry.store.errors import Damaged, LockLost, StorePermanent
 from vmferry.store.index import Index
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
 from vmferry.store.manifest import (
@@ -46,6 +49,8 @@ from vmferry.store.packer import Packer
 from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
 from vmferry.store.reader import SnapshotReader, all_indexes
 from vmferry.store.repository import Repository
+
+log = logging.getLogger("vmferry.store")
 
 _CHUNK: Final = 1 << 16
 
@@ -84,6 +89,10 @@ class SnapshotWriter:
         self._sealed: tuple[bytes, Head] | None = None
         self.may_be_there = False
         """After a `commit` that failed: whether the snapshot may be in the repository all the same."""
+        self._is_there = False
+        """The manifest was put, and the lock was still there afterwards: nothing can take that back."""
+        self.base_damage = ""
+        """What of the base could not be read; pages that changed there were stored whole."""
         self._differences = 0
         self._packer = Packer(repository, self._lock.renew_if_due)
 
@@ -161,17 +170,30 @@ class SnapshotWriter:
         if self._sealed is None:  # called again it must be the same bytes: they may be there already
             self._sealed = write_manifest(self._repository.seal, self.snapshot, head, device_state, tables), head
         data, head = self._sealed
-        self._lock.check()  # most of those who were taken for dead learn it before they commit
-        self.may_be_there = True
-        self._repository.put_new(manifest_name(self.snapshot), data)
+        if not self._is_there:
+            self._put_manifest(data)
+        with contextlib.suppress(RepositoryError):  # a lock that stays gets stale by itself; the snapshot is there
+            self._lock.release()
+        return head
+
+    def _put_manifest(self, data: bytes) -> None:
+        """It is there, and was put under our lock, when this returns. Else `may_be_there` says what is known."""
+        name, before = manifest_name(self.snapshot), self.may_be_there
         try:
+            self._lock.check()  # most of those who were taken for dead learn it before they commit
+            self.may_be_there = True
+            try:
+                self._repository.put_new(name, data)
+            except StorePermanent as error:
+                self.may_be_there = before or error.may_have_happened
+                raise
             self._lock.check()
         except LockLost:
-            self._repository.backend.delete(manifest_name(self.snapshot))
-            self.may_be_there = False
+            if self.may_be_there:
+                again(lambda: self._repository.backend.delete(name))
+                self.may_be_there = False
             raise
-        self._lock.release()
-        return head
+        self._is_there = True
 
     def abort(self) -> None:
         """Gives the lock back; what was stored so far goes with the next prune. Again, or after commit, is fine."""
@@ -232,7 +254,13 @@ class SnapshotWriter:
     ) -> None:
         """Stores those pages as differences for which that is worth it, and writes their numbers into `given`."""
         inside = np.flatnonzero(numbers < len(base.table(block)))
-        has, base_ids, base_pages, base_numbers = base.bases_for(block, numbers[inside])
+        try:
+            has, base_ids, base_pages, base_numbers = base.bases_for(block, numbers[inside])
+        except Damaged as error:  # of an old snapshot: these pages are stored whole, and need nothing of it
+            if not self.base_damage:
+                log.warning("snapshot=%s effect=read-base result=%s", base.snapshot, error)
+            self.base_damage = self.base_damage or str(error)
+            return
         which = inside[has]
         different = pages[which] ^ base_pages
         few = np.count_nonzero(different, axis=1) <= STORE_DIFFERENT_BYTES_MAX

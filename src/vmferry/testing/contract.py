@@ -359,6 +359,60 @@ async def mirror_is_yanked(pair: Pair) -> None:
     assert await pair.source.run_state() == "running"
 
 
+async def mirror_to_a_node_of_its_own(pair: Pair) -> None:
+    """Asked for in the background, to a node of the same QEMU: it ends in the pause before the switchover, its target
+    goes, and a migration that is cancelled then gives the guest back as if nothing had been."""
+    source = pair.source
+    target = {"driver": "null-co", "node-name": "target", "size": 1 << 20, "read-zeroes": True}
+    await source.execute("blockdev-add", target)
+    wanted = {
+        "job-id": "mirror-0", "device": "disk0", "target": "target", "sync": "full", "filter-node-name": "filter",
+        "copy-mode": "background", "on-target-error": "report", "auto-finalize": False, "auto-dismiss": False,
+    }  # fmt: skip
+    known = source.client.version >= (10, 1, 0)
+    if known:
+        wanted["target-is-zero"] = True
+    else:
+        assert await source.refused("blockdev-mirror", {**wanted, "target-is-zero": True})
+    await source.execute("blockdev-mirror", wanted)
+    await source.until_job("mirror-0", "ready")
+    assert await source.refused("blockdev-del", {"node-name": "target"})
+    await pair.begin()
+    await source.until("pre-switchover")
+    await source.execute("block-job-cancel", {"device": "mirror-0"})
+    await source.until_job("mirror-0", "pending")
+    await source.execute("job-finalize", {"id": "mirror-0"})
+    assert "error" not in await source.until_job("mirror-0", "concluded")
+    await source.execute("job-dismiss", {"id": "mirror-0"})
+    await source.execute("blockdev-del", {"node-name": "target"})
+    nodes = {node["node-name"] for node in await source.execute("query-named-block-nodes", {"flat": True})}
+    assert not nodes & {"target", "filter"}, nodes
+    await source.execute("migrate_cancel")
+    await source.until("cancelled")
+    await source.until_run_state("running")
+
+
+async def mirror_to_a_full_node(pair: Pair) -> None:
+    """It fails with the reason, and the guest does not notice. The target is not known to be empty, so that even of an
+    empty disk there is something to write."""
+    source = pair.source
+    image = {"driver": "null-co", "size": 1 << 20}
+    target = {"driver": "blkdebug", "node-name": "target", "image": image}
+    full = {"event": "none", "errno": 28, "immediately": False, "once": False}
+    await source.execute("blockdev-add", {**target, "inject-error": [full]})
+    wanted = {
+        "job-id": "mirror-0", "device": "disk0", "target": "target", "sync": "full", "on-target-error": "report",
+        "auto-finalize": False, "auto-dismiss": False,
+    }  # fmt: skip
+    await source.execute("blockdev-mirror", wanted)
+    ended = await source.until_job("mirror-0", "concluded")
+    assert ended["error"] == "No space left on device"
+    await source.execute("job-dismiss", {"id": "mirror-0"})
+    await source.execute("blockdev-del", {"node-name": "target"})
+    assert await source.run_state() == "running"
+    assert source.seen == []
+
+
 async def rounds_send_what_a_bitmap_has(pair: Pair) -> None:
     """A bitmap of the guest's disk is moved to a second node on top of it, and what it has is sent from there, while
     the guest has its disk; a transaction is done whole or not at all; a backup job ends by itself or when it may."""
@@ -439,6 +493,8 @@ CHECKS: dict[str, Check] = {
         mirror_is_paused,
         mirror_without_its_peer,
         mirror_is_yanked,
+        mirror_to_a_node_of_its_own,
+        mirror_to_a_full_node,
         rounds_send_what_a_bitmap_has,
         quit_is_told,
     )

@@ -24,6 +24,8 @@ class Fault(Enum):
     """It is done; StoreTransient."""
     FULL = auto()
     """Nothing is done by a put; StorePermanent. Other calls pass: a full disk can be read and emptied."""
+    DENIED = auto()
+    """Nothing is done by any call; StorePermanent: a key that has run out."""
     DIES = auto()
     """The process is gone before the call: `Died`, from this call and from every later one."""
     DIES_AFTER = auto()
@@ -108,6 +110,8 @@ class FailingStore:
         match fault:
             case Fault.REFUSED:
                 raise StoreTransient(f"{name}: refused on purpose")
+            case Fault.DENIED:
+                raise StorePermanent(f"{name}: denied on purpose")
             case Fault.DIES:
                 self._die()
             case Fault.SLOW:

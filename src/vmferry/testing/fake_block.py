@@ -7,8 +7,9 @@ backup job sends what its bitmap has, as far as anybody can see: steps `round` o
 
 An export is a name; a node of another QEMU's export is a connection that asked for the name and was let in. A mirror
 walks through QEMU's job states: running, then ready, from there (`block-job-cancel`) waiting, pending, and with
-`job-finalize` concluded. Steps of a script: `mirror` (the bulk) and `drain` (what is left when it shall end); `fail`
-there ends the job with an error.
+`job-finalize` concluded. Its target is such a connection or a node of this QEMU's own: a file that is there, or a
+`blkdebug` that says that it is full. Steps of a script: `mirror` (the bulk) and `drain` (what is left when it shall
+end); `fail` there ends the job with an error.
 
 Rule 1: as with QEMU, a mirror that is ready and has nothing to write does not notice that its peer is gone. It does
         when it is asked to end.
@@ -43,6 +44,8 @@ class Node:
     below: str = ""
     read_only: bool = False
     link: Link | None = None
+    is_full: bool = False
+    """Whoever writes to it is told that there is no room."""
     bitmaps: dict[str, int] = field(default_factory=dict)
     """Their names, and how many bytes each has."""
 
@@ -125,7 +128,11 @@ class Job:
         await self.state.step(name, lost=self.is_cancelled)
         if self.is_cancelled.is_set():
             raise LinkLost("Operation canceled")
+        if self.target.is_full:
+            raise LinkLost("No space left on device")
         link = self.target.link
+        if link is None and self.target.driver != "nbd":
+            return
         if link is None or link.lost.is_set():
             raise LinkLost("Input/output error")
         link.send("flush")
@@ -372,6 +379,9 @@ class Block:
         if arguments["driver"] == "raw":
             self.nodes[name] = Node(name, "raw", below=str(arguments["file"]), read_only=bool(arguments["read-only"]))
             return
+        if arguments["driver"] != "nbd":
+            self.nodes[name] = _local(arguments)
+            return
         server = arguments["server"]
         link: Link | None = None
         try:
@@ -503,6 +513,15 @@ def _bitmaps(node: Node) -> dict[str, Any]:
     common = {"recording": True, "persistent": False, "busy": False, "granularity": 65536}
     found = [{"name": name, "count": count, **common} for name, count in node.bitmaps.items()]
     return {"dirty-bitmaps": found} if found else {}
+
+
+def _local(arguments: dict[str, Any]) -> Node:
+    """A node that needs nobody else. Raises Refused."""
+    name, driver, below = str(arguments["node-name"]), str(arguments["driver"]), arguments.get("file")
+    filename = str(below["filename"]) if isinstance(below, dict) else f"{driver}://"
+    if driver == "qcow2":
+        _require_file(filename)
+    return Node(name, driver, filename=filename, is_full="inject-error" in arguments)
 
 
 def _require_file(path: str) -> None:

@@ -24,6 +24,7 @@ from vmferry.store.errors import PlanOutdated, RepositoryBusy, StoreTransient
 from vmferry.store.pins import Pin
 from vmferry.store.prune import plan_prune
 from vmferry.store.repository import Repository
+from vmferry.testing.failing_store import Call, FailingStore, Fault
 from vmferry.testing.fake_site import SETTLE_S, MakeSite, Site
 
 F = ChoreFact
@@ -288,6 +289,42 @@ async def test_an_import_of_which_nobody_can_say_whether_it_was_kept_is_told_so(
     assert wire["outcome"] == "none"
     assert "nobody knows: no answer" in wire["error"]["message"]
     assert "snapshots" in wire["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ({"put": [Fault.FULL]}, "No space left"),
+        ({"put": [Fault.REFUSED, Fault.DENIED]}, "whether two is there nobody knows: snapshots/"),
+        (
+            {"put": [Fault.ANSWER_LOST, Fault.DENIED], "list": [Fault.DENIED]},
+            "whether two is there nobody knows: snapsh",
+        ),
+        ({"put": [Fault.ANSWER_LOST, Fault.DENIED]}, ""),
+    ],
+)
+async def test_an_import_whose_commit_may_have_been_carried_out_is_never_told_as_not_kept(
+    make_site: MakeSite, faults: dict[str, list[Fault]], words: str
+) -> None:
+    site = await make_site()
+    await save(site)
+    file = site.directory / "one.stream"
+    await chore(site, "snapshot-export", name="one", file=str(file))
+    found, is_put = repository(site), False
+
+    def fault_of(call: Call) -> Fault | None:
+        nonlocal is_put
+        is_put = is_put or (call.method == "put" and call.name.startswith("snapshots/"))
+        left = faults.get(call.method) if is_put and call.name.startswith("snapshots/") else None
+        return left.pop(0) if left else None
+
+    found.backend = FailingStore(found.backend, fault_of)
+    job = await begun(site, "snapshot-import", name="two", file=str(file), **KEPT)
+    wire = await chore_ended(site, job)
+    assert not any(faults.values()), "each was met"
+    assert wire["outcome"] == ("none" if words else "done")
+    assert words in ("" if wire["error"] is None else wire["error"]["message"])
+    assert (wire["error"] is None) is (not words)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------

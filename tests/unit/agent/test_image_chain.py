@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,28 @@ async def test_a_raw_image_lies_on_nothing_and_trouble_is_told(tmp_path: Path, m
         await image_chain.under("/a.qcow2", "qcow2", qemu=qemu)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert await image_chain.under("/a.qcow2", "qcow2", qemu="/nowhere/qemu") is None, "nobody knows"
+
+
+def test_of_a_device_is_known_how_large_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vg0-web1"
+    path.write_bytes(bytes(1 << 20))
+    found = image_chain.look(str(path))
+    assert (found.size_bytes, found.mtime_ns, found.is_file) == (1 << 20, path.stat().st_mtime_ns, True)
+    assert not image_chain.look("/dev/null").is_file
+    real = os.stat
+
+    def device(name: str) -> os.stat_result:
+        """As the kernel tells of one: no size."""
+        values = list(real(name))
+        values[stat.ST_MODE], values[stat.ST_SIZE] = stat.S_IFBLK | 0o600, 0
+        return os.stat_result(values, {"st_mtime_ns": 1})
+
+    monkeypatch.setattr(os, "stat", device)
+    found = image_chain.look(str(path))
+    assert (found.size_bytes, found.is_file) == (1 << 20, False)
+
+    def away(*arguments: Any) -> int:
+        raise OSError(123, "No medium found")
+
+    monkeypatch.setattr(os, "open", away)
+    assert image_chain.look(str(path)).size_bytes == 0

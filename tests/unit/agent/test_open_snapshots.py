@@ -58,7 +58,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 async def test_one_owner_renews_the_lock_of_all_restores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = FakeReader()
-    reader.answers = [StoreTransient("no answer"), True]
+    reader.answers = [StoreTransient("no answer"), OSError(12, "Cannot allocate memory"), KeyError("a defect"), True]
     tasks: set[asyncio.Task[Any]] = set()
 
     async def run(work: Any, *arguments: Any) -> Any:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vmferry.agent import image_chain
+from vmferry.agent.image_chain import Look
 from vmferry.agent.restore_definition import (
     SAME_ADDRESS,
+    UNCHECKED_DISK,
     GuestIdentity,
     clashes,
+    disk_doubts,
     disk_objections,
     host_objections,
     identity_of,
     memory_objection,
     renew,
+    unless_accepted,
 )
 from vmferry.agent.vm_commands import definition_of
 from vmferry.agent.vms import DiskRef, VmDefinition
@@ -61,6 +67,17 @@ def test_a_restore_has_overlays_of_its_own_and_keeps_what_the_guest_knows() -> N
     assert (spec.uuid, spec.mac_of(0)) == (UUID, before.mac_of(0)), "its address does not follow the new name"
     assert (spec.disk[0].path, spec.disk[0].format, spec.disk[0].shared) == (overlay.path, "qcow2", False)
     assert spec.disk[1].path == "/images/cd.iso"
+
+
+def test_a_restore_of_a_copy_lies_on_the_copy(tmp_path: Path) -> None:
+    copy = tmp_path / "a.stored.qcow2"
+    copy.write_bytes(b"abc")
+    stored = frozen_disk(str(copy), way="mirror", format="qcow2", disk="/images/a.img", size_bytes=3)
+    found = renew(definition(disk=DISKS), [stored], name="web2", folder="/disks", tag="cafe")
+    (overlay,) = found.overlays
+    assert (overlay.backing, overlay.backing_format) == (str(copy), "qcow2")
+    assert "was changed since" in disk_objections([stored])[0]
+    assert disk_objections([dataclasses.replace(stored, mtime_ns=os.stat(copy).st_mtime_ns)]) == ()
 
 
 def test_a_disk_that_the_snapshot_does_not_keep_is_refused() -> None:
@@ -139,6 +156,7 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
     seen = os.stat(image)
     same = frozen_disk(str(image), size_bytes=seen.st_size, mtime_ns=seen.st_mtime_ns)
     assert disk_objections([same, frozen_disk("/dev/null"), frozen_disk("/not/there", way="none")]) == ()
+    assert disk_doubts([same, frozen_disk("/not/there")]) == ()
     for other in (dataclasses.replace(same, size_bytes=4), dataclasses.replace(same, mtime_ns=1, way="read-only")):
         assert "was changed since" in disk_objections([other])[0]
     base = tmp_path / "base.img"
@@ -155,6 +173,56 @@ def test_stored_images_must_be_what_they_were(tmp_path: Path) -> None:
     assert f"{base} under {image} of the snapshot is not there" in disk_objections([layered])[0]
     image.unlink()
     assert "is not there" in disk_objections([same])[0]
+
+
+def test_of_a_device_nobody_can_say_whether_it_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    under = FrozenImage(path="/dev/zero", format="raw", size_bytes=1 << 20, mtime_ns=2)
+    disks = [
+        frozen_disk("/dev/null", size_bytes=0, way="read-only", chain=(under,)),
+        frozen_disk("/dev/full", way="none"),
+    ]
+    doubts = disk_doubts(disks)
+    assert [doubt.partition(" is a device, and nobody can say")[0] for doubt in doubts] == [
+        "/dev/null", "/dev/zero under /dev/null",
+    ]  # fmt: skip
+    refused, notes = unless_accepted(doubts, (SAME_ADDRESS,))
+    assert (len(refused), notes) == (2, ())
+    assert all("--accept unchecked-disk" in text for text in refused)
+    refused, notes = unless_accepted(doubts, (UNCHECKED_DISK,))
+    assert (refused, len(notes)) == ((), 2)
+    assert all("that was accepted" in text for text in notes)
+
+    def look(path: str) -> Look:
+        return Look({"/dev/null": 4096, "/dev/zero": 1 << 21}[path], 5, is_file=False)
+
+    monkeypatch.setattr(image_chain, "look", look)
+    assert disk_objections(disks) == (
+        "the disk image /dev/zero under /dev/null has 2097152 bytes, and had 1048576 when the snapshot was made",
+    )
+
+
+@pytest.mark.parametrize("way", ["read-only", "external-snapshot"])
+def test_an_image_of_which_nobody_knew_what_it_lies_on_is_doubtful(tmp_path: Path, way: str) -> None:
+    """Its base may have been changed since; nothing would tell."""
+    image = tmp_path / "a.qcow2"
+    image.write_bytes(b"abc")
+    seen = os.stat(image)
+    disk = frozen_disk(str(image), format="qcow2", way=way, size_bytes=3, mtime_ns=seen.st_mtime_ns)
+    assert disk_objections([disk]) == ()
+    (doubt,) = disk_doubts([disk])
+    assert f"what {image} lies on was not known" in doubt
+    for known in (dataclasses.replace(disk, chain=()), dataclasses.replace(disk, format="raw")):
+        assert disk_doubts([known]) == ()
+
+
+def test_a_file_below_dev_is_a_file(tmp_path: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        seen = os.stat(file.name)
+        disk = frozen_disk(file.name, size_bytes=0, mtime_ns=seen.st_mtime_ns)
+        assert (disk_objections([disk]), disk_doubts([disk])) == ((), ())
+        file.write(b"x")
+        file.flush()
+        assert "was changed since" in disk_objections([disk])[0]
 
 
 def test_a_snapshot_with_more_memory_than_its_guest_has_is_not_read() -> None:

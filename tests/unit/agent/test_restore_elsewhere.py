@@ -56,8 +56,9 @@ async def test_a_name_is_looked_up_where_the_person_is() -> None:
 
 def test_another_repository_is_refused() -> None:
     repository = Repository.create(MemoryStore())
-    with pytest.raises(RepositoryError, match="not the one that has the snapshot"):
+    with pytest.raises(RepositoryError, match="not the one that has the snapshot") as caught:
         find(repository, "base", meant="b" * 32)
+    assert "--spec FILE" in caught.value.hint, "what is imported there does not say what its guest is made of"
     with pytest.raises(RepositoryError, match="base"):
         find(repository, "base", meant=repository.config.repository)
 

@@ -42,10 +42,11 @@ class Bed:
         self.vms: dict[str, Any] = {}
         self.agent: Any = _made(
             restores=SimpleNamespace(at_work=list, by_id=self.jobs.get),
+            saves=SimpleNamespace(at_work=list, by_id=self.jobs.get),
             config=SimpleNamespace(name="host-a", qemu="/nowhere/qemu"),
             vms=self.vms,
             journal=SimpleNamespace(append=self._append),
-            snapshot_store=SimpleNamespace(with_repository=self._with_repository),
+            snapshot_store=SimpleNamespace(with_repository=self._with_repository, place="/repository"),
         )
         self.disks = self.agent.restores.disks = RestoredDisks(self.agent, ask=self._ask)
 
@@ -99,7 +100,7 @@ async def bed(tmp_path: Path) -> Bed:
 async def test_one_that_nobody_needs_is_listed_and_taken_away_by_name(bed: Bed) -> None:
     assert await bed.needed() == ""
     assert bed.entries == [], "the journal keeps the job for it"
-    with pytest.raises(UsageError, match="no restore of this host made"):
+    with pytest.raises(UsageError, match="no restore and no save of this host made"):
         await restored_disks.remove(bed.agent, RemoveArguments(path="/etc/passwd"))
     wire = await restored_disks.remove(bed.agent, RemoveArguments(path=str(bed.path)))
     assert wire == {"path": str(bed.path), "removed": True}
@@ -188,6 +189,14 @@ async def test_one_under_another_restores_stays(bed: Bed, tmp_path: Path) -> Non
     await restored_disks.remove(bed.agent, RemoveArguments(path=str(top)))
     await restored_disks.remove(bed.agent, RemoveArguments(path=str(bed.path)))
     assert not bed.path.exists()
+
+
+async def test_one_under_a_disk_of_another_host_stays(bed: Bed) -> None:
+    """Also when the guest there was powered off: its host tells what its disks lie on."""
+    bed.elsewhere = [GuestIdentity("web7", "host-b", bases=(str(bed.path),))]
+    await bed.refused("a disk of web7 on host-b lies on it", force=True)
+    (mine,) = await bed.disks.bases()
+    assert (mine.vm, mine.host, mine.bases) == ("web2", "host-a", ("/images/a.img",))
 
 
 async def test_one_that_a_process_has_open_stays(bed: Bed) -> None:

@@ -10,9 +10,11 @@ import pytest
 
 from tests.restore_beds import BLOCKS, LINES, Bed, FakeFeed, until_true, use_fakes
 from vmferry.agent.restore_feed import block_objection
+from vmferry.agent.restores import _info
 from vmferry.agent.restoring import trouble_text
 from vmferry.core import restore as core
 from vmferry.core.facts import Fact
+from vmferry.core.job import JobStatus
 from vmferry.core.restore import RestoreFact as F
 from vmferry.engine.frozen import FrozenDisk
 from vmferry.errors import QemuError, RepositoryError
@@ -124,6 +126,19 @@ async def test_a_qemu_that_does_not_take_the_guest_is_told_in_its_own_words(tmp_
     assert bed.is_nothing_left()
 
 
+async def test_a_cancel_is_offered_until_the_guest_may_have_run(tmp_path: Path) -> None:
+    bed = Bed(tmp_path)
+    feed = await bed.loaded()
+    bed.agent.at_entry[Entry.STARTING] = lambda: offered.append(_info(bed.attempt).verbs)
+    offered: list[list[str]] = []
+    await bed.until(F.RAN)
+    info = _info(bed.attempt)
+    assert (info.status, info.verbs) == (JobStatus.RUNNING, [])
+    assert offered == [["cancel"]]
+    feed.say(facts={Fact.PEER_ACK})
+    await bed.end()
+
+
 @pytest.mark.proves("S58")
 async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp_path: Path) -> None:
     """`cont` that is refused may have been the second one, and the guest may have run."""
@@ -137,6 +152,7 @@ async def test_a_guest_that_qemu_cannot_start_stands_and_is_never_taken_away(tmp
     assert "vmferry job resume" in brief["reason"]
     assert "web1" in bed.agent.vms, "people see it and can end it"
     assert core.cancel_refusal(bed.attempt.log) is not None
+    assert _info(bed.attempt).verbs == ["resume"], "what would be refused is not offered"
     bed.attempt.note(F.AGAIN, round_no=1)  # what 'job resume' does
     await bed.until(F.RAN)
     feed.say(facts={Fact.PEER_ACK})

@@ -29,6 +29,7 @@ from vmferry.jobs.journal import Entry
 from vmferry.store.errors import StorePermanent, StoreTransient
 from vmferry.store.repository import Repository
 from vmferry.store.writer import SnapshotWriter
+from vmferry.testing.failing_store import Call, FailingStore, Fault
 from vmferry.testing.fake_site import SETTLE_S, MakeSite
 
 F = SaveFact
@@ -169,6 +170,45 @@ async def test_a_commit_that_did_not_come_to_its_manifest_is_known_not_to_be_the
     assert "not known" not in wire["sentence"]
     await check_guest_runs(site)
     assert (await site.command("a", "snapshots"))["snapshots"] == []
+
+
+@pytest.mark.parametrize(
+    ("faults", "outcome"),
+    [
+        ({"put snapshots/": [Fault.FULL]}, "none"),
+        ({"put snapshots/": [Fault.REFUSED, Fault.DENIED]}, "unknown"),
+        (
+            {"put snapshots/": [Fault.ANSWER_LOST, Fault.DENIED], "then list snapshots/": [Fault.DENIED]},
+            "unknown",
+        ),
+        ({"put snapshots/": [Fault.ANSWER_LOST, Fault.DENIED]}, "saved"),
+        ({"put snapshots/": [Fault.ANSWER_LOST], "get snapshots/": [Fault.DENIED]}, "saved"),
+        ({"then size locks/": [Fault.DENIED]}, "saved"),
+        ({"size locks/": [Fault.DENIED]}, "none"),
+    ],
+)
+async def test_a_commit_that_may_have_been_carried_out_is_never_told_as_not_there(
+    make_site: MakeSite, faults: dict[str, list[Fault]], outcome: str
+) -> None:
+    """`then`: after the first put of the manifest."""
+    site = await make_site()
+    then = ""
+    found = site.agents["a"].snapshot_store.open_repository()
+
+    def fault_of(call: Call) -> Fault | None:
+        nonlocal then
+        kind = f"{call.method} {call.name.split('/')[0]}/"
+        left = faults.get(then + kind) or faults.get(kind)
+        then = "then " if kind == "put snapshots/" else then
+        return left.pop(0) if left else None
+
+    found.backend = FailingStore(found.backend, fault_of)
+    wire = await save(site)
+    assert wire["outcome"] == outcome
+    assert ("It is not known whether" in wire["sentence"]) is (outcome == "unknown")
+    assert (wire["error"] is None) is (outcome == "saved")
+    assert not any(faults.values()), "each was met"
+    await check_guest_runs(site)
 
 
 @pytest.mark.proves("S105")

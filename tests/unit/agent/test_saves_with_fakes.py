@@ -139,6 +139,17 @@ async def test_a_guest_that_writes_too_fast_is_stopped_for_the_rest(
     await check_guest_runs(site)
 
 
+async def test_a_save_says_that_the_one_before_is_damaged(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmferry.agent.snapshot_sink import SnapshotSink
+
+    site = await make_site()
+    assert (await save(site))["notes"] == []
+    monkeypatch.setattr(SnapshotSink, "base_damage", property(lambda sink: "packs/aa is damaged"))
+    (note,) = (await save(site, "two"))["notes"]
+    assert "packs/aa is damaged" in note
+    assert "vmferry verify" in note
+
+
 async def test_a_second_save_of_a_guest_refers_to_the_first(make_site: MakeSite) -> None:
     site = await make_site()
     first = await save(site)

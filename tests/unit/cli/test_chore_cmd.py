@@ -201,3 +201,32 @@ def test_an_interrupt_says_that_what_was_begun_goes_on(
     monkeypatch.setattr(chore_cmd, "verify", verify)
     assert main(["verify"]) == 130
     assert "goes on in the agents" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("flags", [["--json"], []])
+async def test_whoever_does_not_wait_for_a_plan_is_told_that_it_waits_for_them(
+    make_site: MakeSite, capsys: pytest.CaptureFixture[str], flags: list[str]  # noqa: F811
+) -> None:  # fmt: skip
+    site = await with_needless(make_site)
+    text = await run(site, capsys, "prune", "--detach", *flags)
+    (job,) = json.loads(await run(site, capsys, "jobs", "--json"))["jobs"]
+    said = json.loads(text)["next"] if flags else text
+    assert f"'vmferry job finalize {job['id']}' gives it" in said
+    assert f"'vmferry job cancel {job['id']}'" in said
+    found = site.agents["a"].chores.by_id(job["id"])
+    assert found is not None
+    await site.until(lambda: found.wire()["status"] == "planned")
+    await run(site, capsys, "job", "finalize", job["id"])
+    await found.ended.wait()
+    assert not is_there(site)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_prune_that_has_leave_and_is_not_waited_for_says_nothing_of_it(
+    make_site: MakeSite, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    site = await with_needless(make_site)
+    text = await run(site, capsys, "prune", "--detach", "--yes")
+    assert "finalize" not in text
+    await site.until(lambda: not is_there(site))

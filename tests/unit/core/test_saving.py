@@ -25,6 +25,7 @@ from vmferry.core.saving import (
     halt_of,
     halted,
     may_cancel,
+    may_name_copies,
     ran_at_instant,
     row_of,
     save_job,
@@ -213,6 +214,32 @@ def test_ends_that_are_no_success(facts: tuple[SaveFact, ...], during: str, end:
     assert (save_job(made), save_status(made)) == (J.ABORTING, during)
     over = made.with_fact(F.CLEANUP)
     assert (save_job(over), save_status(over)) == (J.CONCLUDED, end)
+
+
+def test_a_save_that_copies_disks_runs_before_its_memory_goes() -> None:
+    made = log(F.WANTED, F.CONFIGURED, F.COPYING)
+    assert (save_job(made), save_status(made)) == (J.RUNNING, "active")
+    assert path(J.CREATED, J.RUNNING) == (J.RUNNING,)
+    for fact in (F.COPIES_READY, F.STARTED):
+        made = made.with_fact(fact)
+        assert (save_job(made), save_status(made)) == (J.RUNNING, "active")
+
+
+@pytest.mark.parametrize(
+    ("facts", "may"),
+    [
+        ((F.COPIED, F.WHOLE), False),
+        ((F.COPIED, F.WHOLE, F.COMMITS), True),
+        ((F.COMMITS, F.ERROR), True),
+        ((F.COMMITS, F.ERROR, F.ABSENT), False),
+        ((F.COMMITS, F.UNKNOWN), True),
+        ((F.UNKNOWN, F.ABSENT), True),
+        ((F.COMMITS, F.KEPT), True),
+        ((F.RESTARTED, F.COMMITS), True),
+    ],
+)
+def test_whether_a_snapshot_may_name_the_copies(facts: tuple[SaveFact, ...], may: bool) -> None:
+    assert may_name_copies(log(F.WANTED, *facts)) is may
 
 
 def test_leave_is_awaited_while_the_guest_stands() -> None:

@@ -165,6 +165,13 @@ def test_words_survive_a_manifest() -> None:
     assert FrozenDisk.from_wire(msgspec.json.decode(msgspec.json.encode(DISK.to_wire()))) == DISK
 
 
+def test_a_copy_says_whose_it_is_and_others_stay_as_they_were() -> None:
+    copy = dataclasses.replace(DISK, way="mirror", overlay="", disk="/srv/own.raw", virtual_bytes=9, chain=())
+    assert FrozenDisk.from_wire(msgspec.json.decode(msgspec.json.encode(copy.to_wire()))) == copy
+    assert (copy.guest_path, DISK.guest_path) == ("/srv/own.raw", "/srv/a.raw")
+    assert not {"disk", "virtual_bytes"} & DISK.to_wire().keys(), "an earlier agent knows no such words"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -165,6 +165,23 @@ def test_after_the_commit_a_lost_connection_is_a_pause(proof: bool) -> None:
         assert rigged.incoming.error is None
 
 
+def test_what_came_before_a_source_died_is_taken_although_it_cannot_be_answered_any_more() -> None:
+    with rig() as rigged:
+        source = rigged.connect(to_postcopy())
+        source.hear(Pong(4))
+
+        def dies() -> None:  # on the endpoint's thread, between a ping and its answer
+            if source.sock.fileno() >= 0:
+                source.sock.sendall(join(part(pages(range(8, 24)))))
+                source.sock.close()
+
+        rigged.image.on_pages(dies)
+        source.send(join([Ping(5)]))
+        rigged.wait(Fact.LINK_LOST)
+        assert rigged.image.blocks["pc.ram"].have[8:24].all()
+        assert rigged.incoming.ledger.status is S.POSTCOPY_PAUSED
+
+
 @pytest.mark.conforms("19")
 @pytest.mark.proves("S31")
 def test_after_the_commit_nothing_ever_says_that_it_failed() -> None:

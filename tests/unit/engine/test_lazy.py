@@ -14,7 +14,7 @@ import pytest
 from tests.engine_conversations import complete, paused, switch_over
 from vmferry import limits
 from vmferry.core.facts import Fact
-from vmferry.engine.held_pages import HeldPages, Room
+from vmferry.engine.held_pages import HeldPages, HeldRuns, Room
 from vmferry.engine.image import PAGE_BYTES, Image, Pages
 from vmferry.engine.lazy import LazySource, Touches, Trouble, image_of
 from vmferry.engine.outgoing import Outgoing
@@ -346,6 +346,38 @@ def test_trouble_is_over_only_when_everything_is_there(bed: Bed) -> None:
     bed.until(lambda: bed.troubles[-1] is None)
 
 
+def test_two_readers_that_come_to_the_end_together_begin_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. both have rested after a pass  2. one begins the next  3. the other takes that one's runs, and its trouble."""
+    gone = GoneSnapshot(64)
+    image = image_of([RamBlock("pc.ram", gone.pages * PAGE_BYTES)], gone, is_lazy=False)
+    source = LazySource(image, gone, readers=2, run_pages=8)
+    together, begun = threading.Barrier(2), threading.Event()
+    passes: list[bool] = []
+    absent_runs = source._absent_runs
+
+    def rest(pause_s: float) -> bool:
+        if pause_s == limits.RESTORE_RETRY_MIN_S and not begun.is_set():
+            together.wait(WAIT_S)
+        return source._stopping.is_set()
+
+    def next_pass() -> Any:
+        begun.set()
+        passes.append(source._had_bad)
+        assert source._planning.locked()
+        return absent_runs()
+
+    monkeypatch.setattr(limits, "RESTORE_APART_SHARE", 1.0)
+    monkeypatch.setattr(source, "_rest", rest)
+    monkeypatch.setattr(source, "_absent_runs", next_pass)
+    source.start()
+    source.go()
+    gone.until_passes(3)
+    assert source.stop() == ()
+    image.close()
+    assert all(passes), "whoever begins a pass has found damage in the one before"
+    assert source.trouble is not None
+
+
 class MendedSnapshot(GoneSnapshot):
     """One damaged page, until it was tried alone with its host page."""
 
@@ -468,11 +500,46 @@ def test_a_full_restore_says_when_it_is_over(bed: Bed) -> None:
     bed.outgoing.image = image
 
 
+@pytest.mark.parametrize("steps", [(), ("start",), ("go",), ("start", "go"), ("go", "start")])
+def test_a_stop_ends_it_whatever_has_begun_and_nothing_begins_afterwards(bed: Bed, steps: tuple[str, ...]) -> None:
+    bed.make()
+    for step in steps:
+        getattr(bed.source, step)()
+    assert bed.source.stop() == ()
+    begun = len(bed.source._threads)
+    assert begun == len(steps)
+    bed.source.start()
+    bed.source.go()
+    assert len(bed.source._threads) == begun
+    assert bed.source.stop() == ()
+
+
+def test_a_stop_before_a_reader_waits_is_not_missed(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1. the reader sees that it is to go on  2. it is stopped  3. it waits for somebody who asks for a page."""
+    bed.make()
+    is_set, looking, go = threading.Event.is_set, threading.Event(), threading.Event()
+    stopping = bed.source._stopping
+
+    def slow(self: threading.Event) -> bool:
+        answer = is_set(self)
+        if self is stopping and threading.current_thread().name.endswith("-asked") and not is_set(looking):
+            looking.set()
+            go.wait()
+        return answer
+
+    monkeypatch.setattr(threading.Event, "is_set", slow)
+    bed.source.start()
+    looking.wait()
+    assert bed.source.stop(timeout_s=0) == ("restore-asked",)
+    go.set()
+    assert bed.source.stop() == ()
+
+
 def test_held_pages_are_given_once() -> None:
     room = Room(2)
     store = HeldPages(room)
     pages = np.arange(3 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(3, PAGE_BYTES)
-    store.put([7, 8, 9], pages, 3)
+    store.put(np.array([7, 8, 9]), pages)
     assert room.is_full
     assert (store.read(8, 1) == pages[1]).all()
     assert (store.read_some(np.array([9, 7])) == pages[[2, 0]]).all()
@@ -482,7 +549,31 @@ def test_held_pages_are_given_once() -> None:
             store.read_some(numbers)
     with pytest.raises(OSError, match="page 8 is not here"):
         store.read(8, 1)
-    store.put([1], pages[:1], 1)
+    store.put(np.array([1]), pages[:1])
     store.close()
     with pytest.raises(OSError, match="is not here"):
         store.read(1, 1)
+
+
+def test_held_runs_are_given_once() -> None:
+    room = Room(6)
+    store = HeldRuns(room)
+    pages = np.arange(7 * PAGE_BYTES, dtype=np.uint64).astype(np.uint8).reshape(7, PAGE_BYTES)
+    pages[:, 0] = range(7)
+    store.put(np.array([10, 11, 14, 20]), pages[:4])
+    store.put(np.array([12, 13, 30]), pages[4:])
+    assert room.is_full
+    assert np.shares_memory(found := store.read(10, 2), pages), "no copy of what came together"
+    assert (found == pages[:2]).all()
+    assert (store.read_some(np.array([12, 14])) == pages[[4, 2]]).all(), "out of both"
+    for numbers in (np.array([10]), np.array([13, 14, 15]), np.array([99])):
+        with pytest.raises(OSError, match=f"page {10 if numbers[0] == 10 else 14 if numbers[0] == 13 else 99} is not"):
+            store.read_some(numbers)
+    assert (store.read_some(np.array([30])) == pages[[6]]).all()
+    assert (store.read(20, 1) == pages[3]).all()
+    assert room.held == 0
+    store.put(np.array([1, 2, 3, 4]), pages[:4])
+    assert (store.read_some(np.array([1, 3])) == pages[[0, 2]]).all()
+    store.close()
+    with pytest.raises(OSError, match="is not here"):
+        store.read(2, 1)

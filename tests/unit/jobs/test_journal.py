@@ -203,6 +203,14 @@ def test_how_far_a_save_and_a_restore_may_have_gone_is_read_back() -> None:
     assert [(job.starting, job.ran) for job in restores] == [(False, False), (True, False), (True, True)]
 
 
+def test_whether_a_saves_commit_may_have_been_tried_is_read_back() -> None:
+    rows = entries(
+        (Entry.SAVE_WANTED, "s1", {}), (Entry.SAVE_ACTS, "s1", {"commits": True}),
+        (Entry.SAVE_ACTS, "s1", {"halted": "guest-panicked"}),
+    )  # fmt: skip
+    assert [replay(rows[:length]).jobs["s1"].commits for length in (1, 2, 3)] == [False, True, True]
+
+
 def test_why_a_job_was_fenced_is_read_back() -> None:
     rows = entries(
         (Entry.WANTED, "j1", {}), (Entry.FENCED, "j1", {"text": "the locks say so"}), (Entry.WANTED, "j2", {})
@@ -362,6 +370,27 @@ async def test_at_the_start_what_nobody_needs_is_dropped(path: Path, monkeypatch
         (Entry.ENDED, "j5"),
     ], "two of the newest, and what waits to be dismissed"
     assert replay(left).vms == before.vms
+
+
+async def test_a_save_of_which_copies_are_left_is_not_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New files in which a guest goes on are its own, and nobody looks for them in an old job."""
+    monkeypatch.setattr(journal_module, "KEEP_ENDED_JOBS", 0)
+    journal = Journal(path)
+    bodies: dict[str, dict[str, Any]] = {
+        "copies": {"copies": [{}]},
+        "gone": {"copies": [{}]},
+        "overlays": {"overlays": [{}]},
+    }
+    for job, body in bodies.items():
+        await journal.append(Entry.SAVE_WANTED, job, {"auto_dismiss": True, **body})
+        await journal.append(Entry.IMAGE_MADE, job, {"/a": [1, 2]})
+        await journal.append(Entry.ENDED, job, {})
+    await journal.append(Entry.IMAGES_GONE, "gone")
+    journal.close()
+    journal = Journal(path)
+    jobs = replay(journal.read()).jobs
+    journal.close()
+    assert list(jobs) == ["copies"]
 
 
 async def test_a_restore_of_which_disks_are_left_is_not_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 
+from vmferry.store import config
 from vmferry.store.backend import Backend
 from vmferry.store.config import Key
 from vmferry.store.manifest import Block
@@ -117,8 +119,24 @@ def store(clock: ManualClock) -> Store:
     return new_store(clock)
 
 
-def new_store(clock: ManualClock, key: Key | None = None, backend: Backend | None = None) -> Store:
-    """A new repository in memory."""
+def new_store(
+    clock: ManualClock, key: Key | None = None, backend: Backend | None = None, *, has_frame_check: bool = True
+) -> Store:
+    """A new repository, in memory if nothing else is said. `has_frame_check`: False for one as it was made before
+    frames had checks."""
     backend = backend or MemoryStore(clock)
     random: Callable[[int], bytes] = Numbered()
-    return Store(backend, clock, Repository.create(backend, key=key, clock=clock, random=random, shape=SMALL))
+    repository = Repository.create(backend, key=key, clock=clock, random=random, shape=SMALL)
+    if not has_frame_check:
+        older = without_frame_check(repository.config_data)
+        backend.delete(config.NAME)
+        backend.put(config.NAME, older)
+        repository = Repository.open(backend, key=key, clock=clock, random=random, shape=SMALL)
+    return Store(backend, clock, repository)
+
+
+def without_frame_check(data: bytes) -> bytes:
+    """The config of a repository without encryption, as it was written before frames had checks."""
+    found = msgspec.structs.replace(msgspec.json.decode(data, type=config.Config), frame_check=None, proof="")
+    proof = hashlib.sha256(msgspec.json.encode(found, order="deterministic")).hexdigest()
+    return msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, proof=proof)), indent=1)

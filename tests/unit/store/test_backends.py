@@ -11,6 +11,7 @@ from pathlib import Path
 import obstore
 import pytest
 from moto.server import ThreadedMotoServer
+from obstore.exceptions import PermissionDeniedError
 
 from vmferry.store import local as local_module
 from vmferry.store.backend import LEFTOVERS, Backend, checked_name, checked_prefix
@@ -247,6 +248,40 @@ def test_a_local_folder_syncs_the_object_before_its_name_and_its_name_before_it_
     assert steps == ["sync .", "sync packs", "sync tmp", "link", "sync packs"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_of_an_object_whose_name_may_not_be_durable_nobody_says_that_it_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, links: bool
+) -> None:
+    """1. it has its name  2. its folder cannot be synced  3. again: it is there, and as durable as any other."""
+    store = LocalFolder(tmp_path / "store")
+    store.put("packs/ab/c", b"x")
+    real, synced = os.fsync, 0
+
+    def refuses(*names: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fails(fd: int) -> None:
+        nonlocal synced
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("/ab"):
+            synced += 1
+            if synced < 3:
+                raise OSError(number, os.strerror(number))
+        real(fd)
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuses)
+    monkeypatch.setattr(os, "fsync", fails)
+    for _ in range(2):
+        with pytest.raises(StoreTransient, match="packs/ab/d: it is there"):
+            store.put("packs/ab/d", b"y")
+    with pytest.raises(ObjectExists):
+        store.put("packs/ab/d", b"y")
+    assert synced == 3
+    assert store.get("packs/ab/d") == b"y"
+    assert store.list(LEFTOVERS) == []
+
+
 def test_a_read_that_is_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalFolder(tmp_path / "store")
     store.put("config", b"abcdef")
@@ -288,8 +323,26 @@ def test_an_object_store_that_is_not_there_may_come_back(s3: str) -> None:
 def test_an_object_store_that_will_not_is_permanent(s3: str) -> None:
     with pytest.raises(StorePermanent):
         ObjectStore("nonsense://bucket")
-    with pytest.raises(StorePermanent):
-        ObjectStore("s3://no-such-bucket/x", options(s3)).put("a", b"")
+    for retries in (0, 1):
+        with pytest.raises(StorePermanent) as caught:
+            ObjectStore("s3://no-such-bucket/x", options(s3), retries=retries).put("a", b"")
+        assert caught.value.may_have_happened is False, "there is no such place"
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_put_that_an_object_store_denies_may_have_been_tried_before(
+    monkeypatch: pytest.MonkeyPatch, retries: int
+) -> None:
+    """1. it is done, and the answer is lost  2. obstore tries again by itself  3. the key has run out."""
+
+    def denied(*arguments: object, **more: object) -> None:
+        raise PermissionDeniedError("the key has run out")
+
+    monkeypatch.setattr(obstore, "put", denied)
+    store = ObjectStore("s3://bucket/x", options("http://127.0.0.1:1"), retries=retries)
+    with pytest.raises(StorePermanent) as caught:
+        store.put("a", b"")
+    assert caught.value.may_have_happened is (retries > 0)
 
 
 def test_nothing_is_left_at_an_object_store_by_a_put_that_broke(bucket: ObjectStore) -> None:
@@ -325,9 +378,10 @@ def test_it_refuses_loses_answers_and_is_full() -> None:
     with pytest.raises(ObjectExists):
         store.put("a", b"x")
 
-    store = once(Fault.FULL)
-    with pytest.raises(StorePermanent):
-        store.put("a", b"x")
+    for fault in (Fault.FULL, Fault.DENIED):
+        store = once(fault)
+        with pytest.raises(StorePermanent):
+            store.put("a", b"x")
     assert store.list("") == []
 
 

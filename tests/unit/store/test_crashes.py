@@ -18,7 +18,7 @@ from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
 from vmferry.store import prune as prune_module
 from vmferry.store.config import PassPhrase
-from vmferry.store.errors import Damaged, StorePermanent, StoreTransient
+from vmferry.store.errors import Damaged, LockLost, StorePermanent, StoreTransient
 from vmferry.store.manifest import Block
 from vmferry.store.memory import MemoryStore
 from vmferry.store.prune import execute, plan_prune
@@ -274,6 +274,102 @@ def test_a_commit_that_a_store_did_not_answer_is_whole_when_it_is_called_again(
         assert verify(store.repository).problems == ()
         number += 1
     assert set(kinds) == {"packs", "index", "snapshots"}
+
+
+PUT, LOCK, GIVE_BACK = ("put", "snapshots/"), ("size", "locks/"), ("delete", "locks/")
+
+
+def in_order(*steps: tuple[tuple[str, str], Fault], begin: int = 0) -> Callable[[Call], Fault | None]:
+    """Each step is a kind of call and what happens to the next one of that kind; the others pass."""
+    left = list(steps)
+
+    def choose(call: Call) -> Fault | None:
+        if left and call.number >= begin and call.method == left[0][0][0] and call.name.startswith(left[0][0][1]):
+            return left.pop(0)[1]
+        return None
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("steps", "may_be_there", "is_there"),
+    [
+        ([(PUT, Fault.FULL)], False, False),
+        ([(PUT, Fault.DENIED)], False, False),
+        ([(LOCK, Fault.DENIED)], False, False),
+        ([(PUT, Fault.REFUSED), (PUT, Fault.FULL)], True, False),
+        ([(PUT, Fault.REFUSED)] * 3 + [(PUT, Fault.DENIED)], True, False),
+        ([(PUT, Fault.ANSWER_LOST), (("get", "snapshots/"), Fault.DENIED)], True, True),
+        ([(PUT, Fault.REFUSED), (PUT, Fault.ANSWER_LOST), (("get", "snapshots/"), Fault.DENIED)], True, True),
+        ([(PUT, Fault.SLOW), (LOCK, Fault.DENIED)], True, True),
+        ([(PUT, Fault.SLOW)] + [(LOCK, Fault.REFUSED)] * 3 + [(LOCK, Fault.DENIED)], True, True),
+    ],
+)
+def test_of_a_commit_that_fails_it_is_told_whether_its_manifest_may_be_there(
+    steps: list[tuple[tuple[str, str], Fault]], may_be_there: bool, is_there: bool
+) -> None:
+    store = new_store(ManualClock())
+    failing = FailingStore(store.backend, lambda call: None)
+    failing.may_go_on.set()  # SLOW only marks a step here
+    store.repository.backend = failing
+    with SnapshotWriter(store.repository, [Block("pc.ram", 110 * 4096)]) as writer:
+        writer.put("pc.ram", 0, FIRST)
+        writer._packer.finish()
+        failing._fault_of = in_order(*steps, begin=len(failing.calls))
+        error: RepositoryError | None = None
+        for _ in range(3):  # as a save does it
+            try:
+                writer.commit("vm")
+            except StoreTransient:
+                continue
+            except RepositoryError as found:
+                error = found
+            break
+        assert isinstance(error, StorePermanent)
+        assert writer.may_be_there is may_be_there
+        assert bool(store.repository.snapshot_ids()) is is_there
+        writer.commit("vm")  # somebody has mended it
+    store.saved = {writer.snapshot: FIRST}
+    store.check()
+
+
+@pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.ANSWER_LOST, Fault.DENIED])
+def test_a_snapshot_is_there_although_its_lock_cannot_be_given_back(fault: Fault) -> None:
+    store = new_store(ManualClock())
+    failing = FailingStore(store.backend, in_order(*[(GIVE_BACK, fault)] * (1 if fault is Fault.DENIED else 3)))
+    store.repository.backend = failing
+    writer = SnapshotWriter(store.repository, [Block("pc.ram", 110 * 4096)])
+    writer.put("pc.ram", 0, FIRST)
+    head = writer.commit("vm")
+    assert writer.commit("vm") == head, "again changes nothing"
+    writer.abort()
+    assert store.names("locks/") == []
+    store.saved = {writer.snapshot: FIRST}
+    store.check()
+
+
+def test_who_lost_its_lock_takes_its_manifest_back_also_when_that_needs_a_second_call() -> None:
+    """1. the manifest is put  2. whether the lock is there is not answered  3. somebody prunes  4. again."""
+    store = new_store(ManualClock())
+    failing = FailingStore(store.backend, lambda call: None)
+    store.repository.backend = failing
+    with SnapshotWriter(store.repository, [Block("pc.ram", 110 * 4096)]) as writer:
+        writer.put("pc.ram", 0, FIRST)
+        writer._packer.finish()
+        failing._fault_of = in_order((PUT, Fault.SLOW), *[(LOCK, Fault.REFUSED)] * 3, begin=len(failing.calls))
+        failing.may_go_on.set()
+        with pytest.raises(StoreTransient):
+            writer.commit("vm")
+        for name in store.names("locks/"):
+            store.backend.delete(name)
+        failing._fault_of = in_order(*[(("delete", "snapshots/"), Fault.REFUSED)] * 3)
+        with pytest.raises(StoreTransient):
+            writer.commit("vm")
+        assert writer.may_be_there
+        with pytest.raises(LockLost):
+            writer.commit("vm")
+        assert not writer.may_be_there
+    assert store.repository.snapshot_ids() == {}
 
 
 def test_real_processes_that_are_killed(tmp_path: Path) -> None:

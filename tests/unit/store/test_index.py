@@ -49,6 +49,8 @@ def test_there_and_back(seal: OpenSeal | SecretSeal, shape: list[list[tuple[int,
     assert found.pack_ids == index.pack_ids
     assert np.array_equal(found.ids, index.ids)
     assert found.frames.to_bytes() == index.frames.to_bytes()
+    every = np.arange(len(index.frames.lengths))
+    assert found.places(every) == [found.place(each) for each in every.tolist()]
     row = base = frame_number = 0
     for number, pack in enumerate(shape):
         offset = PREFIX.size
@@ -63,7 +65,7 @@ def test_there_and_back(seal: OpenSeal | SecretSeal, shape: list[list[tuple[int,
             assert found.packs_of(found.frames_of(rows)).tolist() == [number] * count
             place = found.place(frame_number)
             assert (place.pack, place.number, place.offset, place.length) == (number, place_number, offset, length)
-            assert (place.kind, place.first_row, place.count) == (kind, row, count)
+            assert (place.kind, place.first_row, place.pages) == (kind, row, count)
             assert found.are_differences(rows).tolist() == [bool(kind & 2)] * count
             if kind & 2:
                 assert np.array_equal(found.bases_of(rows), index.frames.bases[base : base + count])

@@ -11,7 +11,7 @@ import pytest
 from tests.unit.store.conftest import ManualClock, Numbered
 from vmferry.limits import STORE_LOCK_RENEW_S, STORE_LOCK_STALE_S
 from vmferry.store import lock as module
-from vmferry.store.errors import LockLost, RepositoryBusy, StoreTransient
+from vmferry.store.errors import LockLost, RepositoryBusy, StorePermanent, StoreTransient
 from vmferry.store.lock import Kind, Lock, require_not_forgotten, take
 from vmferry.store.memory import MemoryStore
 from vmferry.testing.failing_store import Call, FailingStore, Fault
@@ -78,6 +78,54 @@ def test_renewing_keeps_a_lock_alive(backend: MemoryStore, clock: ManualClock) -
     with pytest.raises(RepositoryBusy):
         lock(backend, clock, Kind.EXCLUSIVE)
     mine.release()
+
+
+@pytest.mark.parametrize("methods", [("size",), ("size", "delete"), ("delete",)])
+@pytest.mark.parametrize("fault", [Fault.REFUSED, Fault.DENIED])
+def test_who_was_taken_for_dead_learns_it_although_the_store_does_not_answer_at_first(
+    backend: MemoryStore, clock: ManualClock, methods: tuple[str, ...], fault: Fault
+) -> None:
+    """1. it is stopped for an hour, and its lock is taken away  2. it renews it, and nobody says if it was there."""
+    left = dict.fromkeys(methods, 3 if fault is Fault.REFUSED else 1)
+
+    def choose(call: Call) -> Fault | None:
+        if not is_away or not left.get(call.method):
+            return None
+        left[call.method] -= 1
+        return fault
+
+    is_away = False
+    slow = lock(FailingStore(backend, choose), clock, Kind.SHARED)
+    clock.at_s += STORE_LOCK_STALE_S + 1
+    pruner = lock(backend, clock, Kind.EXCLUSIVE)
+    pruner.release()
+    is_away = True
+    for _ in range(2):
+        with pytest.raises((StoreTransient, StorePermanent, LockLost)):
+            slow.renew_if_due()
+    is_away = False
+    with pytest.raises(LockLost):
+        slow.check()
+    with pytest.raises(LockLost):
+        slow.renew_if_due()
+
+
+def test_a_lock_that_could_not_be_renewed_is_the_one_that_it_was(backend: MemoryStore, clock: ManualClock) -> None:
+    is_away = False
+    failing = FailingStore(backend, lambda call: Fault.REFUSED if is_away and call.method == "size" else None)
+    mine = lock(failing, clock, Kind.SHARED)
+    names = [entry.name for entry in backend.list("locks/")]
+    clock.at_s += STORE_LOCK_RENEW_S + 1
+    is_away = True
+    with pytest.raises(StoreTransient):
+        mine.renew_if_due()
+    assert [entry.name for entry in backend.list("locks/")] == names
+    is_away = False
+    mine.check()
+    mine.renew_if_due()
+    assert [entry.name for entry in backend.list("locks/")] != names, "it is due still"
+    mine.release()
+    assert backend.list("locks/") == []
 
 
 def test_the_lock_of_a_process_of_this_host_that_is_gone_does_not_count(

@@ -253,6 +253,21 @@ def test_young_objects_stay(store: Store) -> None:
     assert not plan_prune(store.repository).is_empty
 
 
+def test_young_packs_are_not_emptied_either(store: Store) -> None:
+    first = store.save(memory(300))
+    fewer = memory(300)
+    fewer[::3] = 0
+    second = store.save(fewer)
+    forget(store, first)
+    plan = plan_prune(store.repository, empty_below=1.0)
+    assert plan.is_empty
+    assert plan.too_young > 1
+    assert plan.freed_bytes == 0
+    store.clock.at_s += STORE_PRUNE_GRACE_S
+    assert len(plan_prune(store.repository, empty_below=1.0).empty_packs) == plan.too_young
+    store.check(second)
+
+
 def test_a_plan_for_another_repository_is_not_carried_out(store: Store) -> None:
     forget(store, store.save(memory(100)))
     store.clock.at_s += STORE_PRUNE_GRACE_S

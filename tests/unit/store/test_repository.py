@@ -30,6 +30,7 @@ from vmferry.store.manifest import Block, manifest_name
 from vmferry.store.page_ids import PAGE_BYTES
 from vmferry.store.prune import plan_prune
 from vmferry.store.reader import SnapshotReader
+from vmferry.store.rebuild import rebuild_indexes
 from vmferry.store.repository import Repository, SnapshotInfo
 from vmferry.store.verify import verify
 from vmferry.store.writer import SnapshotWriter
@@ -200,7 +201,7 @@ def looked_at(store: Store, deed: Callable[[Repository], object]) -> list[str]:
     store.repository.backend = failing
     deed(store.repository)
     store.repository.backend = store.backend
-    return [call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/")]
+    return sorted(call.name for call in failing.calls if call.method == "get" and call.name.startswith("snapshots/"))
 
 
 def test_a_snapshot_is_found_by_its_id_without_a_look_at_any_other(store: Store) -> None:
@@ -411,3 +412,29 @@ def test_kinds_of_objects_are_not_mixed_up(store: Store) -> None:
     assert data[5] == MANIFEST
     with pytest.raises(Damaged):
         store.repository.index(bytes.fromhex(snapshot))
+
+
+@pytest.mark.parametrize("work", [verify, rebuild_indexes])
+def test_whoever_reads_indexes_hears_between_two_of_them_that_it_is_enough(
+    clock: ManualClock, work: Callable[[Repository, Callable[[int, int], None]], object]
+) -> None:
+    store = new_store(clock)
+    store.save(memory(700))
+    indexes = [entry.name for entry in store.backend.list("index/")]
+    assert len(indexes) > 2
+    backend = FailingStore(store.backend, lambda call: None)
+    repository = Repository.open(backend, clock=clock)
+    told: list[tuple[int, int]] = []
+
+    def enough(done: int, whole: int) -> None:
+        told.append((done, whole))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(repository, enough)
+    read = {call.name for call in backend.calls if call.method == "get" and call.name.startswith(("index/", "packs/"))}
+    assert len(read) == 1, "the first index, and nothing else"
+    assert read <= {*indexes}
+    assert told == [(0, 0), (0, 0)]
+    assert not list(store.backend.list("locks/")), "its lock is given back"

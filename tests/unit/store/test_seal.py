@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from vmferry.store.errors import Damaged
 from vmferry.store.seal import SEAL_BYTES, OpenSeal, Seal, SecretSeal, derived
 
-SEALS: list[Seal] = [OpenSeal(b"k" * 16), SecretSeal(b"k" * 32)]
+SEALS: list[Seal] = [OpenSeal(b"k" * 16), SecretSeal(b"k" * 32), OpenSeal(b"k" * 16, frames=False)]
 seals = st.sampled_from(SEALS)
 
 
 @given(seals, st.binary(max_size=300), st.integers(0, 1 << 40))
 @example(SEALS[0], b"data", 1)
 @example(SEALS[1], b"data", 1)
+@example(SEALS[2], b"data", 1)
 def test_there_and_back(seal: Seal, data: bytes, number: int) -> None:
     sealed = seal.close("a/b", number, data)
     assert len(sealed) == len(data) + SEAL_BYTES
@@ -46,12 +47,16 @@ def test_a_piece_fits_its_own_place_only(seal: Seal) -> None:
             seal.open("a", 1, short)
 
 
-def test_frames_are_hidden_with_a_key_and_as_they_are_without() -> None:
-    assert SEALS[0].close_frame("a", 1, b"frame") == b"frame"
-    hidden = SEALS[1].close_frame("a", 1, b"frame")
+def test_frames_are_hidden_with_a_key_proved_without_and_were_once_as_they_are() -> None:
+    checked, hidden, plain = (seal.close_frame("a", 1, b"frame") for seal in SEALS)
+    assert plain == b"frame"
+    assert checked.startswith(b"frame")
     assert b"frame" not in hidden
-    with pytest.raises(Damaged):
-        SEALS[1].open_frame("a", 2, hidden)
+    assert [seal.proves_frames for seal in SEALS] == [True, True, False]
+    for seal, stored in ((SEALS[0], checked), (SEALS[1], hidden)):
+        for name, number, data in (("a", 2, stored), ("b", 1, stored), ("a", 1, stored[:-1]), ("a", 1, b"")):
+            with pytest.raises(Damaged):
+                seal.open_frame(name, number, data)
 
 
 def test_equal_pieces_look_different_everywhere() -> None:

@@ -29,15 +29,29 @@ GOLDEN = b"""{
  "compression": "zstd",
  "frame_pages": 8,
  "encryption": null,
- "proof": "PROOF"
+ "proof": "PROOF",
+ "frame_check": "sha256-128"
 }"""
+OLDER = GOLDEN.replace(b"PROOF", b"5760b7b053ef5a9c458b0db05cd97cf5962a99f90e566d4a3cc5f4d51831fc12").replace(
+    b',\n "frame_check": "sha256-128"', b""
+)
+"""As it was written before frames had checks."""
 
 
 def test_golden_bytes_of_version_1() -> None:
     data = config()
     proof = json.loads(data)["proof"]
-    assert proof == "5760b7b053ef5a9c458b0db05cd97cf5962a99f90e566d4a3cc5f4d51831fc12"
+    assert proof == "6bf174e6ed5180164ac71084c52030b4d39e2f8592b8c251e51cbc92d54e7f0b"
     assert data == GOLDEN.replace(b"PROOF", proof.encode())
+
+
+def test_a_config_from_before_frames_had_checks() -> None:
+    found, secrets = read_config(OLDER, None)
+    assert found.frame_check is None
+    assert not secrets.seal.proves_frames
+    with pytest.raises(Damaged, match="proof"):
+        read_config(changed(OLDER, frame_check="sha256-128"), None)
+    assert b"frame_check" not in config(KeyFile(bytes(32))), "there each frame is sealed anyway"
 
 
 def changed(data: bytes, **fields: Any) -> bytes:
@@ -81,7 +95,8 @@ def test_keys_that_do_not_fit(made: Key, tried: Key | None) -> None:
     [
         {"frame_pages": 16}, {"repository": "ff" * 16}, {"created_s": 2.0}, {"proof": "00" * 32}, {"version": 2},
         {"format": "other"}, {"chunker": "fastcdc"}, {"frame_pages": 0}, {"frame_pages": 65}, {"proof": "zz"},
-        {"repository": "00"}, {"more": 1}, {"frame_pages": "8"}, {"hash": "md5"},
+        {"repository": "00"}, {"more": 1}, {"frame_check": None}, {"frame_check": "crc32"},
+        {"frame_pages": "8"}, {"hash": "md5"},
     ],
 )  # fmt: skip
 def test_a_changed_config_is_damaged(fields: dict[str, Any]) -> None:
