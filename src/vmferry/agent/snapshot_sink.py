@@ -332,3 +332,4 @@ class SnapshotSink:
                     each.abort() if isinstance(each, SnapshotWriter) else each.close()
                 except VmferryError as error:  # a lock that stays gets stale by itself
                     log.warning("vm=%s snapshot=%s effect=unlock result=%s", self._vm, self.snapshot, error)
+        self._base = None  # with its tables: image and sink hold each other, and stay until somebody looks for circles

@@ -64,9 +64,8 @@ class SnapshotReader:
         manifest = self._repository.manifest(self.snapshot)
         self.head: Head = manifest.head
         self.device_state = manifest.device_state
-        self.source = PageSource(
-            self._repository, lambda known: all_indexes(self._repository, known), compares_ids=False
-        )
+        repository = self._repository  # not through `self`: what goes round in a circle stays until somebody looks
+        self.source = PageSource(repository, lambda known: all_indexes(repository, known), compares_ids=False)
         add_uses(self.source, self._repository, manifest.head)
         self._tables: list[Table] = []
         for block, table in zip(manifest.head.blocks, manifest.tables, strict=True):

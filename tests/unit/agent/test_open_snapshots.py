@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from tests.unit.store.conftest import RAM, ManualClock, Store, memory, new_store
 from vmferry import limits
 from vmferry.agent.open_snapshots import HeldSnapshot, Opened
 from vmferry.agent.restores import Restores
+from vmferry.errors import RepositoryError
 from vmferry.limits import STORE_LOCK_STALE_S, STORE_PRUNE_GRACE_S
 from vmferry.store import lock
 from vmferry.store.errors import Damaged, RepositoryBusy, StoreTransient
@@ -144,3 +147,22 @@ def test_one_that_lost_pages_for_good_has_a_lock_all_the_same(store: Store) -> N
             held.keep_lock()
     with pytest.raises(RepositoryBusy):
         lock.take(store.backend, store.clock, os.urandom, lock.Kind.EXCLUSIVE, "prune")
+
+
+def test_one_that_is_closed_lets_its_tables_go_at_once(store: Store) -> None:
+    """Whoever read from it may be one of a circle of objects, which stays until somebody looks for those."""
+    pages = memory(50)
+    held = HeldSnapshot(store.repository, store.save(pages))
+    circle: list[Any] = [held]
+    circle.append(circle)
+    tables = weakref.ref(held._reader)
+    gc.disable()
+    try:
+        del circle
+        held.close()
+        assert tables() is None
+    finally:
+        gc.enable()
+    held.close()
+    with pytest.raises(RepositoryError, match="not open"):
+        held.page(RAM, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -139,3 +141,21 @@ def test_a_damaged_base_costs_room_and_no_save(clock: ManualClock) -> None:
     assert "packs/" in writer.base_damage
     with SnapshotReader(store.repository, writer.snapshot) as reader:
         assert np.array_equal(reader.read_some(RAM, changed), later[changed])
+
+
+def test_a_writer_that_has_ended_lets_go_of_what_it_knew(store: Store) -> None:
+    pages = memory(50)
+    base = SnapshotReader(store.repository, store.save(pages))
+    writer = SnapshotWriter(store.repository, [Block(RAM, pages.nbytes)], base=base)
+    circle: list[object] = [writer]
+    circle.append(circle)
+    tables = weakref.ref(base)
+    base.close()
+    gc.disable()
+    try:
+        writer.abort()
+        del base, circle
+        assert tables() is None
+    finally:
+        gc.enable()
+    writer.abort()
