@@ -75,18 +75,13 @@ class HeldPages:
     knows_zeros = True
 
     def __init__(self, room: Room) -> None:
-        self._room = room
+        self.room = room
         self._rows: dict[int, Pages] = {}
-
-    @property
-    def room(self) -> Room:
-        """Where what is held is counted."""
-        return self._room
 
     def put(self, numbers: Numbers, pages: Pages) -> None:
         """Pages with these numbers, one per row; what they are views of is held with them."""
         self._rows.update(zip(numbers.tolist(), pages, strict=True))
-        self._room.came(len(numbers))
+        self.room.came(len(numbers))
 
     def read(self, first: int, count: int) -> Pages:
         """Takes the pages. Raises OSError for one that is not here: it was taken before, or never came."""
@@ -94,7 +89,7 @@ class HeldPages:
             page = self._rows.pop(first, None)
             if page is None:
                 raise OSError(f"page {first} is not here")
-            self._room.left(1)
+            self.room.left(1)
             return page.reshape(1, PAGE_BYTES)
         return self._take(range(first, first + count), count)
 
@@ -108,7 +103,7 @@ class HeldPages:
             found = np.array([pop(number) for number in numbers])
         except KeyError as error:
             raise OSError(f"page {error} is not here") from error
-        self._room.left(count)
+        self.room.left(count)
         return found
 
     def close(self) -> None:

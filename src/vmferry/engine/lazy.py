@@ -413,7 +413,6 @@ class LazySource:
         unit = block.host_page_pages
         half = len(pages) // 2 // unit * unit
         if not half or self._stopping.is_set():
-            self._has_bad = True
             return
         for part in (pages[:half], pages[half:]):
             error = self._bring(block, part, who)

@@ -34,7 +34,7 @@ from vmferry.store.index import Index, Place
 from vmferry.store.known import UNKNOWN, KnownPages, Numbers, first_of_each
 from vmferry.store.manifest import ZERO
 from vmferry.store.pack import DIFFERENCES, inflate_frame, pack_name
-from vmferry.store.page_ids import PAGE_BYTES, Ids, Pages
+from vmferry.store.page_ids import ID_BYTES, PAGE_BYTES, Ids, Pages
 from vmferry.store.repository import Repository
 
 _SEARCH_ROWS = 1 << 16
@@ -122,9 +122,9 @@ class PageSource:
         if is_whole or not np.any(found == UNKNOWN):
             return found
         at = np.flatnonzero(found == UNKNOWN)
-        for positions, numbers, bases in self._differences_of(ids[at]):
-            has_base = self._find_whole_of(bases) != UNKNOWN
-            found[at[positions[has_base]]] = numbers[has_base]
+        positions, numbers, bases = self._differences_of(ids[at])
+        has_base = self.find(bases, is_whole=True) != UNKNOWN
+        found[at[positions[has_base]]] = numbers[has_base]
         return found
 
     def _find_whole(self, ids: Ids) -> Numbers:
@@ -136,23 +136,19 @@ class PageSource:
                 found[positions] = rows + self.starts[k]
         return found
 
-    def _find_whole_of(self, ids: Ids) -> Numbers:
-        """The same of ids that may come more than once."""
-        leaders, positions = first_of_each(ids)
-        return np.asarray(self._find_whole(ids[leaders])[positions])
-
-    def _differences_of(self, ids: Ids) -> Iterator[tuple[npt.NDArray[np.intp], Numbers, Ids]]:
-        """For each index with some of these distinct ids as differences: their positions, numbers, and bases' ids."""
+    def _differences_of(self, ids: Ids) -> tuple[Numbers, Numbers, Ids]:
+        """Rows that have some of these distinct ids as differences: the ids' positions, the rows' numbers, and the ids
+        of their bases."""
         wanted = _numbered(ids)
+        positions, numbers = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint32)]
+        bases: list[Ids] = [np.zeros((0, ID_BYTES), np.uint8)]
         for k, index in enumerate(self.indexes):
-            found = [
-                (positions, rows[index.are_differences(rows)], index.are_differences(rows))
-                for positions, rows in _hits(index, self._live[k], wanted, is_whole=False)
-            ]
-            positions = np.concatenate([np.zeros(0, np.intp), *(at[are].astype(np.intp) for at, _, are in found)])
-            rows = np.concatenate([np.zeros(0, np.int64), *(rows for _, rows, _ in found)])
-            if len(rows):
-                yield positions, (rows + self.starts[k]).astype(np.uint32), index.bases_of(rows)
+            for at, rows in _hits(index, self._live[k], wanted, is_whole=False):
+                are = index.are_differences(rows)
+                positions.append(at[are])
+                numbers.append((rows[are] + self.starts[k]).astype(np.uint32))
+                bases.append(index.bases_of(rows[are]))
+        return np.concatenate(positions), np.concatenate(numbers), np.concatenate(bases)
 
     def find_anywhere(self, ids: Ids, *, is_whole: bool) -> Numbers:
         """As `find`, and if one is not found among the indexes that are here, those others that have one are added."""
@@ -164,9 +160,9 @@ class PageSource:
                 self._add_others(distinct[found == UNKNOWN], is_whole=is_whole)
             found = self._find_distinct(distinct, is_whole=is_whole)
         if not is_whole and np.any(found == UNKNOWN):  # a difference is there, perhaps, and its base is somewhere else
-            bases = [each for _, _, each in self._differences_of(distinct[found == UNKNOWN])]
-            if bases:
-                self.find_anywhere(np.concatenate(bases), is_whole=True)
+            _, _, bases = self._differences_of(distinct[found == UNKNOWN])
+            if len(bases):
+                self.find_anywhere(bases, is_whole=True)
                 found = self._find_distinct(distinct, is_whole=False)
         return np.asarray(found[positions])
 

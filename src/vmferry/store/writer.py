@@ -199,7 +199,7 @@ class SnapshotWriter:
         """Gives the lock back; what was stored so far goes with the next prune. Again, or after commit, is fine.
 
         What it knew of the repository's pages is let go at once, whoever still holds it: 20 bytes for each."""
-        self._known, self._base = KnownPages(0), None
+        self._known, self._base = KnownPages(), None
         self._lock.release()
 
     def __enter__(self) -> SnapshotWriter:
